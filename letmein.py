@@ -29,6 +29,7 @@ starting Python, so each room imports what it alone needs where it needs it.
 
 from __future__ import annotations
 
+import functools
 import hmac
 import os
 import re
@@ -40,13 +41,14 @@ import time
 from collections import namedtuple
 
 VERSION = "1.0.0"
+PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
     import argparse
     import subprocess
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any, NamedTuple, NoReturn
+    from typing import Any, NamedTuple
 else:
 
     class _Record(type):
@@ -243,7 +245,7 @@ ALLOWED: Mapping[str, tuple[int, ...]] = {
 # Verdicts of ServerHandshake.receive().
 DROP = "drop"  # no letmein message: end it without a word
 CONTINUE = "continue"  # send the reply and wait for the next message
-REFUSE = "refuse"  # send the reply, if there is one, and end it
+REFUSE = "refused"  # send the reply, if there is one, and end it
 GRANT = "grant"  # the peer has proved itself: do what it asked for, then call finish()
 
 
@@ -369,40 +371,15 @@ class ServerHandshake:
 
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")
-DURATION_LIMIT_S = 0xFFFFFFFF
-RULES_LIMIT = 1_000_000
-CHAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HOOKS = ("input", "forward", "output")
-
-KNOWN_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "GENERAL": ("debug", "port", "control-timeout", "control-error-policy", "seccomp"),
-    "CLIENT": ("default-user",),
-    "KEYS": (),
-    "RESOURCES": (),
-    "NFTABLES": (
-        "exe",
-        "family",
-        "table",
-        "chain-input",
-        "chain-forward",
-        "chain-output",
-        "timeout",
-        "max-nr-rules",
-    ),
-}
 
 
 class ConfigError(UserError):
     """The configuration cannot be used."""
 
 
-class Unfit(Exception):
+class Unfit(UserError):
     """A value is not what it should be. Args: what is wrong, what was expected."""
-
-    def __init__(self, problem: str, expected: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.expected = expected
 
 
 class Jump(NamedTuple):
@@ -414,7 +391,7 @@ class Jump(NamedTuple):
 
 
 class Resource(NamedTuple):
-    """What can be knocked for: a port (protocols "tcp", "udp") or a tuple of jumps.
+    """What can be knocked for: a port (protocols "tcp", "udp") or some jumps.
 
     timeout is in seconds; users is empty where everybody may.
     """
@@ -476,9 +453,13 @@ class Config(NamedTuple):
             return "unknown resource"
         if found.users and user not in found.users:
             return "resource not allowed for this user"
-        if found.port == self.port:
-            return "the resource is the control port"
-        for jump in found.jumps:
+        return self.defect(found)
+
+    def defect(self, resource: Resource) -> str:
+        """Why nobody can have this resource; "" if all is well."""
+        if resource.port == self.port:
+            return "it is the control port"
+        for jump in resource.jumps:
             if jump.hook not in self.chains:
                 return f"chain-{jump.hook} is not set in [NFTABLES]"
         return ""
@@ -491,48 +472,56 @@ class Entry(NamedTuple):
     text: str
 
 
-def shown(text: str, limit: int = 40) -> str:
+def shown(text: str) -> str:
     """Text from a file or a peer, fit to be printed: short, escaped, keys masked."""
     masked = re.sub(r"[0-9A-Fa-f]{16,}", "...", text)
-    return ascii(masked if len(masked) <= limit else masked[:limit] + "...")
+    return ascii(masked if len(masked) <= 80 else masked[:80] + "...")
 
 
-def parse_number(text: str, limit: int) -> int:
+def parse_number(text: str, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, up to limit."""
-    match = re.fullmatch(r"(?:(0x)\+?([0-9A-Fa-f]+)|\+?([0-9]+))", text.strip())
-    # A number is no longer than its limit, but for leading zeros.
-    digits = (match[2] or match[3]).lstrip("0") if match else ""
-    if match is None or len(digits) > 10 or int(digits or "0", 16 if match[1] else 10) > limit:
-        raise Unfit(f"{shown(text.strip())} is not a number in range", f"a number from 0 to {limit}")
-    return int(digits or "0", 16 if match[1] else 10)
+    text = text.strip()
+    if re.fullmatch(r"0x\+?0*[0-9A-Fa-f]{1,10}", text):
+        number = int(text[2:], 16)
+    elif re.fullmatch(r"\+?0*[0-9]{1,10}", text):
+        number = int(text)
+    else:
+        number = -1
+    if not 0 <= number <= limit:
+        raise Unfit(f"{shown(text)} is no number in range", f"a number from 0 to {limit}")
+    return number
+
+
+def parse_port(text: str) -> int:
+    """A port number from 1 to 65535."""
+    port = parse_number(text, 65535)
+    if port == 0:
+        raise Unfit("port 0 is nobody's port", "a port from 1 to 65535")
+    return port
 
 
 def parse_duration(text: str) -> float:
     """Seconds: a number, or a decimal such as 0.5 or 1e3."""
     try:
-        return float(parse_number(text, DURATION_LIMIT_S))
+        return float(parse_number(text))
     except Unfit:
-        pass
-    decimal = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-    if re.fullmatch(decimal, text.strip()) and 0 <= float(text) <= DURATION_LIMIT_S:
-        return abs(float(text))
-    raise Unfit(
-        f"{shown(text.strip())} is not a duration", f"seconds, from 0 to {DURATION_LIMIT_S}"
-    )
+        decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+        if re.fullmatch(decimal, text.strip()) and 0 <= float(text) <= 0xFFFFFFFF:
+            return abs(float(text))
+        expected = "seconds, from 0 to 4294967295"
+        raise Unfit(f"{shown(text.strip())} is no duration", expected) from None
 
 
 def parse_boolean(text: str) -> bool:
     """true, 1, yes, on; false, 0, no, off; in any case."""
-    word = text.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise Unfit(f"{shown(word)} is not a yes or a no", "one of: true, yes, on, 1, false, no, off, 0")
-    return word in ("true", "1", "yes", "on")
+    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+    return parse_choice(*yes, *no)(text) in yes
 
 
 def parse_identifier(text: str) -> int:
     """A user's or a resource's id: 1 to 8 hex digits."""
     if not re.fullmatch(r"(?=.{1,8}$)\+?[0-9A-Fa-f]+", text.strip()):
-        raise Unfit(f"{shown(text.strip())} is not an id", "1 to 8 hex digits, such as 0000002A")
+        raise Unfit(f"{shown(text.strip())} is no id", "1 to 8 hex digits, such as 0000002A")
     return int(text, 16)
 
 
@@ -540,8 +529,8 @@ def parse_key(text: str) -> bytes:
     """A shared secret: 64 hex digits, not all 0 and not all F."""
     expected = "64 hex digits, such as 'letmein.py gen-key' prints"
     if not re.fullmatch(r"[0-9A-Fa-f]{64}", text.strip()):
-        raise Unfit(f"not a key ({len(text.strip())} characters)", expected)
-    key = bytes.fromhex(text.strip())
+        raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
+    key = bytes.fromhex(text)
     if key in (bytes(KEY_SIZE), b"\xff" * KEY_SIZE):
         raise Unfit("this key is all zeros or all ones", expected)
     return key
@@ -549,8 +538,8 @@ def parse_key(text: str) -> bytes:
 
 def parse_name(text: str) -> str:
     """The name of an nftables table or chain."""
-    if not CHAIN_NAME.fullmatch(text.strip()):
-        raise Unfit(f"{shown(text.strip())} is not a name", "1 to 64 of A-Z a-z 0-9 _ - .")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text.strip()):
+        raise Unfit(f"{shown(text.strip())} is no name", "1 to 64 of A-Z a-z 0-9 _ - .")
     return text.strip()
 
 
@@ -570,11 +559,10 @@ def parse_items(text: str) -> list[tuple[str, list[str]]]:
     """A value of items such as `port: 22 / tcp, udp`: (key, list), the key "" for flags."""
     items = []
     for item in text.split("/"):
-        key, colon, rest = item.partition(":")
+        key, colon, values = item.partition(":") if ":" in item else ("", "", item)
         if colon and not key.strip():
             raise Unfit("an item has no key in front of its ':'", "items such as 'port: 22 / tcp'")
-        values = [value.strip() for value in (rest if colon else item).split(",")]
-        items.append((key.strip() if colon else "", values))
+        items.append((key.strip(), [value.strip() for value in values.split(",")]))
     return items
 
 
@@ -583,66 +571,100 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     expected = "such as '5800', '5800/udp' or '5800 / tcp, udp'"
     port, flags = 5800, set()
     for key, values in parse_items(text):
-        if key:
-            raise Unfit(f"unknown key {shown(key)}", expected)
-        if len(values) == 1 and re.fullmatch(r"0x.*|[0-9]+", values[0]):
-            port = parse_number(values[0], 65535)
+        if not key and len(values) == 1 and re.fullmatch(r"0x.*|[0-9]+", values[0]):
+            port = parse_port(values[0])
         else:
-            flags |= {value.lower() for value in values}
-    if not flags <= {"tcp", "udp"}:
-        raise Unfit(f"unknown flag {shown(min(flags - {'tcp', 'udp'}))}", expected)
-    if port == 0:
-        raise Unfit("port 0 cannot be served", expected)
+            flags |= {key or value.lower() for value in values}
+    for flag in flags - {"tcp", "udp"}:
+        raise Unfit(f"{shown(flag)} is not known here", expected)
     return port, tuple(sorted(flags)) or ("tcp",)
 
 
-def parse_resource(identifier: int, text: str, default_timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`."""
+def parse_key_user(name: str, others: Mapping[int, bytes], _: str) -> int:
+    """The user that an option of [KEYS] names."""
+    user = parse_identifier(name)
+    if user in others:
+        raise Unfit(f"user {user:08X} has a key already", "each user once")
+    return user
+
+
+def parse_resource(
+    name: str, others: Mapping[int, Resource], default_timeout: float, text: str
+) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`.
+
+    Args: name, of the option; others, the resources so far, by id.
+    """
+    identifier = parse_identifier(name)
     expected = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
     items = parse_items(text)
-    flags = [value for key, values in items if not key for value in values]
-    lists = dict(item for item in items if item[0])
-    is_port, is_jump = "port" in lists, ("", ["jump"]) in items
-    if is_port == is_jump:
+    lists = {key: values for key, values in items if key}
+    flags = [values for key, values in items if not key]
+    is_port = "port" in lists
+    if is_port == (["jump"] in flags):
         raise Unfit("neither a port nor a jump resource, or both", expected)
+    known = {"timeout", "users"}
+    known |= {"port"} if is_port else {name for hook in HOOKS for name in (hook, hook + "-match")}
+    for key, values in lists.items():
+        if key not in known:
+            raise Unfit(f"{shown(key)} is not known here", expected)
+        if key != "users" and len(values) != 1:
+            raise Unfit(f"{key} takes one value", expected)
+    for key in ("port", "timeout", "users"):
+        if sum(key == item[0] for item in items) > 1:
+            raise Unfit(f"{key} stands there twice", expected)
+    for words in flags:
+        if not {word.lower() for word in words} <= {"tcp", "udp"} if is_port else words != ["jump"]:
+            raise Unfit(f"{shown(', '.join(words))} is not known here", expected)
 
-    known = ["timeout", "users"]
-    if is_port:
-        known += ["port"]
-    else:
-        known += [name for hook in HOOKS for name in (hook, hook + "-match")]
-    seen = []
-    for key, values in items:
-        if key and key not in known:
-            raise Unfit(f"unknown key {shown(key)}", expected)
-        if key in seen and key in ("port", "timeout", "users"):
-            raise Unfit(f"{key!r} stands there twice", expected)
-        if key and key != "users" and len(values) != 1:
-            raise Unfit(f"{key!r} takes one value", expected)
-        seen.append(key)
-    for flag in flags:
-        if flag.lower() not in ("tcp", "udp") if is_port else flag != "jump":
-            raise Unfit(f"unknown flag {shown(flag)}", expected)
-
-    port = 0
-    protocols: tuple[str, ...] = ()
+    port = parse_port(lists["port"][0]) if is_port else 0
+    protocols = {word.lower() for words in flags for word in words} or {"tcp"}
     jumps = []
-    if is_port:
-        port = parse_number(lists["port"][0], 65535)
-        protocols = tuple(sorted({flag.lower() for flag in flags})) or ("tcp",)
-        if port == 0:
-            raise Unfit("port 0 is nobody's port", "a port from 1 to 65535")
     for hook in HOOKS:
-        match = lists.get(hook + "-match", ["saddr"])
-        if match != ["saddr"]:
-            raise Unfit(f"'{hook}-match' cannot be {shown(match[0])}", f"'{hook}-match: saddr'")
+        if lists.get(hook + "-match", ["saddr"]) != ["saddr"]:
+            raise Unfit(f"{hook}-match is not saddr", f"'{hook}-match: saddr', or nothing")
         if hook in lists:
             jumps.append(Jump(hook, parse_name(lists[hook][0]), hook + "-match" in lists))
     if not port and not jumps:
-        raise Unfit("a jump resource without a chain to jump to", "'jump / input: CHAIN'")
-    timeout = parse_duration(lists["timeout"][0]) if "timeout" in lists else default_timeout
-    users = frozenset(parse_identifier(user) for user in lists.get("users", []))
-    return Resource(identifier, port, protocols, tuple(jumps), timeout, users)
+        raise Unfit("a jump resource without a chain to jump to", expected)
+    for other in others.values():
+        if identifier == other.identifier or 0 < port == other.port:
+            taken = f"{other} is resource {other.identifier:08X} already"
+            raise Unfit(taken, "each id and each port once")
+    return Resource(
+        identifier,
+        port,
+        tuple(sorted(protocols)) if is_port else (),
+        tuple(jumps),
+        parse_duration(lists["timeout"][0]) if "timeout" in lists else default_timeout,
+        frozenset(parse_identifier(user) for user in lists.get("users", [])),
+    )
+
+
+# What each section may hold: by option its default and its parser.
+# [KEYS] and [RESOURCES] have options of the user's own.
+OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
+    "GENERAL": {
+        "debug": (False, parse_boolean),
+        "port": ((5800, ("tcp",)), parse_control_port),
+        "control-timeout": (5.0, parse_duration),
+        "control-error-policy": ("always", parse_choice(*POLICIES)),
+        "seccomp": ("off", parse_choice("off", "log", "kill")),
+    },
+    "CLIENT": {"default-user": (0, parse_identifier)},
+    "NFTABLES": {
+        "exe": ("nft", str.strip),
+        "family": ("", parse_choice("inet", "ip", "ip6", fold=False)),
+        "table": ("", parse_name),
+        "chain-input": ("", parse_name),
+        "chain-forward": ("", parse_name),
+        "chain-output": ("", parse_name),
+        "timeout": (600.0, parse_duration),
+        "max-nr-rules": (100, lambda text: min(parse_number(text), 1_000_000)),
+    },
+    "KEYS": {},
+    "RESOURCES": {},
+}
 
 
 def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], dict[str, int]]:
@@ -652,17 +674,17 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], d
     """
 
     def wrong(problem: str, expected: str) -> ConfigError:
-        return ConfigError(f"{path}:{number}: {where}{problem}", f"expected: {expected}")
+        place = f"[{shown(section)[1:-1]}] " if section else ""
+        return ConfigError(f"{path}:{number}: {place}{problem}", f"expected: {expected}")
 
     sections: dict[str, dict[str, Entry]] = {}
     lines: dict[str, int] = {}
     section = option = ""
-    where = ""
     for number, line in enumerate(text.split("\n"), 1):
-        line = line[:-1] if line.endswith("\r") else line
         if option and line[:1] in (" ", "\t") and line.strip():
             entry = sections[section][option]
-            sections[section][option] = Entry(entry.line, f"{entry.text} {line.lstrip()}")
+            continued = f"{entry.text} {line.lstrip()}".rstrip("\r")
+            sections[section][option] = Entry(entry.line, continued)
             continue
         option = ""
         line = line.lstrip()
@@ -671,10 +693,10 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], d
         if line.startswith("["):
             name = line.rstrip()[1:-1]
             if not line.rstrip().endswith("]") or not name:
-                raise wrong(f"{shown(line.rstrip())} is not a section", "a line such as [GENERAL]")
+                raise wrong(f"{shown(line.rstrip())} is no section", "a line such as [GENERAL]")
             if name in sections:
-                raise wrong(f"a second section [{shown(name)[1:-1]}]", "each section once")
-            section, where = name, f"[{shown(name)[1:-1]}] "
+                raise wrong(f"[{shown(name)[1:-1]}] is there already", "each section once")
+            section = name
             sections[section], lines[section] = {}, number
             continue
         name, equals, value = line.partition("=")
@@ -686,7 +708,7 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], d
         if name in sections[section]:
             first = sections[section][name].line
             raise wrong(f"{shown(name)[1:-1]}: stands in line {first} already", "each option once")
-        sections[section][name] = Entry(number, value)
+        sections[section][name] = Entry(number, value.rstrip("\r"))
         option = name
     return sections, lines
 
@@ -701,119 +723,79 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     warnings = []
 
     def place(section: str, option: str) -> str:
-        return f"{path}:{sections[section][option].line}: [{section}] {shown(option, 80)[1:-1]}: "
+        return f"{path}:{sections[section][option].line}: [{section}] {shown(option)[1:-1]}: "
 
-    def wrong(section: str, option: str, unfit: Unfit) -> ConfigError:
-        return ConfigError(place(section, option) + unfit.problem, f"expected: {unfit.expected}")
-
-    def value(section: str, option: str, default: Any, parse: Callable[[str], Any]) -> Any:
-        if option not in sections.get(section, {}):
-            return default
+    def parsed(section: str, option: str, parse: Callable[[str], Any]) -> Any:
         try:
             return parse(sections[section][option].text)
         except Unfit as unfit:
-            raise wrong(section, option, unfit) from None
+            problem = place(section, option) + unfit.problem
+            raise ConfigError(problem, f"expected: {unfit.hint}") from None
 
+    values: dict[tuple[str, str], Any] = {}
+    others = "CLIENT" if server else "NFTABLES"
+    for section, known in OPTIONS.items():
+        for option, (default, parse) in known.items():
+            there = option in sections.get(section, {}) and section != others
+            values[section, option] = parsed(section, option, parse) if there else default
     for section, options in sections.items():
-        if section not in KNOWN_OPTIONS:
-            near = nearest(section, KNOWN_OPTIONS)
-            line = section_lines[section]
-            warnings.append(f"{path}:{line}: [{shown(section)[1:-1]}] is ignored: unknown{near}")
-        elif KNOWN_OPTIONS[section]:
-            for option in options:
-                if option not in KNOWN_OPTIONS[section]:
-                    near = nearest(option, KNOWN_OPTIONS[section])
-                    warnings.append(f"{place(section, option)}ignored: unknown{near}")
-
-    port, protocols = value("GENERAL", "port", (5800, ("tcp",)), parse_control_port)
-    policy = value("GENERAL", "control-error-policy", "always", parse_choice(*POLICIES))
-    if policy == "always" and "udp" in protocols and server:
-        warnings.append(
-            f"{path}: [GENERAL] control-error-policy: 'always' and a UDP control port make this "
-            "server answer forged senders; 'basic-auth' is recommended"
-        )
-    # The default for leases comes before the resources, which take it over.
-    timeout = value("NFTABLES", "timeout", 600.0, parse_duration) if server else 600.0
+        if section not in OPTIONS:
+            where = f"{path}:{section_lines[section]}: [{shown(section)[1:-1]}] "
+            warnings.append(f"{where}is unknown and ignored{nearest(section, OPTIONS)}")
+        for option in options if OPTIONS.get(section) else ():
+            if option not in OPTIONS[section]:
+                hint = nearest(option, OPTIONS[section])
+                warnings.append(f"{place(section, option)}is unknown and ignored{hint}")
+    for option in ("family", "table", "chain-input"):
+        if server and not values["NFTABLES", option]:
+            raise ConfigError(
+                f"{path}:{section_lines.get('NFTABLES', 1)}: [NFTABLES] {option}: is not set",
+                "expected: family, table and chain-input, as in nftables.conf",
+            )
 
     keys: dict[int, bytes] = {}
+    for option in sections.get("KEYS", {}):
+        user = parsed("KEYS", option, functools.partial(parse_key_user, option, keys))
+        keys[user] = parsed("KEYS", option, parse_key)
     resources: dict[int, Resource] = {}
-    ports: dict[int, int] = {}
-    for option, entry in sections.get("KEYS", {}).items():
-        try:
-            user = parse_identifier(option)
-            if user in keys:
-                raise Unfit(f"user {user:08X} has a key already", "each user once")
-            keys[user] = parse_key(entry.text)
-        except Unfit as unfit:
-            raise wrong("KEYS", option, unfit) from None
-    for option, entry in sections.get("RESOURCES", {}).items():
-        try:
-            identifier = parse_identifier(option)
-            resource = parse_resource(identifier, entry.text, timeout)
-            if identifier in resources:
-                raise Unfit(f"resource {identifier:08X} is defined already", "each resource once")
-            if resource.port and resource.port in ports:
-                other = ports[resource.port]
-                raise Unfit(f"resource {other:08X} is port {resource.port}", "each port once")
-            resources[identifier] = resource
-            ports[resource.port] = identifier
-        except Unfit as unfit:
-            raise wrong("RESOURCES", option, unfit) from None
+    timeout = values["NFTABLES", "timeout"]
+    for option in sections.get("RESOURCES", {}):
+        parse = functools.partial(parse_resource, option, resources, timeout)
+        resource = parsed("RESOURCES", option, parse)
+        resources[resource.identifier] = resource
 
-    chains: dict[str, str] = {}
-    if server:
-        for option in ("family", "table", "chain-input"):
-            if option not in sections.get("NFTABLES", {}):
-                line = section_lines.get("NFTABLES", 1)
-                raise ConfigError(
-                    f"{path}:{line}: [NFTABLES] {option}: is not set",
-                    "expected: family, table and chain-input, as in nftables.conf",
-                )
-        for hook in HOOKS:
-            chain = value("NFTABLES", f"chain-{hook}", "", parse_name)
-            if chain:
-                chains[hook] = chain
-        for resource in resources.values():
-            option = next(o for o in sections["RESOURCES"] if int(o, 16) == resource.identifier)
-            for jump in resource.jumps:
-                if jump.hook not in chains:
-                    warnings.append(
-                        f"{place('RESOURCES', option)}cannot be knocked for: "
-                        f"chain-{jump.hook} is not set in [NFTABLES]"
-                    )
-            if resource.port == port:
-                warnings.append(
-                    f"{place('RESOURCES', option)}cannot be knocked for: it is the control port"
-                )
-            if resource.timeout < SHORTEST_LEASE_S:
-                warnings.append(f"{place('RESOURCES', option)}a timeout of 0 opens nothing")
-    return Config(
+    port, protocols = values["GENERAL", "port"]
+    policy = values["GENERAL", "control-error-policy"]
+    chains = {hook: values["NFTABLES", f"chain-{hook}"] for hook in HOOKS}
+    config = Config(
         path=path,
-        warnings=tuple(warnings),
-        debug=value("GENERAL", "debug", False, parse_boolean),
+        warnings=(),
+        debug=values["GENERAL", "debug"],
         port=port,
         protocols=protocols,
-        control_timeout=value("GENERAL", "control-timeout", 5.0, parse_duration),
+        control_timeout=values["GENERAL", "control-timeout"],
         error_policy=POLICIES[policy],
-        seccomp=value("GENERAL", "seccomp", "off", parse_choice("off", "log", "kill")),
-        default_user=0 if server else value("CLIENT", "default-user", 0, parse_identifier),
+        seccomp=values["GENERAL", "seccomp"],
+        default_user=values["CLIENT", "default-user"],
         keys=keys,
         resources=resources,
-        nft=value("NFTABLES", "exe", "nft", str.strip) if server else "",
-        family=value("NFTABLES", "family", "", parse_choice("inet", "ip", "ip6", fold=False))
-        if server
-        else "",
-        table=value("NFTABLES", "table", "", parse_name) if server else "",
-        chains=chains,
-        max_nr_rules=value(
-            "NFTABLES",
-            "max-nr-rules",
-            100,
-            lambda text: min(parse_number(text, 0xFFFFFFFF), RULES_LIMIT),
-        )
-        if server
-        else 0,
+        nft=values["NFTABLES", "exe"],
+        family=values["NFTABLES", "family"],
+        table=values["NFTABLES", "table"],
+        chains={hook: chain for hook, chain in chains.items() if chain},
+        max_nr_rules=values["NFTABLES", "max-nr-rules"],
     )
+    if server:
+        if policy == "always" and "udp" in protocols:
+            warnings.append(
+                f"{path}: [GENERAL] control-error-policy: 'always' and a UDP control port make "
+                "this server answer forged senders; 'basic-auth' is recommended"
+            )
+        for option, resource in zip(sections.get("RESOURCES", {}), resources.values()):
+            defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
+            if defect:
+                warnings.append(f"{place('RESOURCES', option)}cannot be had: {defect}")
+    return config._replace(warnings=tuple(warnings))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -835,34 +817,27 @@ def read_config(path: str, server: bool) -> Config:
             status = os.fstat(file.fileno())
             data = file.read(CONFIG_SIZE_LIMIT + 1)
     except FileNotFoundError:
-        if server:
-            raise ConfigError(
-                f"{path}: there is no such file",
-                "write one (letmeind.conf.example is a start), or name one with --config",
-            ) from None
-        return parse_config("", path, server)
+        if not server:
+            return parse_config("", path, server)
+        hint = "write one (letmeind.conf.example is a start), or name one with --config"
+        raise ConfigError(f"{path}: there is no such file", hint) from None
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}", "name a file that you may read with --config"
-        ) from None
+        hint = "name a file that you may read with --config"
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
-        raise ConfigError(
-            f"{path}: too large", f"expected: a file of at most {CONFIG_SIZE_LIMIT} bytes"
-        )
+        hint = f"expected: a file of at most {CONFIG_SIZE_LIMIT} bytes"
+        raise ConfigError(f"{path}: too large", hint)
     try:
         text = data.decode("utf-8")
+        bad = text.find("\0")
+        good = text if bad < 0 else text[:bad]
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8", "expected: a UTF-8 text file") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ConfigError(f"{path}:{line}: a NUL byte", "expected: a UTF-8 text file")
+        bad, good = error.start, data[: error.start].decode("utf-8")
+    if bad >= 0:
+        line = good.count("\n") + 1
+        raise ConfigError(f"{path}:{line}: not a UTF-8 text", "expected: a text file, without NUL")
     config = parse_config(text, path, server)
-    return config._replace(warnings=config.warnings + file_warnings(path, status, server))
 
-
-def file_warnings(path: str, status: os.stat_result, server: bool) -> tuple[str, ...]:
-    """What is unsafe about a configuration file's owner and mode (POSIX only)."""
     warnings = []
     if os.name == "posix":
         mask, safe = (0o026, "640") if server else (0o022, "600")
@@ -871,7 +846,7 @@ def file_warnings(path: str, status: os.stat_result, server: bool) -> tuple[str,
         if status.st_mode & mask:
             mode = f"{status.st_mode & 0o777:o}"
             warnings.append(f"{path}: others have rights on it (mode {mode}); chmod {safe} {path}")
-    return tuple(warnings)
+    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 def default_config_path(name: str) -> str:
@@ -1115,36 +1090,56 @@ def knock(
 #     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps
 #                                 that apply to all traffic
 #
-# First the pure functions that turn "what should be" into an nft script, then
-# NftRun, the one place that runs nft, then Firewall, which knows the leases.
-# Sources: nft(8); traps measured with nft 1.0.6 on Linux 6.18.
+# First the pure functions that turn "what should be" into an nft script and a
+# listing into leases; then NftRun, the one place that runs nft; then Firewall,
+# which owns the leases, heals what others broke and does what clients ask for.
+# Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
 # ============================================================================
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = 4.0  # an nft that takes longer is killed: less than a client's patience of 5 s
+CHANGE_LIMIT_S = 2 * NFT_LIMIT_S  # nobody waits any more for a change as old as this
 QUEUE_LIMIT = 4096  # changes that may wait for nft
+RETRY_S = (0.1, 30.0)  # the first pause after a failure to heal, and the longest
 SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not installed
 LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
+IP = {4: "ip", 6: "ip6"}
+OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
 COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=([0-9a-f]{8})")
 
 
 class Lease(NamedTuple):
-    """That an address may use a resource: address as 4 or 16 bytes, ends by time.monotonic()."""
+    """That an address may use a resource.
+
+    address has 4 or 16 bytes; ends is by time.monotonic(); rules is how much
+    it counts against max-nr-rules.
+    """
 
     address: bytes
     resource: int
     user: int
     ends: float
+    rules: int
 
 
 class Element(NamedTuple):
-    """An element of one of our sets as it should be: seconds left, comment without quotes."""
+    """An element of one of our sets as it should be: set and key, seconds left, comment."""
 
-    set: str
-    key: str
+    name: tuple[str, str]
     left: float
     comment: str
+
+
+class Listing(NamedTuple):
+    """Our part of the kernel's ruleset: by set its identity and its type, by
+    (set, key) the elements as JSON has them, the chains' names, how many rules are ours."""
+
+    identities: dict[str, tuple[int, int]]
+    types: dict[str, str]
+    elements: dict[tuple[str, str], dict[str, Any]]
+    chains: set[str]
+    rules: int
 
 
 def address_text(address: bytes) -> str:
@@ -1159,66 +1154,55 @@ def duration_text(seconds: float) -> str:
 
 
 def set_types(config: Config) -> dict[str, str]:
-    """All sets of a configuration: names and the types of their elements."""
+    """All sets that a configuration needs: names and the types of their elements."""
     versions = VERSIONS[config.family]
     sets = {f"letmein-{v}": f"ipv{v}_addr . inet_proto . inet_service" for v in versions}
     for resource in config.resources.values():
         if resource.jumps:
-            sets.update(
-                {f"letmein-{resource.identifier:08X}-{v}": f"ipv{v}_addr" for v in versions}
-            )
-        if resource.is_gate:
-            sets[f"letmein-{resource.identifier:08X}-gate"] = "ether_type"
+            name = f"letmein-{resource.identifier:08X}"
+            sets.update({f"{name}-{v}": f"ipv{v}_addr" for v in versions})
+            if resource.is_gate:
+                sets[f"{name}-gate"] = "ether_type"
     return sets
 
 
-def ruleset_script(config: Config) -> str:
-    """The nft script that declares our sets and fills our chains anew."""
-    table = f"{config.family} {config.table}"
-    lines = [
-        f"add set {table} {name} {{ type {type}; flags timeout; counter; }}"
-        for name, type in set_types(config).items()
-    ]
-    lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
-
-    def rule(hook: str, text: str) -> None:
-        lines.append(f"add rule {table} {config.chains[hook]} {text}")
-
-    for protocol in config.protocols:
-        rule("input", f"{protocol} dport {config.port} accept")
-    ip_of = {4: "ip", 6: "ip6"}
-    versions = VERSIONS[config.family]
+def rule_texts(config: Config) -> list[str]:
+    """Our rules, each behind the chain it stands in."""
+    chains, versions = config.chains, VERSIONS[config.family]
+    rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
     for v in versions:
-        rule("input", f"{ip_of[v]} saddr . meta l4proto . th dport @letmein-{v} accept")
+        key = f"{IP[v]} saddr . meta l4proto . th dport"
+        rules.append(f"{chains['input']} {key} @letmein-{v} accept")
     for resource in config.resources.values():
+        name = f"@letmein-{resource.identifier:08X}"
         for jump in resource.jumps:
-            name = f"letmein-{resource.identifier:08X}"
-            if jump.hook not in config.chains:
-                continue
-            if not jump.match_saddr:
-                # Families ip and ip6 take no `meta nfproto`; the ether type does in all three.
-                rule(jump.hook, f"meta protocol @{name}-gate jump {jump.target}")
-                continue
-            for v in versions:
-                rule(jump.hook, f"{ip_of[v]} saddr @{name}-{v} jump {jump.target}")
-    return "\n".join(lines) + "\n"
+            # Families ip and ip6 take no `meta nfproto`; the ether type does in all three.
+            keys = [f"{IP[v]} saddr {name}-{v}" for v in versions]
+            keys = keys if jump.match_saddr else [f"meta protocol {name}-gate"]
+            if jump.hook in chains:
+                rules += [f"{chains[jump.hook]} {key} jump {jump.target}" for key in keys]
+    return [f'{rule} comment "letmein"' for rule in rules]
 
 
-def lease_keys(resource: Resource, address: bytes) -> list[tuple[str, str]]:
+def lease_names(resource: Resource, address: bytes) -> list[tuple[str, str]]:
     """The elements that make up a lease: (set, key) for each."""
-    v = 4 if len(address) == 4 else 6
+    text, v = address_text(address), 4 if len(address) == 4 else 6
     if resource.jumps:
-        return [(f"letmein-{resource.identifier:08X}-{v}", address_text(address))]
-    return [
-        (f"letmein-{v}", f"{address_text(address)} . {protocol} . {resource.port}")
-        for protocol in resource.protocols
-    ]
+        return [(f"letmein-{resource.identifier:08X}-{v}", text)]
+    return [(f"letmein-{v}", f"{text} . {proto} . {resource.port}") for proto in resource.protocols]
 
 
-def gate_keys(config: Config, resource: Resource) -> list[tuple[str, str]]:
-    """The elements that open the gate of a jump resource for all traffic."""
-    name = f"letmein-{resource.identifier:08X}-gate"
-    return [(name, "ip" if v == 4 else "ip6") for v in VERSIONS[config.family]]
+def lease_elements(config: Config, lease: Lease, now: float, boot: str) -> list[Element]:
+    """A lease's elements; boot is the start of the kernel's boot id."""
+    comment = f"user={lease.user:08X} resource={lease.resource:08X} boot={boot}"
+    names = lease_names(config.resources[lease.resource], lease.address)
+    return [Element(name, lease.ends - now, comment) for name in names]
+
+
+def gate_elements(config: Config, resource: int, ends: float, now: float) -> list[Element]:
+    """The elements that open the gate of a jump resource until its last lease ends."""
+    name = f"letmein-{resource:08X}-gate"
+    return [Element((name, IP[v]), ends - now, "gate") for v in VERSIONS[config.family]]
 
 
 def elements_script(
@@ -1236,19 +1220,140 @@ def elements_script(
     for name, key in removals:
         removed.setdefault(name, []).append(key)
     for element in elements:
-        time_left = duration_text(element.left)
-        added.setdefault(element.set, []).append(
-            f'{element.key} timeout {time_left} expires {time_left} comment "{element.comment}"'
+        left = duration_text(element.left)
+        added.setdefault(element.name[0], []).append(
+            f'{element.name[1]} timeout {left} expires {left} comment "{element.comment}"'
         )
-    table = f"{config.family} {config.table}"
+    where = f"element {config.family} {config.table}"
     lines = []
     for name, keys in removed.items():
-        again = ", ".join(f"{key} timeout 1s" for key in keys)
-        lines.append(f"add element {table} {name} {{ {again} }}")
-        lines.append(f"delete element {table} {name} {{ {', '.join(keys)} }}")
-    for name, texts in added.items():
-        lines.append(f"add element {table} {name} {{ {', '.join(texts)} }}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"add {where} {name} {{ {', '.join(f'{key} timeout 1s' for key in keys)} }}")
+        lines.append(f"delete {where} {name} {{ {', '.join(keys)} }}")
+    lines += [f"add {where} {name} {{ {', '.join(texts)} }}" for name, texts in added.items()]
+    return "".join(line + "\n" for line in lines)
+
+
+def ruleset_script(config: Config, leases: Sequence[Lease], now: float, boot: str) -> str:
+    """The nft script that makes everything as it should be, whatever is there: sets,
+    rules, and the leases with the time they have left."""
+    table = f"{config.family} {config.table}"
+    lines = []
+    for name, kind in set_types(config).items():
+        lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
+        lines.append(f"flush set {table} {name}")
+    lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
+    lines += [f"add rule {table} {rule}" for rule in rule_texts(config)]
+    elements = [e for lease in leases for e in lease_elements(config, lease, now, boot)]
+    for resource in config.resources.values():
+        ends = [lease.ends for lease in leases if lease.resource == resource.identifier]
+        if resource.is_gate and ends:
+            elements += gate_elements(config, resource.identifier, max(ends), now)
+    return "".join(line + "\n" for line in lines) + elements_script(config, [], elements)
+
+
+def read_listing(config: Config, printed: bytes) -> Listing:
+    """Read what `nft -j list table` prints. A set's identity has the table's handle in it:
+    a new table counts its handles from the start."""
+    import json
+
+    listing = Listing({}, {}, {}, set(), 0)
+    rules = table = 0
+    for item in json.loads(printed)["nftables"]:
+        kind, found = next(iter(item.items()))
+        name = found.get("name", "")
+        if kind == "table":
+            table = found["handle"]
+        elif kind == "chain":
+            listing.chains.add(name)
+        elif kind == "rule" and found["chain"] in config.chains.values():
+            rules += found.get("comment") == "letmein"
+        elif kind == "set" and OUR_SET.fullmatch(name):
+            types = found["type"] if isinstance(found["type"], list) else [found["type"]]
+            extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
+            listing.types[name] = " . ".join(types) + "".join(f" {flag}" for flag in extra)
+            listing.identities[name] = (table, found["handle"])
+            for element in found.get("elem", []):
+                # One with nothing but a key comes as that key alone.
+                facts = element.get("elem", element) if "elem" in element else {"val": element}
+                key = facts["val"]["concat"] if "concat" in facts["val"] else [facts["val"]]
+                listing.elements[name, " . ".join(map(str, key))] = facts
+    return listing._replace(rules=rules)
+
+
+def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[Lease]:
+    """The leases in a listing that a server with this configuration would have given.
+
+    An element counts if its comment is of this boot (an administrator may have saved the
+    ruleset and loaded it again), its resource still means what it opens, the user may
+    still have it, and it has time left.
+    """
+    leases: dict[tuple[bytes, int], Lease] = {}
+    for (name, key), element in listing.elements.items():
+        comment = COMMENT.fullmatch(str(element.get("comment")))
+        left = element.get("expires") or 0
+        if comment is None or comment[3] != boot or left <= 0:
+            continue
+        user, identifier = int(comment[1], 16), int(comment[2], 16)
+        if user not in config.keys or config.objection(user, identifier):
+            continue
+        resource = config.resources[identifier]
+        text = key.split(" ")[0]
+        address = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        names = lease_names(resource, address)
+        if (name, key) in names and all(name in listing.elements for name in names):
+            ends = now + min(left, resource.timeout)
+            leases[address, identifier] = Lease(address, identifier, user, ends, resource.rules)
+    return list(leases.values())
+
+
+def differences(
+    config: Config,
+    leases: Mapping[tuple[bytes, int], Lease],
+    listing: Listing,
+    identities: Mapping[str, tuple[int, int]],
+    now: float,
+) -> tuple[str, list[tuple[bytes, int]]]:
+    """Compare the kernel with what should be: (what is damaged, "" for nothing; the
+    leases that an administrator has revoked).
+
+    identities are those of our sets when all was in order, empty if not known: an
+    element missing from a set that stayed was deleted on purpose; one that went
+    with its set was not. In its last second a lease may be there or not.
+    """
+    damage = ""
+    kinds = set_types(config)
+    strange = {
+        name
+        for name in kinds
+        if name not in listing.identities
+        or identities.get(name, listing.identities[name]) != listing.identities[name]
+    }
+    if strange:
+        damage = "sets are missing"
+    if listing.rules != len(rule_texts(config)):
+        damage = "rules are missing"
+    revoked = []
+    expected: dict[tuple[str, str], float] = {}
+    for key, lease in leases.items():
+        resource = config.resources[key[1]]
+        names = lease_names(resource, key[0])
+        if lease.ends - now > 1 and not all(name in listing.elements for name in names):
+            if identities and not strange.intersection(name for name, _ in names):
+                revoked.append(key)
+                continue
+            damage = "leases are missing"
+        if resource.is_gate:
+            gate = [element.name for element in gate_elements(config, key[1], 0, 0)]
+            if lease.ends - now > 1 and not all(name in listing.elements for name in gate):
+                damage = "a gate is missing"
+            names += gate
+        for name in names:
+            expected[name] = max(expected.get(name, 0), lease.ends)
+    for name, element in listing.elements.items():
+        left = element.get("expires")
+        if left != 0 and (left is None or left > expected.get(name, 0) - now + 1):
+            damage = "there are foreign elements"
+    return damage, revoked
 
 
 def find_nft(name: str) -> str:
@@ -1257,329 +1362,404 @@ def find_nft(name: str) -> str:
 
     path = shutil.which(name, path=TRUSTED_PATH)
     if path is None or not os.path.isabs(path):
-        raise UserError(
-            f"cannot find the program {shown(name, 80)}",
-            f"install nftables (it is looked for in {TRUSTED_PATH}), "
-            "or set exe in [NFTABLES] to its absolute path",
-        )
+        hint = f"install nftables (looked in {TRUSTED_PATH}), or set exe to an absolute path"
+        raise UserError(f"cannot find the program {shown(name)}", hint)
     return path
 
 
 class NftRun:
-    """One run of nft, from its start to its end. Script and output go through memory files,
-    so that neither side ever waits for a pipe."""
+    """One run of nft, from its start to its end. Script and output go through files in
+    memory, so neither side ever waits for the other to read."""
 
     def __init__(self, path: str, script: str, *arguments: str) -> None:
         import subprocess
 
-        self.output = os.fdopen(os.memfd_create("letmein-out"), "w+b")
-        self.errors = os.fdopen(os.memfd_create("letmein-err"), "w+b")
+        self.output = os.fdopen(os.memfd_create("letmein-output"), "w+b")
         self.kill_at = time.monotonic() + NFT_LIMIT_S
         self.failure = ""
+        self.killed = False
         self.process: subprocess.Popen[bytes] | None = None
-        with os.fdopen(os.memfd_create("letmein-in"), "w+b") as file:
+        with os.fdopen(os.memfd_create("letmein-script"), "w+b") as file:
             file.write(script.encode("ascii"))
             file.seek(0)
             try:
                 self.process = subprocess.Popen(
-                    [path, *arguments, "-f", "-"] if script else [path, *arguments],
+                    [path, *arguments, *(["-f", "-"] if script else [])],
                     stdin=file,
                     stdout=self.output,
-                    stderr=self.errors,
+                    stderr=self.output,
                     cwd="/",
                     env={"PATH": TRUSTED_PATH, "LC_ALL": "C"},
                 )
             except OSError as error:
                 self.failure = f"cannot run {path}: {error.strerror}"
 
-    @property
     def running(self) -> bool:
-        """Whether nft has not ended yet."""
-        return self.process is not None and self.process.poll() is None
+        """Whether nft has not ended yet; one that takes too long is killed here."""
+        if self.process is None or self.process.poll() is not None:
+            return False
+        if time.monotonic() < self.kill_at:
+            return True
+        self.killed = True
+        self.process.kill()
+        self.process.wait()
+        self.failure = f"nft was killed, it took more than {NFT_LIMIT_S:g} s"
+        return False
 
-    def kill(self) -> None:
-        """End an nft that has taken too long."""
-        if self.process is not None and self.running:
-            self.process.kill()
-            self.process.wait()
-            self.failure = f"nft was killed after {NFT_LIMIT_S:g} s without an end"
+    def wait(self) -> None:
+        """Wait for the end, which is no further away than NFT_LIMIT_S."""
+        import subprocess
 
-    def result(self) -> str:
-        """Frees the run; returns "" for success, else what nft said in one line."""
+        while self.process is not None and self.running():
+            try:
+                self.process.wait(max(self.kill_at - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                continue
+
+    def result(self) -> tuple[str, bytes]:
+        """After the end: "" or what went wrong, in one line; and what nft printed."""
+        with self.output as file:
+            file.seek(0)
+            printed = file.read()
         if self.process is not None and self.process.returncode and not self.failure:
-            self.errors.seek(0)
-            said = self.errors.read(4096).decode("utf-8", "replace").strip().split("\n")
-            self.failure = said[0] or f"nft exited with status {self.process.returncode}"
-        self.output.close()
-        self.errors.close()
-        return self.failure
+            said = printed[:4096].decode("utf-8", "replace").strip().split("\n")[0]
+            self.failure = said or f"nft ended with status {self.process.returncode}"
+        return self.failure, printed
 
 
 def run_nft(path: str, script: str, *arguments: str) -> bytes:
     """Run nft and wait for it. Returns what it printed; raises UserError if it fails."""
-    import subprocess
-
     run = NftRun(path, script, *arguments)
-    if run.process is not None:
-        try:
-            run.process.wait(NFT_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            run.kill()
-    run.output.seek(0)
-    printed = run.output.read()
-    failure = run.result()
+    run.wait()
+    failure, printed = run.result()
     if failure:
-        hint = f"try by hand: {path} {' '.join(arguments) or '-f FILE'}"
-        if "Operation not permitted" in failure:
-            hint = "run it as root: changing the firewall takes CAP_NET_ADMIN"
-        raise UserError(f"nft: {failure}", hint)
+        hint = f"nft is {path}; try it by hand: {path} list ruleset"
+        if "not permitted" in failure:
+            hint = "run it as root: nftables want CAP_NET_ADMIN"
+        raise UserError(failure, hint)
     return printed
 
 
-def list_table(path: str, config: Config, *options: str) -> list[dict[str, Any]]:
-    """All objects of our table, as `nft -j list table` gives them.
-
-    Raises UserError, naming the table if it does not exist.
-    """
-    import json
-
+def list_table(path: str, config: Config) -> Listing:
+    """Our table as the kernel has it. Raises UserError, naming the table if it is missing."""
     try:
-        text = run_nft(path, "", "-j", *options, "list", "table", config.family, config.table)
+        printed = run_nft(path, "", "-j", "list", "table", config.family, config.table)
     except UserError as error:
-        if "No such file or directory" not in error.problem:
+        if "No such file" not in error.problem:
             raise
-        raise UserError(
-            f"there is no nftables table {config.family} {config.table}",
-            "load your ruleset first: nft -f /etc/nftables.conf",
-        ) from None
-    objects = json.loads(text).get("nftables", [])
-    return [item for item in objects if isinstance(item, dict)]
+        hint = "load your ruleset first, such as nftables.conf: nft -f FILE"
+        raise UserError(f"there is no table {config.family} {config.table}", hint) from None
+    return read_listing(config, printed)
 
 
-def check_ruleset(path: str, config: Config) -> str:
-    """Whether the kernel would take our ruleset; returns the script.
+def check_kernel(path: str, config: Config) -> Listing:
+    """Look whether the kernel would take our ruleset; returns what is there now.
 
-    Raises UserError naming the table or chain that is missing, or what nft says.
+    Raises UserError naming the chain or set that stands in the way, or what nft says.
     """
-    chains = {item["chain"]["name"] for item in list_table(path, config, "-t") if "chain" in item}
+    listing = list_table(path, config)
+    where = f"in table {config.family} {config.table}"
     for hook, chain in config.chains.items():
-        if chain not in chains:
-            raise UserError(
-                f"there is no chain {chain} (chain-{hook}) in table {config.family} {config.table}",
-                "declare it in your ruleset, as nftables.conf shows, and load that first",
-            )
-    script = ruleset_script(config)
+        if chain not in listing.chains:
+            hint = "declare it in your ruleset, as nftables.conf does, and load that first"
+            raise UserError(f"there is no chain {chain} (chain-{hook}) {where}", hint)
+    for name, kind in set_types(config).items():
+        if listing.types.get(name, kind) != kind:
+            hint = f"remove it: nft delete set {config.family} {config.table} {name}"
+            raise UserError(f"the set {name} {where} is not one of ours", hint)
     try:
-        run_nft(path, script, "-c")
+        run_nft(path, ruleset_script(config, [], 0, ""), "-c")
     except UserError as error:
-        raise UserError(
-            f"nft does not take the ruleset: {error.problem}",
-            "do all chains that resources jump to exist, under names that nft takes?",
-        ) from None
-    return script
+        hint = "do all chains that resources jump to exist, under names that nft takes?"
+        raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
+    return listing
 
 
 class Change(NamedTuple):
-    """What a client asked for; operation is KNOCK or REVOKE. done is called once,
-    with "" when the change is in force, else with the reason why it is not."""
+    """What a client asked for: operation is KNOCK or REVOKE. done is called once, with
+    "" when the change is in force, else with the reason why it is not. asked and last:
+    when it was asked for, and whether it is not to be tried again."""
 
     operation: int
     address: bytes
     resource: int
     user: int
     done: Callable[[str], None]
+    asked: float
+    last: bool = False
 
 
 class Firewall:
     """The leases, and the kernel's sets that hold them.
 
     One nft runs at a time. While it runs, changes queue up, and the next run
-    takes all of them in one transaction; if that fails, each is tried alone.
+    takes all of them in one transaction. After a failure, and whenever watch()
+    says that somebody else changed something of ours, the next run is a look at
+    the kernel, and what it shows decides whether all is installed anew: a set of
+    ours that is another one than before, or a missing rule, is a loss to heal;
+    an element missing from a set that stayed is an administrator's revocation.
 
-    Args: path, of nft; boot, the first 8 hex digits of the kernel's boot id.
+    Args: path, of nft; boot, the first 8 hex digits of the kernel's boot id;
+    log, takes an event and its fields.
     """
 
-    def __init__(self, path: str, config: Config, boot: str) -> None:
+    def __init__(self, path: str, config: Config, boot: str, log: Callable[..., None]) -> None:
         from collections import deque
 
         self.path = path
         self.config = config
         self.boot = boot
+        self.log = log
         self.leases: dict[tuple[bytes, int], Lease] = {}
         self.expiries: list[tuple[float, tuple[bytes, int]]] = []  # a heap; may hold old ends
         self.rules = 0  # of the leases, as max-nr-rules counts
+        self.identities: dict[str, tuple[int, int]] = {}  # of our sets, as last seen in order
         self.queue: deque[Change] = deque()
-        self.alone: deque[Change] = deque()  # members of a batch that failed
+        self.again: deque[Change] = deque()  # members of a batch that failed, to be tried alone
         self.run: NftRun | None = None
+        self.then: Callable[[str, bytes], None] = lambda failure, printed: None
         self.batch: list[Change] = []  # what the run is doing
-        self.planned: dict[tuple[bytes, int], Lease | None] = {}  # what holds once it is done
-        self.started = 0.0  # the time that its leases count from
+        self.process_ids: deque[int] = deque(maxlen=16)  # of our latest nft runs
+        self.look_wanted = self.rebuild_wanted = False
+        self.retry_at = 0.0  # not before this, look or rebuild
+        self.pause = RETRY_S[0]
+        self.trouble = ""  # what keeps us from healing, once it was logged
+        self.healed = 0
         release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-        version = (int(release[1]), int(release[2])) if release else (0, 0)
-        self.refreshes_in_place = version >= (6, 12)
+        # Whether `timeout T expires T` restarts the time of an element that exists.
+        self.refreshes = release is not None and (int(release[1]), int(release[2])) >= (6, 12)
+
+    # -- start, stop, new configuration ----------------------------------------
 
     def open(self) -> None:
-        """Install sets and rules. Raises UserError."""
-        script = check_ruleset(self.path, self.config)
-        table = f"{self.config.family} {self.config.table}"
-        script += "".join(f"flush set {table} {name}\n" for name in set_types(self.config))
+        """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
+        listing = check_kernel(self.path, self.config)
+        now = time.monotonic()
+        for lease in adoptable(self.config, listing, now, self.boot):
+            self._keep((lease.address, lease.resource), lease)
+        script = ruleset_script(self.config, list(self.leases.values()), now, self.boot)
         run_nft(self.path, script)
+        self._delete_sets(set(listing.types) - set(set_types(self.config)))
+        self.identities = list_table(self.path, self.config).identities
+        if self.leases:
+            self.log("adopted", leases=len(self.leases))
 
-    def close(self) -> list[str]:
-        """Remove all that was installed; returns what could not be removed and why."""
+    def close(self) -> None:
+        """Remove all that was installed. Raises UserError if something stays."""
         if self.run is not None:
-            self.run.kill()
+            self.run.wait()
+        listing = list_table(self.path, self.config)
         table = f"{self.config.family} {self.config.table}"
-        sets = set_types(self.config)
-        emptying = [f"flush chain {table} {chain}" for chain in self.config.chains.values()]
-        emptying += [f"flush set {table} {name}" for name in sets]
-        # A set that a foreign rule uses cannot be deleted, and would roll all back.
-        problems = []
-        for script in ("\n".join(emptying), *(f"delete set {table} {name}" for name in sets)):
+        chains = [chain for chain in self.config.chains.values() if chain in listing.chains]
+        script = "".join(f"flush chain {table} {chain}\n" for chain in chains)
+        script += "".join(f"flush set {table} {name}\n" for name in listing.types)
+        if script:
+            run_nft(self.path, script)
+        self._delete_sets(listing.types)
+
+    def _delete_sets(self, names: Iterable[str]) -> None:
+        """A set that a foreign rule uses cannot be deleted, and would take a whole
+        transaction along: so each is emptied, and deleted by itself."""
+        table = f"{self.config.family} {self.config.table}"
+        for name in names:
+            run_nft(self.path, f"flush set {table} {name}\n")
             try:
-                run_nft(self.path, script + "\n")
+                run_nft(self.path, f"delete set {table} {name}\n")
             except UserError as error:
-                problems.append(f"{script.splitlines()[0]}: {error.problem}")
-        return problems
+                self.log("set-stays", set=name, reason=error.problem)
+
+    def reconfigure(self, config: Config) -> None:
+        """Go on with another configuration for the same chains; a lease that it would
+        not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
+        if self.run is not None:
+            self.run.wait()
+            self._end_run()
+        listing = check_kernel(self.path, config)
+        now = time.monotonic()
+        for key, lease in list(self.leases.items()):
+            before, after = self.config.resources[key[1]], config.resources.get(key[1])
+            fits = after is not None and before[1:4] == after[1:4]  # port, protocols, jumps
+            if fits and lease.user in config.keys and not config.objection(lease.user, key[1]):
+                assert after is not None
+                self._keep(key, lease._replace(ends=min(lease.ends, now + after.timeout)))
+            else:
+                self._revoke(key, "configuration")
+        self.config = config
+        run_nft(self.path, ruleset_script(config, list(self.leases.values()), now, self.boot))
+        self._delete_sets(set(listing.types) - set(set_types(config)))
+        self.identities = list_table(self.path, config).identities
+
+    # -- the run ---------------------------------------------------------------
 
     def submit(self, change: Change) -> None:
         """Queue a change; call advance() when all that has come in is queued."""
         if len(self.queue) >= QUEUE_LIMIT:
-            change.done("too many changes are waiting for nft")
+            change.done("too many changes wait for nft")
         else:
             self.queue.append(change)
 
     def deadline(self) -> float | None:
-        """When advance() wants to be called at the latest."""
-        return self.run.kill_at if self.run is not None else None
+        """When advance() wants to be called at the latest; None for when nft ends."""
+        if self.run is not None:
+            return self.run.kill_at
+        return self.retry_at if self.look_wanted or self.rebuild_wanted else None
 
     def advance(self) -> None:
         """Finish the run that has ended, and start the next one."""
-        if self.run is not None:
-            if self.run.running and time.monotonic() < self.run.kill_at:
-                return
-            self.run.kill()
-            self._finish(self.run.result())
-        while self.run is None and (self.alone or self.queue):
-            if self.alone:
-                self._start([self.alone.popleft()])
-            else:
+        if self.run is not None and not self.run.running():
+            self._end_run()
+        while self.run is None:
+            now = time.monotonic()
+            if self.rebuild_wanted and now >= self.retry_at:
+                self.rebuild_wanted = False
+                self.expire()
+                leases = list(self.leases.values())
+                self._start(ruleset_script(self.config, leases, now, self.boot), (), self._rebuilt)
+            elif self.look_wanted and now >= self.retry_at:
+                self.look_wanted = False
+                where = ("-j", "list", "table", self.config.family, self.config.table)
+                self._start("", where, self._looked)
+            elif self.again:
+                self._start_batch([self.again.popleft()])
+            elif self.queue:
                 changes = list(self.queue)
                 self.queue.clear()
-                self._start(changes)
+                self._start_batch(changes)
+            else:
+                return
 
-    def _start(self, changes: list[Change]) -> None:
+    def _end_run(self) -> None:
+        assert self.run is not None
+        run, self.run = self.run, None
+        if run.killed:
+            # It may have done its work all the same. Its changes are not tried again:
+            # the next nft may well hang, too, and nobody waits that long.
+            self.look_wanted = True
+            self.batch = [change._replace(last=True) for change in self.batch]
+        self.then(*run.result())
+
+    def _start(
+        self, script: str, arguments: Sequence[str], then: Callable[[str, bytes], None]
+    ) -> None:
+        self.then = then
+        self.run = NftRun(self.path, script, *arguments)
+        if self.run.process is not None:
+            self.process_ids.append(self.run.process.pid)
+        else:
+            run, self.run = self.run, None
+            then(*run.result())
+
+    # -- what clients ask for --------------------------------------------------
+
+    def _start_batch(self, changes: list[Change]) -> None:
         """Run nft for these changes; those that need no nft are done at once."""
         self.expire()
         now = time.monotonic()
         rules = self.rules + len(self.config.protocols)
         planned: dict[tuple[bytes, int], Lease | None] = {}
+        batch = []
         for change in changes:
             key = (change.address, change.resource)
             resource = self.config.resources.get(change.resource)
+            old = self.leases.get(key)
             if key in planned:
                 self.queue.append(change)  # one change of a lease in a transaction
-            elif resource is None:
-                change.done("unknown resource")
-            elif change.operation == REVOKE:
-                if key in self.leases:
-                    planned[key] = None
-                    rules -= resource.rules
-                    self.batch.append(change)
-                else:
-                    change.done("")
-            else:
-                added = 0 if key in self.leases else resource.rules
+                continue
+            problem = "unknown resource"
+            if now - change.asked > CHANGE_LIMIT_S:
+                problem = "it waited too long for nft"
+            elif resource is not None and change.operation == REVOKE:
                 problem = ""
-                if (4 if len(change.address) == 4 else 6) not in VERSIONS[self.config.family]:
-                    problem = f"a table of family {self.config.family} cannot hold this address"
-                elif resource.timeout < SHORTEST_LEASE_S:
-                    problem = "the resource's timeout is 0"
-                elif rules + added > self.config.max_nr_rules:
-                    problem = f"max-nr-rules ({self.config.max_nr_rules}) is reached"
-                if problem:
-                    change.done(problem)
-                    continue
-                rules += added
-                ends = now + min(resource.timeout, LONGEST_LEASE_S)
-                planned[key] = Lease(change.address, change.resource, change.user, ends)
-                self.batch.append(change)
-        if self.batch:
-            self.planned, self.started = planned, now
-            self.run = NftRun(self.path, self._script(now))
-            if self.run.process is None:
-                self._finish(self.run.result())
+                if old is not None:
+                    planned[key] = None
+                    rules -= old.rules
+            elif resource is not None:
+                problem = self._objection(change, resource, rules - (old.rules if old else 0))
+                if not problem:
+                    ends = now + min(resource.timeout, LONGEST_LEASE_S)
+                    lease = Lease(*key, change.user, ends, resource.rules)
+                    planned[key] = lease
+                    rules += lease.rules - (old.rules if old else 0)
+            if key in planned:
+                batch.append(change)
+            else:
+                change.done(problem)
+        if batch:
+            self.batch = batch
+            script = self._batch_script(planned, now)
+            self._start(script, (), lambda failure, _: self._changed(failure, planned, now))
 
-    def _script(self, now: float) -> str:
-        """The nft script for what is planned."""
+    def _objection(self, change: Change, resource: Resource, rules: int) -> str:
+        """Why this lease cannot be given while these rules stand; "" if it can."""
+        if (4 if len(change.address) == 4 else 6) not in VERSIONS[self.config.family]:
+            return f"a table of family {self.config.family} has no place for this address"
+        if resource.timeout < SHORTEST_LEASE_S:
+            return "the resource's timeout is 0"
+        if rules + resource.rules > self.config.max_nr_rules:
+            return f"max-nr-rules ({self.config.max_nr_rules}) is reached"
+        return ""
+
+    def _batch_script(self, planned: Mapping[tuple[bytes, int], Lease | None], now: float) -> str:
+        """The nft script that turns the leases that are into those that are planned."""
         removals: list[tuple[str, str]] = []
         elements: list[Element] = []
-
-        def put(keys: list[tuple[str, str]], left: float, comment: str, anew: bool) -> None:
-            elements.extend(Element(*key, left, comment) for key in keys)
-            if anew:
-                removals.extend(keys)
-
-        gates = set()
-        for key, lease in self.planned.items():
-            resource = self.config.resources[key[1]]
+        for key, lease in planned.items():
             old = self.leases.get(key)
-            if resource.is_gate:
-                gates.add(key[1])
-            if lease is None:
-                removals += lease_keys(resource, key[0])
-            else:
-                anew = old is not None and (
-                    old.user != lease.user or not self.refreshes_in_place
-                )
-                comment = self.comment(lease.user, lease.resource)
-                put(lease_keys(resource, key[0]), lease.ends - now, comment, anew)
-        for identifier in sorted(gates):
-            resource = self.config.resources[identifier]
-            after = {**self.leases, **self.planned}
-            ends = [lease.ends for lease in after.values() if lease and lease.resource == identifier]
-            held = any(key[1] == identifier for key in self.leases)
-            if ends:
-                comment = f"gate {self.comment(ANYBODY, identifier)}"
-                anew = held and not self.refreshes_in_place
-                put(gate_keys(self.config, resource), max(ends) - now, comment, anew)
-            elif held:
-                removals += gate_keys(self.config, resource)
+            if lease is not None:
+                elements += lease_elements(self.config, lease, now, self.boot)
+            if old and (lease is None or lease.user != old.user or not self.refreshes):
+                removals += lease_names(self.config.resources[key[1]], key[0])
+        for identifier in {key[1] for key in planned}:
+            if self.config.resources[identifier].is_gate:
+                before = [old.ends for old in self.leases.values() if old.resource == identifier]
+                after = {**self.leases, **planned}.values()
+                ends = [new.ends for new in after if new and new.resource == identifier]
+                gate = gate_elements(self.config, identifier, max(ends, default=0), now)
+                elements += gate if ends else []
+                if before and not (ends and self.refreshes):
+                    removals += [element.name for element in gate]
         return elements_script(self.config, removals, elements)
 
-    def comment(self, user: int, resource: int) -> str:
-        """What an element says of itself."""
-        return f"user={user:08X} resource={resource:08X} boot={self.boot}"
-
-    def _finish(self, failure: str) -> None:
-        """Take over what the run did, or try each of its changes alone if it failed."""
-        batch, planned = self.batch, self.planned
-        self.run, self.batch, self.planned = None, [], {}
-        if failure and len(batch) > 1:
-            self.alone.extend(batch)
+    def _changed(
+        self, failure: str, planned: Mapping[tuple[bytes, int], Lease | None], started: float
+    ) -> None:
+        """A batch has been run: take it over, or try each of its changes alone, after a look."""
+        batch, self.batch = self.batch, []
+        if failure:
+            self.look_wanted = True
+            for change in batch:
+                if change.last:
+                    change.done(failure)
+                else:
+                    self.again.append(change._replace(last=True))
             return
-        if not failure:
-            # A lease's time counts from here: then the kernel's element never outlives ours.
-            elapsed = time.monotonic() - self.started
-            for key, lease in planned.items():
-                self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
+        # A lease's time counts from here: so the kernel's element never outlives ours.
+        elapsed = time.monotonic() - started
+        for key, lease in planned.items():
+            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
         for change in batch:
-            change.done(failure and f"nft: {failure}")
+            change.done("")
+
+    # -- the table of leases ---------------------------------------------------
 
     def _keep(self, key: tuple[bytes, int], lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
         import heapq
 
-        weight = self.config.resources[key[1]].rules
-        if self.leases.pop(key, None) is not None:
-            self.rules -= weight
+        old = self.leases.pop(key, None)
+        self.rules -= old.rules if old else 0
         if lease is not None:
             self.leases[key] = lease
-            self.rules += weight
+            self.rules += lease.rules
             heapq.heappush(self.expiries, (lease.ends, key))
             if len(self.expiries) > 2 * len(self.leases) + 64:
                 self.expiries = [(lease.ends, key) for key, lease in self.leases.items()]
                 heapq.heapify(self.expiries)
+
+    def _revoke(self, key: tuple[bytes, int], reason: str) -> None:
+        """Forget a lease that is to end, or has been ended, without its client's asking."""
+        self._keep(key, None)
+        self.log("revoked", peer=address_text(key[0]), resource=f"{key[1]:08X}", reason=reason)
 
     def expire(self) -> None:
         """Forget the leases that have ended: the kernel sends no word of it."""
@@ -1588,9 +1768,112 @@ class Firewall:
         now = time.monotonic()
         while self.expiries and self.expiries[0][0] <= now:
             ends, key = heapq.heappop(self.expiries)
-            lease = self.leases.get(key)
-            if lease is not None and lease.ends == ends:
+            if key in self.leases and self.leases[key].ends == ends:
                 self._keep(key, None)
+
+    # -- healing ---------------------------------------------------------------
+
+    def watch(self) -> socket.socket:
+        """A socket that gets the kernel's nftables notifications; see on_notification()."""
+        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        for option in (SO_RCVBUFFORCE, socket.SO_RCVBUF):
+            try:
+                netlink.setsockopt(socket.SOL_SOCKET, option, NOTIFICATION_BUFFER)
+                break
+            except PermissionError:
+                continue  # "force" takes root in the first user namespace
+        netlink.setblocking(False)
+        netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
+        return netlink
+
+    def on_notification(self, netlink: socket.socket) -> None:
+        """Read what waits, and want a look if somebody else changed something of ours."""
+        while True:
+            try:
+                data = netlink.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                # ENOBUFS: the kernel has dropped some.
+                data = b""
+            if not data or any(self._is_foreign(*change) for change in read_changes(data)):
+                self.look_wanted = True
+                self.retry_at = min(self.retry_at, time.monotonic() + RETRY_S[0])
+
+    def _is_foreign(self, process_id: int, table: str, name: str) -> bool:
+        ours = table == self.config.table and (
+            not name or name in self.config.chains.values() or OUR_SET.fullmatch(name)
+        )
+        return bool(ours) and process_id not in self.process_ids
+
+    def _looked(self, failure: str, printed: bytes) -> None:
+        """Compare the kernel with what should be, and decide."""
+        if failure:
+            self.look_wanted = True
+            return self._cannot_heal(failure)
+        self.expire()
+        now = time.monotonic()
+        listing = read_listing(self.config, printed)
+        damage, revoked = differences(self.config, self.leases, listing, self.identities, now)
+        for key in revoked:
+            self._revoke(key, "by hand")
+        if damage:
+            self.identities = {}
+            self.rebuild_wanted = True
+            self.log("healing", reason=damage, leases=len(self.leases))
+        else:
+            self.identities = listing.identities
+            self.pause = RETRY_S[0]
+            if self.trouble:
+                self.trouble = ""
+                self.log("recovered", leases=len(self.leases))
+
+    def _rebuilt(self, failure: str, printed: bytes) -> None:
+        if failure:
+            self.rebuild_wanted = True
+            return self._cannot_heal(failure)
+        self.healed += 1
+        self.log("healed", leases=len(self.leases))
+        self.look_wanted = True
+
+    def _cannot_heal(self, failure: str) -> None:
+        if failure != self.trouble:
+            self.log("cannot-heal", reason=failure)
+        self.trouble = failure
+        self.retry_at = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, RETRY_S[1])
+
+
+# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
+NETLINK_NETFILTER = 12
+NFNLGRP_NFTABLES = 7
+NFNL_SUBSYS_NFTABLES = 10
+NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN, NFT_MSG_NEWGEN = 3, 5, 15
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
+
+
+def read_changes(data: bytes) -> Iterable[tuple[int, str, str]]:
+    """Who changed what, by nftables notifications: (process id, table, chain or set).
+
+    The name is "" for a change of the table itself. Sources: netlink(7), and the
+    headers above: attribute 1 is the table in all messages; 3 is the name of a
+    chain, 2 the chain of a rule, the name of a set, the set of elements.
+    """
+    while len(data) >= 20:
+        length, kind, _, _, process_id = struct.unpack_from("=IHHII", data)
+        message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
+        kind &= 0xFF
+        if kind == NFT_MSG_NEWGEN:
+            continue
+        names = {}
+        while len(message) >= 4:
+            size, attribute = struct.unpack_from("=HH", message)
+            names[attribute] = message[4:size].rstrip(b"\0").decode("ascii", "replace")
+            message = message[max((size + 3) & ~3, 4) :]
+        of_chain = kind in (NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN)
+        is_table = kind <= 2
+        yield process_id, names.get(1, ""), "" if is_table else names.get(3 if of_chain else 2, "")
 
 
 # ============================================================================
@@ -1603,7 +1886,7 @@ class Firewall:
 #
 # The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair:
 #
-#     network -> monitor   READY, MESSAGE, CLOSED
+#     network -> monitor   READY, MESSAGE_IN, CLOSED
 #     monitor -> network   SETTINGS (with the sockets), REPLY, LAST, CLOSE, PROVED
 #
 # The monitor trusts nothing in a record but its size.
@@ -1614,12 +1897,11 @@ class Firewall:
 RECORD = struct.Struct("!BBI16sHI20s56s")
 READY, MESSAGE_IN, CLOSED, SETTINGS, REPLY, LAST, CLOSE, PROVED = range(1, 9)
 TCP, UDP = 6, 17  # IP protocol numbers
-PROTOCOL_NAMES = {TCP: "tcp", UDP: "udp"}
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
-IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
+IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 NETWORK_COMMAND = "network-process"
 NETWORK_START_LIMIT_S = 10.0
-NETWORK_RESTART_S = (0.1, 30.0)  # the first pause before another one, and the longest
+NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 OUTBOX_LIMIT = 4096  # records that may wait for the network process
 ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
 
@@ -1636,15 +1918,6 @@ class Record(NamedTuple):
     local: bytes = bytes(20)
     payload: bytes = bytes(MESSAGE_SIZE)
 
-    def encode(self) -> bytes:
-        """The record's bytes."""
-        return RECORD.pack(*self)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Record:
-        """Raises struct.error unless data has the size of a record."""
-        return cls(*RECORD.unpack(data))
-
     @property
     def peer(self) -> bytes:
         """The peer's address in 4 or 16 bytes: an IPv4-mapped peer is an IPv4 client."""
@@ -1657,114 +1930,133 @@ def log(event: str, **fields: object) -> None:
     Values that are not plain words are quoted and escaped. Under systemd, which
     adds a time of its own, the line has none.
     """
-    words = [f"event={event}"]
-    for name, value in fields.items():
-        text = str(value)
-        plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", text)
-        words.append(f"{name}={text if plain else ascii(text)}")
-    if "JOURNAL_STREAM" not in os.environ:
-        words.insert(0, time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+    for name, value in {"event": event, **fields}.items():
+        plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
+        words.append(f"{name}={value if plain else ascii(str(value))}")
     print(*words, file=sys.stderr, flush=True)
 
 
-class ServerOptions(NamedTuple):
-    """What the command line says about the server."""
-
-    config_path: str
-    rundir: str
-    connections: int
-    prefix_connections: int
-    account: str  # the user that the network process becomes, "none" for no change
+def warn(text: str) -> None:
+    """Tell the user of something that is not right, but no reason to stop."""
+    print(f"letmein: warning: {text}", file=sys.stderr, flush=True)
 
 
 def control_sockets(config: Config) -> list[socket.socket]:
     """The sockets of the control port: for IPv6 and IPv4 in one, or for IPv4 where the
     kernel has no IPv6. Raises UserError if one cannot be had."""
+    import errno
+
     sockets = []
     for protocol in config.protocols:
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        try:
+        for family, any_address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
             try:
-                control = socket.socket(socket.AF_INET6, kind)
-                control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
-                control.bind(("::", config.port))
+                control = socket.socket(family, kind)
+                if family == socket.AF_INET6:
+                    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                if protocol == "tcp":
+                    control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                control.bind((any_address, config.port))
+                if protocol == "tcp":
+                    control.listen(1024)
+                sockets.append(control)
+                break
             except OSError as error:
-                import errno
-
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    raise
-                control = socket.socket(socket.AF_INET, kind)
-                control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
-                control.bind(("0.0.0.0", config.port))
-            if kind == socket.SOCK_STREAM:
-                control.listen(1024)
-        except OSError as error:
-            raise UserError(
-                f"cannot serve the control port {config.port}/{protocol}: {error.strerror}",
-                "does another server run already? (ss -lntup tells)",
-            ) from None
-        sockets.append(control)
+                no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+                if no_ipv6 and family == socket.AF_INET6:
+                    continue
+                problem = f"cannot serve the control port {config.port}/{protocol}"
+                hint = "does another server run already? 'ss -lntup' tells"
+                raise UserError(f"{problem}: {error.strerror}", hint) from None
     return sockets
 
 
-class Monitor:
-    """The privileged process, after its start. run() returns when it was told to stop."""
+def lock_table(rundir: str, config: Config) -> int:
+    """Make sure that no other server works on this table in this network namespace.
 
-    def __init__(self, config: Config, options: ServerOptions) -> None:
+    Returns the descriptor of the lock, which lasts as long as this process.
+    Raises UserError.
+    """
+    import fcntl
+
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    path = f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}.lock"
+    try:
+        lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = f"another server works on the table {config.family} {config.table} already"
+        raise UserError(problem, f"stop that one first; its lock is {path}") from None
+    except OSError as error:
+        hint = "run the server as root, or name a directory of yours with --rundir"
+        raise UserError(f"cannot write {path}: {error.strerror}", hint) from None
+    return lock
+
+
+class Monitor:
+    """The privileged process. run() returns when it was told to stop.
+
+    Args: config; arguments, of the command line: config, rundir, user,
+    num_connections, num_ip_connections.
+    """
+
+    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         from collections import deque
 
         self.config = config
-        self.options = options
+        self.arguments = arguments
+        self.lock = lock_table(arguments.rundir, config)
         self.sockets = control_sockets(config)
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read(8)
-        self.firewall = Firewall(find_nft(config.nft), config, boot)
+            self.firewall = Firewall(find_nft(config.nft), config, file.read(8), log)
         self.selector = selectors.DefaultSelector()
-        self.stopping = False
+        self.stopping = self.reload_wanted = False
 
         self.network: subprocess.Popen[bytes] | None = None
         self.link: socket.socket | None = None  # to the network process
         self.outbox: deque[bytes] = deque()
         self.restart_at: float | None = None
-        self.restart_pause = NETWORK_RESTART_S[0]
+        self.pause = NETWORK_PAUSE_S[0]
 
         self.handshakes: dict[int, ServerHandshake] = {}  # TCP, by connection number
         self.secret = os.urandom(32)  # of the UDP tokens of this run
-        self.window_s = max(config.control_timeout, 1.0)
         self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP token: since when, reply
 
     # -- start and stop ------------------------------------------------------
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
-        signals = self._catch_signals()
+        self._catch_signals()
         try:
-            check_ruleset(self.firewall.path, self.config)
+            check_kernel(self.firewall.path, self.config)
             self._start_network()
             self._await_network()
+            netlink = self.firewall.watch()
             self.firewall.open()
-            notify_systemd("READY=1")
-            log(
-                "ready",
-                port=f"{self.config.port}/{'+'.join(self.config.protocols)}",
-                table=f"{self.config.family}/{self.config.table}",
-                users=len(self.config.keys),
-                resources=len(self.config.resources),
+            self.selector.register(
+                netlink, selectors.EVENT_READ, lambda: self.firewall.on_notification(netlink)
             )
             try:
+                notify_systemd("READY=1")
+                self._log_ready("ready")
                 while not self.stopping:
                     self._turn()
             finally:
                 notify_systemd("STOPPING=1")
-                for problem in self.firewall.close():
-                    log("cleanup-failed", problem=problem)
+                self._stop_network()
+                self.firewall.close()
                 log("stopped")
         finally:
             self._stop_network()
-            signals.close()
 
-    def _catch_signals(self) -> socket.socket:
+    def _log_ready(self, event: str) -> None:
+        config = self.config
+        port = f"{config.port}/{'+'.join(config.protocols)}"
+        counts = {"users": len(config.keys), "resources": len(config.resources)}
+        log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _catch_signals(self) -> None:
         """Have signals wake the selector up, by way of a socket."""
         import signal
 
@@ -1776,17 +2068,15 @@ class Monitor:
             signal.signal(number, lambda *_: None)
 
         def on_signal() -> None:
-            for number in ours.recv(4096):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    self.stopping = True
+            numbers = ours.recv(4096)
+            self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
+            self.reload_wanted |= signal.SIGHUP in numbers
 
         self.selector.register(ours, selectors.EVENT_READ, on_signal)
-        return ours
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        deadlines = [self.firewall.deadline(), self.restart_at]
-        times = [deadline for deadline in deadlines if deadline is not None]
+        times = [at for at in (self.firewall.deadline(), self.restart_at) if at is not None]
         wait = max(min(times) - time.monotonic(), 0) if times else None
         for key, _ in self.selector.select(wait):
             key.data()
@@ -1794,66 +2084,116 @@ class Monitor:
             self._lose_network(f"it ended with status {self.network.returncode}")
         if self.restart_at is not None and time.monotonic() >= self.restart_at:
             self._start_network()
+        if self.reload_wanted:
+            self.reload_wanted = False
+            self._reload()
         self.firewall.advance()
         self._flush()
+
+    def _reload(self) -> None:
+        """Take over the configuration file anew, or say why not and go on as before."""
+        notify_systemd("RELOADING=1")
+        old = self.config
+        try:
+            config = read_config(old.path, server=True)
+            for warning in config.warnings:
+                warn(warning)
+            for name in ("nft", "family", "table", "chains", "seccomp"):
+                if getattr(config, name) != getattr(old, name):
+                    log("restart-wanted", option=name, reason="it cannot change while running")
+                    config = config._replace(**{name: getattr(old, name)})
+            same_port = (config.port, config.protocols) == (old.port, old.protocols)
+            sockets = self.sockets if same_port else control_sockets(config)
+            self.firewall.reconfigure(config)
+        except UserError as error:
+            log("reload-failed", reason=error.problem, hint=error.hint)
+        else:
+            # A handshake whose key or resource has changed cannot go on.
+            for handshake in self.handshakes.values():
+                user, resource = handshake.user, handshake.resource
+                if old.keys.get(user) != config.keys.get(user) or (
+                    old.resources.get(resource) != config.resources.get(resource)
+                ):
+                    handshake.state = ENDED
+            self.config, self.sockets = config, sockets
+            self._send_settings()
+            self._log_ready("reloaded")
+        notify_systemd("READY=1")
 
     # -- the network process -------------------------------------------------
 
     def _start_network(self) -> None:
+        """Start it with its end of the link as standard input, and nothing else of ours.
+
+        It starts from the compiled form of this program, as it runs here: so it is the same
+        program even if the file has been replaced, and need not compile it again (6 MB).
+        """
+        import marshal
         import subprocess
 
         self.restart_at = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        with theirs:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link.setblocking(False)
+        with theirs, os.fdopen(os.memfd_create("letmein-program"), "w+b") as program:
+            program.write(marshal.dumps(PROGRAM))
+            program.seek(0)
+            start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
             self.network = subprocess.Popen(
-                [sys.executable, "-I", os.path.abspath(__file__), NETWORK_COMMAND],
+                [sys.executable, "-I", "-c", start, NETWORK_COMMAND],
                 stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
+                stdout=program,
                 cwd="/",
                 env={},
             )
-        self.link = ours
-        self.selector.register(ours, selectors.EVENT_READ, self._on_link)
-        settings = SETTINGS_PAYLOAD.pack(
-            self.config.control_timeout, self.options.connections, self.options.prefix_connections
-        )
-        account = self.options.account.encode()[: MESSAGE_SIZE - len(settings)]
-        payload = (settings + account).ljust(MESSAGE_SIZE, b"\0")
-        record = Record(SETTINGS, payload=payload).encode()
-        socket.send_fds(ours, [record], [control.fileno() for control in self.sockets])
+        self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
+        self._send_settings()
+
+    def _send_settings(self) -> None:
+        if self.link is None:
+            return
+        limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
+        payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout, *limits)
+        payload += self.arguments.user.encode()
+        record = RECORD.pack(*Record(SETTINGS, payload=payload))
+        try:
+            socket.send_fds(self.link, [record], [control.fileno() for control in self.sockets])
+        except OSError as error:
+            self._lose_network(f"it takes no settings: {error.strerror}")
 
     def _await_network(self) -> None:
         """Wait at the start until the network process is ready. Raises UserError."""
-        assert self.link is not None and self.network is not None
         import select
 
+        assert self.link is not None
         readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
-        data = self.link.recv(RECORD.size) if readable else b""
-        if not data or Record.decode(data).kind != READY:
-            raise UserError(
-                "the network process did not start",
-                "it has said why above; --user none runs it without a change of user",
-            )
+        if not readable or self.link.recv(RECORD.size)[:1] != bytes([READY]):
+            hint = "it has said why above"
+            raise UserError("the network process did not start", hint)
 
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause."""
-        log("network-process-lost", reason=reason, pause=f"{self.restart_pause:g}")
+        log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
         self._stop_network()
         self.handshakes.clear()
         self.outbox.clear()
-        self.restart_at = time.monotonic() + self.restart_pause
-        self.restart_pause = min(self.restart_pause * 2, NETWORK_RESTART_S[1])
+        self.restart_at = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
     def _stop_network(self) -> None:
+        """It ends by itself when its link closes; one that does not is killed."""
+        import subprocess
+
         if self.link is not None:
             if self.link in self.selector.get_map():
                 self.selector.unregister(self.link)
             self.link.close()
             self.link = None
         if self.network is not None:
-            self.network.kill()
-            self.network.wait()
+            try:
+                self.network.wait(1)
+            except subprocess.TimeoutExpired:
+                self.network.kill()
+                self.network.wait()
             self.network = None
 
     def _on_link(self) -> None:
@@ -1869,10 +2209,10 @@ class Monitor:
                 return self._lose_network(error.strerror or "")
             if len(data) != RECORD.size:
                 return self._lose_network("it closed its end" if not data else "a bad record")
-            self._receive(Record.decode(data))
+            self._receive(Record(*RECORD.unpack(data)))
 
     def _send(self, record: Record) -> None:
-        self.outbox.append(record.encode())
+        self.outbox.append(RECORD.pack(*record))
         if len(self.outbox) > OUTBOX_LIMIT:
             self._lose_network("it reads no more")
 
@@ -1897,7 +2237,7 @@ class Monitor:
     def _receive(self, record: Record) -> None:
         """See to one record from the network process."""
         if record.kind == READY:
-            self.restart_pause = NETWORK_RESTART_S[0]
+            self.pause = NETWORK_PAUSE_S[0]
         elif record.kind == CLOSED:
             self.handshakes.pop(record.connection, None)
         elif record.kind == MESSAGE_IN and record.protocol == TCP:
@@ -1906,8 +2246,13 @@ class Monitor:
             self._receive_udp(record)
 
     def _handshake(self, new_token: Callable[[int, int, int], bytes]) -> ServerHandshake:
-        config = self.config
-        return ServerHandshake(config.error_policy, config.keys.get, config.objection, new_token)
+        # Key and rights are those of the configuration that is in force when they are asked for.
+        return ServerHandshake(
+            self.config.error_policy,
+            lambda user: self.config.keys.get(user),
+            lambda user, resource: self.config.objection(user, resource),
+            new_token,
+        )
 
     def _receive_tcp(self, record: Record) -> None:
         """A connection has a handshake of its own, from its first message to its last."""
@@ -1922,114 +2267,105 @@ class Monitor:
             self._send(record._replace(kind=PROVED))
             self._change(handshake, record, lambda reply: self._end(record, reply))
         else:
-            self._refuse(handshake, record, step)
+            self._log_peer(step.verdict, handshake, record, step.reason)
             self._end(record, step.reply)
 
     def _end(self, record: Record, reply: bytes) -> None:
         """Send the last message of a TCP connection, if there is one, and close it."""
-        self.handshakes.pop(record.connection, None)
-        if reply:
-            self._send(record._replace(kind=LAST, payload=reply))
-        else:
-            self._send(record._replace(kind=CLOSE))
+        if self.handshakes.pop(record.connection, None) is not None:
+            self._send(
+                record._replace(kind=LAST if reply else CLOSE, payload=reply or record.payload)
+            )
 
     def _receive_udp(self, record: Record) -> None:
         """No state before full authentication: the challenge token is derived from a secret
-        of this run, a time window, the peer and the request, so a repeated KNOCK gets the
-        same CHALLENGE, and a RESPONSE is checked against the tokens that were possible."""
+        of this run, a time window, the peer, the request, and what the configuration says
+        of it. So a repeated KNOCK gets the same CHALLENGE, and a RESPONSE is checked
+        against the tokens that were possible."""
         now = time.monotonic()
-        window = int(now / self.window_s)
+        window_s = max(self.config.control_timeout, 1.0)
+        window = int(now / window_s)
 
         def token(operation: int, user: int, resource: int, window: int = window) -> bytes:
             text = struct.pack("!QHIII", window, record.port, operation, user, resource)
-            return hmac.digest(self.secret, text + record.address, "sha3_256")
+            rules = repr((self.config.resources.get(resource), self.config.keys.get(user)))
+            return hmac.digest(self.secret, text + record.address + rules.encode(), "sha3_256")
 
-        handshake = self._handshake(token)
+        def answer(reply: bytes) -> None:
+            if reply:
+                self._send(record._replace(kind=REPLY, payload=reply))
+
         try:
             message = Message.decode(record.payload)
         except ProtocolError:
             return
+        handshake = self._handshake(token)
         if message.operation == RESPONSE:
-            user, resource = message.user, message.resource
-            tokens = [
-                (operation, token(operation, user, resource, past))
-                for past in (window, window - 1)
-                for operation in (KNOCK, REVOKE)
-            ]
-            handshake.expect_response(user, resource, tokens)
+            ids = (message.user, message.resource)
+            pairs = [(asked, w) for asked in (KNOCK, REVOKE) for w in (window, window - 1)]
+            handshake.expect_response(*ids, [(asked, token(asked, *ids, w)) for asked, w in pairs])
         step = handshake.receive(record.payload)
         if step.verdict != GRANT:
-            if step.verdict == REFUSE:
-                self._refuse(handshake, record, step)
-            if step.reply:
-                self._send(record._replace(kind=REPLY, payload=step.reply))
-            return
+            self._log_peer(step.verdict, handshake, record, step.reason)
+            return answer(step.reply)
 
         for old, (since, _) in list(self.accepted.items()):
-            if now - since < 2 * self.window_s:
+            if now - since < 2 * window_s:
                 break
             del self.accepted[old]
         answered = handshake.answered
         if answered in self.accepted:
             # A repeated RESPONSE changes nothing, and gets the same reply once it is there.
-            reply = self.accepted[answered][1]
-            if reply:
-                self._send(record._replace(kind=REPLY, payload=reply))
-            return
-        if len(self.accepted) >= ACCEPTED_LIMIT:
-            return
-        self.accepted[answered] = (now, b"")
+            return answer(self.accepted[answered][1])
+        if len(self.accepted) < ACCEPTED_LIMIT:
+            self.accepted[answered] = (now, b"")
 
-        def finish(reply: bytes) -> None:
-            self.accepted[answered] = (now, reply)
-            if reply:
-                self._send(record._replace(kind=REPLY, payload=reply))
+            def finish(reply: bytes) -> None:
+                self.accepted[answered] = (now, reply)
+                answer(reply)
 
-        self._change(handshake, record, finish)
+            self._change(handshake, record, finish)
 
     def _change(
         self, handshake: ServerHandshake, record: Record, finish: Callable[[bytes], None]
     ) -> None:
         """Have the firewall do what the peer asked for, then finish with the last message."""
-        ids = {"user": f"{handshake.user:08X}", "resource": f"{handshake.resource:08X}"}
-        event = "granted" if handshake.operation == KNOCK else "revoked"
+        ids = (handshake.resource, handshake.user)
 
         def done(problem: str) -> None:
-            if problem:
-                log("failed", **peer_fields(record), **ids, reason=problem)
-            else:
-                log(event, **peer_fields(record), **ids)
+            event = "granted" if handshake.operation == KNOCK else "revoked"
+            self._log_peer("failed" if problem else event, handshake, record, problem)
             finish(handshake.finish(not problem))
 
-        self.firewall.submit(
-            Change(handshake.operation, record.peer, handshake.resource, handshake.user, done)
-        )
+        now = time.monotonic()
+        self.firewall.submit(Change(handshake.operation, record.peer, *ids, done, now))
 
-    def _refuse(self, handshake: ServerHandshake, record: Record, step: Step) -> None:
-        """Log why a peer was refused. What is no letmein message is not worth a line."""
-        if step.verdict == REFUSE:
-            ids = {"user": f"{handshake.user:08X}", "resource": f"{handshake.resource:08X}"}
-            log("refused", **peer_fields(record), **ids, reason=step.reason)
-
-
-def peer_fields(record: Record) -> dict[str, str]:
-    """The peer, for the log."""
-    return {
-        "peer": address_text(record.peer),
-        "proto": PROTOCOL_NAMES.get(record.protocol, "?"),
-    }
+    def _log_peer(
+        self, event: str, handshake: ServerHandshake, record: Record, reason: str
+    ) -> None:
+        """One line on what became of a peer's request."""
+        fields = {
+            "peer": address_text(record.peer),
+            "proto": "tcp" if record.protocol == TCP else "udp",
+            "user": f"{handshake.user:08X}",
+            "resource": f"{handshake.resource:08X}",
+            "reason": reason,
+        }
+        if event in (REFUSE, "failed", "granted", "revoked"):
+            log(event, **{name: value for name, value in fields.items() if value})
 
 
 def notify_systemd(state: str) -> None:
     """Tell systemd about our state, if it asked for it; see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
+        if state == "RELOADING=1":
+            state += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             try:
-                notify.connect("\0" + path[1:] if path[0] == "@" else path)
-                notify.send(state.encode())
+                notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
             except OSError as error:
-                log("notify-failed", problem=error.strerror)
+                log("notify-failed", reason=error.strerror)
 
 
 # ============================================================================
@@ -2042,6 +2378,7 @@ def notify_systemd(state: str) -> None:
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
+LISTENERS_LIMIT = 16
 PROVED_LIMIT_S = 60.0  # a peer that waits for the firewall is given up after this
 
 
@@ -2074,45 +2411,47 @@ def prefix_of(address: bytes) -> bytes:
 class Network:
     """The network process's loop, after it has given up its privileges.
 
-    Args:
-        link: the socketpair to the monitor.
-        timeout: control-timeout in seconds, for a whole handshake.
-        limit, prefix_limit: TCP connections at once, in all and by prefix.
+    Args: link, the socketpair to the monitor; payload and listeners, of SETTINGS.
     """
 
     def __init__(
-        self,
-        link: socket.socket,
-        listeners: Sequence[socket.socket],
-        timeout: float,
-        limit: int,
-        prefix_limit: int,
+        self, link: socket.socket, payload: bytes, listeners: Sequence[socket.socket]
     ) -> None:
         from collections import deque
 
         self.link = link
-        self.timeout = timeout
-        self.limit = limit
-        self.prefix_limit = prefix_limit
         self.outbox: deque[bytes] = deque()
         # By number, oldest first; peers that have proved themselves wait apart.
         self.connections: dict[int, Connection] = {}
         self.proved: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
         self.number = 0
-        self.datagrams: list[socket.socket] = []
+        self.listeners: list[socket.socket] = []
         self.selector = selectors.DefaultSelector()
         self.selector.register(link, selectors.EVENT_READ, self._on_link)
-        for listener in listeners:
+        link.setblocking(False)
+        self._settle(payload, listeners)
+        self._send(Record(READY))
+
+    def _settle(self, payload: bytes, listeners: Sequence[socket.socket]) -> None:
+        """Go on with new settings and sockets; connections stay."""
+        for listener in self.listeners:
+            self.selector.unregister(listener)
+            listener.close()
+        self.listeners = list(listeners)
+        self.timeout, self.limit, self.prefix_limit = SETTINGS_PAYLOAD.unpack_from(payload)
+        for number, listener in enumerate(listeners):
             listener.setblocking(False)
             if listener.type == socket.SOCK_STREAM:
-                self.selector.register(
-                    listener, selectors.EVENT_READ, lambda listener=listener: self._accept(listener)
-                )
+                serve = functools.partial(self._accept, listener)
             else:
-                self._serve_datagrams(listener)
-        link.setblocking(False)
-        self._send(Record(READY))
+                serve = functools.partial(self._receive, listener, number)
+                # Hosts have more than one address: ask for the one that a datagram came to
+                # (RFC 3542, section 6.1; ip(7)), to answer from it.
+                ipv6 = listener.family == socket.AF_INET6
+                level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
+                listener.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
+            self.selector.register(listener, selectors.EVENT_READ, serve)
 
     def run(self) -> None:
         """Serve until the monitor is gone."""
@@ -2139,7 +2478,7 @@ class Network:
     # -- the monitor ---------------------------------------------------------
 
     def _send(self, record: Record) -> None:
-        self.outbox.append(record.encode())
+        self.outbox.append(RECORD.pack(*record))
         self._flush()
 
     def _flush(self) -> None:
@@ -2154,17 +2493,18 @@ class Network:
 
     def _on_link(self) -> None:
         try:
-            data = self.link.recv(RECORD.size)
+            data, descriptors, _, _ = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         if not data:
-            raise SystemExit(0)
-        record = Record.decode(data)
+            raise SystemExit(0)  # the monitor is gone
+        record = Record(*RECORD.unpack(data))
+        if record.kind == SETTINGS:
+            return self._settle(record.payload, [socket.socket(fileno=fd) for fd in descriptors])
         if record.protocol == UDP:
-            self._answer(record)
-            return
+            return self._answer(record)
         connection = self.connections.get(record.connection) or self.proved.get(record.connection)
         if connection is None:
             return
@@ -2227,9 +2567,8 @@ class Network:
 
     def _listen_to(self, connection: Connection) -> None:
         connection.reading = True
-        self.selector.register(
-            connection.socket, selectors.EVENT_READ, lambda: self._read(connection)
-        )
+        read = functools.partial(self._read, connection)
+        self.selector.register(connection.socket, selectors.EVENT_READ, read)
 
     def _pause(self, connection: Connection) -> None:
         """Read no more until the monitor has answered: one message at a time."""
@@ -2256,17 +2595,8 @@ class Network:
             except ProtocolError:
                 return self._close(connection)
             self._pause(connection)
-            self._send(
-                Record(
-                    MESSAGE_IN,
-                    TCP,
-                    connection.number,
-                    connection.address,
-                    connection.port,
-                    connection.scope,
-                    payload=payload,
-                )
-            )
+            name = (connection.address, connection.port, connection.scope)
+            self._send(Record(MESSAGE_IN, TCP, connection.number, *name, payload=payload))
 
     def _forget(self, connection: Connection) -> None:
         """Take a connection out of the competition for slots."""
@@ -2286,19 +2616,6 @@ class Network:
 
     # -- UDP -----------------------------------------------------------------
 
-    def _serve_datagrams(self, listener: socket.socket) -> None:
-        """Hosts have more than one address: ask for the one that a datagram came to
-        (RFC 3542, section 6.1), to answer from it."""
-        if listener.family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        else:
-            listener.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-        self.datagrams.append(listener)
-        number = len(self.datagrams) - 1
-        self.selector.register(
-            listener, selectors.EVENT_READ, lambda: self._receive(listener, number)
-        )
-
     def _receive(self, listener: socket.socket, number: int) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -2316,9 +2633,9 @@ class Network:
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
-        if record.connection >= len(self.datagrams):
+        if record.connection >= len(self.listeners):
             return
-        listener = self.datagrams[record.connection]
+        listener = self.listeners[record.connection]
         name: tuple[Any, ...]
         if listener.family == socket.AF_INET6:
             name = (socket.inet_ntop(socket.AF_INET6, record.address), record.port, 0, record.scope)
@@ -2389,15 +2706,12 @@ def network_process() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
     link = socket.socket(fileno=0)
-    data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, 16)
-    if not data:
-        return
-    payload = Record.decode(data).payload
-    timeout, limit, prefix_limit = SETTINGS_PAYLOAD.unpack_from(payload)
-    account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
-    listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-    enter_sandbox(account, limit)
-    Network(link, listeners, timeout, limit, prefix_limit).run()
+    data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
+    if data:
+        payload = Record(*RECORD.unpack(data)).payload
+        account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
+        enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1])
+        Network(link, payload, [socket.socket(fileno=fd) for fd in descriptors]).run()
 
 
 # ============================================================================
@@ -2405,29 +2719,22 @@ def network_process() -> None:
 # ============================================================================
 
 
-def status_rows(config: Config, objects: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def status_rows(listing: Listing) -> list[dict[str, Any]]:
     """The leases in a listing of our table, as `status --json` prints them."""
     rows = []
-    for item in objects:
-        found = item.get("set", {})
-        name = re.fullmatch(r"letmein-(?:[0-9A-F]{8}-)?[46]", found.get("name", ""))
-        for wrapped in found.get("elem", []) if name else []:
-            element = wrapped.get("elem", {}) if isinstance(wrapped, dict) else {}
-            comment = COMMENT.fullmatch(element.get("comment", ""))
-            key = element.get("val", "")
-            parts = key["concat"] if isinstance(key, dict) else [key, None, None]
-            rows.append(
-                {
-                    "address": parts[0],
-                    "protocol": parts[1],
-                    "port": parts[2],
-                    "resource": comment[2] if comment else None,
-                    "user": comment[1] if comment else None,
-                    "seconds_left": element.get("expires"),
-                    "packets": element.get("counter", {}).get("packets"),
-                    "bytes": element.get("counter", {}).get("bytes"),
-                }
-            )
+    for (name, key), element in listing.elements.items():
+        if not name.endswith("-gate"):
+            address, protocol, port = (*key.split(" . "), None, None)[:3]
+            comment = COMMENT.fullmatch(str(element.get("comment")))
+            row = {
+                "address": address,
+                "protocol": protocol,
+                "port": port and int(port),
+                "resource": comment[2] if comment else None,
+                "user": comment[1] if comment else None,
+                "seconds_left": element.get("expires"),
+            }
+            rows.append({**row, **element.get("counter", {})})
     return sorted(rows, key=lambda row: (row["address"], row["port"] or 0, str(row["resource"])))
 
 
@@ -2441,55 +2748,33 @@ def time_text(seconds: int) -> str:
 
 def status(config: Config, as_json: bool) -> int:
     """Print who holds what, as the kernel has it."""
-    rows = status_rows(config, list_table(find_nft(config.nft), config))
+    rows = status_rows(list_table(find_nft(config.nft), config))
     if as_json:
         import json
 
-        print(json.dumps({"family": config.family, "table": config.table, "leases": rows}, indent=1))
-        return 0
-    if not rows:
+        table = {"family": config.family, "table": config.table}
+        print(json.dumps({**table, "leases": rows}, indent=1))
+    elif not rows:
         print("nobody holds a lease: all ports are shut")
-        return 0
-    print(f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>7} {'PACKETS':>10}")
-    for row in rows:
+    else:
+        print(f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}")
+    for row in rows if not as_json else ():
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
         left = "for ever" if row["seconds_left"] is None else time_text(row["seconds_left"])
-        packets = "-" if row["packets"] is None else row["packets"]
-        print(f"{row['address']:<39} {what:<9} {row['user'] or '?':<8} {left:>7} {packets:>10}")
+        user, packets = row["user"] or "?", row.get("packets", "-")
+        print(f"{row['address']:<39} {what:<9} {user:<8} {left:>8} {packets:>10}")
     return 0
 
 
 def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
-    script = check_ruleset(find_nft(config.nft), config)
-    print(script, end="")
+    check_kernel(find_nft(config.nft), config)
+    print(ruleset_script(config, [], 0, ""), end="")
     for user in config.keys:
-        allowed = [
-            f"{resource} ({time_text(int(resource.timeout))})"
-            for resource in config.resources.values()
-            if not config.objection(user, resource.identifier)
-        ]
-        print(f"# user {user:08X} may knock for: {', '.join(allowed) or 'nothing'}")
+        mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
+        may = ", ".join(f"{r} for {time_text(int(r.timeout))}" for r in mine)
+        print(f"# user {user:08X} may open: {may or 'nothing'}")
     print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
-    return 0
-
-
-def server(arguments: argparse.Namespace, config: Config) -> int:
-    """Run the server, or --check what it would do."""
-    if not sys.platform.startswith("linux"):
-        raise UserError("the server needs Linux", "only the client runs elsewhere")
-    if arguments.check:
-        return check(config)
-    options = ServerOptions(
-        config.path,
-        arguments.rundir,
-        arguments.num_connections,
-        arguments.num_ip_connections,
-        arguments.user or "letmeind",
-    )
-    if options.account == "none":
-        log("warning", text="--user none: the network process keeps all the rights it has")
-    Monitor(config, options).run()
     return 0
 
 
@@ -2509,17 +2794,16 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return parse(text)
         except Unfit as unfit:
-            raise argparse.ArgumentTypeError(f"{unfit.problem}; expected: {unfit.expected}") from None
+            raise argparse.ArgumentTypeError(f"{unfit.problem}; expected: {unfit.hint}") from None
 
     return convert
 
 
-def parse_port(text: str) -> int:
-    """A port number from 1 to 65535."""
-    port = parse_number(text, 65535)
-    if port == 0:
-        raise Unfit("port 0 is nobody's port", "a port from 1 to 65535")
-    return port
+def parse_account(text: str) -> str:
+    """A user's name, or none."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", text):
+        raise Unfit(f"{shown(text)} is no user's name", "a name such as letmeind, or none")
+    return text
 
 
 def parse_slots(text: str) -> int:
@@ -2589,7 +2873,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    command.add_argument("--user", metavar="NAME", help="of the network process, or none")
+    account = argument_type(parse_account)
+    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)
@@ -2612,16 +2897,21 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     config = read_config(path, is_server)
     for warning in config.warnings:
-        print(f"letmein: warning: {warning}", file=sys.stderr)
+        warn(warning)
     if arguments.dns or arguments.dns_crypt:
-        print("letmein: warning: --dns is obsolete; the system resolves names", file=sys.stderr)
+        warn("--dns and --dns-crypt are obsolete; the system resolves names")
     if (arguments.seccomp or config.seccomp) != "off" and arguments.command != "status":
         raise UserError(
             f"seccomp={arguments.seccomp or config.seccomp}: this version has no seccomp filter",
             "set seccomp = off in [GENERAL], or --seccomp off",
         )
+    if arguments.command == "server" and arguments.check:
+        return check(config)
     if arguments.command == "server":
-        return server(arguments, config)
+        if arguments.user == "none":
+            warn("--user none: the network process keeps all the rights that the server has")
+        Monitor(config, arguments).run()
+        return 0
     if arguments.command == "status":
         return status(config, arguments.json)
 
