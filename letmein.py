@@ -47,7 +47,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long
 if TYPE_CHECKING:
     import argparse
     import subprocess
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple
 else:
 
@@ -73,6 +73,11 @@ class UserError(Exception):
         super().__init__(problem)
         self.problem = problem
         self.hint = hint
+
+
+def warn(text: str) -> None:
+    """Tell the user of something that is not right, but no reason to stop."""
+    print(f"letmein: warning: {text}", file=sys.stderr, flush=True)
 
 
 # ============================================================================
@@ -229,18 +234,8 @@ NO_AUTH, BASIC_AUTH, FULL_AUTH = range(3)
 POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
 # Which operations a server handshake takes in which state.
-EXPECT_REQUEST, EXPECT_RESPONSE, AUTHENTICATED, ENDED = (
-    "expect request",
-    "expect response",
-    "authenticated",
-    "ended",
-)
-ALLOWED: Mapping[str, tuple[int, ...]] = {
-    EXPECT_REQUEST: (KNOCK, REVOKE),
-    EXPECT_RESPONSE: (RESPONSE,),
-    AUTHENTICATED: (),
-    ENDED: (),
-}
+EXPECT_REQUEST, EXPECT_RESPONSE, AUTHENTICATED, ENDED = range(4)
+ALLOWED = {EXPECT_REQUEST: (KNOCK, REVOKE), EXPECT_RESPONSE: (RESPONSE,), AUTHENTICATED: (), ENDED: ()}
 
 # Verdicts of ServerHandshake.receive().
 DROP = "drop"  # no letmein message: end it without a word
@@ -308,11 +303,8 @@ class ServerHandshake:
     def _request(self, message: Message) -> Step:
         self.operation, self.user, self.resource = message[:3]
         key = self.key_of(self.user)
-        proved = message.proves(key or self.NOBODYS_KEY, NO_TOKEN)
-        if key is None:
-            return self._refuse("unknown user")
-        if not proved:
-            return self._refuse("wrong key")
+        if not message.proves(key or self.NOBODYS_KEY, NO_TOKEN) or key is None:
+            return self._refuse("wrong key" if key else "unknown user")
         self.proved = BASIC_AUTH
         objection = self.objection(self.user, self.resource)
         if objection:
@@ -324,7 +316,7 @@ class ServerHandshake:
     def expect_response(self, user: int, resource: int, tokens: list[tuple[int, bytes]]) -> None:
         """Go on as if a request had come in and been answered with one of these tokens.
 
-        This is how a server keeps no state for UDP: it derives the tokens anew.
+        This is how a server can do without state: it derives the tokens anew.
         """
         self.user, self.resource, self.tokens = user, resource, tokens
         self.state = EXPECT_RESPONSE
@@ -333,11 +325,9 @@ class ServerHandshake:
         if (message.user, message.resource) != (self.user, self.resource):
             return self._refuse("other ids in the RESPONSE than in the request")
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(self.user)
-        answered = [
-            pair for pair in self.tokens if message.proves(key or self.NOBODYS_KEY, pair[1])
-        ]
-        if key is None or not answered:
+        key = self.key_of(self.user) or self.NOBODYS_KEY
+        answered = [pair for pair in self.tokens if message.proves(key, pair[1])]
+        if key == self.NOBODYS_KEY or not answered:
             return self._refuse("wrong RESPONSE")
         self.operation, self.answered = answered[0]
         self.proved = FULL_AUTH
@@ -764,9 +754,9 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         resource = parsed("RESOURCES", option, parse)
         resources[resource.identifier] = resource
 
+    chains = {hook: values["NFTABLES", f"chain-{hook}"] for hook in HOOKS}
     port, protocols = values["GENERAL", "port"]
     policy = values["GENERAL", "control-error-policy"]
-    chains = {hook: values["NFTABLES", f"chain-{hook}"] for hook in HOOKS}
     config = Config(
         path=path,
         warnings=(),
@@ -865,135 +855,111 @@ def default_config_path(name: str) -> str:
 
 
 class Attempt:
-    """One handshake with one address, over one socket that never blocks.
+    """One handshake with one address. Straight-line code that gives way at each wait.
 
-    Args:
-        address: as socket.getaddrinfo gives it: family and socket address.
-        protocol: "tcp" or "udp".
-        timeout: in seconds, for each wait (control-timeout).
+    Args: sockaddr, as socket.getaddrinfo gives it; protocol, "tcp" or "udp"; timeout, in
+    seconds, for each message (control-timeout). After the end, error is None for success.
     """
 
     def __init__(
         self,
         handshake: ClientHandshake,
-        address: tuple[int, tuple[Any, ...]],
+        family: int,
+        sockaddr: tuple[Any, ...],
         protocol: str,
         timeout: float,
     ) -> None:
         self.handshake = handshake
-        self.family, self.sockaddr = address
+        self.family = family
+        self.sockaddr = sockaddr
         self.protocol = protocol
         self.timeout = timeout
-        self.socket: socket.socket | None = None
-        self.received = b""
-        self.error: UserError | None = None
+        self.address = str(sockaddr[0])
         self.deadline = time.monotonic() + timeout
+        self.error: UserError | None = None
+        self.waits = self._run()
 
-    @property
-    def label(self) -> str:
-        """The address as a person writes it."""
-        return str(self.sockaddr[0])
-
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """Open the socket and begin to connect."""
+    def _run(self) -> Generator[tuple[socket.socket, int], None, None]:
+        """The handshake; yields the socket and the selectors.EVENT_* to wait for."""
         kind = socket.SOCK_STREAM if self.protocol == "tcp" else socket.SOCK_DGRAM
-        try:
-            self.socket = socket.socket(self.family, kind)
-            self.socket.setblocking(False)
+        with socket.socket(self.family, kind) as peer:
+            peer.setblocking(False)
             if self.protocol == "tcp":
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            selector.register(self.socket, selectors.EVENT_WRITE, self)
-            self.socket.connect(self.sockaddr)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.fail(selector, f"cannot reach {self.label}: {error.strerror}")
-
-    def advance(self, selector: selectors.BaseSelector, events: int) -> None:
-        """Go on after the selector has said that the socket is ready."""
-        assert self.socket is not None
-        try:
-            if events & selectors.EVENT_WRITE:
-                number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                peer.connect(self.sockaddr)
+            except BlockingIOError:
+                yield peer, selectors.EVENT_WRITE
+                number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number:
-                    raise OSError(number, os.strerror(number))
-                self.socket.send(self.handshake.request)
-                selector.modify(self.socket, selectors.EVENT_READ, self)
-            else:
-                self._read(selector)
-        except BlockingIOError:
-            return
+                    raise OSError(number, os.strerror(number)) from None
+            message = self.handshake.request
+            while not self.handshake.done:
+                peer.send(message)
+                self.deadline = time.monotonic() + self.timeout
+                received = b""
+                while len(received) < MESSAGE_SIZE:
+                    yield peer, selectors.EVENT_READ
+                    if self.protocol == "tcp":
+                        data = peer.recv(MESSAGE_SIZE - len(received))
+                        received += data
+                        if not data:
+                            raise ProtocolError("the server closed the connection unanswered")
+                    else:
+                        data = peer.recv(MESSAGE_SIZE + 1)
+                        received = data if len(data) == MESSAGE_SIZE else b""
+                message = self.handshake.receive(received)
+
+    def advance(self) -> tuple[socket.socket, int] | None:
+        """Go on until the next wait; None at the end, with error set if it failed."""
+        hint = "is the server running, and is its control port open for everybody?"
+        try:
+            return next(self.waits, None)
         except Refused as error:
-            hint = "check that key, user and resource are the same there; its log says more"
-            self.fail(selector, f"{self.label}: {error}", hint)
+            hint = "are key, user and resource the same there? the server's log says more"
+            self.error = UserError(f"{self.address}: {error}", hint)
         except ProtocolError as error:
-            self.fail(selector, f"{self.label}: {error}", "is that a letmein server's port?")
+            self.error = UserError(f"{self.address}: {error}", "is a letmein server there?")
         except OSError as error:
-            hint = "is the server running, and is its control port open for everybody?"
-            self.fail(selector, f"cannot talk to {self.label}: {error.strerror}", hint)
-        self.deadline = time.monotonic() + self.timeout
+            self.error = UserError(f"cannot talk to {self.address}: {error.strerror}", hint)
+        return None
 
-    def _read(self, selector: selectors.BaseSelector) -> None:
-        assert self.socket is not None
-        if self.protocol == "udp":
-            self.received = self.socket.recv(MESSAGE_SIZE + 1)
-            if len(self.received) != MESSAGE_SIZE:
-                return
-        else:
-            data = self.socket.recv(MESSAGE_SIZE - len(self.received))
-            if not data:
-                raise ProtocolError("the server closed the connection without an answer")
-            self.received += data
-            if len(self.received) < MESSAGE_SIZE:
-                return
-        reply = self.handshake.receive(self.received)
-        self.received = b""
-        if reply:
-            self.socket.send(reply)
-        if self.handshake.done:
-            self.close(selector)
-
-    def fail(self, selector: selectors.BaseSelector, problem: str, hint: str = "") -> None:
-        """End the attempt without success."""
-        self.error = UserError(problem, hint)
-        self.close(selector)
-
-    def close(self, selector: selectors.BaseSelector) -> None:
-        """Free the socket; the attempt is over."""
-        if self.socket is not None:
-            if self.socket.fileno() in selector.get_map():
-                selector.unregister(self.socket)
-            self.socket.close()
-            self.socket = None
+    def give_up(self) -> None:
+        """The time is up."""
+        self.waits.close()
+        self.error = UserError(
+            f"no answer from {self.address} over {self.protocol} within {self.timeout:g} s",
+            "is the server running, are control port and protocol right (-P, -T, -U), "
+            "and does no firewall drop it on the way?",
+        )
 
 
-def run_attempts(attempts: Sequence[Attempt]) -> None:
-    """Pump all attempts until each has succeeded or has its error set."""
+def run_attempts(attempts: Iterable[Attempt]) -> None:
+    """Pump all attempts at the same time until each has ended."""
     with selectors.DefaultSelector() as selector:
-        for attempt in attempts:
-            attempt.start(selector)
-        while True:
-            pending = [attempt for attempt in attempts if attempt.socket is not None]
-            if not pending:
-                return
-            wait = min(attempt.deadline for attempt in pending) - time.monotonic()
-            for key, events in selector.select(max(wait, 0)):
-                key.data.advance(selector, events)
-            for attempt in pending:
-                if attempt.socket is not None and time.monotonic() >= attempt.deadline:
-                    attempt.fail(
-                        selector,
-                        f"no answer from {attempt.label} over {attempt.protocol} "
-                        f"within {attempt.timeout:g} s",
-                        "is the server running, is its control port right (-P, -T, -U), "
-                        "and does no firewall drop it on the way?",
-                    )
+        waiting = [(attempt, attempt.advance()) for attempt in attempts]
+        pending = {attempt: wait for attempt, wait in waiting if wait}
+        for attempt, (peer, event) in pending.items():
+            selector.register(peer, event, attempt)
+        while pending:
+            first = min(attempt.deadline for attempt in pending)
+            ready = selector.select(max(first - time.monotonic(), 0))
+            for attempt in {key.data for key, _ in ready}:
+                peer, _ = pending.pop(attempt)
+                selector.unregister(peer)
+                wait = attempt.advance()
+                if wait:
+                    pending[attempt] = wait
+                    selector.register(wait[0], wait[1], attempt)
+            for attempt in [late for late in pending if time.monotonic() >= late.deadline]:
+                selector.unregister(pending.pop(attempt)[0])
+                attempt.give_up()
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
-    """The first address of each of these families that host has.
+    """The first address of host in each family (socket.AF_INET, AF_INET6).
 
-    Families are socket.AF_INET and AF_INET6. Raises UserError if there is none.
+    families are those that must be there; empty for what host has. Raises UserError.
     """
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
@@ -1001,82 +967,63 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[An
         family = families[0] if len(families) == 1 else socket.AF_UNSPEC
         found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
     except (OSError, UnicodeError, LookupError, ValueError) as error:
-        raise UserError(
-            f"cannot find the address of {shown(host)}: {getattr(error, 'strerror', error)}",
-            "check the name, and that this machine can resolve names",
-        ) from None
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        hint = "check the name, and that this machine can resolve names"
+        raise UserError(f"cannot find the address of {shown(host)}: {reason}", hint) from None
+    wanted = families or (socket.AF_INET6, socket.AF_INET)
     addresses: dict[int, tuple[Any, ...]] = {}
     for entry in found:
-        if entry[0] in families:
+        if entry[0] in wanted:
             addresses.setdefault(entry[0], entry[4])
-    return addresses
-
-
-def knock(
-    config: Config,
-    operation: int,
-    host: str,
-    port: int | None,
-    resource: int | None,
-    user: int | None,
-    server_port: int | None,
-    protocol: str | None,
-    families: tuple[int, ...],
-    say: Callable[[str], None],
-) -> str:
-    """Knock (or revoke, as operation says) at a server; returns a line for the user.
-
-    Args:
-        port, resource: what to open or close; one of them is None.
-        user, server_port, protocol: None for what the configuration says.
-        families: the ones that must succeed; empty for any that host has.
-        say: takes lines that tell what is going on (--verbose).
-
-    Raises UserError.
-    """
-    user = config.default_user if user is None else user
-    key = config.keys.get(user)
-    if key is None:
-        raise UserError(
-            f"{config.path}: [KEYS] has no key for user {user:08X}",
-            "copy the user's line from the server's [KEYS], or name another user with --user",
-        )
-    if resource is None:
-        found = config.find_port(port or 0, user)
-        if found is None:
-            ports = sorted(r.port for r in config.resources.values() if r.port)
-            named = ", ".join(map(str, ports)) or "none"
-            raise UserError(
-                f"{config.path}: [RESOURCES] has no port {port} for user {user:08X}",
-                f"ports that it has: {named}; or name a resource with --resource",
-            )
-        resource = found.identifier
-    server_port = server_port or config.port
-    protocol = protocol or config.protocols[0]
-
-    both = (socket.AF_INET6, socket.AF_INET)
-    addresses = resolve(host, server_port, families or both)
     for family in families:
         if family not in addresses:
             name = "IPv4" if family == socket.AF_INET else "IPv6"
             raise UserError(f"{shown(host)} has no {name} address", "leave out -4 or -6")
+    return addresses
+
+
+def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
+    """Knock, or revoke, at a server; returns a line for the user.
+
+    Args: arguments, of the command line: command, host, port or resource, user,
+    server_port, protocol, families; say, takes lines for --verbose. Raises UserError.
+    """
+    operation = KNOCK if arguments.command == "knock" else REVOKE
+    user = config.default_user if arguments.user is None else arguments.user
+    key = config.keys.get(user)
+    if key is None:
+        hint = "copy its line from the server's [KEYS], or name another user with --user"
+        raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
+    resource = arguments.resource
+    if resource is None:
+        found = config.find_port(arguments.port, user)
+        if found is None:
+            ports = sorted(r.port for r in config.resources.values() if r.port)
+            raise UserError(
+                f"{config.path}: [RESOURCES] has no port {arguments.port} for user {user:08X}",
+                f"it has: {', '.join(map(str, ports)) or 'none'}; or name a --resource",
+            )
+        resource = found.identifier
+    port = arguments.server_port or config.port
+    protocol = arguments.protocol or config.protocols[0]
+
+    addresses = resolve(arguments.host, port, arguments.families)
     attempts = []
     for family, sockaddr in addresses.items():
         handshake = ClientHandshake(operation, user, resource, key)
-        attempts.append(Attempt(handshake, (family, sockaddr), protocol, config.control_timeout))
-        say(f"{OPERATIONS[operation]} to {sockaddr[0]} port {server_port}/{protocol}")
+        attempts.append(Attempt(handshake, family, sockaddr, protocol, config.control_timeout))
+        say(f"{OPERATIONS[operation]} to {sockaddr[0]} port {port}/{protocol}")
     run_attempts(attempts)
-
     for attempt in attempts:
         for warning in attempt.handshake.warnings:
-            print(f"letmein: warning: {attempt.label}: {warning}", file=sys.stderr)
-        say(f"{attempt.label}: {attempt.error.problem if attempt.error else 'COMEIN'}")
+            warn(f"{attempt.address}: {warning}")
+        say(f"{attempt.address}: {attempt.error.problem if attempt.error else 'COMEIN'}")
     errors = [attempt.error for attempt in attempts if attempt.error]
-    if errors and (families or len(errors) == len(attempts)):
+    if errors and (arguments.families or len(errors) == len(attempts)):
         raise errors[0]
-    what = f"port {port}" if port is not None else f"resource {resource:08X}"
-    where = ", ".join(attempt.label for attempt in attempts if not attempt.error)
-    return f"{'opened' if operation == KNOCK else 'closed'} {what} on {host} ({where})"
+    what = f"resource {resource:08X}" if arguments.port is None else f"port {arguments.port}"
+    where = ", ".join(attempt.address for attempt in attempts if not attempt.error)
+    return f"{'opened' if operation == KNOCK else 'closed'} {what} on {arguments.host} ({where})"
 
 
 # ============================================================================
@@ -1534,15 +1481,37 @@ class Firewall:
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.path, self.config)
-        now = time.monotonic()
-        for lease in adoptable(self.config, listing, now, self.boot):
+        for lease in adoptable(self.config, listing, time.monotonic(), self.boot):
             self._keep((lease.address, lease.resource), lease)
-        script = ruleset_script(self.config, list(self.leases.values()), now, self.boot)
+        self._install(listing)
+        if self.leases:
+            self.log("adopted", leases=len(self.leases))
+
+    def reconfigure(self, config: Config) -> None:
+        """Go on with another configuration for the same chains; a lease that it would
+        not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
+        if self.run is not None:
+            self.run.wait()
+            self._end_run()
+        listing = check_kernel(self.path, config)
+        for key, lease in list(self.leases.items()):
+            before, after = self.config.resources[key[1]], config.resources.get(key[1])
+            fits = after is not None and before[1:4] == after[1:4]  # port, protocols, jumps
+            if fits and lease.user in config.keys and not config.objection(lease.user, key[1]):
+                assert after is not None
+                ends = min(lease.ends, time.monotonic() + after.timeout)
+                self._keep(key, lease._replace(ends=ends))
+            else:
+                self._revoke(key, "configuration")
+        self.config = config
+        self._install(listing)
+
+    def _install(self, listing: Listing) -> None:
+        """Make the kernel's part of our table what it should be, and note its identity."""
+        script = ruleset_script(self.config, list(self.leases.values()), time.monotonic(), self.boot)
         run_nft(self.path, script)
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
         self.identities = list_table(self.path, self.config).identities
-        if self.leases:
-            self.log("adopted", leases=len(self.leases))
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
@@ -1567,27 +1536,6 @@ class Firewall:
                 run_nft(self.path, f"delete set {table} {name}\n")
             except UserError as error:
                 self.log("set-stays", set=name, reason=error.problem)
-
-    def reconfigure(self, config: Config) -> None:
-        """Go on with another configuration for the same chains; a lease that it would
-        not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        if self.run is not None:
-            self.run.wait()
-            self._end_run()
-        listing = check_kernel(self.path, config)
-        now = time.monotonic()
-        for key, lease in list(self.leases.items()):
-            before, after = self.config.resources[key[1]], config.resources.get(key[1])
-            fits = after is not None and before[1:4] == after[1:4]  # port, protocols, jumps
-            if fits and lease.user in config.keys and not config.objection(lease.user, key[1]):
-                assert after is not None
-                self._keep(key, lease._replace(ends=min(lease.ends, now + after.timeout)))
-            else:
-                self._revoke(key, "configuration")
-        self.config = config
-        run_nft(self.path, ruleset_script(config, list(self.leases.values()), now, self.boot))
-        self._delete_sets(set(listing.types) - set(set_types(config)))
-        self.identities = list_table(self.path, config).identities
 
     # -- the run ---------------------------------------------------------------
 
@@ -1711,13 +1659,11 @@ class Firewall:
                 removals += lease_names(self.config.resources[key[1]], key[0])
         for identifier in {key[1] for key in planned}:
             if self.config.resources[identifier].is_gate:
-                before = [old.ends for old in self.leases.values() if old.resource == identifier]
                 after = {**self.leases, **planned}.values()
                 ends = [new.ends for new in after if new and new.resource == identifier]
                 gate = gate_elements(self.config, identifier, max(ends, default=0), now)
+                removals += [element.name for element in gate]
                 elements += gate if ends else []
-                if before and not (ends and self.refreshes):
-                    removals += [element.name for element in gate]
         return elements_script(self.config, removals, elements)
 
     def _changed(
@@ -1886,23 +1832,28 @@ def read_changes(data: bytes) -> Iterable[tuple[int, str, str]]:
 #
 # The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair:
 #
-#     network -> monitor   READY, MESSAGE_IN, CLOSED
-#     monitor -> network   SETTINGS (with the sockets), REPLY, LAST, CLOSE, PROVED
+#     network -> monitor   READY, REQUEST, ANSWER
+#     monitor -> network   SETTINGS (with the sockets), REPLY, LAST, PROVED
 #
-# The monitor trusts nothing in a record but its size.
+# The monitor trusts nothing in a record but its size, and keeps nothing of a
+# peer that has not proved itself: the challenge token is derived from a secret
+# of this run and from all that it must fit, so that the RESPONSE can be checked
+# against the tokens that were possible. No flood can fill what is not there.
 # ============================================================================
 
-# kind, protocol, connection, peer's address (IPv6, or IPv4 mapped into it), its
-# port, scope id, the in6_pktinfo that says at which address it knocked, message
-RECORD = struct.Struct("!BBI16sHI20s56s")
-READY, MESSAGE_IN, CLOSED, SETTINGS, REPLY, LAST, CLOSE, PROVED = range(1, 9)
+# kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
+# into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
+# resource of a connection's first message, message
+RECORD = struct.Struct("!BBI16sHI20sII56s")
+READY, REQUEST, ANSWER, SETTINGS, REPLY, LAST, PROVED = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 NETWORK_COMMAND = "network-process"
 NETWORK_START_LIMIT_S = 10.0
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
-OUTBOX_LIMIT = 4096  # records that may wait for the network process
+NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
+TOKEN_WINDOW_S = 5.0  # a challenge token is good for this window and the next one, at least
 ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
 
 
@@ -1916,6 +1867,8 @@ class Record(NamedTuple):
     port: int = 0
     scope: int = 0
     local: bytes = bytes(20)
+    user: int = ANYBODY
+    resource: int = ANYBODY
     payload: bytes = bytes(MESSAGE_SIZE)
 
     @property
@@ -1935,11 +1888,6 @@ def log(event: str, **fields: object) -> None:
         plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
         words.append(f"{name}={value if plain else ascii(str(value))}")
     print(*words, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    """Tell the user of something that is not right, but no reason to stop."""
-    print(f"letmein: warning: {text}", file=sys.stderr, flush=True)
 
 
 def control_sockets(config: Config) -> list[socket.socket]:
@@ -2002,8 +1950,6 @@ class Monitor:
     """
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
-        from collections import deque
-
         self.config = config
         self.arguments = arguments
         self.lock = lock_table(arguments.rundir, config)
@@ -2015,13 +1961,12 @@ class Monitor:
 
         self.network: subprocess.Popen[bytes] | None = None
         self.link: socket.socket | None = None  # to the network process
-        self.outbox: deque[bytes] = deque()
         self.restart_at: float | None = None
         self.pause = NETWORK_PAUSE_S[0]
 
-        self.handshakes: dict[int, ServerHandshake] = {}  # TCP, by connection number
-        self.secret = os.urandom(32)  # of the UDP tokens of this run
-        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP token: since when, reply
+        self.secret = os.urandom(32)  # of the challenge tokens of this run
+        self.window_s = max(config.control_timeout, TOKEN_WINDOW_S)
+        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by token: since when, reply
 
     # -- start and stop ------------------------------------------------------
 
@@ -2088,7 +2033,6 @@ class Monitor:
             self.reload_wanted = False
             self._reload()
         self.firewall.advance()
-        self._flush()
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
@@ -2108,14 +2052,8 @@ class Monitor:
         except UserError as error:
             log("reload-failed", reason=error.problem, hint=error.hint)
         else:
-            # A handshake whose key or resource has changed cannot go on.
-            for handshake in self.handshakes.values():
-                user, resource = handshake.user, handshake.resource
-                if old.keys.get(user) != config.keys.get(user) or (
-                    old.resources.get(resource) != config.resources.get(resource)
-                ):
-                    handshake.state = ENDED
             self.config, self.sockets = config, sockets
+            self.window_s = max(config.control_timeout, self.window_s)
             self._send_settings()
             self._log_ready("reloaded")
         notify_systemd("READY=1")
@@ -2174,8 +2112,6 @@ class Monitor:
         """The network process is gone or useless: end it, and start another after a pause."""
         log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
         self._stop_network()
-        self.handshakes.clear()
-        self.outbox.clear()
         self.restart_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
@@ -2212,25 +2148,20 @@ class Monitor:
             self._receive(Record(*RECORD.unpack(data)))
 
     def _send(self, record: Record) -> None:
-        self.outbox.append(RECORD.pack(*record))
-        if len(self.outbox) > OUTBOX_LIMIT:
-            self._lose_network("it reads no more")
+        """The network process reads at once whatever it does, or is not to be trusted."""
+        import select
 
-    def _flush(self) -> None:
-        """Send what waits for the network process, as far as the link takes it."""
-        if self.link is None:
-            return
-        try:
-            while self.outbox:
-                self.link.send(self.outbox[0])
-                self.outbox.popleft()
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            return self._lose_network(error.strerror or "")
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.outbox else 0)
-        if self.selector.get_key(self.link).events != events:
-            self.selector.modify(self.link, events, self._on_link)
+        for _ in range(2):
+            if self.link is None:
+                return
+            try:
+                self.link.send(RECORD.pack(*record))
+                return
+            except BlockingIOError:
+                select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)
+            except OSError as error:
+                return self._lose_network(error.strerror or "")
+        self._lose_network("it reads nothing")
 
     # -- what peers say ------------------------------------------------------
 
@@ -2238,106 +2169,68 @@ class Monitor:
         """See to one record from the network process."""
         if record.kind == READY:
             self.pause = NETWORK_PAUSE_S[0]
-        elif record.kind == CLOSED:
-            self.handshakes.pop(record.connection, None)
-        elif record.kind == MESSAGE_IN and record.protocol == TCP:
-            self._receive_tcp(record)
-        elif record.kind == MESSAGE_IN and record.protocol == UDP:
-            self._receive_udp(record)
+        if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
+            return
+        config = self.config
+        window = int(time.monotonic() / self.window_s)
 
-    def _handshake(self, new_token: Callable[[int, int, int], bytes]) -> ServerHandshake:
-        # Key and rights are those of the configuration that is in force when they are asked for.
-        return ServerHandshake(
-            self.config.error_policy,
-            lambda user: self.config.keys.get(user),
-            lambda user, resource: self.config.objection(user, resource),
-            new_token,
-        )
+        def token(operation: int, user: int, resource: int, window: int = window) -> bytes:
+            # The same request in the same window gets the same token. Peer and connection
+            # are in it, and what the configuration says: a change there ends the handshake.
+            facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6]))
+            text = struct.pack("!QIII", window, operation, user, resource) + facts.encode()
+            return hmac.digest(self.secret, text, "sha3_256")
 
-    def _receive_tcp(self, record: Record) -> None:
-        """A connection has a handshake of its own, from its first message to its last."""
-        handshake = self.handshakes.get(record.connection)
-        if handshake is None:
-            handshake = self._handshake(lambda *_: os.urandom(32))
-            self.handshakes[record.connection] = handshake
-        step = handshake.receive(record.payload)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection, token)
+        message = record.payload
+        user, resource = record.user, record.resource
+        if record.protocol == UDP:
+            user, resource = struct.unpack_from("!II", message, 8)
+        if message[4:8] == bytes([0, 0, 0, RESPONSE]) if record.protocol == UDP else record.kind == ANSWER:
+            pairs = [(asked, w) for asked in (KNOCK, REVOKE) for w in (window, window - 1)]
+            tokens = [(asked, token(asked, user, resource, w)) for asked, w in pairs]
+            handshake.expect_response(user, resource, tokens)
+            # A TCP connection whose first message proved nothing has been closed.
+            handshake.proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
+        step = handshake.receive(message)
         if step.verdict == CONTINUE:
             self._send(record._replace(kind=REPLY, payload=step.reply))
         elif step.verdict == GRANT:
-            self._send(record._replace(kind=PROVED))
-            self._change(handshake, record, lambda reply: self._end(record, reply))
+            self._grant(handshake, record)
         else:
             self._log_peer(step.verdict, handshake, record, step.reason)
             self._end(record, step.reply)
 
     def _end(self, record: Record, reply: bytes) -> None:
-        """Send the last message of a TCP connection, if there is one, and close it."""
-        if self.handshakes.pop(record.connection, None) is not None:
-            self._send(
-                record._replace(kind=LAST if reply else CLOSE, payload=reply or record.payload)
-            )
+        """Send a peer its last message; b"" closes a TCP connection without a word."""
+        if reply or record.protocol == TCP:
+            self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
-    def _receive_udp(self, record: Record) -> None:
-        """No state before full authentication: the challenge token is derived from a secret
-        of this run, a time window, the peer, the request, and what the configuration says
-        of it. So a repeated KNOCK gets the same CHALLENGE, and a RESPONSE is checked
-        against the tokens that were possible."""
+    def _grant(self, handshake: ServerHandshake, record: Record) -> None:
+        """The peer has proved itself: have the firewall do what it asked for.
+
+        Over UDP that is remembered until the token's time is over: a repeated RESPONSE
+        changes nothing, and gets the same reply once that is there.
+        """
         now = time.monotonic()
-        window_s = max(self.config.control_timeout, 1.0)
-        window = int(now / window_s)
-
-        def token(operation: int, user: int, resource: int, window: int = window) -> bytes:
-            text = struct.pack("!QHIII", window, record.port, operation, user, resource)
-            rules = repr((self.config.resources.get(resource), self.config.keys.get(user)))
-            return hmac.digest(self.secret, text + record.address + rules.encode(), "sha3_256")
-
-        def answer(reply: bytes) -> None:
-            if reply:
-                self._send(record._replace(kind=REPLY, payload=reply))
-
-        try:
-            message = Message.decode(record.payload)
-        except ProtocolError:
-            return
-        handshake = self._handshake(token)
-        if message.operation == RESPONSE:
-            ids = (message.user, message.resource)
-            pairs = [(asked, w) for asked in (KNOCK, REVOKE) for w in (window, window - 1)]
-            handshake.expect_response(*ids, [(asked, token(asked, *ids, w)) for asked, w in pairs])
-        step = handshake.receive(record.payload)
-        if step.verdict != GRANT:
-            self._log_peer(step.verdict, handshake, record, step.reason)
-            return answer(step.reply)
-
-        for old, (since, _) in list(self.accepted.items()):
-            if now - since < 2 * window_s:
-                break
-            del self.accepted[old]
+        remembered = self.accepted if record.protocol == UDP else {}
+        while remembered and now - next(iter(remembered.values()))[0] > 2 * self.window_s:
+            del remembered[next(iter(remembered))]
         answered = handshake.answered
-        if answered in self.accepted:
-            # A repeated RESPONSE changes nothing, and gets the same reply once it is there.
-            return answer(self.accepted[answered][1])
-        if len(self.accepted) < ACCEPTED_LIMIT:
-            self.accepted[answered] = (now, b"")
-
-            def finish(reply: bytes) -> None:
-                self.accepted[answered] = (now, reply)
-                answer(reply)
-
-            self._change(handshake, record, finish)
-
-    def _change(
-        self, handshake: ServerHandshake, record: Record, finish: Callable[[bytes], None]
-    ) -> None:
-        """Have the firewall do what the peer asked for, then finish with the last message."""
-        ids = (handshake.resource, handshake.user)
+        if answered in remembered:
+            return self._end(record, remembered[answered][1])
+        if len(remembered) >= ACCEPTED_LIMIT:
+            return self._end(record, handshake.finish(False))
+        remembered[answered] = (now, b"")
+        self._send(record._replace(kind=PROVED))
 
         def done(problem: str) -> None:
             event = "granted" if handshake.operation == KNOCK else "revoked"
             self._log_peer("failed" if problem else event, handshake, record, problem)
-            finish(handshake.finish(not problem))
+            remembered[answered] = (now, handshake.finish(not problem))
+            self._end(record, remembered[answered][1])
 
-        now = time.monotonic()
+        ids = (handshake.resource, handshake.user)
         self.firewall.submit(Change(handshake.operation, record.peer, *ids, done, now))
 
     def _log_peer(
@@ -2391,6 +2284,7 @@ class Connection:
         self.address, self.port, self.scope = split_name(name)
         self.prefix = prefix_of(self.address)
         self.received = b""
+        self.ids: tuple[int, int] | None = None  # user and resource of its first message
         self.deadline = 0.0
         self.reading = True
 
@@ -2469,7 +2363,9 @@ class Network:
                     wait = first if wait is None else min(wait, first)
             if self.outbox:
                 # The monitor lags behind: take nothing more from the internet until it follows.
-                select.select([], [self.link], [], wait)
+                readable, _, _ = select.select([self.link], [self.link], [], wait)
+                if readable:
+                    self._on_link()
                 self._flush()
                 continue
             for key, _ in self.selector.select(wait):
@@ -2512,17 +2408,13 @@ class Network:
             self._forget(connection)
             connection.deadline = time.monotonic() + PROVED_LIMIT_S
             self.proved[connection.number] = connection
-        elif record.kind == CLOSE:
-            self._close(connection, tell=False)
         else:
             try:
                 # Two messages at most: a socket that does not take them at once is no client's.
-                sent = connection.socket.send(record.payload)
+                sent = connection.socket.send(record.payload) if any(record.payload) else 0
             except OSError:
                 sent = 0
-            if record.kind == LAST:
-                self._close(connection, tell=False)
-            elif sent != MESSAGE_SIZE:
+            if record.kind == LAST or sent != MESSAGE_SIZE:
                 self._close(connection)
             else:
                 self._listen_to(connection)
@@ -2591,12 +2483,15 @@ class Network:
         elif len(connection.received) == MESSAGE_SIZE:
             payload, connection.received = connection.received, b""
             try:
-                Message.decode(payload)
+                message = Message.decode(payload)
             except ProtocolError:
                 return self._close(connection)
             self._pause(connection)
-            name = (connection.address, connection.port, connection.scope)
-            self._send(Record(MESSAGE_IN, TCP, connection.number, *name, payload=payload))
+            kind = ANSWER if connection.ids else REQUEST
+            connection.ids = connection.ids or (message.user, message.resource)
+            user, resource = connection.ids
+            name = (connection.address, connection.port, connection.scope, bytes(20))
+            self._send(Record(kind, TCP, connection.number, *name, user, resource, payload))
 
     def _forget(self, connection: Connection) -> None:
         """Take a connection out of the competition for slots."""
@@ -2607,12 +2502,10 @@ class Network:
             if not siblings:
                 del self.prefixes[connection.prefix]
 
-    def _close(self, connection: Connection, tell: bool = True) -> None:
+    def _close(self, connection: Connection) -> None:
         self._forget(connection)
         self._pause(connection)
         connection.socket.close()
-        if tell:
-            self._send(Record(CLOSED, connection=connection.number))
 
     # -- UDP -----------------------------------------------------------------
 
@@ -2627,7 +2520,8 @@ class Network:
                 return
             local = extra[0][2][:20].ljust(20, b"\0") if extra else bytes(20)
             address, port, scope = split_name(name)
-            self._send(Record(MESSAGE_IN, UDP, number, address, port, scope, local, data))
+            name = (address, port, scope, local)
+            self._send(Record(REQUEST, UDP, number, *name, payload=data))
             if self.outbox:
                 return
 
@@ -2920,20 +2814,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             print(f"letmein: {line}", file=sys.stderr)
 
     say(f"configuration: {config.path}")
-    print(
-        knock(
-            config,
-            KNOCK if arguments.command == "knock" else REVOKE,
-            arguments.host,
-            arguments.port,
-            arguments.resource,
-            arguments.user,
-            arguments.server_port,
-            arguments.protocol,
-            tuple(arguments.families),
-            say,
-        )
-    )
+    print(knock(config, arguments, say))
     return 0
 
 
