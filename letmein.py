@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple
+
+    LeaseKey = tuple[bytes, int]  # the client's address, the resource
 else:
 
     class _Record(type):
@@ -1038,15 +1040,13 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
 #                                 that apply to all traffic
 #
 # First the pure functions that turn "what should be" into an nft script and a
-# listing into leases; then NftRun, the one place that runs nft; then Firewall,
+# listing into leases; then Nft, the one place that runs nft; then Firewall,
 # which owns the leases, heals what others broke and does what clients ask for.
 # Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
 # ============================================================================
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = 4.0  # an nft that takes longer is killed: less than a client's patience of 5 s
-CHANGE_LIMIT_S = 2 * NFT_LIMIT_S  # nobody waits any more for a change as old as this
-QUEUE_LIMIT = 4096  # changes that may wait for nft
 RETRY_S = (0.1, 30.0)  # the first pause after a failure to heal, and the longest
 SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not installed
 LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
@@ -1234,7 +1234,7 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
     ruleset and loaded it again), its resource still means what it opens, the user may
     still have it, and it has time left.
     """
-    leases: dict[tuple[bytes, int], Lease] = {}
+    leases: dict[LeaseKey, Lease] = {}
     for (name, key), element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
         left = element.get("expires") or 0
@@ -1255,11 +1255,11 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
 
 def differences(
     config: Config,
-    leases: Mapping[tuple[bytes, int], Lease],
+    leases: Mapping[LeaseKey, Lease],
     listing: Listing,
     identities: Mapping[str, tuple[int, int]],
     now: float,
-) -> tuple[str, list[tuple[bytes, int]]]:
+) -> tuple[str, list[LeaseKey]]:
     """Compare the kernel with what should be: (what is damaged, "" for nothing; the
     leases that an administrator has revoked).
 
@@ -1303,108 +1303,81 @@ def differences(
     return damage, revoked
 
 
-def find_nft(name: str) -> str:
-    """The absolute path of nft. Raises UserError if there is no such program."""
-    import shutil
+class NftError(UserError):
+    """nft failed. hung says that it was killed, and may have done its work all the same."""
 
-    path = shutil.which(name, path=TRUSTED_PATH)
-    if path is None or not os.path.isabs(path):
-        hint = f"install nftables (looked in {TRUSTED_PATH}), or set exe to an absolute path"
-        raise UserError(f"cannot find the program {shown(name)}", hint)
-    return path
+    hung = False
 
 
-class NftRun:
-    """One run of nft, from its start to its end. Script and output go through files in
-    memory, so neither side ever waits for the other to read."""
+class Nft:
+    """The one place that runs nft: text on its standard input, no shell, a fixed
+    environment. process_ids are those of its latest runs.
 
-    def __init__(self, path: str, script: str, *arguments: str) -> None:
+    Args: name, of the program; a path, or to be found in TRUSTED_PATH. Raises UserError.
+    """
+
+    def __init__(self, name: str) -> None:
+        import shutil
+        from collections import deque
+
+        self.path = shutil.which(name, path=TRUSTED_PATH) or ""
+        self.process_ids: deque[int] = deque(maxlen=16)
+        if not os.path.isabs(self.path):
+            hint = f"install nftables (looked in {TRUSTED_PATH}), or set exe to an absolute path"
+            raise UserError(f"cannot find the program {shown(name)}", hint)
+
+    def run(self, script: str, *arguments: str) -> bytes:
+        """Run a script, with "" the arguments alone. Returns what nft printed.
+
+        Raises NftError with nft's first line if it fails or takes longer than NFT_LIMIT_S.
+        """
         import subprocess
 
-        self.output = os.fdopen(os.memfd_create("letmein-output"), "w+b")
-        self.kill_at = time.monotonic() + NFT_LIMIT_S
-        self.failure = ""
-        self.killed = False
-        self.process: subprocess.Popen[bytes] | None = None
-        with os.fdopen(os.memfd_create("letmein-script"), "w+b") as file:
-            file.write(script.encode("ascii"))
-            file.seek(0)
-            try:
-                self.process = subprocess.Popen(
-                    [path, *arguments, *(["-f", "-"] if script else [])],
-                    stdin=file,
-                    stdout=self.output,
-                    stderr=self.output,
-                    cwd="/",
-                    env={"PATH": TRUSTED_PATH, "LC_ALL": "C"},
-                )
-            except OSError as error:
-                self.failure = f"cannot run {path}: {error.strerror}"
-
-    def running(self) -> bool:
-        """Whether nft has not ended yet; one that takes too long is killed here."""
-        if self.process is None or self.process.poll() is not None:
-            return False
-        if time.monotonic() < self.kill_at:
-            return True
-        self.killed = True
-        self.process.kill()
-        self.process.wait()
-        self.failure = f"nft was killed, it took more than {NFT_LIMIT_S:g} s"
-        return False
-
-    def wait(self) -> None:
-        """Wait for the end, which is no further away than NFT_LIMIT_S."""
-        import subprocess
-
-        while self.process is not None and self.running():
-            try:
-                self.process.wait(max(self.kill_at - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                continue
-
-    def result(self) -> tuple[str, bytes]:
-        """After the end: "" or what went wrong, in one line; and what nft printed."""
-        with self.output as file:
-            file.seek(0)
-            printed = file.read()
-        if self.process is not None and self.process.returncode and not self.failure:
-            said = printed[:4096].decode("utf-8", "replace").strip().split("\n")[0]
-            self.failure = said or f"nft ended with status {self.process.returncode}"
-        return self.failure, printed
+        command = [self.path, *arguments, *(["-f", "-"] if script else [])]
+        environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/", env=environment
+            )
+        except OSError as error:
+            hint = "install nftables, or set exe in [NFTABLES]"
+            raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
+        self.process_ids.append(process.pid)
+        try:
+            printed, said = process.communicate(script.encode("ascii"), NFT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            failure = NftError(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
+            failure.hung = True
+            raise failure from None
+        if process.returncode:
+            problem = said[:4096].decode("utf-8", "replace").strip().split("\n")[0]
+            hint = f"try it by hand: {self.path} list ruleset"
+            if "not permitted" in problem:
+                hint = "run it as root: nftables want CAP_NET_ADMIN"
+            raise NftError(problem or f"nft ended with status {process.returncode}", hint)
+        return printed
 
 
-def run_nft(path: str, script: str, *arguments: str) -> bytes:
-    """Run nft and wait for it. Returns what it printed; raises UserError if it fails."""
-    run = NftRun(path, script, *arguments)
-    run.wait()
-    failure, printed = run.result()
-    if failure:
-        hint = f"nft is {path}; try it by hand: {path} list ruleset"
-        if "not permitted" in failure:
-            hint = "run it as root: nftables want CAP_NET_ADMIN"
-        raise UserError(failure, hint)
-    return printed
-
-
-def list_table(path: str, config: Config) -> Listing:
-    """Our table as the kernel has it. Raises UserError, naming the table if it is missing."""
+def list_table(nft: Nft, config: Config) -> Listing:
+    """Our table as the kernel has it. Raises NftError, naming the table if it is missing."""
     try:
-        printed = run_nft(path, "", "-j", "list", "table", config.family, config.table)
-    except UserError as error:
+        return read_listing(config, nft.run("", "-j", "list", "table", config.family, config.table))
+    except NftError as error:
         if "No such file" not in error.problem:
             raise
         hint = "load your ruleset first, such as nftables.conf: nft -f FILE"
-        raise UserError(f"there is no table {config.family} {config.table}", hint) from None
-    return read_listing(config, printed)
+        raise NftError(f"there is no table {config.family} {config.table}", hint) from None
 
 
-def check_kernel(path: str, config: Config) -> Listing:
+def check_kernel(nft: Nft, config: Config) -> Listing:
     """Look whether the kernel would take our ruleset; returns what is there now.
 
     Raises UserError naming the chain or set that stands in the way, or what nft says.
     """
-    listing = list_table(path, config)
+    listing = list_table(nft, config)
     where = f"in table {config.family} {config.table}"
     for hook, chain in config.chains.items():
         if chain not in listing.chains:
@@ -1415,8 +1388,8 @@ def check_kernel(path: str, config: Config) -> Listing:
             hint = f"remove it: nft delete set {config.family} {config.table} {name}"
             raise UserError(f"the set {name} {where} is not one of ours", hint)
     try:
-        run_nft(path, ruleset_script(config, [], 0, ""), "-c")
-    except UserError as error:
+        nft.run(ruleset_script(config, [], 0, ""), "-c")
+    except NftError as error:
         hint = "do all chains that resources jump to exist, under names that nft takes?"
         raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
     return listing
@@ -1424,54 +1397,39 @@ def check_kernel(path: str, config: Config) -> Listing:
 
 class Change(NamedTuple):
     """What a client asked for: operation is KNOCK or REVOKE. done is called once, with
-    "" when the change is in force, else with the reason why it is not. asked and last:
-    when it was asked for, and whether it is not to be tried again."""
+    "" when the change is in force, else with the reason why it is not."""
 
     operation: int
     address: bytes
     resource: int
     user: int
     done: Callable[[str], None]
-    asked: float
-    last: bool = False
 
 
 class Firewall:
     """The leases, and the kernel's sets that hold them.
 
-    One nft runs at a time. While it runs, changes queue up, and the next run
-    takes all of them in one transaction. After a failure, and whenever watch()
-    says that somebody else changed something of ours, the next run is a look at
-    the kernel, and what it shows decides whether all is installed anew: a set of
-    ours that is another one than before, or a missing rule, is a loss to heal;
-    an element missing from a set that stayed is an administrator's revocation.
+    All changes that have come in while nft ran go into its next run, as one transaction.
+    After a failure, and whenever on_notification() learns that somebody else changed
+    something of ours, heal() compares the kernel with what should be.
 
-    Args: path, of nft; boot, the first 8 hex digits of the kernel's boot id;
-    log, takes an event and its fields.
+    Args: boot, the first 8 hex digits of the kernel's boot id; log, takes an event and
+    its fields.
     """
 
-    def __init__(self, path: str, config: Config, boot: str, log: Callable[..., None]) -> None:
-        from collections import deque
-
-        self.path = path
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Callable[..., None]) -> None:
+        self.nft = nft
         self.config = config
         self.boot = boot
         self.log = log
-        self.leases: dict[tuple[bytes, int], Lease] = {}
-        self.expiries: list[tuple[float, tuple[bytes, int]]] = []  # a heap; may hold old ends
+        self.leases: dict[LeaseKey, Lease] = {}
+        self.expiries: list[tuple[float, LeaseKey]] = []  # a heap; may hold old ends
         self.rules = 0  # of the leases, as max-nr-rules counts
-        self.identities: dict[str, tuple[int, int]] = {}  # of our sets, as last seen in order
-        self.queue: deque[Change] = deque()
-        self.again: deque[Change] = deque()  # members of a batch that failed, to be tried alone
-        self.run: NftRun | None = None
-        self.then: Callable[[str, bytes], None] = lambda failure, printed: None
-        self.batch: list[Change] = []  # what the run is doing
-        self.process_ids: deque[int] = deque(maxlen=16)  # of our latest nft runs
-        self.look_wanted = self.rebuild_wanted = False
-        self.retry_at = 0.0  # not before this, look or rebuild
+        self.queue: list[Change] = []
+        self.identities: dict[str, tuple[int, int]] = {}  # of our sets, when last in order
+        self.look_at: float | None = None  # when to heal(), if at all
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
-        self.healed = 0
         release = re.match(r"(\d+)\.(\d+)", os.uname().release)
         # Whether `timeout T expires T` restarts the time of an element that exists.
         self.refreshes = release is not None and (int(release[1]), int(release[2])) >= (6, 12)
@@ -1480,7 +1438,7 @@ class Firewall:
 
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
-        listing = check_kernel(self.path, self.config)
+        listing = check_kernel(self.nft, self.config)
         for lease in adoptable(self.config, listing, time.monotonic(), self.boot):
             self._keep((lease.address, lease.resource), lease)
         self._install(listing)
@@ -1490,10 +1448,7 @@ class Firewall:
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        if self.run is not None:
-            self.run.wait()
-            self._end_run()
-        listing = check_kernel(self.path, config)
+        listing = check_kernel(self.nft, config)
         for key, lease in list(self.leases.items()):
             before, after = self.config.resources[key[1]], config.resources.get(key[1])
             fits = after is not None and before[1:4] == after[1:4]  # port, protocols, jumps
@@ -1507,23 +1462,21 @@ class Firewall:
         self._install(listing)
 
     def _install(self, listing: Listing) -> None:
-        """Make the kernel's part of our table what it should be, and note its identity."""
-        script = ruleset_script(self.config, list(self.leases.values()), time.monotonic(), self.boot)
-        run_nft(self.path, script)
+        """Make the kernel's part of our table what it should be. Raises NftError."""
+        self.expire()
+        leases = list(self.leases.values())
+        self.nft.run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
-        self.identities = list_table(self.path, self.config).identities
+        self.identities = {}
+        self.look_at = time.monotonic()
 
     def close(self) -> None:
-        """Remove all that was installed. Raises UserError if something stays."""
-        if self.run is not None:
-            self.run.wait()
-        listing = list_table(self.path, self.config)
+        """Remove all that was installed. Raises NftError if something stays."""
+        listing = list_table(self.nft, self.config)
         table = f"{self.config.family} {self.config.table}"
-        chains = [chain for chain in self.config.chains.values() if chain in listing.chains]
-        script = "".join(f"flush chain {table} {chain}\n" for chain in chains)
-        script += "".join(f"flush set {table} {name}\n" for name in listing.types)
-        if script:
-            run_nft(self.path, script)
+        for chain in self.config.chains.values():
+            if chain in listing.chains:
+                self.nft.run(f"flush chain {table} {chain}\n")
         self._delete_sets(listing.types)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
@@ -1531,81 +1484,55 @@ class Firewall:
         transaction along: so each is emptied, and deleted by itself."""
         table = f"{self.config.family} {self.config.table}"
         for name in names:
-            run_nft(self.path, f"flush set {table} {name}\n")
+            self.nft.run(f"flush set {table} {name}\n")
             try:
-                run_nft(self.path, f"delete set {table} {name}\n")
-            except UserError as error:
+                self.nft.run(f"delete set {table} {name}\n")
+            except NftError as error:
                 self.log("set-stays", set=name, reason=error.problem)
-
-    # -- the run ---------------------------------------------------------------
-
-    def submit(self, change: Change) -> None:
-        """Queue a change; call advance() when all that has come in is queued."""
-        if len(self.queue) >= QUEUE_LIMIT:
-            change.done("too many changes wait for nft")
-        else:
-            self.queue.append(change)
-
-    def deadline(self) -> float | None:
-        """When advance() wants to be called at the latest; None for when nft ends."""
-        if self.run is not None:
-            return self.run.kill_at
-        return self.retry_at if self.look_wanted or self.rebuild_wanted else None
-
-    def advance(self) -> None:
-        """Finish the run that has ended, and start the next one."""
-        if self.run is not None and not self.run.running():
-            self._end_run()
-        while self.run is None:
-            now = time.monotonic()
-            if self.rebuild_wanted and now >= self.retry_at:
-                self.rebuild_wanted = False
-                self.expire()
-                leases = list(self.leases.values())
-                self._start(ruleset_script(self.config, leases, now, self.boot), (), self._rebuilt)
-            elif self.look_wanted and now >= self.retry_at:
-                self.look_wanted = False
-                where = ("-j", "list", "table", self.config.family, self.config.table)
-                self._start("", where, self._looked)
-            elif self.again:
-                self._start_batch([self.again.popleft()])
-            elif self.queue:
-                changes = list(self.queue)
-                self.queue.clear()
-                self._start_batch(changes)
-            else:
-                return
-
-    def _end_run(self) -> None:
-        assert self.run is not None
-        run, self.run = self.run, None
-        if run.killed:
-            # It may have done its work all the same. Its changes are not tried again:
-            # the next nft may well hang, too, and nobody waits that long.
-            self.look_wanted = True
-            self.batch = [change._replace(last=True) for change in self.batch]
-        self.then(*run.result())
-
-    def _start(
-        self, script: str, arguments: Sequence[str], then: Callable[[str, bytes], None]
-    ) -> None:
-        self.then = then
-        self.run = NftRun(self.path, script, *arguments)
-        if self.run.process is not None:
-            self.process_ids.append(self.run.process.pid)
-        else:
-            run, self.run = self.run, None
-            then(*run.result())
 
     # -- what clients ask for --------------------------------------------------
 
-    def _start_batch(self, changes: list[Change]) -> None:
-        """Run nft for these changes; those that need no nft are done at once."""
+    def advance(self) -> None:
+        """Do all that is due: heal, then the changes that have come in, in one transaction.
+
+        If that fails, the kernel may have been changed under us: heal, and try each
+        change alone, so that a bad one harms nobody else. An nft that hangs may do so
+        again, and nobody waits for that.
+        """
+        if self.look_at is not None and time.monotonic() >= self.look_at:
+            self.heal()
+        while self.queue:
+            changes, self.queue = self.queue, []
+            try:
+                self._apply(changes)
+            except NftError as error:
+                self.look_at = 0
+                if not error.hung:
+                    self.heal()
+                    self._apply_alone(changes)
+                for change in changes if error.hung else ():
+                    change.done(error.problem)
+
+    def _apply_alone(self, changes: list[Change]) -> None:
+        give_up = time.monotonic() + NFT_LIMIT_S
+        for change in changes:
+            problem = "nft is too slow"
+            try:
+                if time.monotonic() < give_up:
+                    self._apply([change])
+                    continue
+            except NftError as error:
+                problem = error.problem
+                self.look_at = self.look_at or time.monotonic()
+            change.done(problem)
+
+    def _apply(self, changes: list[Change]) -> None:
+        """Make these changes. Raises NftError, with no change done that needs nft."""
         self.expire()
         now = time.monotonic()
         rules = self.rules + len(self.config.protocols)
-        planned: dict[tuple[bytes, int], Lease | None] = {}
-        batch = []
+        planned: dict[LeaseKey, Lease | None] = {}
+        done: list[tuple[Change, str]] = []
         for change in changes:
             key = (change.address, change.resource)
             resource = self.config.resources.get(change.resource)
@@ -1613,29 +1540,26 @@ class Firewall:
             if key in planned:
                 self.queue.append(change)  # one change of a lease in a transaction
                 continue
-            problem = "unknown resource"
-            if now - change.asked > CHANGE_LIMIT_S:
-                problem = "it waited too long for nft"
-            elif resource is not None and change.operation == REVOKE:
-                problem = ""
-                if old is not None:
-                    planned[key] = None
-                    rules -= old.rules
-            elif resource is not None:
-                problem = self._objection(change, resource, rules - (old.rules if old else 0))
+            problem = "" if resource else "unknown resource"
+            if resource and change.operation == REVOKE and old:
+                planned[key] = None
+                rules -= old.rules
+            elif resource and change.operation == KNOCK:
+                rest = rules - (old.rules if old else 0)
+                problem = self._objection(change, resource, rest)
                 if not problem:
                     ends = now + min(resource.timeout, LONGEST_LEASE_S)
-                    lease = Lease(*key, change.user, ends, resource.rules)
-                    planned[key] = lease
-                    rules += lease.rules - (old.rules if old else 0)
-            if key in planned:
-                batch.append(change)
-            else:
-                change.done(problem)
-        if batch:
-            self.batch = batch
-            script = self._batch_script(planned, now)
-            self._start(script, (), lambda failure, _: self._changed(failure, planned, now))
+                    planned[key] = Lease(*key, change.user, ends, resource.rules)
+                    rules = rest + resource.rules
+            done.append((change, problem))
+        if planned:
+            self.nft.run(self._script(planned, now))
+        # A lease's time counts from here: so the kernel's element never outlives ours.
+        elapsed = time.monotonic() - now
+        for key, lease in planned.items():
+            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
+        for change, problem in done:
+            change.done(problem)
 
     def _objection(self, change: Change, resource: Resource, rules: int) -> str:
         """Why this lease cannot be given while these rules stand; "" if it can."""
@@ -1647,7 +1571,7 @@ class Firewall:
             return f"max-nr-rules ({self.config.max_nr_rules}) is reached"
         return ""
 
-    def _batch_script(self, planned: Mapping[tuple[bytes, int], Lease | None], now: float) -> str:
+    def _script(self, planned: Mapping[LeaseKey, Lease | None], now: float) -> str:
         """The nft script that turns the leases that are into those that are planned."""
         removals: list[tuple[str, str]] = []
         elements: list[Element] = []
@@ -1666,29 +1590,9 @@ class Firewall:
                 elements += gate if ends else []
         return elements_script(self.config, removals, elements)
 
-    def _changed(
-        self, failure: str, planned: Mapping[tuple[bytes, int], Lease | None], started: float
-    ) -> None:
-        """A batch has been run: take it over, or try each of its changes alone, after a look."""
-        batch, self.batch = self.batch, []
-        if failure:
-            self.look_wanted = True
-            for change in batch:
-                if change.last:
-                    change.done(failure)
-                else:
-                    self.again.append(change._replace(last=True))
-            return
-        # A lease's time counts from here: so the kernel's element never outlives ours.
-        elapsed = time.monotonic() - started
-        for key, lease in planned.items():
-            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
-        for change in batch:
-            change.done("")
-
     # -- the table of leases ---------------------------------------------------
 
-    def _keep(self, key: tuple[bytes, int], lease: Lease | None) -> None:
+    def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
         import heapq
 
@@ -1702,7 +1606,7 @@ class Firewall:
                 self.expiries = [(lease.ends, key) for key, lease in self.leases.items()]
                 heapq.heapify(self.expiries)
 
-    def _revoke(self, key: tuple[bytes, int], reason: str) -> None:
+    def _revoke(self, key: LeaseKey, reason: str) -> None:
         """Forget a lease that is to end, or has been ended, without its client's asking."""
         self._keep(key, None)
         self.log("revoked", peer=address_text(key[0]), resource=f"{key[1]:08X}", reason=reason)
@@ -1743,51 +1647,41 @@ class Firewall:
                 # ENOBUFS: the kernel has dropped some.
                 data = b""
             if not data or any(self._is_foreign(*change) for change in read_changes(data)):
-                self.look_wanted = True
-                self.retry_at = min(self.retry_at, time.monotonic() + RETRY_S[0])
+                soon = time.monotonic() + RETRY_S[0] / 4
+                self.look_at = min(self.look_at or soon, soon)
 
     def _is_foreign(self, process_id: int, table: str, name: str) -> bool:
         ours = table == self.config.table and (
             not name or name in self.config.chains.values() or OUR_SET.fullmatch(name)
         )
-        return bool(ours) and process_id not in self.process_ids
+        return bool(ours) and process_id not in self.nft.process_ids
 
-    def _looked(self, failure: str, printed: bytes) -> None:
-        """Compare the kernel with what should be, and decide."""
-        if failure:
-            self.look_wanted = True
-            return self._cannot_heal(failure)
-        self.expire()
-        now = time.monotonic()
-        listing = read_listing(self.config, printed)
-        damage, revoked = differences(self.config, self.leases, listing, self.identities, now)
-        for key in revoked:
-            self._revoke(key, "by hand")
-        if damage:
-            self.identities = {}
-            self.rebuild_wanted = True
-            self.log("healing", reason=damage, leases=len(self.leases))
-        else:
-            self.identities = listing.identities
-            self.pause = RETRY_S[0]
-            if self.trouble:
-                self.trouble = ""
-                self.log("recovered", leases=len(self.leases))
-
-    def _rebuilt(self, failure: str, printed: bytes) -> None:
-        if failure:
-            self.rebuild_wanted = True
-            return self._cannot_heal(failure)
-        self.healed += 1
-        self.log("healed", leases=len(self.leases))
-        self.look_wanted = True
-
-    def _cannot_heal(self, failure: str) -> None:
-        if failure != self.trouble:
-            self.log("cannot-heal", reason=failure)
-        self.trouble = failure
-        self.retry_at = time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, RETRY_S[1])
+    def heal(self) -> None:
+        """Compare the kernel with what should be, and install all anew if something is
+        missing or foreign. Where that cannot be done, try again after a growing pause."""
+        self.look_at = None
+        try:
+            listing = list_table(self.nft, self.config)
+            self.expire()
+            now = time.monotonic()
+            damage, revoked = differences(self.config, self.leases, listing, self.identities, now)
+            for key in revoked:
+                self._revoke(key, "by hand")
+            if damage:
+                self._install(listing)
+                # What was installed is looked at once more, but not in a tight loop with
+                # somebody who keeps on removing it.
+                self.look_at = time.monotonic() + RETRY_S[0] / 4
+                self.log("healed", reason=damage, leases=len(self.leases))
+            else:
+                self.identities = listing.identities
+            self.trouble, self.pause = "", RETRY_S[0]
+        except NftError as error:
+            if error.problem != self.trouble:
+                self.log("cannot-heal", reason=error.problem)
+            self.trouble = error.problem
+            self.look_at = time.monotonic() + self.pause
+            self.pause = min(2 * self.pause, RETRY_S[1])
 
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
@@ -1955,7 +1849,7 @@ class Monitor:
         self.lock = lock_table(arguments.rundir, config)
         self.sockets = control_sockets(config)
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self.firewall = Firewall(find_nft(config.nft), config, file.read(8), log)
+            self.firewall = Firewall(Nft(config.nft), config, file.read(8), log)
         self.selector = selectors.DefaultSelector()
         self.stopping = self.reload_wanted = False
 
@@ -1974,7 +1868,7 @@ class Monitor:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
         self._catch_signals()
         try:
-            check_kernel(self.firewall.path, self.config)
+            check_kernel(self.firewall.nft, self.config)
             self._start_network()
             self._await_network()
             netlink = self.firewall.watch()
@@ -2021,7 +1915,7 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        times = [at for at in (self.firewall.deadline(), self.restart_at) if at is not None]
+        times = [at for at in (self.firewall.look_at, self.restart_at) if at is not None]
         wait = max(min(times) - time.monotonic(), 0) if times else None
         for key, _ in self.selector.select(wait):
             key.data()
@@ -2231,7 +2125,7 @@ class Monitor:
             self._end(record, remembered[answered][1])
 
         ids = (handshake.resource, handshake.user)
-        self.firewall.submit(Change(handshake.operation, record.peer, *ids, done, now))
+        self.firewall.queue.append(Change(handshake.operation, record.peer, *ids, done))
 
     def _log_peer(
         self, event: str, handshake: ServerHandshake, record: Record, reason: str
@@ -2642,7 +2536,7 @@ def time_text(seconds: int) -> str:
 
 def status(config: Config, as_json: bool) -> int:
     """Print who holds what, as the kernel has it."""
-    rows = status_rows(list_table(find_nft(config.nft), config))
+    rows = status_rows(list_table(Nft(config.nft), config))
     if as_json:
         import json
 
@@ -2662,7 +2556,7 @@ def status(config: Config, as_json: bool) -> int:
 
 def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
-    check_kernel(find_nft(config.nft), config)
+    check_kernel(Nft(config.nft), config)
     print(ruleset_script(config, [], 0, ""), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
