@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
+    Element = tuple[tuple[str, str], float, str]  # (set, key), seconds left, comment
+    Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
 else:
 
     class _Record(type):
@@ -237,7 +239,12 @@ POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
 # Which operations a server handshake takes in which state.
 EXPECT_REQUEST, EXPECT_RESPONSE, AUTHENTICATED, ENDED = range(4)
-ALLOWED = {EXPECT_REQUEST: (KNOCK, REVOKE), EXPECT_RESPONSE: (RESPONSE,), AUTHENTICATED: (), ENDED: ()}
+ALLOWED: Mapping[int, tuple[int, ...]] = {
+    EXPECT_REQUEST: (KNOCK, REVOKE),
+    EXPECT_RESPONSE: (RESPONSE,),
+    AUTHENTICATED: (),
+    ENDED: (),
+}
 
 # Verdicts of ServerHandshake.receive().
 DROP = "drop"  # no letmein message: end it without a word
@@ -431,13 +438,6 @@ class Config(NamedTuple):
     chains: Mapping[str, str]  # by hook; chains that are not named are absent
     max_nr_rules: int
 
-    def find_port(self, port: int, user: int) -> Resource | None:
-        """The resource that opens this port for this user."""
-        for resource in self.resources.values():
-            if resource.port == port and (not resource.users or user in resource.users):
-                return resource
-        return None
-
     def objection(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
@@ -457,39 +457,32 @@ class Config(NamedTuple):
         return ""
 
 
-class Entry(NamedTuple):
-    """One option as it stands in the file."""
-
-    line: int
-    text: str
-
-
 def shown(text: str) -> str:
     """Text from a file or a peer, fit to be printed: short, escaped, keys masked."""
     masked = re.sub(r"[0-9A-Fa-f]{16,}", "...", text)
     return ascii(masked if len(masked) <= 80 else masked[:80] + "...")
 
 
-def parse_number(text: str, limit: int = 0xFFFFFFFF) -> int:
-    """ASCII digits, or hex digits behind 0x, up to limit."""
-    text = text.strip()
-    if re.fullmatch(r"0x\+?0*[0-9A-Fa-f]{1,10}", text):
-        number = int(text[2:], 16)
-    elif re.fullmatch(r"\+?0*[0-9]{1,10}", text):
-        number = int(text)
-    else:
-        number = -1
-    if not 0 <= number <= limit:
-        raise Unfit(f"{shown(text)} is no number in range", f"a number from 0 to {limit}")
+def matched(pattern: str, text: str, expected: str) -> str:
+    """The text without white space around it. Raises Unfit unless it has this pattern."""
+    if not re.fullmatch(pattern, text.strip()):
+        raise Unfit(f"{shown(text.strip())} will not do", expected)
+    return text.strip()
+
+
+def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
+    """ASCII digits, or hex digits behind 0x, from least to limit."""
+    expected = f"a number from {least} to {limit}"
+    text = matched(r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", text, expected)
+    number = int(text[2:], 16) if text.startswith("0x") else int(text)
+    if not least <= number <= limit:
+        raise Unfit(f"{number} is out of range", expected)
     return number
 
 
 def parse_port(text: str) -> int:
-    """A port number from 1 to 65535."""
-    port = parse_number(text, 65535)
-    if port == 0:
-        raise Unfit("port 0 is nobody's port", "a port from 1 to 65535")
-    return port
+    """A port number."""
+    return parse_number(text, 1, 65535)
 
 
 def parse_duration(text: str) -> float:
@@ -497,11 +490,12 @@ def parse_duration(text: str) -> float:
     try:
         return float(parse_number(text))
     except Unfit:
-        decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-        if re.fullmatch(decimal, text.strip()) and 0 <= float(text) <= 0xFFFFFFFF:
-            return abs(float(text))
         expected = "seconds, from 0 to 4294967295"
-        raise Unfit(f"{shown(text.strip())} is no duration", expected) from None
+        decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+        number = float(matched(decimal, text, expected))
+        if not 0 <= number <= 0xFFFFFFFF:
+            raise Unfit(f"{shown(text.strip())} is out of range", expected) from None
+        return abs(number)
 
 
 def parse_boolean(text: str) -> bool:
@@ -511,10 +505,9 @@ def parse_boolean(text: str) -> bool:
 
 
 def parse_identifier(text: str) -> int:
-    """A user's or a resource's id: 1 to 8 hex digits."""
-    if not re.fullmatch(r"(?=.{1,8}$)\+?[0-9A-Fa-f]+", text.strip()):
-        raise Unfit(f"{shown(text.strip())} is no id", "1 to 8 hex digits, such as 0000002A")
-    return int(text, 16)
+    """A user's or a resource's id."""
+    expected = "1 to 8 hex digits, such as 0000002A"
+    return int(matched(r"(?=.{1,8}$)\+?[0-9A-Fa-f]+", text, expected), 16)
 
 
 def parse_key(text: str) -> bytes:
@@ -530,19 +523,15 @@ def parse_key(text: str) -> bytes:
 
 def parse_name(text: str) -> str:
     """The name of an nftables table or chain."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text.strip()):
-        raise Unfit(f"{shown(text.strip())} is no name", "1 to 64 of A-Z a-z 0-9 _ - .")
-    return text.strip()
+    return matched(r"[A-Za-z0-9_.-]{1,64}", text, "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_choice(*choices: str, fold: bool = True) -> Callable[[str], str]:
     """A parser for one of some words, in any case if fold."""
 
     def parse(text: str) -> str:
-        word = text.strip().lower() if fold else text.strip()
-        if word not in choices:
-            raise Unfit(f"{shown(text.strip())} is not known here", f"one of: {', '.join(choices)}")
-        return word
+        text = text.lower() if fold else text
+        return matched("|".join(choices), text, f"one of: {', '.join(choices)}")
 
     return parse
 
@@ -563,7 +552,7 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     expected = "such as '5800', '5800/udp' or '5800 / tcp, udp'"
     port, flags = 5800, set()
     for key, values in parse_items(text):
-        if not key and len(values) == 1 and re.fullmatch(r"0x.*|[0-9]+", values[0]):
+        if not key and len(values) == 1 and re.match("[0-9]", values[0]):
             port = parse_port(values[0])
         else:
             flags |= {key or value.lower() for value in values}
@@ -659,8 +648,8 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
 }
 
 
-def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], dict[str, int]]:
-    """The file as it is written: options by section, and the line of each section.
+def parse_sections(text: str, path: str) -> tuple[dict[str, Section], dict[str, int]]:
+    """The file as it is written: by section its options, each (line, value), and its line.
 
     Raises ConfigError.
     """
@@ -669,14 +658,13 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], d
         place = f"[{shown(section)[1:-1]}] " if section else ""
         return ConfigError(f"{path}:{number}: {place}{problem}", f"expected: {expected}")
 
-    sections: dict[str, dict[str, Entry]] = {}
+    sections: dict[str, Section] = {}
     lines: dict[str, int] = {}
     section = option = ""
     for number, line in enumerate(text.split("\n"), 1):
         if option and line[:1] in (" ", "\t") and line.strip():
-            entry = sections[section][option]
-            continued = f"{entry.text} {line.lstrip()}".rstrip("\r")
-            sections[section][option] = Entry(entry.line, continued)
+            first, value = sections[section][option]
+            sections[section][option] = first, f"{value} {line.lstrip()}".rstrip("\r")
             continue
         option = ""
         line = line.lstrip()
@@ -698,9 +686,9 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, dict[str, Entry]], d
         if not equals or not name:
             raise wrong("not an option", "a line such as NAME = VALUE")
         if name in sections[section]:
-            first = sections[section][name].line
+            first = sections[section][name][0]
             raise wrong(f"{shown(name)[1:-1]}: stands in line {first} already", "each option once")
-        sections[section][name] = Entry(number, value.rstrip("\r"))
+        sections[section][name] = number, value.rstrip("\r")
         option = name
     return sections, lines
 
@@ -715,11 +703,11 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     warnings = []
 
     def place(section: str, option: str) -> str:
-        return f"{path}:{sections[section][option].line}: [{section}] {shown(option)[1:-1]}: "
+        return f"{path}:{sections[section][option][0]}: [{section}] {shown(option)[1:-1]}: "
 
     def parsed(section: str, option: str, parse: Callable[[str], Any]) -> Any:
         try:
-            return parse(sections[section][option].text)
+            return parse(sections[section][option][1])
         except Unfit as unfit:
             problem = place(section, option) + unfit.problem
             raise ConfigError(problem, f"expected: {unfit.hint}") from None
@@ -998,14 +986,14 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
         raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
     resource = arguments.resource
     if resource is None:
-        found = config.find_port(arguments.port, user)
-        if found is None:
-            ports = sorted(r.port for r in config.resources.values() if r.port)
+        ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
+        if arguments.port not in ports:
+            known = ", ".join(str(port) for port in sorted(ports) if port)
             raise UserError(
                 f"{config.path}: [RESOURCES] has no port {arguments.port} for user {user:08X}",
-                f"it has: {', '.join(map(str, ports)) or 'none'}; or name a --resource",
+                f"it has: {known or 'none'}; or name a --resource",
             )
-        resource = found.identifier
+        resource = ports[arguments.port].identifier
     port = arguments.server_port or config.port
     protocol = arguments.protocol or config.protocols[0]
 
@@ -1068,14 +1056,6 @@ class Lease(NamedTuple):
     user: int
     ends: float
     rules: int
-
-
-class Element(NamedTuple):
-    """An element of one of our sets as it should be: set and key, seconds left, comment."""
-
-    name: tuple[str, str]
-    left: float
-    comment: str
 
 
 class Listing(NamedTuple):
@@ -1143,13 +1123,13 @@ def lease_elements(config: Config, lease: Lease, now: float, boot: str) -> list[
     """A lease's elements; boot is the start of the kernel's boot id."""
     comment = f"user={lease.user:08X} resource={lease.resource:08X} boot={boot}"
     names = lease_names(config.resources[lease.resource], lease.address)
-    return [Element(name, lease.ends - now, comment) for name in names]
+    return [(name, lease.ends - now, comment) for name in names]
 
 
 def gate_elements(config: Config, resource: int, ends: float, now: float) -> list[Element]:
     """The elements that open the gate of a jump resource until its last lease ends."""
     name = f"letmein-{resource:08X}-gate"
-    return [Element((name, IP[v]), ends - now, "gate") for v in VERSIONS[config.family]]
+    return [((name, IP[v]), ends - now, "gate") for v in VERSIONS[config.family]]
 
 
 def elements_script(
@@ -1166,11 +1146,9 @@ def elements_script(
     added: dict[str, list[str]] = {}
     for name, key in removals:
         removed.setdefault(name, []).append(key)
-    for element in elements:
-        left = duration_text(element.left)
-        added.setdefault(element.name[0], []).append(
-            f'{element.name[1]} timeout {left} expires {left} comment "{element.comment}"'
-        )
+    for (name, key), seconds, comment in elements:
+        text = f'{key} timeout {{0}} expires {{0}} comment "{comment}"'
+        added.setdefault(name, []).append(text.format(duration_text(seconds)))
     where = f"element {config.family} {config.table}"
     lines = []
     for name, keys in removed.items():
@@ -1290,7 +1268,7 @@ def differences(
                 continue
             damage = "leases are missing"
         if resource.is_gate:
-            gate = [element.name for element in gate_elements(config, key[1], 0, 0)]
+            gate = [name for name, *_ in gate_elements(config, key[1], 0, 0)]
             if lease.ends - now > 1 and not all(name in listing.elements for name in gate):
                 damage = "a gate is missing"
             names += gate
@@ -1533,12 +1511,13 @@ class Firewall:
         rules = self.rules + len(self.config.protocols)
         planned: dict[LeaseKey, Lease | None] = {}
         done: list[tuple[Change, str]] = []
+        later: list[Change] = []
         for change in changes:
             key = (change.address, change.resource)
             resource = self.config.resources.get(change.resource)
             old = self.leases.get(key)
             if key in planned:
-                self.queue.append(change)  # one change of a lease in a transaction
+                later.append(change)  # one change of a lease in a transaction
                 continue
             problem = "" if resource else "unknown resource"
             if resource and change.operation == REVOKE and old:
@@ -1554,6 +1533,7 @@ class Firewall:
             done.append((change, problem))
         if planned:
             self.nft.run(self._script(planned, now))
+        self.queue += later
         # A lease's time counts from here: so the kernel's element never outlives ours.
         elapsed = time.monotonic() - now
         for key, lease in planned.items():
@@ -1586,7 +1566,7 @@ class Firewall:
                 after = {**self.leases, **planned}.values()
                 ends = [new.ends for new in after if new and new.resource == identifier]
                 gate = gate_elements(self.config, identifier, max(ends, default=0), now)
-                removals += [element.name for element in gate]
+                removals += [name for name, *_ in gate]
                 elements += gate if ends else []
         return elements_script(self.config, removals, elements)
 
@@ -1789,28 +1769,29 @@ def control_sockets(config: Config) -> list[socket.socket]:
     kernel has no IPv6. Raises UserError if one cannot be had."""
     import errno
 
+    def control_socket(family: int, address: str, kind: int) -> socket.socket:
+        control = socket.socket(family, kind)
+        if family == socket.AF_INET6:
+            control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+        control.bind((address, config.port))
+        if kind == socket.SOCK_STREAM:
+            control.listen(1024)
+        return control
+
     sockets = []
     for protocol in config.protocols:
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        for family, any_address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+        try:
             try:
-                control = socket.socket(family, kind)
-                if family == socket.AF_INET6:
-                    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                if protocol == "tcp":
-                    control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                control.bind((any_address, config.port))
-                if protocol == "tcp":
-                    control.listen(1024)
-                sockets.append(control)
-                break
+                sockets.append(control_socket(socket.AF_INET6, "::", kind))
             except OSError as error:
-                no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-                if no_ipv6 and family == socket.AF_INET6:
-                    continue
-                problem = f"cannot serve the control port {config.port}/{protocol}"
-                hint = "does another server run already? 'ss -lntup' tells"
-                raise UserError(f"{problem}: {error.strerror}", hint) from None
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                sockets.append(control_socket(socket.AF_INET, "0.0.0.0", kind))
+        except OSError as error:
+            problem = f"cannot serve the control port {config.port}/{protocol}: {error.strerror}"
+            raise UserError(problem, "does another server run already? 'ss -lntup' tells") from None
     return sockets
 
 
@@ -1998,9 +1979,10 @@ class Monitor:
 
         assert self.link is not None
         readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
-        if not readable or self.link.recv(RECORD.size)[:1] != bytes([READY]):
-            hint = "it has said why above"
-            raise UserError("the network process did not start", hint)
+        if not readable:
+            raise UserError("the network process does not start", "is this machine overloaded?")
+        if self.link.recv(RECORD.size)[:1] != bytes([READY]):
+            raise SystemExit(1)  # it has said itself what is wrong
 
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause."""
@@ -2078,9 +2060,12 @@ class Monitor:
         handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection, token)
         message = record.payload
         user, resource = record.user, record.resource
+        is_answer = record.kind == ANSWER
         if record.protocol == UDP:
-            user, resource = struct.unpack_from("!II", message, 8)
-        if message[4:8] == bytes([0, 0, 0, RESPONSE]) if record.protocol == UDP else record.kind == ANSWER:
+            # All that is known of a datagram's sender stands in the datagram.
+            operation, user, resource = struct.unpack_from("!III", message, 4)
+            is_answer = operation == RESPONSE
+        if is_answer:
             pairs = [(asked, w) for asked in (KNOCK, REVOKE) for w in (window, window - 1)]
             tokens = [(asked, token(asked, user, resource, w)) for asked, w in pairs]
             handshake.expect_response(user, resource, tokens)
@@ -2116,7 +2101,8 @@ class Monitor:
         if len(remembered) >= ACCEPTED_LIMIT:
             return self._end(record, handshake.finish(False))
         remembered[answered] = (now, b"")
-        self._send(record._replace(kind=PROVED))
+        if record.protocol == TCP:
+            self._send(record._replace(kind=PROVED))
 
         def done(problem: str) -> None:
             event = "granted" if handshake.operation == KNOCK else "revoked"
@@ -2180,7 +2166,6 @@ class Connection:
         self.received = b""
         self.ids: tuple[int, int] | None = None  # user and resource of its first message
         self.deadline = 0.0
-        self.reading = True
 
 
 def split_name(name: tuple[Any, ...]) -> tuple[bytes, int, int]:
@@ -2352,19 +2337,17 @@ class Network:
                 self._close(next(iter(crowd.values())))
 
     def _listen_to(self, connection: Connection) -> None:
-        connection.reading = True
         read = functools.partial(self._read, connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, read)
 
     def _pause(self, connection: Connection) -> None:
         """Read no more until the monitor has answered: one message at a time."""
-        if connection.reading:
-            connection.reading = False
+        if connection.socket in self.selector.get_map():
             self.selector.unregister(connection.socket)
 
     def _read(self, connection: Connection) -> None:
-        if not connection.reading:
-            return  # closed or paused earlier in this turn
+        if connection.socket not in self.selector.get_map():
+            return  # closed earlier in this turn
         try:
             data = connection.socket.recv(MESSAGE_SIZE - len(connection.received))
         except BlockingIOError:
@@ -2421,6 +2404,8 @@ class Network:
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
+        import contextlib
+
         if record.connection >= len(self.listeners):
             return
         listener = self.listeners[record.connection]
@@ -2434,10 +2419,8 @@ class Network:
             name = (socket.inet_ntoa(record.peer), record.port)
             # struct in_pktinfo: interface, local address, destination address; see ip(7)
             extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + record.local[4:8] + bytes(4))
-        try:
+        with contextlib.suppress(OSError):  # a lost datagram: the client asks again
             listener.sendmsg([record.payload], [extra] if any(record.local) else [], 0, name)
-        except OSError:
-            pass  # a lost datagram: the client asks again
 
 
 # ============================================================================
@@ -2507,48 +2490,37 @@ def network_process() -> None:
 # ============================================================================
 
 
-def status_rows(listing: Listing) -> list[dict[str, Any]]:
-    """The leases in a listing of our table, as `status --json` prints them."""
-    rows = []
-    for (name, key), element in listing.elements.items():
-        if not name.endswith("-gate"):
-            address, protocol, port = (*key.split(" . "), None, None)[:3]
-            comment = COMMENT.fullmatch(str(element.get("comment")))
-            row = {
-                "address": address,
-                "protocol": protocol,
-                "port": port and int(port),
-                "resource": comment[2] if comment else None,
-                "user": comment[1] if comment else None,
-                "seconds_left": element.get("expires"),
-            }
-            rows.append({**row, **element.get("counter", {})})
-    return sorted(rows, key=lambda row: (row["address"], row["port"] or 0, str(row["resource"])))
-
-
 def time_text(seconds: int) -> str:
     """Seconds for a person: 59s, 9m59s, 23h59m, 12d3h."""
-    for size, unit, lesser_size, lesser in ((86400, "d", 3600, "h"), (3600, "h", 60, "m")):
+    for size, unit, rest in ((86400, "d", "h"), (3600, "h", "m"), (60, "m", "s")):
         if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // lesser_size}{lesser}"
-    return f"{seconds // 60}m{seconds % 60}s" if seconds >= 60 else f"{seconds}s"
+            smaller = {"h": 3600, "m": 60, "s": 1}[rest]
+            return f"{seconds // size}{unit}{seconds % size // smaller}{rest}"
+    return f"{seconds}s"
 
 
 def status(config: Config, as_json: bool) -> int:
     """Print who holds what, as the kernel has it."""
-    rows = status_rows(list_table(Nft(config.nft), config))
+    rows: list[dict[str, Any]] = []
+    for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
+        if name.endswith("-gate"):
+            continue
+        address, protocol, port = (*key.split(" . "), None, None)[:3]
+        comment = COMMENT.fullmatch(str(element.get("comment"))) or (None, None, None)
+        row = {"address": address, "protocol": protocol, "port": port and int(port)}
+        row = {**row, "resource": comment[2], "user": comment[1]}
+        rows.append({**row, "seconds_left": element.get("expires"), **element.get("counter", {})})
     if as_json:
         import json
 
         table = {"family": config.family, "table": config.table}
         print(json.dumps({**table, "leases": rows}, indent=1))
-    elif not rows:
-        print("nobody holds a lease: all ports are shut")
-    else:
-        print(f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}")
-    for row in rows if not as_json else ():
+        return 0
+    header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
+    print(header if rows else "nobody holds a lease: all ports are shut")
+    for row in rows:
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
-        left = "for ever" if row["seconds_left"] is None else time_text(row["seconds_left"])
+        left = "for ever" if row["seconds_left"] is None else time_text(int(row["seconds_left"]))
         user, packets = row["user"] or "?", row.get("packets", "-")
         print(f"{row['address']:<39} {what:<9} {user:<8} {left:>8} {packets:>10}")
     return 0
@@ -2566,13 +2538,6 @@ def check(config: Config) -> int:
     return 0
 
 
-def generate_key(config: Config, user: int | None) -> int:
-    """Print a new key as a line for both files' [KEYS]."""
-    user = config.default_user if user is None else user
-    print(f"{user:08X} = {os.urandom(KEY_SIZE).hex().upper()}")
-    return 0
-
-
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser of option values as argparse wants it."""
 
@@ -2585,21 +2550,6 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{unfit.problem}; expected: {unfit.hint}") from None
 
     return convert
-
-
-def parse_account(text: str) -> str:
-    """A user's name, or none."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", text):
-        raise Unfit(f"{shown(text)} is no user's name", "a name such as letmeind, or none")
-    return text
-
-
-def parse_slots(text: str) -> int:
-    """A number of connections, at least 1."""
-    slots = parse_number(text, 1_000_000)
-    if slots == 0:
-        raise Unfit("0 connections serve nobody", "a number from 1 to 1000000")
-    return slots
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2635,20 +2585,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("-u", "--user", metavar="ID", type=identifier)
         command.add_argument("-P", "--server-port", metavar="PORT", type=port)
         for letter, protocol in (("-T", "tcp"), ("-U", "udp")):
-            command.add_argument(
-                letter,
-                f"--server-port-{protocol}",
-                dest="protocol",
-                action="store_const",
-                const=protocol,
-            )
-        for letter, version, family in (
-            ("-4", "--ipv4", socket.AF_INET),
-            ("-6", "--ipv6", socket.AF_INET6),
-        ):
-            command.add_argument(
-                letter, version, dest="families", action="append_const", const=family, default=[]
-            )
+            option: dict[str, Any] = {"action": "store_const", "dest": "protocol"}
+            command.add_argument(letter, f"--server-port-{protocol}", const=protocol, **option)
+        for letter, family in (("4", socket.AF_INET), ("6", socket.AF_INET6)):
+            option = {"action": "append_const", "dest": "families", "default": []}
+            command.add_argument(f"-{letter}", f"--ipv{letter}", const=family, **option)
 
     command = commands.add_parser("gen-key", help="print a new key")
     command.add_argument("-u", "--user", metavar="ID", type=identifier)
@@ -2656,12 +2597,13 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("server", help="run the server")
     common(command, argparse.SUPPRESS)
     command.add_argument("--rundir", metavar="DIR", default="/run")
-    slots = argument_type(parse_slots)
+    slots = argument_type(functools.partial(parse_number, least=1, limit=1_000_000))
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    account = argument_type(parse_account)
+    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
+    account = argument_type(lambda text: matched(name, text, "a user's name, or none"))
     command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
     command = commands.add_parser("status", help="who holds what")
@@ -2681,7 +2623,9 @@ def run_command(arguments: argparse.Namespace) -> int:
             config = read_config(path, False)
         except ConfigError:
             config = parse_config("", path, False)
-        return generate_key(config, arguments.user)
+        user = config.default_user if arguments.user is None else arguments.user
+        print(f"{user:08X} = {os.urandom(KEY_SIZE).hex().upper()}")
+        return 0
 
     config = read_config(path, is_server)
     for warning in config.warnings:
