@@ -796,13 +796,10 @@ def read_config(path: str, server: bool) -> Config:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             data = file.read(CONFIG_SIZE_LIMIT + 1)
-    except FileNotFoundError:
-        if not server:
-            return parse_config("", path, server)
-        hint = "write one (letmeind.conf.example is a start), or name one with --config"
-        raise ConfigError(f"{path}: there is no such file", hint) from None
     except OSError as error:
-        hint = "name a file that you may read with --config"
+        if isinstance(error, FileNotFoundError) and not server:
+            return parse_config("", path, server)
+        hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         hint = f"expected: a file of at most {CONFIG_SIZE_LIMIT} bytes"
@@ -844,106 +841,98 @@ def default_config_path(name: str) -> str:
 # ============================================================================
 
 
-class Attempt:
-    """One handshake with one address. Straight-line code that gives way at each wait.
+def exchange(
+    handshake: ClientHandshake,
+    family: int,
+    sockaddr: tuple[Any, ...],
+    protocol: str,
+    timeout: float,
+) -> Generator[tuple[socket.socket, int, float], None, None]:
+    """One handshake with one address: straight-line code that gives way at each wait.
 
-    Args: sockaddr, as socket.getaddrinfo gives it; protocol, "tcp" or "udp"; timeout, in
-    seconds, for each message (control-timeout). After the end, error is None for success.
+    Args: family and sockaddr, as socket.getaddrinfo gives them; protocol, "tcp" or "udp";
+    timeout, in seconds, for each message (control-timeout). Yields the socket, the
+    selectors.EVENT_* to wait for, and until when; wants TimeoutError thrown in after
+    that. Raises UserError.
     """
-
-    def __init__(
-        self,
-        handshake: ClientHandshake,
-        family: int,
-        sockaddr: tuple[Any, ...],
-        protocol: str,
-        timeout: float,
-    ) -> None:
-        self.handshake = handshake
-        self.family = family
-        self.sockaddr = sockaddr
-        self.protocol = protocol
-        self.timeout = timeout
-        self.address = str(sockaddr[0])
-        self.deadline = time.monotonic() + timeout
-        self.error: UserError | None = None
-        self.waits = self._run()
-
-    def _run(self) -> Generator[tuple[socket.socket, int], None, None]:
-        """The handshake; yields the socket and the selectors.EVENT_* to wait for."""
-        kind = socket.SOCK_STREAM if self.protocol == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(self.family, kind) as peer:
+    where = str(sockaddr[0])
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    deadline = time.monotonic() + timeout
+    try:
+        with socket.socket(family, kind) as peer:
             peer.setblocking(False)
-            if self.protocol == "tcp":
+            if protocol == "tcp":
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
-                peer.connect(self.sockaddr)
+                peer.connect(sockaddr)
             except BlockingIOError:
-                yield peer, selectors.EVENT_WRITE
+                yield peer, selectors.EVENT_WRITE, deadline
                 number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number:
                     raise OSError(number, os.strerror(number)) from None
-            message = self.handshake.request
-            while not self.handshake.done:
+            message = handshake.request
+            while not handshake.done:
                 peer.send(message)
-                self.deadline = time.monotonic() + self.timeout
+                deadline = time.monotonic() + timeout
                 received = b""
                 while len(received) < MESSAGE_SIZE:
-                    yield peer, selectors.EVENT_READ
-                    if self.protocol == "tcp":
-                        data = peer.recv(MESSAGE_SIZE - len(received))
-                        received += data
-                        if not data:
-                            raise ProtocolError("the server closed the connection unanswered")
+                    yield peer, selectors.EVENT_READ, deadline
+                    if protocol == "tcp":
+                        received += peer.recv(MESSAGE_SIZE - len(received)) or no_answer()
                     else:
                         data = peer.recv(MESSAGE_SIZE + 1)
                         received = data if len(data) == MESSAGE_SIZE else b""
-                message = self.handshake.receive(received)
-
-    def advance(self) -> tuple[socket.socket, int] | None:
-        """Go on until the next wait; None at the end, with error set if it failed."""
-        hint = "is the server running, and is its control port open for everybody?"
-        try:
-            return next(self.waits, None)
-        except Refused as error:
-            hint = "are key, user and resource the same there? the server's log says more"
-            self.error = UserError(f"{self.address}: {error}", hint)
-        except ProtocolError as error:
-            self.error = UserError(f"{self.address}: {error}", "is a letmein server there?")
-        except OSError as error:
-            self.error = UserError(f"cannot talk to {self.address}: {error.strerror}", hint)
-        return None
-
-    def give_up(self) -> None:
-        """The time is up."""
-        self.waits.close()
-        self.error = UserError(
-            f"no answer from {self.address} over {self.protocol} within {self.timeout:g} s",
+                message = handshake.receive(received)
+    except TimeoutError:
+        hint = (
             "is the server running, are control port and protocol right (-P, -T, -U), "
-            "and does no firewall drop it on the way?",
+            "and does no firewall drop it on the way?"
         )
+        problem = f"no answer from {where} over {protocol} within {timeout:g} s"
+        raise UserError(problem, hint) from None
+    except Refused as error:
+        hint = "are key, user and resource the same there? the server's log says more"
+        raise UserError(f"{where}: {error}", hint) from None
+    except ProtocolError as error:
+        raise UserError(f"{where}: {error}", "is a letmein server there?") from None
+    except OSError as error:
+        hint = "is the server running, and is its control port open for everybody?"
+        raise UserError(f"cannot talk to {where}: {error.strerror}", hint) from None
 
 
-def run_attempts(attempts: Iterable[Attempt]) -> None:
-    """Pump all attempts at the same time until each has ended."""
+def no_answer() -> bytes:
+    """What an end of the stream means in place of a message."""
+    raise ProtocolError("the server closed the connection without an answer")
+
+
+def run_all(exchanges: Sequence[Any]) -> list[UserError | None]:
+    """Run all exchanges at the same time; returns each one's error, None for success."""
+    errors: list[UserError | None] = [None] * len(exchanges)
+    waiting: dict[int, tuple[socket.socket, float]] = {}
+
+    def advance(number: int, late: bool = False) -> None:
+        if number in waiting:
+            selector.unregister(waiting.pop(number)[0])
+        try:
+            steps = exchanges[number]
+            peer, event, deadline = steps.throw(TimeoutError()) if late else next(steps)
+            selector.register(peer, event, number)
+            waiting[number] = (peer, deadline)
+        except StopIteration:
+            pass
+        except UserError as error:
+            errors[number] = error
+
     with selectors.DefaultSelector() as selector:
-        waiting = [(attempt, attempt.advance()) for attempt in attempts]
-        pending = {attempt: wait for attempt, wait in waiting if wait}
-        for attempt, (peer, event) in pending.items():
-            selector.register(peer, event, attempt)
-        while pending:
-            first = min(attempt.deadline for attempt in pending)
-            ready = selector.select(max(first - time.monotonic(), 0))
-            for attempt in {key.data for key, _ in ready}:
-                peer, _ = pending.pop(attempt)
-                selector.unregister(peer)
-                wait = attempt.advance()
-                if wait:
-                    pending[attempt] = wait
-                    selector.register(wait[0], wait[1], attempt)
-            for attempt in [late for late in pending if time.monotonic() >= late.deadline]:
-                selector.unregister(pending.pop(attempt)[0])
-                attempt.give_up()
+        for number in range(len(exchanges)):
+            advance(number)
+        while waiting:
+            first = min(deadline for _, deadline in waiting.values())
+            for key, _ in selector.select(max(first - time.monotonic(), 0)):
+                advance(key.data)
+            for number in [n for n, (_, end) in waiting.items() if end <= time.monotonic()]:
+                advance(number, late=True)
+    return errors
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
@@ -998,21 +987,24 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     protocol = arguments.protocol or config.protocols[0]
 
     addresses = resolve(arguments.host, port, arguments.families)
-    attempts = []
-    for family, sockaddr in addresses.items():
-        handshake = ClientHandshake(operation, user, resource, key)
-        attempts.append(Attempt(handshake, family, sockaddr, protocol, config.control_timeout))
-        say(f"{OPERATIONS[operation]} to {sockaddr[0]} port {port}/{protocol}")
-    run_attempts(attempts)
-    for attempt in attempts:
-        for warning in attempt.handshake.warnings:
-            warn(f"{attempt.address}: {warning}")
-        say(f"{attempt.address}: {attempt.error.problem if attempt.error else 'COMEIN'}")
-    errors = [attempt.error for attempt in attempts if attempt.error]
-    if errors and (arguments.families or len(errors) == len(attempts)):
+    handshakes = [ClientHandshake(operation, user, resource, key) for _ in addresses]
+    texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
+    say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
+    results = run_all(
+        [
+            exchange(handshake, *address, protocol, config.control_timeout)
+            for handshake, address in zip(handshakes, addresses.items())
+        ]
+    )
+    for text, handshake, error in zip(texts, handshakes, results):
+        for warning in handshake.warnings:
+            warn(f"{text}: {warning}")
+        say(f"{text}: {error.problem if error else 'COMEIN'}")
+    errors = [error for error in results if error]
+    if errors and (arguments.families or len(errors) == len(results)):
         raise errors[0]
     what = f"resource {resource:08X}" if arguments.port is None else f"port {arguments.port}"
-    where = ", ".join(attempt.address for attempt in attempts if not attempt.error)
+    where = ", ".join(text for text, error in zip(texts, results) if not error)
     return f"{'opened' if operation == KNOCK else 'closed'} {what} on {arguments.host} ({where})"
 
 
@@ -1707,7 +1699,7 @@ def read_changes(data: bytes) -> Iterable[tuple[int, str, str]]:
 # The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair:
 #
 #     network -> monitor   READY, REQUEST, ANSWER
-#     monitor -> network   SETTINGS (with the sockets), REPLY, LAST, PROVED
+#     monitor -> network   SETTINGS (with the sockets), REPLY, LAST
 #
 # The monitor trusts nothing in a record but its size, and keeps nothing of a
 # peer that has not proved itself: the challenge token is derived from a secret
@@ -1719,7 +1711,7 @@ def read_changes(data: bytes) -> Iterable[tuple[int, str, str]]:
 # into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
 # resource of a connection's first message, message
 RECORD = struct.Struct("!BBI16sHI20sII56s")
-READY, REQUEST, ANSWER, SETTINGS, REPLY, LAST, PROVED = range(1, 8)
+READY, REQUEST, ANSWER, SETTINGS, REPLY, LAST = range(1, 7)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
@@ -2101,8 +2093,6 @@ class Monitor:
         if len(remembered) >= ACCEPTED_LIMIT:
             return self._end(record, handshake.finish(False))
         remembered[answered] = (now, b"")
-        if record.protocol == TCP:
-            self._send(record._replace(kind=PROVED))
 
         def done(problem: str) -> None:
             event = "granted" if handshake.operation == KNOCK else "revoked"
@@ -2152,7 +2142,7 @@ def notify_systemd(state: str) -> None:
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
 LISTENERS_LIMIT = 16
-PROVED_LIMIT_S = 60.0  # a peer that waits for the firewall is given up after this
+ANSWER_LIMIT_S = 60.0  # a peer whose answer the monitor has is given up after this
 
 
 class Connection:
@@ -2190,13 +2180,11 @@ class Network:
     def __init__(
         self, link: socket.socket, payload: bytes, listeners: Sequence[socket.socket]
     ) -> None:
-        from collections import deque
-
         self.link = link
-        self.outbox: deque[bytes] = deque()
-        # By number, oldest first; peers that have proved themselves wait apart.
+        # By number, oldest first; those whose second message the monitor has wait apart: it
+        # answers a wrong one at once, and who sent the right one is not to be pushed out.
         self.connections: dict[int, Connection] = {}
-        self.proved: dict[int, Connection] = {}
+        self.answered: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
         self.number = 0
         self.listeners: list[socket.socket] = []
@@ -2228,43 +2216,35 @@ class Network:
 
     def run(self) -> None:
         """Serve until the monitor is gone."""
-        import select
-
         while True:
             now = time.monotonic()
             wait = None
-            for group in (self.connections, self.proved):
+            for group in (self.connections, self.answered):
                 # The order is that of the deadlines, for each has the same time.
                 while group and next(iter(group.values())).deadline <= now:
                     self._close(next(iter(group.values())))
                 if group:
                     first = next(iter(group.values())).deadline - now
                     wait = first if wait is None else min(wait, first)
-            if self.outbox:
-                # The monitor lags behind: take nothing more from the internet until it follows.
-                readable, _, _ = select.select([self.link], [self.link], [], wait)
-                if readable:
-                    self._on_link()
-                self._flush()
-                continue
             for key, _ in self.selector.select(wait):
                 key.data()
 
     # -- the monitor ---------------------------------------------------------
 
     def _send(self, record: Record) -> None:
-        self.outbox.append(RECORD.pack(*record))
-        self._flush()
+        """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
+        import select
 
-    def _flush(self) -> None:
-        try:
-            while self.outbox:
-                self.link.send(self.outbox[0])
-                self.outbox.popleft()
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise SystemExit(0) from None  # the monitor is gone
+        while True:
+            try:
+                self.link.send(RECORD.pack(*record))
+                return
+            except BlockingIOError:
+                readable, _, _ = select.select([self.link], [self.link], [])
+                if readable:
+                    self._on_link()
+            except OSError:
+                raise SystemExit(0) from None  # the monitor is gone
 
     def _on_link(self) -> None:
         try:
@@ -2280,23 +2260,18 @@ class Network:
             return self._settle(record.payload, [socket.socket(fileno=fd) for fd in descriptors])
         if record.protocol == UDP:
             return self._answer(record)
-        connection = self.connections.get(record.connection) or self.proved.get(record.connection)
+        connection = self.connections.get(record.connection) or self.answered.get(record.connection)
         if connection is None:
             return
-        if record.kind == PROVED:
-            self._forget(connection)
-            connection.deadline = time.monotonic() + PROVED_LIMIT_S
-            self.proved[connection.number] = connection
+        try:
+            # Two messages at most: a socket that does not take them at once is no client's.
+            sent = connection.socket.send(record.payload) if any(record.payload) else 0
+        except OSError:
+            sent = 0
+        if record.kind == LAST or sent != MESSAGE_SIZE:
+            self._close(connection)
         else:
-            try:
-                # Two messages at most: a socket that does not take them at once is no client's.
-                sent = connection.socket.send(record.payload) if any(record.payload) else 0
-            except OSError:
-                sent = 0
-            if record.kind == LAST or sent != MESSAGE_SIZE:
-                self._close(connection)
-            else:
-                self._listen_to(connection)
+            self._listen_to(connection)
 
     # -- TCP -----------------------------------------------------------------
 
@@ -2365,6 +2340,10 @@ class Network:
                 return self._close(connection)
             self._pause(connection)
             kind = ANSWER if connection.ids else REQUEST
+            if kind == ANSWER:
+                self._forget(connection)
+                connection.deadline = time.monotonic() + ANSWER_LIMIT_S
+                self.answered[connection.number] = connection
             connection.ids = connection.ids or (message.user, message.resource)
             user, resource = connection.ids
             name = (connection.address, connection.port, connection.scope, bytes(20))
@@ -2372,7 +2351,7 @@ class Network:
 
     def _forget(self, connection: Connection) -> None:
         """Take a connection out of the competition for slots."""
-        self.proved.pop(connection.number, None)
+        self.answered.pop(connection.number, None)
         if self.connections.pop(connection.number, None) is not None:
             siblings = self.prefixes[connection.prefix]
             del siblings[connection.number]
@@ -2399,8 +2378,6 @@ class Network:
             address, port, scope = split_name(name)
             name = (address, port, scope, local)
             self._send(Record(REQUEST, UDP, number, *name, payload=data))
-            if self.outbox:
-                return
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
