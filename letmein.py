@@ -68,10 +68,7 @@ else:
 
 
 class UserError(Exception):
-    """Something the user can mend: one line with what is wrong, one with what to do.
-
-    Args: problem, what is wrong and where; hint, what to do about it.
-    """
+    """Something the user can mend. Args: problem, what is wrong and where; hint, what to do."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(problem)
@@ -473,8 +470,9 @@ def matched(pattern: str, text: str, expected: str) -> str:
 def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
-    text = matched(r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", text, expected)
-    number = int(text[2:], 16) if text.startswith("0x") else int(text)
+    digits = matched(r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", text, expected)
+    base = 16 if digits.startswith("0x") else 10
+    number = int(digits.lstrip("0x+") or "0", base)
     if not least <= number <= limit:
         raise Unfit(f"{number} is out of range", expected)
     return number
@@ -515,7 +513,7 @@ def parse_key(text: str) -> bytes:
     expected = "64 hex digits, such as 'letmein.py gen-key' prints"
     if not re.fullmatch(r"[0-9A-Fa-f]{64}", text.strip()):
         raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
-    key = bytes.fromhex(text)
+    key = bytes.fromhex(text.strip())
     if key in (bytes(KEY_SIZE), b"\xff" * KEY_SIZE):
         raise Unfit("this key is all zeros or all ones", expected)
     return key
@@ -552,10 +550,12 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     expected = "such as '5800', '5800/udp' or '5800 / tcp, udp'"
     port, flags = 5800, set()
     for key, values in parse_items(text):
-        if not key and len(values) == 1 and re.match("[0-9]", values[0]):
+        if key:
+            raise Unfit(f"{shown(key)} is not known here", expected)
+        if len(values) == 1 and re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", values[0]):
             port = parse_port(values[0])
         else:
-            flags |= {key or value.lower() for value in values}
+            flags |= {value.lower() for value in values}
     for flag in flags - {"tcp", "udp"}:
         raise Unfit(f"{shown(flag)} is not known here", expected)
     return port, tuple(sorted(flags)) or ("tcp",)
@@ -586,24 +586,23 @@ def parse_resource(
         raise Unfit("neither a port nor a jump resource, or both", expected)
     known = {"timeout", "users"}
     known |= {"port"} if is_port else {name for hook in HOOKS for name in (hook, hook + "-match")}
-    for key, values in lists.items():
-        if key not in known:
+    for number, (key, values) in enumerate(items):
+        words = {word.lower() for word in values}
+        if not key and (not words <= {"tcp", "udp"} if is_port else values != ["jump"]):
+            raise Unfit(f"{shown(', '.join(values))} is not known here", expected)
+        if key and key not in known:
             raise Unfit(f"{shown(key)} is not known here", expected)
-        if key != "users" and len(values) != 1:
+        if key and key != "users" and len(values) != 1:
             raise Unfit(f"{key} takes one value", expected)
-    for key in ("port", "timeout", "users"):
-        if sum(key == item[0] for item in items) > 1:
+        if key.endswith("-match") and values != ["saddr"]:
+            raise Unfit(f"{key} takes saddr alone", f"'{key}: saddr', or nothing")
+        if key in ("port", "timeout", "users") and key in [before for before, _ in items[:number]]:
             raise Unfit(f"{key} stands there twice", expected)
-    for words in flags:
-        if not {word.lower() for word in words} <= {"tcp", "udp"} if is_port else words != ["jump"]:
-            raise Unfit(f"{shown(', '.join(words))} is not known here", expected)
 
     port = parse_port(lists["port"][0]) if is_port else 0
     protocols = {word.lower() for words in flags for word in words} or {"tcp"}
     jumps = []
     for hook in HOOKS:
-        if lists.get(hook + "-match", ["saddr"]) != ["saddr"]:
-            raise Unfit(f"{hook}-match is not saddr", f"'{hook}-match: saddr', or nothing")
         if hook in lists:
             jumps.append(Jump(hook, parse_name(lists[hook][0]), hook + "-match" in lists))
     if not port and not jumps:
@@ -1032,6 +1031,11 @@ SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not i
 LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
 IP = {4: "ip", 6: "ip6"}
+NETLINK_NETFILTER = 12  # linux/netlink.h
+NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
+NFT_TABLE_MESSAGES = (0, 2)  # NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE: linux/netfilter/nf_tables.h
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
 COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=([0-9a-f]{8})")
 
@@ -1618,15 +1622,22 @@ class Firewall:
             except OSError:
                 # ENOBUFS: the kernel has dropped some.
                 data = b""
-            if not data or any(self._is_foreign(*change) for change in read_changes(data)):
+            if not data or self._is_foreign(data):
                 soon = time.monotonic() + RETRY_S[0] / 4
                 self.look_at = min(self.look_at or soon, soon)
 
-    def _is_foreign(self, process_id: int, table: str, name: str) -> bool:
-        ours = table == self.config.table and (
-            not name or name in self.config.chains.values() or OUR_SET.fullmatch(name)
-        )
-        return bool(ours) and process_id not in self.nft.process_ids
+    def _is_foreign(self, data: bytes) -> bool:
+        """Whether these netlink messages (netlink(7)) tell of a change of something of ours
+        by another process: our table, or in it our chains and sets. Names end with a NUL."""
+        names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
+        table = self.config.table.encode() + b"\0"
+        while len(data) >= 20:
+            length, kind, _, _, process_id = struct.unpack_from("=IHHII", data)
+            message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
+            ours = kind & 0xFF in NFT_TABLE_MESSAGES or any(name in message for name in names)
+            if process_id not in self.nft.process_ids and table in message and ours:
+                return True
+        return False
 
     def heal(self) -> None:
         """Compare the kernel with what should be, and install all anew if something is
@@ -1654,38 +1665,6 @@ class Firewall:
             self.trouble = error.problem
             self.look_at = time.monotonic() + self.pause
             self.pause = min(2 * self.pause, RETRY_S[1])
-
-
-# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
-NETLINK_NETFILTER = 12
-NFNLGRP_NFTABLES = 7
-NFNL_SUBSYS_NFTABLES = 10
-NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN, NFT_MSG_NEWGEN = 3, 5, 15
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
-
-
-def read_changes(data: bytes) -> Iterable[tuple[int, str, str]]:
-    """Who changed what, by nftables notifications: (process id, table, chain or set).
-
-    The name is "" for a change of the table itself. Sources: netlink(7), and the
-    headers above: attribute 1 is the table in all messages; 3 is the name of a
-    chain, 2 the chain of a rule, the name of a set, the set of elements.
-    """
-    while len(data) >= 20:
-        length, kind, _, _, process_id = struct.unpack_from("=IHHII", data)
-        message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
-        kind &= 0xFF
-        if kind == NFT_MSG_NEWGEN:
-            continue
-        names = {}
-        while len(message) >= 4:
-            size, attribute = struct.unpack_from("=HH", message)
-            names[attribute] = message[4:size].rstrip(b"\0").decode("ascii", "replace")
-            message = message[max((size + 3) & ~3, 4) :]
-        of_chain = kind in (NFT_MSG_NEWCHAIN, NFT_MSG_DELCHAIN)
-        is_table = kind <= 2
-        yield process_id, names.get(1, ""), "" if is_table else names.get(3 if of_chain else 2, "")
 
 
 # ============================================================================
@@ -2125,10 +2104,7 @@ def notify_systemd(state: str) -> None:
         if state == "RELOADING=1":
             state += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            try:
-                notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
-            except OSError as error:
-                log("notify-failed", reason=error.strerror)
+            notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
 # ============================================================================
@@ -2152,7 +2128,8 @@ class Connection:
         self.number = number
         self.socket = peer
         self.address, self.port, self.scope = split_name(name)
-        self.prefix = prefix_of(self.address)
+        # What counts as one peer: an IPv4 address, an IPv6 /56.
+        self.prefix = self.address if self.address.startswith(IPV4_MAPPED) else self.address[:7]
         self.received = b""
         self.ids: tuple[int, int] | None = None  # user and resource of its first message
         self.deadline = 0.0
@@ -2164,11 +2141,6 @@ def split_name(name: tuple[Any, ...]) -> tuple[bytes, int, int]:
     if not more:
         return IPV4_MAPPED + socket.inet_aton(host), port, 0
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0]), port, more[1]
-
-
-def prefix_of(address: bytes) -> bytes:
-    """What counts as one peer: an IPv4 address, an IPv6 /56."""
-    return address if address.startswith(IPV4_MAPPED) else address[:7]
 
 
 class Network:
@@ -2554,11 +2526,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("knock", [], "open a port for this address"),
         ("revoke", ["close"], "close it again"),
     ):
-        command = commands.add_parser(name, aliases=aliases, help=text, description=text)
+        usage = f"letmein {name} [OPTION...] HOST (PORT | -r ID)"
+        command = commands.add_parser(name, aliases=aliases, help=text, usage=usage)
+        # PORT may stand behind an option, where argparse loses an optional argument:
+        # parse_words() finds it among the rest.
         command.add_argument("host", metavar="HOST")
-        what = command.add_mutually_exclusive_group(required=True)
-        what.add_argument("port", metavar="PORT", nargs="?", type=port)
-        what.add_argument("-r", "--resource", metavar="ID", type=identifier)
+        command.add_argument("-r", "--resource", metavar="ID", type=identifier)
         command.add_argument("-u", "--user", metavar="ID", type=identifier)
         command.add_argument("-P", "--server-port", metavar="PORT", type=port)
         for letter, protocol in (("-T", "tcp"), ("-U", "udp")):
@@ -2587,6 +2560,26 @@ def build_parser() -> argparse.ArgumentParser:
     common(command, argparse.SUPPRESS)
     command.add_argument("--json", action="store_true")
     return parser
+
+
+def parse_words(words: list[str]) -> argparse.Namespace:
+    """The command line. Ends the program (status 2) if it is wrong."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    if arguments.command in ("knock", "revoke", "close"):
+        arguments.port = None
+        if arguments.resource is None and not rest:
+            parser.error("what to knock for? give a PORT, or -r ID")
+        if arguments.resource is None and not rest[0].startswith("-"):
+            try:
+                arguments.port = parse_port(rest.pop(0))
+            except Unfit as unfit:
+                parser.error(f"PORT: {unfit.problem}; expected: {unfit.hint}")
+        elif rest and not rest[0].startswith("-"):
+            parser.error("give either a PORT or -r ID, not both")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -2642,7 +2635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")
-        return run_command(build_parser().parse_args(words))
+        return run_command(parse_words(words))
     except UserError as error:
         print(f"letmein: error: {error.problem}", file=sys.stderr)
         if error.hint:

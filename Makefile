@@ -1,0 +1,131 @@
+# Nothing has to be built. Each target sets up what it needs: Debian packages (as root or through
+# sudo, and it says so first), and tools from PyPI in .venv, in a directory for each Python.
+
+PYTHON = python3
+PYTEST_ARGS =
+
+# On Debian an ordinary user's PATH has no sbin, where nft and ip are.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+# What Python 3.9 can have. Later versions of mypy check for nothing older than Python 3.10.
+TOOLS = pytest>=8.0 hypothesis>=6.100 coverage>=7.6 ruff>=0.4 mypy>=1.8,<1.20
+SCRIPTS = $(wildcard *.py) .ci/demo
+
+# These are asked for when a recipe starts, and not before: Python may not be installed yet.
+VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV = .venv/$(VERSION)
+SITE = $(VENV)/lib/python$(VERSION)/site-packages
+COVERAGE = $(VENV)/bin/coverage
+COVERAGE_DATA = --rcfile=$(VENV)/coverage.ini --data-file=$(VENV)/coverage.data
+
+help:
+	@echo 'make demo    letmein from the first knock to the last, on two throwaway hosts'
+	@echo 'make test    the whole test suite, and its coverage (PYTEST_ARGS="-k udp": a part of it)'
+	@echo 'make lint    ruff, and mypy --strict'
+	@echo 'make clean   remove what these have made'
+	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
+
+demo: packages
+	@$(PYTHON) .ci/demo
+
+# While the directory `measuring` exists, each process of this .venv's Python counts what it
+# executes of letmein.py, and leaves its counts there. The 90 % are asked of the whole suite.
+test: tools
+	@printf '%s\n' "$$COVERAGE_INI" >$(VENV)/coverage.ini
+	@printf '%s\n' "$$COVERAGE_START" >$(SITE)/measure_letmein.py
+	@echo 'import measure_letmein' >$(SITE)/measure_letmein.pth
+	@rm -rf $(VENV)/measuring $(VENV)/measured; mkdir $(VENV)/measuring; \
+	trap 'rm -rf $(VENV)/measuring' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
+	$(VENV)/bin/python -m pytest -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS) && \
+	mv $(VENV)/measuring $(VENV)/measured
+	@$(COVERAGE) combine --quiet $(COVERAGE_DATA) $(VENV)/measured
+	@$(COVERAGE) report $(COVERAGE_DATA) $(if $(PYTEST_ARGS),,--fail-under=90)
+
+lint: tools
+	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
+		--line-length=100 --select=E,F,W,I,UP,B,SIM,RUF $(SCRIPTS)
+	$(VENV)/bin/mypy --config-file= --cache-dir=$(VENV)/mypy --python-version=3.9 \
+		--strict --scripts-are-modules $(SCRIPTS)
+
+clean:
+	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
+
+.PHONY: help demo test lint clean packages test-packages tools
+
+# `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
+WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
+	want $(PYTHON) $(notdir $(PYTHON)); want nft nftables; want ip iproute2; want unshare util-linux
+
+packages:
+	@$(WANT); [ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing
+
+test-packages:
+	@$(WANT); want ps procps; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
+	[ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing
+
+tools: test-packages
+	@echo '$(TOOLS)' | cmp -s - $(VENV)/tools || { \
+		echo 'Installing into $(VENV): $(TOOLS)'; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && \
+		$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TOOLS:%='%') && \
+		echo '$(TOOLS)' >$(VENV)/tools; }
+
+define INSTALL
+command="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends $$*"
+echo "Missing here, by the names of Debian's packages: $$*"
+if ! command -v apt-get >/dev/null; then
+	echo "Install them in your system's way, then try again."
+	exit 1
+elif [ "$$(id -u)" = 0 ]; then
+	echo "Installing them: $$command"
+	sh -c "$$command" </dev/null && exit
+elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+	echo "Installing them through sudo: $$command"
+	sudo sh -c "$$command" && exit
+fi
+echo "Run this, then try again:"
+echo "  su - -c '$$command'"
+exit 1
+endef
+
+define COVERAGE_INI
+[run]
+branch = True
+parallel = True
+sigterm = True
+include = $(CURDIR)/letmein.py
+disable_warnings = no-data-collected
+[report]
+show_missing = True
+exclude_also = if TYPE_CHECKING:
+endef
+
+# A .pth file is read by every Python of the .venv, also by one that letmein's server starts with
+# an empty environment. Where a process has given up the right to write, its counts are lost.
+define COVERAGE_START
+import os
+import sys
+
+if os.path.isdir(sys.prefix + "/measuring"):
+    import coverage
+
+    def save():
+        try:
+            coverage.Coverage.save(measurement)
+        except Exception:
+            pass
+
+    places = {
+        "COVERAGE_PROCESS_START": sys.prefix + "/coverage.ini",
+        "COVERAGE_FILE": sys.prefix + "/measuring/data",
+    }
+    os.environ.update(places)
+    measurement = coverage.process_startup()
+    for name in places:
+        del os.environ[name]
+    if measurement is not None:
+        measurement.save = save
+endef
+
+export INSTALL COVERAGE_INI COVERAGE_START
