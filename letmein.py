@@ -562,22 +562,16 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     return port, tuple(sorted(flags)) or ("tcp",)
 
 
-def parse_key_user(name: str, others: Mapping[int, bytes], _: str) -> int:
-    """The user that an option of [KEYS] names."""
-    user = parse_identifier(name)
-    if user in others:
-        raise Unfit(f"user {user:08X} has a key already", "each user once")
-    return user
+def parse_new_identifier(text: str, others: Mapping[int, object]) -> int:
+    """An id that is not among the others."""
+    identifier = parse_identifier(text)
+    if identifier in others:
+        raise Unfit(f"{identifier:08X} is there already", "each id once")
+    return identifier
 
 
-def parse_resource(
-    name: str, others: Mapping[int, Resource], default_timeout: float, text: str
-) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`.
-
-    Args: name, of the option; others, the resources so far, by id.
-    """
-    identifier = parse_identifier(name)
+def parse_resource(identifier: int, text: str, default_timeout: float) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`."""
     expected = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
     items = parse_items(text)
     lists = {key: values for key, values in items if key}
@@ -608,10 +602,6 @@ def parse_resource(
             jumps.append(Jump(hook, parse_name(lists[hook][0]), hook + "-match" in lists))
     if not port and not jumps:
         raise Unfit("a jump resource without a chain to jump to", expected)
-    for other in others.values():
-        if identifier == other.identifier or 0 < port == other.port:
-            taken = f"{other} is resource {other.identifier:08X} already"
-            raise Unfit(taken, "each id and each port once")
     return Resource(
         identifier,
         port,
@@ -705,19 +695,20 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     def place(section: str, option: str) -> str:
         return f"{path}:{sections[section][option][0]}: [{section}] {shown(option)[1:-1]}: "
 
-    def parsed(section: str, option: str, parse: Callable[[str], Any]) -> Any:
+    def checked(section: str, option: str, parse: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return parse(sections[section][option][1])
+            return parse(*arguments)
         except Unfit as unfit:
             problem = place(section, option) + unfit.problem
             raise ConfigError(problem, f"expected: {unfit.hint}") from None
 
     values: dict[tuple[str, str], Any] = {}
-    others = "CLIENT" if server else "NFTABLES"
     for section, known in OPTIONS.items():
+        there = {} if section == ("CLIENT" if server else "NFTABLES") else sections.get(section, {})
         for option, (default, parse) in known.items():
-            there = option in sections.get(section, {}) and section != others
-            values[section, option] = parsed(section, option, parse) if there else default
+            values[section, option] = default
+            if option in there:
+                values[section, option] = checked(section, option, parse, there[option][1])
     for section, options in sections.items():
         if section not in OPTIONS:
             where = f"{path}:{section_lines[section]}: [{shown(section)[1:-1]}] "
@@ -734,15 +725,20 @@ def parse_config(text: str, path: str, server: bool) -> Config:
             )
 
     keys: dict[int, bytes] = {}
-    for option in sections.get("KEYS", {}):
-        user = parsed("KEYS", option, functools.partial(parse_key_user, option, keys))
-        keys[user] = parsed("KEYS", option, parse_key)
+    for option, (_, text) in sections.get("KEYS", {}).items():
+        user = checked("KEYS", option, parse_new_identifier, option, keys)
+        keys[user] = checked("KEYS", option, parse_key, text)
     resources: dict[int, Resource] = {}
+    ports: set[int] = set()
     timeout = values["NFTABLES", "timeout"]
-    for option in sections.get("RESOURCES", {}):
-        parse = functools.partial(parse_resource, option, resources, timeout)
-        resource = parsed("RESOURCES", option, parse)
-        resources[resource.identifier] = resource
+    for option, (_, text) in sections.get("RESOURCES", {}).items():
+        identifier = checked("RESOURCES", option, parse_new_identifier, option, resources)
+        resource = checked("RESOURCES", option, parse_resource, identifier, text, timeout)
+        if resource.port in ports:
+            problem = f"{place('RESOURCES', option)}{resource} is a resource already"
+            raise ConfigError(problem, "expected: each port once")
+        resources[identifier] = resource
+        ports |= {resource.port} - {0}
 
     chains = {hook: values["NFTABLES", f"chain-{hook}"] for hook in HOOKS}
     port, protocols = values["GENERAL", "port"]
@@ -804,15 +800,13 @@ def read_config(path: str, server: bool) -> Config:
     if len(data) > CONFIG_SIZE_LIMIT:
         hint = f"expected: a file of at most {CONFIG_SIZE_LIMIT} bytes"
         raise ConfigError(f"{path}: too large", hint)
-    try:
-        text = data.decode("utf-8")
-        # Python takes 1C to 1F for white space; nobody else does.
-        good = re.split("[\0\x1c-\x1f]", text)[0]
-    except UnicodeDecodeError as error:
-        good, text = data[: error.start].decode("utf-8"), ""
-    if good != text:
+    # What is not UTF-8 decodes to DC80 to DCFF here. 1C to 1F are white space for Python alone.
+    text = data.decode("utf-8", "surrogateescape")
+    bad = re.search("[\0\x1c-\x1f\udc80-\udcff]", text)
+    if bad:
+        line = text.count("\n", 0, bad.start()) + 1
         hint = "expected: a text in UTF-8, without control characters"
-        raise ConfigError(f"{path}:{good.count(chr(10)) + 1}: this is no text", hint)
+        raise ConfigError(f"{path}:{line}: this is no text", hint)
     config = parse_config(text, path, server)
 
     warnings = []
@@ -948,7 +942,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[An
     except (OSError, UnicodeError, LookupError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no host name"
         hint = "check the name, and that this machine can resolve names"
-        raise UserError(f"cannot find the address of {ascii(host)}: {reason}", hint) from None
+        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
     wanted = families or (socket.AF_INET6, socket.AF_INET)
     addresses: dict[int, tuple[Any, ...]] = {}
     for entry in found:
@@ -957,7 +951,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[An
     for family in families:
         if family not in addresses:
             name = "IPv4" if family == socket.AF_INET else "IPv6"
-            raise UserError(f"{ascii(host)} has no {name} address", "leave out -4 or -6")
+            raise UserError(f"{host!a} has no {name} address", "leave out -4 or -6")
     return addresses
 
 
@@ -1092,6 +1086,8 @@ def set_types(config: Config) -> dict[str, str]:
 
 def rule_texts(config: Config) -> list[str]:
     """Our rules, each behind the chain it stands in."""
+    import binascii
+
     chains, versions = config.chains, VERSIONS[config.family]
     rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
     for v in versions:
@@ -1105,7 +1101,9 @@ def rule_texts(config: Config) -> list[str]:
             keys = keys if jump.match_saddr else [f"meta protocol {name}-gate"]
             if jump.hook in chains:
                 rules += [f"{chains[jump.hook]} {key} jump {jump.target}" for key in keys]
-    return [f'{rule} comment "letmein"' for rule in rules]
+    # The comment tells our rules from others, and those of another configuration.
+    tag = f"letmein {binascii.crc32(repr(rules).encode()):08x}"
+    return [f'{rule} comment "{tag}"' for rule in rules]
 
 
 def lease_names(resource: Resource, address: bytes) -> list[tuple[str, str]]:
@@ -1179,6 +1177,7 @@ def read_listing(config: Config, printed: bytes) -> Listing:
     import json
 
     listing = Listing({}, {}, {}, set(), 0)
+    tag = rule_texts(config)[0]
     rules = table = 0
     for item in json.loads(printed)["nftables"]:
         kind, found = next(iter(item.items()))
@@ -1187,8 +1186,8 @@ def read_listing(config: Config, printed: bytes) -> Listing:
             table = found["handle"]
         elif kind == "chain":
             listing.chains.add(name)
-        elif kind == "rule" and found["chain"] in config.chains.values():
-            rules += found.get("comment") == "letmein"
+        elif kind == "rule":
+            rules += f'comment "{found.get("comment")}"' in tag
         elif kind == "set" and OUR_SET.fullmatch(name):
             types = found["type"] if isinstance(found["type"], list) else [found["type"]]
             extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
@@ -1279,9 +1278,15 @@ def differences(
 
 
 class NftError(UserError):
-    """nft failed. hung says that it was killed, and may have done its work all the same."""
+    """nft failed."""
 
-    hung = False
+
+class NftHung(NftError):
+    """nft was killed, and may have done its work all the same."""
+
+
+class NoTable(NftError):
+    """Our table is not there."""
 
 
 class Nft:
@@ -1324,9 +1329,8 @@ class Nft:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            failure = NftError(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
-            failure.hung = True
-            raise failure from None
+            problem = f"nft did not end within {NFT_LIMIT_S:g} s"
+            raise NftHung(problem, "what keeps it busy?") from None
         if process.returncode:
             problem = said[:4096].decode("utf-8", "replace").strip().split("\n")[0]
             hint = f"try it by hand: {self.path} list ruleset"
@@ -1344,7 +1348,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
         if "No such file" not in error.problem:
             raise
         hint = "load your ruleset first, such as nftables.conf: nft -f FILE"
-        raise NftError(f"there is no table {config.family} {config.table}", hint) from None
+        raise NoTable(f"there is no table {config.family} {config.table}", hint) from None
 
 
 def check_kernel(nft: Nft, config: Config) -> Listing:
@@ -1434,7 +1438,10 @@ class Firewall:
             else:
                 self._revoke(key, "configuration")
         self.config = config
-        self._install(listing)
+        try:
+            self._install(listing)
+        except NftError as error:
+            self._cannot_heal(error)
 
     def _install(self, listing: Listing) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
@@ -1447,19 +1454,22 @@ class Firewall:
 
     def close(self) -> None:
         """Remove all that was installed. Raises NftError if something stays."""
-        listing = list_table(self.nft, self.config)
+        try:
+            listing = list_table(self.nft, self.config)
+        except NoTable:
+            return
         table = f"{self.config.family} {self.config.table}"
-        for chain in self.config.chains.values():
-            if chain in listing.chains:
-                self.nft.run(f"flush chain {table} {chain}\n")
+        chains = [chain for chain in self.config.chains.values() if chain in listing.chains]
+        self.nft.run("".join(f"flush chain {table} {chain}\n" for chain in chains))
         self._delete_sets(listing.types)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
-        transaction along: so each is emptied, and deleted by itself."""
+        transaction along: so they are emptied first, and deleted one by one."""
         table = f"{self.config.family} {self.config.table}"
+        if names:
+            self.nft.run("".join(f"flush set {table} {name}\n" for name in names))
         for name in names:
-            self.nft.run(f"flush set {table} {name}\n")
             try:
                 self.nft.run(f"delete set {table} {name}\n")
             except NftError as error:
@@ -1480,13 +1490,13 @@ class Firewall:
             changes, self.queue = self.queue, []
             try:
                 self._apply(changes)
-            except NftError as error:
+            except NftHung as error:
                 self.look_at = 0
-                if not error.hung:
-                    self.heal()
-                    self._apply_alone(changes)
-                for change in changes if error.hung else ():
+                for change in changes:
                     change.done(error.problem)
+            except NftError:
+                self.heal()
+                self._apply_alone(changes)
 
     def _apply_alone(self, changes: list[Change]) -> None:
         give_up = time.monotonic() + NFT_LIMIT_S
@@ -1602,13 +1612,12 @@ class Firewall:
 
     def watch(self) -> socket.socket:
         """A socket that gets the kernel's nftables notifications; see on_notification()."""
+        import contextlib
+
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        for option in (SO_RCVBUFFORCE, socket.SO_RCVBUF):
-            try:
-                netlink.setsockopt(socket.SOL_SOCKET, option, NOTIFICATION_BUFFER)
-                break
-            except PermissionError:
-                continue  # "force" takes root in the first user namespace
+        netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NOTIFICATION_BUFFER)
+        with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
+            netlink.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         return netlink
@@ -1661,11 +1670,15 @@ class Firewall:
                 self.identities = listing.identities
             self.trouble, self.pause = "", RETRY_S[0]
         except NftError as error:
-            if error.problem != self.trouble:
-                self.log("cannot-heal", reason=error.problem)
-            self.trouble = error.problem
-            self.look_at = time.monotonic() + self.pause
-            self.pause = min(2 * self.pause, RETRY_S[1])
+            self._cannot_heal(error)
+
+    def _cannot_heal(self, error: NftError) -> None:
+        """Say so once, and try again after a pause, or sooner if the kernel tells of a change."""
+        if error.problem != self.trouble:
+            self.log("cannot-heal", reason=error.problem)
+        self.trouble = error.problem
+        self.look_at = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, RETRY_S[1])
 
 
 # ============================================================================
