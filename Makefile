@@ -7,16 +7,14 @@ PYTEST_ARGS =
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-# What Python 3.9 can have. Later versions of mypy check for nothing older than Python 3.10.
-TOOLS = pytest>=8.0 hypothesis>=6.100 coverage>=7.6 ruff>=0.4 mypy>=1.8,<1.20
+# What Python 3.9 can have: so all versions of Python use the same.
+TOOLS = pytest>=8.3,<9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20
 SCRIPTS = $(wildcard *.py) .ci/demo
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV = .venv/$(VERSION)
 SITE = $(VENV)/lib/python$(VERSION)/site-packages
-COVERAGE = $(VENV)/bin/coverage
-COVERAGE_DATA = --rcfile=$(VENV)/coverage.ini --data-file=$(VENV)/coverage.data
 
 help:
 	@echo 'make demo    letmein from the first knock to the last, on two throwaway hosts'
@@ -28,18 +26,17 @@ help:
 demo: packages
 	@$(PYTHON) .ci/demo
 
-# While the directory `measuring` exists, each process of this .venv's Python counts what it
-# executes of letmein.py, and leaves its counts there. The 90 % are asked of the whole suite.
+# Every process of the suite counts what it executes of letmein.py, and leaves its counts in
+# `measured`. The 90 % are asked of the whole suite, not of a part.
 test: tools
-	@printf '%s\n' "$$COVERAGE_INI" >$(VENV)/coverage.ini
+	@printf '%s\n' "$$COVERAGE_INI" 'data_file = $(CURDIR)/$(VENV)/measured/data' >$(VENV)/coverage.ini
 	@printf '%s\n' "$$COVERAGE_START" >$(SITE)/measure_letmein.py
 	@echo 'import measure_letmein' >$(SITE)/measure_letmein.pth
-	@rm -rf $(VENV)/measuring $(VENV)/measured; mkdir $(VENV)/measuring; \
-	trap 'rm -rf $(VENV)/measuring' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
-	$(VENV)/bin/python -m pytest -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS) && \
-	mv $(VENV)/measuring $(VENV)/measured
-	@$(COVERAGE) combine --quiet $(COVERAGE_DATA) $(VENV)/measured
-	@$(COVERAGE) report $(COVERAGE_DATA) $(if $(PYTEST_ARGS),,--fail-under=90)
+	@rm -rf $(VENV)/measured; mkdir $(VENV)/measured
+	@COVERAGE_PROCESS_START=$(CURDIR)/$(VENV)/coverage.ini $(VENV)/bin/python -m pytest \
+		-o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
+	@$(VENV)/bin/coverage combine --quiet --rcfile=$(VENV)/coverage.ini
+	@$(VENV)/bin/coverage report --rcfile=$(VENV)/coverage.ini $(if $(PYTEST_ARGS),|| true,--fail-under=90)
 
 lint: tools
 	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
@@ -90,42 +87,46 @@ exit 1
 endef
 
 define COVERAGE_INI
+[report]
+show_missing = True
+exclude_also = if TYPE_CHECKING:
 [run]
 branch = True
 parallel = True
 sigterm = True
 include = $(CURDIR)/letmein.py
 disable_warnings = no-data-collected
-[report]
-show_missing = True
-exclude_also = if TYPE_CHECKING:
 endef
 
-# A .pth file is read by every Python of the .venv, also by one that letmein's server starts with
-# an empty environment. Where a process has given up the right to write, its counts are lost.
+# A .pth file is read by every Python of the .venv. letmein's network process starts with an empty
+# environment; whether it counts is then said by its parent's, the server's.
 define COVERAGE_START
+import atexit
 import os
-import sys
 
-if os.path.isdir(sys.prefix + "/measuring"):
+
+def environment():
+    if "PATH" in os.environ:
+        return os.environ
+    with open(f"/proc/{os.getppid()}/environ", encoding="utf-8", errors="replace") as file:
+        return dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)
+
+
+def save():
+    try:
+        measurement.stop()
+        measurement.save()
+    except Exception:
+        pass  # a process that has given up the right to write files
+
+
+place = environment().get("COVERAGE_PROCESS_START")
+if place:
     import coverage
 
-    def save():
-        try:
-            coverage.Coverage.save(measurement)
-        except Exception:
-            pass
-
-    places = {
-        "COVERAGE_PROCESS_START": sys.prefix + "/coverage.ini",
-        "COVERAGE_FILE": sys.prefix + "/measuring/data",
-    }
-    os.environ.update(places)
-    measurement = coverage.process_startup()
-    for name in places:
-        del os.environ[name]
-    if measurement is not None:
-        measurement.save = save
+    measurement = coverage.Coverage(config_file=place)
+    measurement.start()
+    atexit.register(save)
 endef
 
 export INSTALL COVERAGE_INI COVERAGE_START

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple
 
+    ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
     Element = tuple[tuple[str, str], float, str]  # (set, key), seconds left, comment
     Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
@@ -104,7 +105,6 @@ def warn(text: str) -> None:
 #
 # The two handshakes below are state machines without input or output: bytes
 # in, bytes and a verdict out. They know no socket, no clock and no firewall.
-# ============================================================================
 
 MAGIC = bytes.fromhex("3B1BB719")
 MESSAGE = struct.Struct("!4sIII8s32s")
@@ -141,11 +141,8 @@ class Message(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """The message in 56 bytes from the wire.
-
-        Raises ProtocolError if the length, the magic or the operation is wrong:
-        such bytes are no letmein message, and nobody answers them.
-        """
+        """The message in 56 bytes from the wire. Raises ProtocolError if length, magic or
+        operation is wrong: that is no letmein message, and nobody answers it."""
         if len(data) != MESSAGE_SIZE:
             raise ProtocolError(f"a message has {MESSAGE_SIZE} bytes, not {len(data)}")
         magic, *fields = MESSAGE.unpack(data)
@@ -165,11 +162,9 @@ class Message(NamedTuple):
 def authenticate(
     key: bytes, operation: int, user: int, resource: int, salt: bytes, token: bytes
 ) -> bytes:
-    """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message and a token.
-
-    The token is 32 zero bytes in KNOCK and REVOKE ("basic auth": whoever saw
-    one can send it again), and the CHALLENGE's auth field in RESPONSE.
-    """
+    """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message and a token: the
+    CHALLENGE's auth field in RESPONSE, 32 zero bytes in KNOCK and REVOKE ("basic auth":
+    whoever saw one can send it again)."""
     text = struct.pack("!III", operation, user, resource) + salt + token
     return hmac.digest(key, text, "sha3_256")
 
@@ -187,11 +182,8 @@ def unsigned(operation: int, user: int, resource: int, auth: bytes = bytes(32)) 
 
 
 class ClientHandshake:
-    """The client's side of one knock or revocation.
-
-    Send `request`, feed each 56 bytes that come back to receive(), send what
-    it returns, and stop when `done` is true.
-    """
+    """The client's side of one knock or revocation: send `request`, feed each 56 bytes
+    that come back to receive(), send what it returns, and stop when `done` is true."""
 
     def __init__(self, operation: int, user: int, resource: int, key: bytes) -> None:
         self.user = user
@@ -204,11 +196,8 @@ class ClientHandshake:
 
     def receive(self, data: bytes) -> bytes:
         """Take one message from the server; returns the bytes to send, b"" for nothing.
-
-        Raises Refused on GOAWAY, ProtocolError on anything else that is not
-        the expected message. Foreign ids are only worth a warning: nothing but
-        the token matters, and a wrong one leads nowhere.
-        """
+        Foreign ids are only worth a warning: a wrong token leads nowhere anyway. Raises
+        Refused on GOAWAY, ProtocolError on anything else that was not expected."""
         message = Message.decode(data)
         if message.operation == GOAWAY:
             raise Refused("the server rejected the request")
@@ -262,13 +251,10 @@ class Step(NamedTuple):
 class ServerHandshake:
     """The server's side of one handshake, up to and after the change of the firewall.
 
-    Args:
-        policy: NO_AUTH, BASIC_AUTH or FULL_AUTH: what a peer must have proved
-            for its errors to be answered.
-        key_of: gives the key of a user, or None if there is no such user.
-        objection: says why a user may not have a resource, "" if they may.
-        new_token: gives the 32 bytes to challenge with, from operation, user
-            and resource of the request.
+    Args: policy, what a peer must have proved for its errors to be answered; key_of,
+    gives a user's key, None if there is no such user; objection, says why a user may
+    not have a resource, "" if they may; new_token, gives the 32 bytes to challenge
+    with, from operation, user and resource of the request.
     """
 
     # An unknown user's knock is checked against a key that nobody knows, so
@@ -320,10 +306,8 @@ class ServerHandshake:
         return Step(CONTINUE, unsigned(CHALLENGE, self.user, self.resource, token))
 
     def expect_response(self, user: int, resource: int, tokens: list[tuple[int, bytes]]) -> None:
-        """Go on as if a request had come in and been answered with one of these tokens.
-
-        This is how a server can do without state: it derives the tokens anew.
-        """
+        """Go on as if a request had come in and been answered with one of these tokens: so
+        a server can do without state, and derive the tokens anew."""
         self.user, self.resource, self.tokens = user, resource, tokens
         self.state = EXPECT_RESPONSE
 
@@ -363,7 +347,6 @@ class ServerHandshake:
 # letmeind.conf (server) and letmein.conf (client): text in, a frozen Config
 # out, or a ConfigError that names file, line and option and says what was
 # expected there. The text of a key never gets into a message.
-# ============================================================================
 
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")
@@ -387,10 +370,8 @@ class Jump(NamedTuple):
 
 
 class Resource(NamedTuple):
-    """What can be knocked for: a port (protocols "tcp", "udp") or some jumps.
-
-    timeout is in seconds; users is empty where everybody may.
-    """
+    """What can be knocked for: a port (protocols "tcp", "udp") or some jumps. timeout is
+    in seconds; users is empty where everybody may."""
 
     identifier: int
     port: int
@@ -640,9 +621,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
 
 def parse_sections(text: str, path: str) -> tuple[dict[str, Section], dict[str, int]]:
     """The file as it is written: by section its options, each (line, value), and its line.
-
-    Raises ConfigError.
-    """
+    Raises ConfigError."""
 
     def wrong(problem: str, expected: str) -> ConfigError:
         place = f"[{shown(section)[1:-1]}] " if section else ""
@@ -684,11 +663,8 @@ def parse_sections(text: str, path: str) -> tuple[dict[str, Section], dict[str, 
 
 
 def parse_config(text: str, path: str, server: bool) -> Config:
-    """Read one configuration file's text; path is for messages alone.
-
-    [NFTABLES] is read for the server only, [CLIENT] for the client only.
-    Raises ConfigError.
-    """
+    """Read one configuration file's text; path is for messages alone. [NFTABLES] is for
+    the server only, [CLIENT] for the client only. Raises ConfigError."""
     sections, section_lines = parse_sections(text, path)
     warnings = []
 
@@ -763,10 +739,8 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     )
     if server:
         if policy == "always" and "udp" in protocols:
-            warnings.append(
-                f"{path}: [GENERAL] control-error-policy: 'always' and a UDP control port make "
-                "this server answer forged senders; 'basic-auth' is recommended"
-            )
+            text = "'always' over UDP answers forged senders; 'basic-auth' is recommended"
+            warnings.append(f"{path}: [GENERAL] control-error-policy: {text}")
         for option, resource in zip(sections.get("RESOURCES", {}), resources.values()):
             defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
             if defect:
@@ -785,9 +759,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing: then all is default.
-
-    Raises ConfigError.
-    """
+    Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -832,7 +804,6 @@ def default_config_path(name: str) -> str:
 # Resolve the host, connect, and pump one handshake for each address family,
 # all at the same time: a family that does not answer costs its own deadline
 # and not the other's time.
-# ============================================================================
 
 
 def exchange(
@@ -845,9 +816,8 @@ def exchange(
     """One handshake with one address: straight-line code that gives way at each wait.
 
     Args: family and sockaddr, as socket.getaddrinfo gives them; protocol, "tcp" or "udp";
-    timeout, in seconds, for each message (control-timeout). Yields the socket, the
-    selectors.EVENT_* to wait for, and until when; wants TimeoutError thrown in after
-    that. Raises UserError.
+    timeout, in seconds, for each message. Yields socket, selectors.EVENT_* and deadline
+    to wait for, and wants TimeoutError thrown in after the deadline. Raises UserError.
     """
     where = str(sockaddr[0])
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
@@ -871,18 +841,17 @@ def exchange(
                 received = b""
                 while len(received) < MESSAGE_SIZE:
                     yield peer, selectors.EVENT_READ, deadline
-                    if protocol == "tcp":
-                        received += peer.recv(MESSAGE_SIZE - len(received)) or no_answer()
-                    else:
-                        data = peer.recv(MESSAGE_SIZE + 1)
+                    data = peer.recv(MESSAGE_SIZE - len(received) + (protocol == "udp"))
+                    if protocol == "udp":
                         received = data if len(data) == MESSAGE_SIZE else b""
+                    elif data:
+                        received += data
+                    else:
+                        raise ProtocolError("the server closed the connection without an answer")
                 message = handshake.receive(received)
     except TimeoutError:
-        hint = (
-            "is the server running, are control port and protocol right (-P, -T, -U), "
-            "and does no firewall drop it on the way?"
-        )
         problem = f"no answer from {where} over {protocol} within {timeout:g} s"
+        hint = "is the server running, and is the control port right and open (-P, -T, -U)?"
         raise UserError(problem, hint) from None
     except Refused as error:
         hint = "are key, user and resource the same there? the server's log says more"
@@ -892,11 +861,6 @@ def exchange(
     except OSError as error:
         hint = "is the server running, and is its control port open for everybody?"
         raise UserError(f"cannot talk to {where}: {error.strerror}", hint) from None
-
-
-def no_answer() -> bytes:
-    """What an end of the stream means in place of a message."""
-    raise ProtocolError("the server closed the connection without an answer")
 
 
 def run_all(exchanges: Sequence[Any]) -> list[UserError | None]:
@@ -930,10 +894,8 @@ def run_all(exchanges: Sequence[Any]) -> list[UserError | None]:
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
-    """The first address of host in each family (socket.AF_INET, AF_INET6).
-
-    families are those that must be there; empty for what host has. Raises UserError.
-    """
+    """The first address of host in each family (socket.AF_INET, AF_INET6). families are
+    those that must be there; empty for what host has. Raises UserError."""
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
         name = host.encode("ascii") if host.isascii() else host
@@ -956,11 +918,8 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[An
 
 
 def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
-    """Knock, or revoke, at a server; returns a line for the user.
-
-    Args: arguments, of the command line: command, host, port or resource, user,
-    server_port, protocol, families; say, takes lines for --verbose. Raises UserError.
-    """
+    """Knock, or revoke, at a server; returns a line for the user. Args: arguments, of the
+    command line; say, takes lines for --verbose. Raises UserError."""
     operation = KNOCK if arguments.command == "knock" else REVOKE
     user = config.default_user if arguments.user is None else arguments.user
     key = config.keys.get(user)
@@ -972,10 +931,9 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
         ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
         if arguments.port not in ports:
             known = ", ".join(str(port) for port in sorted(ports) if port)
-            raise UserError(
-                f"{config.path}: [RESOURCES] has no port {arguments.port} for user {user:08X}",
-                f"it has: {known or 'none'}; or name a --resource",
-            )
+            problem = f"[RESOURCES] has no port {arguments.port} for user {user:08X}"
+            hint = f"it has: {known or 'none'}; or name a --resource"
+            raise UserError(f"{config.path}: {problem}", hint)
         resource = ports[arguments.port].identifier
     port = arguments.server_port or config.port
     protocol = arguments.protocol or config.protocols[0]
@@ -984,12 +942,9 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     handshakes = [ClientHandshake(operation, user, resource, key) for _ in addresses]
     texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
     say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
-    results = run_all(
-        [
-            exchange(handshake, *address, protocol, config.control_timeout)
-            for handshake, address in zip(handshakes, addresses.items())
-        ]
-    )
+    pairs = zip(handshakes, addresses.items())
+    timeout = config.control_timeout
+    results = run_all([exchange(shake, *address, protocol, timeout) for shake, address in pairs])
     for text, handshake, error in zip(texts, handshakes, results):
         for warning in handshake.warnings:
             warn(f"{text}: {warning}")
@@ -1017,7 +972,6 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
 # listing into leases; then Nft, the one place that runs nft; then Firewall,
 # which owns the leases, heals what others broke and does what clients ask for.
 # Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
-# ============================================================================
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = 4.0  # an nft that takes longer is killed: less than a client's patience of 5 s
@@ -1036,11 +990,8 @@ COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=([0-9a-f]{
 
 
 class Lease(NamedTuple):
-    """That an address may use a resource.
-
-    address has 4 or 16 bytes; ends is by time.monotonic(); rules is how much
-    it counts against max-nr-rules.
-    """
+    """That an address (4 or 16 bytes) may use a resource, until ends (time.monotonic());
+    rules is how much it counts against max-nr-rules."""
 
     address: bytes
     resource: int
@@ -1291,10 +1242,8 @@ class NoTable(NftError):
 
 class Nft:
     """The one place that runs nft: text on its standard input, no shell, a fixed
-    environment. process_ids are those of its latest runs.
-
-    Args: name, of the program; a path, or to be found in TRUSTED_PATH. Raises UserError.
-    """
+    environment. process_ids are those of its latest runs. Args: name, of the program; a
+    path, or to be found in TRUSTED_PATH. Raises UserError."""
 
     def __init__(self, name: str) -> None:
         import shutil
@@ -1307,19 +1256,15 @@ class Nft:
             raise UserError(f"cannot find the program {shown(name)}", hint)
 
     def run(self, script: str, *arguments: str) -> bytes:
-        """Run a script, with "" the arguments alone. Returns what nft printed.
-
-        Raises NftError with nft's first line if it fails or takes longer than NFT_LIMIT_S.
-        """
+        """Run a script, or with "" the arguments alone; returns what nft printed. Raises
+        NftError, with nft's first line, or NftHung after NFT_LIMIT_S."""
         import subprocess
 
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         pipe = subprocess.PIPE
         try:
-            process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=pipe, cwd="/", env=environment
-            )
+            process = subprocess.Popen(command, 0, None, pipe, pipe, pipe, cwd="/", env=environment)
         except OSError as error:
             hint = "install nftables, or set exe in [NFTABLES]"
             raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
@@ -1352,10 +1297,8 @@ def list_table(nft: Nft, config: Config) -> Listing:
 
 
 def check_kernel(nft: Nft, config: Config) -> Listing:
-    """Look whether the kernel would take our ruleset; returns what is there now.
-
-    Raises UserError naming the chain or set that stands in the way, or what nft says.
-    """
+    """Look whether the kernel would take our ruleset; returns what is there now. Raises
+    UserError naming the chain or set that stands in the way, or with what nft says."""
     listing = list_table(nft, config)
     where = f"in table {config.family} {config.table}"
     for hook, chain in config.chains.items():
@@ -1402,7 +1345,7 @@ class Firewall:
         self.boot = boot
         self.log = log
         self.leases: dict[LeaseKey, Lease] = {}
-        self.expiries: list[tuple[float, LeaseKey]] = []  # a heap; may hold old ends
+        self.next_end = float("inf")  # no lease ends before this
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
         self.identities: dict[str, tuple[int, int]] = {}  # of our sets, when last in order
@@ -1447,10 +1390,15 @@ class Firewall:
         """Make the kernel's part of our table what it should be. Raises NftError."""
         self.expire()
         leases = list(self.leases.values())
-        self.nft.run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
+        self._run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
         self.identities = {}
         self.look_at = time.monotonic()
+
+    def _run(self, script: str) -> None:
+        if self.config.debug:
+            self.log("nft", script=script)
+        self.nft.run(script)
 
     def close(self) -> None:
         """Remove all that was installed. Raises NftError if something stays."""
@@ -1507,7 +1455,7 @@ class Firewall:
                     self._apply([change])
                     continue
             except NftError as error:
-                problem = error.problem
+                problem = self.trouble or error.problem
                 self.look_at = self.look_at or time.monotonic()
             change.done(problem)
 
@@ -1539,7 +1487,7 @@ class Firewall:
                     rules = rest + resource.rules
             done.append((change, problem))
         if planned:
-            self.nft.run(self._script(planned, now))
+            self._run(self._script(planned, now))
         self.queue += later
         # A lease's time counts from here: so the kernel's element never outlives ours.
         elapsed = time.monotonic() - now
@@ -1581,17 +1529,12 @@ class Firewall:
 
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
-        import heapq
-
         old = self.leases.pop(key, None)
         self.rules -= old.rules if old else 0
         if lease is not None:
             self.leases[key] = lease
             self.rules += lease.rules
-            heapq.heappush(self.expiries, (lease.ends, key))
-            if len(self.expiries) > 2 * len(self.leases) + 64:
-                self.expiries = [(lease.ends, key) for key, lease in self.leases.items()]
-                heapq.heapify(self.expiries)
+            self.next_end = min(self.next_end, lease.ends)
 
     def _revoke(self, key: LeaseKey, reason: str) -> None:
         """Forget a lease that is to end, or has been ended, without its client's asking."""
@@ -1600,13 +1543,12 @@ class Firewall:
 
     def expire(self) -> None:
         """Forget the leases that have ended: the kernel sends no word of it."""
-        import heapq
-
         now = time.monotonic()
-        while self.expiries and self.expiries[0][0] <= now:
-            ends, key = heapq.heappop(self.expiries)
-            if key in self.leases and self.leases[key].ends == ends:
+        if now >= self.next_end:
+            for key in [key for key, lease in self.leases.items() if lease.ends <= now]:
                 self._keep(key, None)
+            ends = [lease.ends for lease in self.leases.values()]
+            self.next_end = min(ends, default=float("inf"))
 
     # -- healing ---------------------------------------------------------------
 
@@ -1698,7 +1640,6 @@ class Firewall:
 # peer that has not proved itself: the challenge token is derived from a secret
 # of this run and from all that it must fit, so that the RESPONSE can be checked
 # against the tokens that were possible. No flood can fill what is not there.
-# ============================================================================
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
@@ -1737,11 +1678,8 @@ class Record(NamedTuple):
 
 
 def log(event: str, **fields: object) -> None:
-    """Write one line, `event=... name=value ...`, to standard error.
-
-    Values that are not plain words are quoted and escaped. Under systemd, which
-    adds a time of its own, the line has none.
-    """
+    """Write one line, `event=... name=value ...`, to standard error. Values that are not
+    plain words are escaped. Under systemd, which adds a time itself, the line has none."""
     words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
     for name, value in {"event": event, **fields}.items():
         plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
@@ -1749,43 +1687,41 @@ def log(event: str, **fields: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def control_sockets(config: Config) -> list[socket.socket]:
-    """The sockets of the control port: for IPv6 and IPv4 in one, or for IPv4 where the
-    kernel has no IPv6. Raises UserError if one cannot be had."""
+def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
+    """The sockets of the control port, by protocol and port: for IPv6 and IPv4 in one, or for
+    IPv4 where the kernel has no IPv6. Those that are old stay. Raises UserError."""
     import errno
 
-    def control_socket(family: int, address: str, kind: int) -> socket.socket:
-        control = socket.socket(family, kind)
-        if family == socket.AF_INET6:
-            control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
-        control.bind((address, config.port))
-        if kind == socket.SOCK_STREAM:
-            control.listen(1024)
-        return control
-
-    sockets = []
+    sockets = {}
     for protocol in config.protocols:
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        try:
+        stream = protocol == "tcp"
+        for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+            if (protocol, config.port) in old:
+                sockets[protocol, config.port] = old[protocol, config.port]
+                break
             try:
-                sockets.append(control_socket(socket.AF_INET6, "::", kind))
+                control = socket.socket(family, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
+                if family == socket.AF_INET6:
+                    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, stream)
+                control.bind((address, config.port))
+                if stream:
+                    control.listen(1024)
             except OSError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    raise
-                sockets.append(control_socket(socket.AF_INET, "0.0.0.0", kind))
-        except OSError as error:
-            problem = f"cannot serve the control port {config.port}/{protocol}: {error.strerror}"
-            raise UserError(problem, "does another server run already? 'ss -lntup' tells") from None
+                no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+                if no_ipv6 and family == socket.AF_INET6:
+                    continue
+                problem = f"cannot serve the control port {config.port}/{protocol}"
+                hint = "does another server run already? 'ss -lntup' tells"
+                raise UserError(f"{problem}: {error.strerror}", hint) from None
+            sockets[protocol, config.port] = control
+            break
     return sockets
 
 
 def lock_table(rundir: str, config: Config) -> int:
     """Make sure that no other server works on this table in this network namespace.
-
-    Returns the descriptor of the lock, which lasts as long as this process.
-    Raises UserError.
-    """
+    Returns the lock's descriptor; it lasts as long as this process. Raises UserError."""
     import fcntl
 
     namespace = os.stat("/proc/self/ns/net").st_ino
@@ -1803,17 +1739,14 @@ def lock_table(rundir: str, config: Config) -> int:
 
 
 class Monitor:
-    """The privileged process. run() returns when it was told to stop.
-
-    Args: config; arguments, of the command line: config, rundir, user,
-    num_connections, num_ip_connections.
-    """
+    """The privileged process. run() returns when it was told to stop. Args: arguments, of
+    the command line: rundir, user, num_connections, num_ip_connections."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         self.config = config
         self.arguments = arguments
         self.lock = lock_table(arguments.rundir, config)
-        self.sockets = control_sockets(config)
+        self.sockets = control_sockets(config, {})
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), log)
         self.selector = selectors.DefaultSelector()
@@ -1839,9 +1772,8 @@ class Monitor:
             self._await_network()
             netlink = self.firewall.watch()
             self.firewall.open()
-            self.selector.register(
-                netlink, selectors.EVENT_READ, lambda: self.firewall.on_notification(netlink)
-            )
+            notified = functools.partial(self.firewall.on_notification, netlink)
+            self.selector.register(netlink, selectors.EVENT_READ, notified)
             try:
                 notify_systemd("READY=1")
                 self._log_ready("ready")
@@ -1906,8 +1838,7 @@ class Monitor:
                 if getattr(config, name) != getattr(old, name):
                     log("restart-wanted", option=name, reason="it cannot change while running")
                     config = config._replace(**{name: getattr(old, name)})
-            same_port = (config.port, config.protocols) == (old.port, old.protocols)
-            sockets = self.sockets if same_port else control_sockets(config)
+            sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
             log("reload-failed", reason=error.problem, hint=error.hint)
@@ -1936,13 +1867,9 @@ class Monitor:
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
-            self.network = subprocess.Popen(
-                [sys.executable, "-I", "-c", start, NETWORK_COMMAND],
-                stdin=theirs.fileno(),
-                stdout=program,
-                cwd="/",
-                env={},
-            )
+            command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
+            ends = {"stdin": theirs.fileno(), "stdout": program.fileno()}
+            self.network = subprocess.Popen(command, cwd="/", env={}, **ends)
         self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
         self._send_settings()
 
@@ -1954,7 +1881,8 @@ class Monitor:
         payload += self.arguments.user.encode()
         record = RECORD.pack(*Record(SETTINGS, payload=payload))
         try:
-            socket.send_fds(self.link, [record], [control.fileno() for control in self.sockets])
+            descriptors = [control.fileno() for control in self.sockets.values()]
+            socket.send_fds(self.link, [record], descriptors)
         except OSError as error:
             self._lose_network(f"it takes no settings: {error.strerror}")
 
@@ -2071,11 +1999,9 @@ class Monitor:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
     def _grant(self, handshake: ServerHandshake, record: Record) -> None:
-        """The peer has proved itself: have the firewall do what it asked for.
-
-        Over UDP that is remembered until the token's time is over: a repeated RESPONSE
-        changes nothing, and gets the same reply once that is there.
-        """
+        """The peer has proved itself: have the firewall do what it asked for. Over UDP that
+        is remembered until the token's time is over: a repeated RESPONSE changes nothing,
+        and gets the same reply once that is there."""
         now = time.monotonic()
         remembered = self.accepted if record.protocol == UDP else {}
         while remembered and now - next(iter(remembered.values()))[0] > 2 * self.window_s:
@@ -2096,15 +2022,13 @@ class Monitor:
         ids = (handshake.resource, handshake.user)
         self.firewall.queue.append(Change(handshake.operation, record.peer, *ids, done))
 
-    def _log_peer(
-        self, event: str, handshake: ServerHandshake, record: Record, reason: str
-    ) -> None:
+    def _log_peer(self, event: str, peer: ServerHandshake, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
         fields = {
             "peer": address_text(record.peer),
             "proto": "tcp" if record.protocol == TCP else "udp",
-            "user": f"{handshake.user:08X}",
-            "resource": f"{handshake.resource:08X}",
+            "user": f"{peer.user:08X}",
+            "resource": f"{peer.resource:08X}",
             "reason": reason,
         }
         if event in (REFUSE, "failed", "granted", "revoked"):
@@ -2113,11 +2037,14 @@ class Monitor:
 
 def notify_systemd(state: str) -> None:
     """Tell systemd about our state, if it asked for it; see sd_notify(3)."""
+    import contextlib
+
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         if state == "RELOADING=1":
             state += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with notify, contextlib.suppress(OSError):
             notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
@@ -2127,7 +2054,6 @@ def notify_systemd(state: str) -> None:
 # The process that faces the internet. It owns sockets, deadlines and limits,
 # and forwards messages between peers and the monitor. It knows no key, and
 # could not run a program.
-# ============================================================================
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
@@ -2158,14 +2084,10 @@ def split_name(name: tuple[Any, ...]) -> tuple[bytes, int, int]:
 
 
 class Network:
-    """The network process's loop, after it has given up its privileges.
+    """The network process's loop, after it has given up its privileges. Args: link, the
+    socketpair to the monitor; payload and listeners, of SETTINGS."""
 
-    Args: link, the socketpair to the monitor; payload and listeners, of SETTINGS.
-    """
-
-    def __init__(
-        self, link: socket.socket, payload: bytes, listeners: Sequence[socket.socket]
-    ) -> None:
+    def __init__(self, link: socket.socket, payload: bytes, listeners: list[socket.socket]) -> None:
         self.link = link
         # By number, oldest first; those whose second message the monitor has wait apart: it
         # answers a wrong one at once, and who sent the right one is not to be pushed out.
@@ -2180,12 +2102,12 @@ class Network:
         self._settle(payload, listeners)
         self._send(Record(READY))
 
-    def _settle(self, payload: bytes, listeners: Sequence[socket.socket]) -> None:
+    def _settle(self, payload: bytes, listeners: list[socket.socket]) -> None:
         """Go on with new settings and sockets; connections stay."""
         for listener in self.listeners:
             self.selector.unregister(listener)
             listener.close()
-        self.listeners = list(listeners)
+        self.listeners = listeners
         self.timeout, self.limit, self.prefix_limit = SETTINGS_PAYLOAD.unpack_from(payload)
         for number, listener in enumerate(listeners):
             listener.setblocking(False)
@@ -2367,8 +2289,6 @@ class Network:
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
-        import contextlib
-
         if record.connection >= len(self.listeners):
             return
         listener = self.listeners[record.connection]
@@ -2382,25 +2302,35 @@ class Network:
             name = (socket.inet_ntoa(record.peer), record.port)
             # struct in_pktinfo: interface, local address, destination address; see ip(7)
             extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + record.local[4:8] + bytes(4))
-        with contextlib.suppress(OSError):  # a lost datagram: the client asks again
+        try:
             listener.sendmsg([record.payload], [extra] if any(record.local) else [], 0, name)
+        except OSError:
+            return  # a lost datagram: the client asks again
 
 
 # ============================================================================
 # 7  Sandbox
 #
 # What the network process gives up before it reads a byte from the internet.
-# ============================================================================
+
+
+def find_account(name: str) -> tuple[int, int]:
+    """User and group id of an account. Raises UserError."""
+    import pwd
+
+    try:
+        return pwd.getpwnam(name)[2:4]
+    except KeyError:
+        hint = f"useradd --system {name} makes one; --user names another, or none"
+        raise UserError(f"there is no account {name} for the network process", hint) from None
 
 
 def enter_sandbox(account: str, connections: int) -> None:
-    """Become account, in an empty root directory, with no way to get more.
-
-    Args: account, a user's name, or "none" to stay what we are.
-    Raises UserError naming the step that failed.
-    """
+    """Become account (a user's name, or "none" to stay what we are), in an empty root
+    directory, with no way to get more. Raises UserError naming the step that failed."""
     import resource
 
+    user, group = find_account(account) if account != "none" else (0, 0)
     step = "limit the number of descriptors"
     try:
         # Above the slots stand link, listeners, selectors, and peers that wait for nft.
@@ -2410,11 +2340,8 @@ def enter_sandbox(account: str, connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         if account == "none":
             return
-        import pwd
         import tempfile
 
-        step = f"find the user {account} (useradd --system {account} makes one)"
-        user = pwd.getpwnam(account)
         # A directory that has been removed is empty and stays so, and nothing is left of it.
         step = "make an empty root directory"
         path = tempfile.mkdtemp(prefix="letmeind-")
@@ -2424,14 +2351,11 @@ def enter_sandbox(account: str, connections: int) -> None:
         os.chroot(".")
         step = f"become the user {account}"
         os.setgroups([])
-        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
-    except (OSError, KeyError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "there is none"
-        raise UserError(
-            f"the network process cannot {step}: {reason}",
-            "run the server as root, or give --user another user, or none",
-        ) from None
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+    except OSError as error:
+        hint = "run the server as root, or give --user none"
+        raise UserError(f"the network process cannot {step}: {error.strerror}", hint) from None
 
 
 def network_process() -> None:
@@ -2450,16 +2374,11 @@ def network_process() -> None:
 
 # ============================================================================
 # 8  Command line
-# ============================================================================
 
 
 def time_text(seconds: int) -> str:
-    """Seconds for a person: 59s, 9m59s, 23h59m, 12d3h."""
-    for size, unit, rest in ((86400, "d", "h"), (3600, "h", "m"), (60, "m", "s")):
-        if seconds >= size:
-            smaller = {"h": 3600, "m": 60, "s": 1}[rest]
-            return f"{seconds // size}{unit}{seconds % size // smaller}{rest}"
-    return f"{seconds}s"
+    """Seconds as hours:minutes:seconds."""
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def status(config: Config, as_json: bool) -> int:
@@ -2480,7 +2399,7 @@ def status(config: Config, as_json: bool) -> int:
         print(json.dumps({**table, "leases": rows}, indent=1))
         return 0
     header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
-    print(header if rows else "nobody holds a lease: all ports are shut")
+    print(header if rows else "nobody holds a lease of this server's")
     for row in rows:
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
         left = "for ever" if row["seconds_left"] is None else time_text(int(row["seconds_left"]))
@@ -2527,9 +2446,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--seccomp", metavar="off|log|kill", type=seccomp, default=default)
         parser.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
 
-    parser = argparse.ArgumentParser(
-        prog="letmein", description="An authenticated port knocker: client and server."
-    )
+    description = "An authenticated port knocker: client and server."
+    parser = argparse.ArgumentParser(prog="letmein", description=description)
     common(parser, None)
     parser.add_argument("--verbose", action="store_true", help="say what is going on")
     parser.add_argument("--dns", help=argparse.SUPPRESS)
@@ -2616,16 +2534,17 @@ def run_command(arguments: argparse.Namespace) -> int:
         warn(warning)
     if arguments.dns or arguments.dns_crypt:
         warn("--dns and --dns-crypt are obsolete; the system resolves names")
-    if (arguments.seccomp or config.seccomp) != "off" and arguments.command != "status":
-        raise UserError(
-            f"seccomp={arguments.seccomp or config.seccomp}: this version has no seccomp filter",
-            "set seccomp = off in [GENERAL], or --seccomp off",
-        )
-    if arguments.command == "server" and arguments.check:
-        return check(config)
+    seccomp = arguments.seccomp or config.seccomp
+    if seccomp != "off" and arguments.command != "status":
+        hint = "set seccomp = off in [GENERAL], or --seccomp off"
+        raise UserError(f"seccomp={seccomp}: this version has no seccomp filter", hint)
     if arguments.command == "server":
         if arguments.user == "none":
             warn("--user none: the network process keeps all the rights that the server has")
+        else:
+            find_account(arguments.user)
+        if arguments.check:
+            return check(config)
         Monitor(config, arguments).run()
         return 0
     if arguments.command == "status":
