@@ -5,21 +5,14 @@ The server's firewall drops everything. A client who holds a shared key knocks,
 proves it by challenge and response (HMAC-SHA3-256), and the kernel's nftables
 lets that one address in to that one port, for a while.
 
-    letmein.py server                 the server (needs nft and root)
-    letmein.py knock HOST PORT        open PORT on HOST for this address
-    letmein.py revoke HOST PORT       close it again
-    letmein.py status                 on the server: who holds what
-    letmein.py gen-key                a new key, for both configuration files
-
-The file has eight rooms. Each begins with a banner like the one below, and
-uses only rooms above it:
+The file has eight rooms, each behind a banner. A room uses only those above it:
 
     1 Protocol    messages and handshakes, without input or output
     2 Configuration
     3 Client
     4 Firewall    leases, the nft scripts for them, the one place that runs nft
-    5 Network     the process that faces the internet: no keys, no programs
-    6 Monitor     the privileged process: keys, handshakes, leases
+    5 Monitor     the privileged process: keys, handshakes, leases
+    6 Network     the process that faces the internet: no keys, no programs
     7 Sandbox     how the network process gives up what it does not need
     8 Command line
 
@@ -51,8 +44,10 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
+    Identities = dict[str, tuple[int, int]]  # of sets: by name the handles of table and set
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
     Element = tuple[tuple[str, str], float, str]  # (set, key), seconds left, comment
+    Leases = dict[LeaseKey, "Lease"]
     Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
 else:
 
@@ -143,12 +138,9 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """The message in 56 bytes from the wire. Raises ProtocolError if length, magic or
         operation is wrong: that is no letmein message, and nobody answers it."""
-        if len(data) != MESSAGE_SIZE:
-            raise ProtocolError(f"a message has {MESSAGE_SIZE} bytes, not {len(data)}")
-        magic, *fields = MESSAGE.unpack(data)
-        if magic != MAGIC:
-            raise ProtocolError("not a letmein message: the first four bytes are wrong")
-        message = cls(*fields)
+        if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
+            raise ProtocolError("this is no letmein message")
+        message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
             raise ProtocolError(f"unknown operation {message.operation}")
         return message
@@ -225,12 +217,7 @@ POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
 # Which operations a server handshake takes in which state.
 EXPECT_REQUEST, EXPECT_RESPONSE, AUTHENTICATED, ENDED = range(4)
-ALLOWED: Mapping[int, tuple[int, ...]] = {
-    EXPECT_REQUEST: (KNOCK, REVOKE),
-    EXPECT_RESPONSE: (RESPONSE,),
-    AUTHENTICATED: (),
-    ENDED: (),
-}
+ALLOWED = {EXPECT_REQUEST: (KNOCK, REVOKE), EXPECT_RESPONSE: (RESPONSE,)}
 
 # Verdicts of ServerHandshake.receive().
 DROP = "drop"  # no letmein message: end it without a word
@@ -286,7 +273,7 @@ class ServerHandshake:
         except ProtocolError as error:
             self.state = ENDED
             return Step(DROP, reason=str(error))
-        if message.operation not in ALLOWED[self.state]:
+        if message.operation not in ALLOWED.get(self.state, ()):
             return self._refuse(f"unexpected {OPERATIONS[message.operation]}")
         if self.state == EXPECT_REQUEST:
             return self._request(message)
@@ -391,9 +378,8 @@ class Resource(NamedTuple):
         return any(not jump.match_saddr for jump in self.jumps)
 
     def __str__(self) -> str:
-        if self.jumps:
-            return f"resource {self.identifier:08X}"
-        return f"port {self.port}/{'+'.join(self.protocols)}"
+        port = f"port {self.port}/{'+'.join(self.protocols)}"
+        return f"resource {self.identifier:08X}" if self.jumps else port
 
 
 class Config(NamedTuple):
@@ -460,9 +446,7 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     return number
 
 
-def parse_port(text: str) -> int:
-    """A port number."""
-    return parse_number(text, 1, 65535)
+parse_port = functools.partial(parse_number, least=1, limit=65535)
 
 
 def parse_duration(text: str) -> float:
@@ -593,8 +577,7 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
     )
 
 
-# What each section may hold: by option its default and its parser.
-# [KEYS] and [RESOURCES] have options of the user's own.
+# By section and option: the default and the parser. [KEYS] and [RESOURCES] name their own.
 OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
     "GENERAL": {
         "debug": (False, parse_boolean),
@@ -751,7 +734,6 @@ def parse_config(text: str, path: str, server: bool) -> Config:
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at the known name that is most like this one; "" if none is."""
     import difflib
-
     folded = {known.lower(): known for known in names}
     found = difflib.get_close_matches(name.lower(), folded, 1)
     return f"; did you mean {folded[found[0]]}?" if found else ""
@@ -792,12 +774,6 @@ def read_config(path: str, server: bool) -> Config:
     return config._replace(warnings=(*config.warnings, *warnings))
 
 
-def default_config_path(name: str) -> str:
-    """Where a file of this name stands: the first place that has it, else the last one."""
-    paths = [f"{place}/{name}" for place in CONFIG_PLACES]
-    return next((path for path in paths if os.path.exists(path)), paths[-1])
-
-
 # ============================================================================
 # 3  Client
 #
@@ -807,11 +783,7 @@ def default_config_path(name: str) -> str:
 
 
 def exchange(
-    handshake: ClientHandshake,
-    family: int,
-    sockaddr: tuple[Any, ...],
-    protocol: str,
-    timeout: float,
+    handshake: ClientHandshake, family: int, sockaddr: Any, protocol: str, timeout: float
 ) -> Generator[tuple[socket.socket, int, float], None, None]:
     """One handshake with one address: straight-line code that gives way at each wait.
 
@@ -853,11 +825,10 @@ def exchange(
         problem = f"no answer from {where} over {protocol} within {timeout:g} s"
         hint = "is the server running, and is the control port right and open (-P, -T, -U)?"
         raise UserError(problem, hint) from None
-    except Refused as error:
-        hint = "are key, user and resource the same there? the server's log says more"
-        raise UserError(f"{where}: {error}", hint) from None
     except ProtocolError as error:
-        raise UserError(f"{where}: {error}", "is a letmein server there?") from None
+        hint = "are key, user and resource the same there? the server's log says more"
+        hint = hint if isinstance(error, Refused) else "is a letmein server there?"
+        raise UserError(f"{where}: {error}", hint) from None
     except OSError as error:
         hint = "is the server running, and is its control port open for everybody?"
         raise UserError(f"cannot talk to {where}: {error.strerror}", hint) from None
@@ -1004,7 +975,7 @@ class Listing(NamedTuple):
     """Our part of the kernel's ruleset: by set its identity and its type, by
     (set, key) the elements as JSON has them, the chains' names, how many rules are ours."""
 
-    identities: dict[str, tuple[int, int]]
+    identities: Identities
     types: dict[str, str]
     elements: dict[tuple[str, str], dict[str, Any]]
     chains: set[str]
@@ -1027,18 +998,17 @@ def set_types(config: Config) -> dict[str, str]:
     versions = VERSIONS[config.family]
     sets = {f"letmein-{v}": f"ipv{v}_addr . inet_proto . inet_service" for v in versions}
     for resource in config.resources.values():
+        name = f"letmein-{resource.identifier:08X}"
         if resource.jumps:
-            name = f"letmein-{resource.identifier:08X}"
             sets.update({f"{name}-{v}": f"ipv{v}_addr" for v in versions})
-            if resource.is_gate:
-                sets[f"{name}-gate"] = "ether_type"
+        if resource.is_gate:
+            sets[f"{name}-gate"] = "ether_type"
     return sets
 
 
 def rule_texts(config: Config) -> list[str]:
     """Our rules, each behind the chain it stands in."""
     import binascii
-
     chains, versions = config.chains, VERSIONS[config.family]
     rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
     for v in versions:
@@ -1126,7 +1096,6 @@ def read_listing(config: Config, printed: bytes) -> Listing:
     """Read what `nft -j list table` prints. A set's identity has the table's handle in it:
     a new table counts its handles from the start."""
     import json
-
     listing = Listing({}, {}, {}, set(), 0)
     tag = rule_texts(config)[0]
     rules = table = 0
@@ -1159,7 +1128,7 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
     ruleset and loaded it again), its resource still means what it opens, the user may
     still have it, and it has time left.
     """
-    leases: dict[LeaseKey, Lease] = {}
+    leases: Leases = {}
     for (name, key), element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
         left = element.get("expires") or 0
@@ -1179,11 +1148,7 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
 
 
 def differences(
-    config: Config,
-    leases: Mapping[LeaseKey, Lease],
-    listing: Listing,
-    identities: Mapping[str, tuple[int, int]],
-    now: float,
+    config: Config, leases: Leases, listing: Listing, identities: Identities, now: float
 ) -> tuple[str, list[LeaseKey]]:
     """Compare the kernel with what should be: (what is damaged, "" for nothing; the
     leases that an administrator has revoked).
@@ -1193,10 +1158,9 @@ def differences(
     with its set was not. In its last second a lease may be there or not.
     """
     damage = ""
-    kinds = set_types(config)
     strange = {
         name
-        for name in kinds
+        for name in set_types(config)
         if name not in listing.identities
         or identities.get(name, listing.identities[name]) != listing.identities[name]
     }
@@ -1259,7 +1223,6 @@ class Nft:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
         NftError, with nft's first line, or NftHung after NFT_LIMIT_S."""
         import subprocess
-
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         pipe = subprocess.PIPE
@@ -1344,11 +1307,11 @@ class Firewall:
         self.config = config
         self.boot = boot
         self.log = log
-        self.leases: dict[LeaseKey, Lease] = {}
+        self.leases: Leases = {}
         self.next_end = float("inf")  # no lease ends before this
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
-        self.identities: dict[str, tuple[int, int]] = {}  # of our sets, when last in order
+        self.identities: Identities = {}  # of our sets, when last in order
         self.look_at: float | None = None  # when to heal(), if at all
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
@@ -1357,7 +1320,6 @@ class Firewall:
         self.refreshes = release is not None and (int(release[1]), int(release[2])) >= (6, 12)
 
     # -- start, stop, new configuration ----------------------------------------
-
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
@@ -1424,7 +1386,6 @@ class Firewall:
                 self.log("set-stays", set=name, reason=error.problem)
 
     # -- what clients ask for --------------------------------------------------
-
     def advance(self) -> None:
         """Do all that is due: heal, then the changes that have come in, in one transaction.
 
@@ -1449,15 +1410,13 @@ class Firewall:
     def _apply_alone(self, changes: list[Change]) -> None:
         give_up = time.monotonic() + NFT_LIMIT_S
         for change in changes:
-            problem = "nft is too slow"
             try:
-                if time.monotonic() < give_up:
-                    self._apply([change])
-                    continue
+                if time.monotonic() > give_up:
+                    raise NftError("nft is too slow")
+                self._apply([change])
             except NftError as error:
-                problem = self.trouble or error.problem
                 self.look_at = self.look_at or time.monotonic()
-            change.done(problem)
+                change.done(self.trouble or error.problem)
 
     def _apply(self, changes: list[Change]) -> None:
         """Make these changes. Raises NftError, with no change done that needs nft."""
@@ -1526,7 +1485,6 @@ class Firewall:
         return elements_script(self.config, removals, elements)
 
     # -- the table of leases ---------------------------------------------------
-
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
         old = self.leases.pop(key, None)
@@ -1551,11 +1509,9 @@ class Firewall:
             self.next_end = min(ends, default=float("inf"))
 
     # -- healing ---------------------------------------------------------------
-
     def watch(self) -> socket.socket:
         """A socket that gets the kernel's nftables notifications; see on_notification()."""
         import contextlib
-
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NOTIFICATION_BUFFER)
         with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
@@ -1604,8 +1560,7 @@ class Firewall:
                 self._revoke(key, "by hand")
             if damage:
                 self._install(listing)
-                # What was installed is looked at once more, but not in a tight loop with
-                # somebody who keeps on removing it.
+                # Look once more, but not in a tight loop with somebody who keeps on breaking it.
                 self.look_at = time.monotonic() + RETRY_S[0] / 4
                 self.log("healed", reason=damage, leases=len(self.leases))
             else:
@@ -1691,7 +1646,6 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
     """The sockets of the control port, by protocol and port: for IPv6 and IPv4 in one, or for
     IPv4 where the kernel has no IPv6. Those that are old stay. Raises UserError."""
     import errno
-
     sockets = {}
     for protocol in config.protocols:
         stream = protocol == "tcp"
@@ -1723,7 +1677,6 @@ def lock_table(rundir: str, config: Config) -> int:
     """Make sure that no other server works on this table in this network namespace.
     Returns the lock's descriptor; it lasts as long as this process. Raises UserError."""
     import fcntl
-
     namespace = os.stat("/proc/self/ns/net").st_ino
     path = f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}.lock"
     try:
@@ -1762,12 +1715,10 @@ class Monitor:
         self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by token: since when, reply
 
     # -- start and stop ------------------------------------------------------
-
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
         self._catch_signals()
         try:
-            check_kernel(self.firewall.nft, self.config)
             self._start_network()
             self._await_network()
             netlink = self.firewall.watch()
@@ -1788,24 +1739,20 @@ class Monitor:
             self._stop_network()
 
     def _log_ready(self, event: str) -> None:
-        config = self.config
-        port = f"{config.port}/{'+'.join(config.protocols)}"
+        config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
     def _catch_signals(self) -> None:
-        """Have signals wake the selector up, by way of a socket."""
+        """Have signals wake the selector up, by way of a pipe."""
         import signal
-
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+        ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
         def on_signal() -> None:
-            numbers = ours.recv(4096)
+            numbers = os.read(ours, 4096)
             self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
             self.reload_wanted |= signal.SIGHUP in numbers
 
@@ -1850,7 +1797,6 @@ class Monitor:
         notify_systemd("READY=1")
 
     # -- the network process -------------------------------------------------
-
     def _start_network(self) -> None:
         """Start it with its end of the link as standard input, and nothing else of ours.
 
@@ -1859,7 +1805,6 @@ class Monitor:
         """
         import marshal
         import subprocess
-
         self.restart_at = None
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
@@ -1868,8 +1813,7 @@ class Monitor:
             program.seek(0)
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
             command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
-            ends = {"stdin": theirs.fileno(), "stdout": program.fileno()}
-            self.network = subprocess.Popen(command, cwd="/", env={}, **ends)
+            self.network = subprocess.Popen(command, 0, None, theirs.fileno(), program, env={})
         self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
         self._send_settings()
 
@@ -1889,7 +1833,6 @@ class Monitor:
     def _await_network(self) -> None:
         """Wait at the start until the network process is ready. Raises UserError."""
         import select
-
         assert self.link is not None
         readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
         if not readable:
@@ -1907,7 +1850,6 @@ class Monitor:
     def _stop_network(self) -> None:
         """It ends by itself when its link closes; one that does not is killed."""
         import subprocess
-
         if self.link is not None:
             if self.link in self.selector.get_map():
                 self.selector.unregister(self.link)
@@ -1939,7 +1881,6 @@ class Monitor:
     def _send(self, record: Record) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
         import select
-
         for _ in range(2):
             if self.link is None:
                 return
@@ -1953,7 +1894,6 @@ class Monitor:
         self._lose_network("it reads nothing")
 
     # -- what peers say ------------------------------------------------------
-
     def _receive(self, record: Record) -> None:
         """See to one record from the network process."""
         if record.kind == READY:
@@ -2038,7 +1978,6 @@ class Monitor:
 def notify_systemd(state: str) -> None:
     """Tell systemd about our state, if it asked for it; see sd_notify(3)."""
     import contextlib
-
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         if state == "RELOADING=1":
@@ -2126,23 +2065,20 @@ class Network:
         """Serve until the monitor is gone."""
         while True:
             now = time.monotonic()
-            wait = None
-            for group in (self.connections, self.answered):
-                # The order is that of the deadlines, for each has the same time.
-                while group and next(iter(group.values())).deadline <= now:
-                    self._close(next(iter(group.values())))
-                if group:
-                    first = next(iter(group.values())).deadline - now
-                    wait = first if wait is None else min(wait, first)
-            for key, _ in self.selector.select(wait):
+            # Each group is in the order of its deadlines, for all have the same time.
+            groups = [group for group in (self.connections, self.answered) if group]
+            firsts = [next(iter(group.values())) for group in groups]
+            for connection in firsts:
+                if connection.deadline <= now:
+                    self._close(connection)
+            ends = [connection.deadline for connection in firsts]
+            for key, _ in self.selector.select(max(min(ends) - now, 0) if ends else None):
                 key.data()
 
     # -- the monitor ---------------------------------------------------------
-
     def _send(self, record: Record) -> None:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
         import select
-
         while True:
             try:
                 self.link.send(RECORD.pack(*record))
@@ -2182,7 +2118,6 @@ class Network:
             self._listen_to(connection)
 
     # -- TCP -----------------------------------------------------------------
-
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -2208,16 +2143,11 @@ class Network:
         """Close the oldest connection of the newcomer's prefix if that has its share, or of
         the prefix that has the most if all slots are taken. Nobody is refused: a flood only
         ever pushes out itself, or the oldest of all where no prefix has more than another."""
-        siblings = self.prefixes.get(prefix, {})
-        if len(siblings) >= self.prefix_limit:
-            self._close(next(iter(siblings.values())))
-        elif len(self.connections) >= self.limit:
-            most = max(map(len, self.prefixes.values()))
-            if most == 1:
-                self._close(next(iter(self.connections.values())))
-            else:
-                crowd = next(group for group in self.prefixes.values() if len(group) == most)
-                self._close(next(iter(crowd.values())))
+        crowd = self.prefixes.get(prefix, {})
+        if len(self.connections) >= self.limit and len(crowd) < self.prefix_limit:
+            crowd = max(self.prefixes.values(), key=len)
+        if len(crowd) >= self.prefix_limit or len(self.connections) >= self.limit:
+            self._close(next(iter(crowd.values())))
 
     def _listen_to(self, connection: Connection) -> None:
         read = functools.partial(self._read, connection)
@@ -2272,7 +2202,6 @@ class Network:
         connection.socket.close()
 
     # -- UDP -----------------------------------------------------------------
-
     def _receive(self, listener: socket.socket, number: int) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -2317,7 +2246,6 @@ class Network:
 def find_account(name: str) -> tuple[int, int]:
     """User and group id of an account. Raises UserError."""
     import pwd
-
     try:
         return pwd.getpwnam(name)[2:4]
     except KeyError:
@@ -2329,7 +2257,6 @@ def enter_sandbox(account: str, connections: int) -> None:
     """Become account (a user's name, or "none" to stay what we are), in an empty root
     directory, with no way to get more. Raises UserError naming the step that failed."""
     import resource
-
     user, group = find_account(account) if account != "none" else (0, 0)
     step = "limit the number of descriptors"
     try:
@@ -2341,7 +2268,6 @@ def enter_sandbox(account: str, connections: int) -> None:
         if account == "none":
             return
         import tempfile
-
         # A directory that has been removed is empty and stays so, and nothing is left of it.
         step = "make an empty root directory"
         path = tempfile.mkdtemp(prefix="letmeind-")
@@ -2361,7 +2287,6 @@ def enter_sandbox(account: str, connections: int) -> None:
 def network_process() -> None:
     """The whole life of the network process; its standard input is the link to the monitor."""
     import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
     link = socket.socket(fileno=0)
     data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
@@ -2394,7 +2319,6 @@ def status(config: Config, as_json: bool) -> int:
         rows.append({**row, "seconds_left": element.get("expires"), **element.get("counter", {})})
     if as_json:
         import json
-
         table = {"family": config.family, "table": config.table}
         print(json.dumps({**table, "leases": rows}, indent=1))
         return 0
@@ -2425,7 +2349,6 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         import argparse
-
         try:
             return parse(text)
         except Unfit as unfit:
@@ -2437,7 +2360,6 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line, as README's tables have it."""
     import argparse
-
     identifier, port = argument_type(parse_identifier), argument_type(parse_port)
     seccomp = argument_type(parse_choice("off", "log", "kill"))
 
@@ -2446,8 +2368,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--seccomp", metavar="off|log|kill", type=seccomp, default=default)
         parser.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
 
-    description = "An authenticated port knocker: client and server."
-    parser = argparse.ArgumentParser(prog="letmein", description=description)
+    parser = argparse.ArgumentParser(prog="letmein", description="An authenticated port knocker.")
     common(parser, None)
     parser.add_argument("--verbose", action="store_true", help="say what is going on")
     parser.add_argument("--dns", help=argparse.SUPPRESS)
@@ -2498,17 +2419,15 @@ def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
-    if arguments.command in ("knock", "revoke", "close"):
-        arguments.port = None
-        if arguments.resource is None and not rest:
-            parser.error("a PORT is missing, or a resource: -r/--resource ID")
-        if arguments.resource is None and not rest[0].startswith("-"):
-            try:
-                arguments.port = parse_port(rest.pop(0))
-            except Unfit as unfit:
-                parser.error(f"PORT: {unfit.problem}; expected: {unfit.hint}")
-        elif rest and not rest[0].startswith("-"):
-            parser.error("a PORT and -r/--resource ID exclude each other")
+    options = [word for word in rest if word.startswith("-")]
+    if arguments.command in ("knock", "revoke", "close") and not options:
+        port = rest.pop(0) if rest else None
+        if (port is None) == (arguments.resource is None):
+            parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
+        try:
+            arguments.port = port and parse_port(port)
+        except Unfit as unfit:
+            parser.error(f"PORT: {unfit.problem}; expected: {unfit.hint}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
@@ -2518,14 +2437,14 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
     is_server = arguments.command in ("server", "status")
     name = "letmeind.conf" if is_server else "letmein.conf"
-    path = arguments.config or default_config_path(name)
+    places = [f"{place}/{name}" for place in CONFIG_PLACES]
+    path = arguments.config or next(filter(os.path.exists, places), places[-1])
     if arguments.command == "gen-key":
-        # A key is what one needs before there is a configuration.
         try:
-            config = read_config(path, False)
+            user = read_config(path, False).default_user
         except ConfigError:
-            config = parse_config("", path, False)
-        user = config.default_user if arguments.user is None else arguments.user
+            user = 0  # a key is what one needs before there is a configuration
+        user = user if arguments.user is None else arguments.user
         print(f"{user:08X} = {os.urandom(KEY_SIZE).hex().upper()}")
         return 0
 
