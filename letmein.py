@@ -16,8 +16,8 @@ The file has eight rooms, each behind a banner. A room uses only those above it:
     7 Sandbox     how the network process gives up what it does not need
     8 Command line
 
-What is imported here is what a knock needs: the client's time goes into
-starting Python, so each room imports what it alone needs where it needs it.
+Imported at the top is what a knock needs: a client's time goes into starting
+Python. So each room imports what it alone needs where it needs it.
 """
 
 from __future__ import annotations
@@ -577,7 +577,7 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
     )
 
 
-# By section and option: the default and the parser. [KEYS] and [RESOURCES] name their own.
+# By section and option: default and parser. [KEYS] and [RESOURCES] have names of their own.
 OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
     "GENERAL": {
         "debug": (False, parse_boolean),
@@ -722,8 +722,8 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     )
     if server:
         if policy == "always" and "udp" in protocols:
-            text = "'always' over UDP answers forged senders; 'basic-auth' is recommended"
-            warnings.append(f"{path}: [GENERAL] control-error-policy: {text}")
+            text = "control-error-policy: 'always' over UDP answers forged senders"
+            warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
         for option, resource in zip(sections.get("RESOURCES", {}), resources.values()):
             defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
             if defect:
@@ -957,7 +957,7 @@ NFT_TABLE_MESSAGES = (0, 2)  # NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE: linux/netfilt
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
-COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=([0-9a-f]{8})")
+COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) (boot=[0-9a-f]{8} \S+)")
 
 
 class Lease(NamedTuple):
@@ -1008,7 +1008,6 @@ def set_types(config: Config) -> dict[str, str]:
 
 def rule_texts(config: Config) -> list[str]:
     """Our rules, each behind the chain it stands in."""
-    import binascii
     chains, versions = config.chains, VERSIONS[config.family]
     rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
     for v in versions:
@@ -1022,9 +1021,8 @@ def rule_texts(config: Config) -> list[str]:
             keys = keys if jump.match_saddr else [f"meta protocol {name}-gate"]
             if jump.hook in chains:
                 rules += [f"{chains[jump.hook]} {key} jump {jump.target}" for key in keys]
-    # The comment tells our rules from others, and those of another configuration.
-    tag = f"letmein {binascii.crc32(repr(rules).encode()):08x}"
-    return [f'{rule} comment "{tag}"' for rule in rules]
+    # The comment tells our rules from others, and from those of another configuration.
+    return [f'{rule} comment "letmein {digest(rules)}"' for rule in rules]
 
 
 def lease_names(resource: Resource, address: bytes) -> list[tuple[str, str]]:
@@ -1035,10 +1033,24 @@ def lease_names(resource: Resource, address: bytes) -> list[tuple[str, str]]:
     return [(f"letmein-{v}", f"{text} . {proto} . {resource.port}") for proto in resource.protocols]
 
 
+def digest(facts: object) -> str:
+    """8 hex digits that change with these facts; no secret."""
+    import binascii
+    return f"{binascii.crc32(repr(facts).encode()):08x}"
+
+
+def comment_end(resource: Resource, boot: str) -> str:
+    """The end of a comment: when it counts (boot: the start of the kernel's boot id), and
+    what the resource means (port, protocols and jumps)."""
+    return f"boot={boot} means={digest(resource[1:4])}"
+
+
 def lease_elements(config: Config, lease: Lease, now: float, boot: str) -> list[Element]:
-    """A lease's elements; boot is the start of the kernel's boot id."""
-    comment = f"user={lease.user:08X} resource={lease.resource:08X} boot={boot}"
-    names = lease_names(config.resources[lease.resource], lease.address)
+    """A lease's elements, as they explain themselves in `nft list ruleset`."""
+    resource = config.resources[lease.resource]
+    ids = f"user={lease.user:08X} resource={lease.resource:08X}"
+    comment = f"{ids} {comment_end(resource, boot)}"
+    names = lease_names(resource, lease.address)
     return [(name, lease.ends - now, comment) for name in names]
 
 
@@ -1053,10 +1065,10 @@ def elements_script(
 ) -> str:
     """The nft script that removes these (set, key), then puts these elements.
 
-    Traps: `delete` fails for an element that has just expired, and takes the
-    whole transaction along, so each is added first. An element that exists
-    gets its full time anew by `timeout T expires T` only from Linux 6.12 on,
-    and never another comment: where that is wanted, it must be among removals.
+    Traps: `delete` fails for an element that has just expired, and takes the whole
+    transaction along, so each is added first. An element that exists gets its full time
+    anew by `timeout T expires T` only from Linux 6.12 on, and never another comment:
+    where that is wanted, it must be among removals.
     """
     removed: dict[str, list[str]] = {}
     added: dict[str, list[str]] = {}
@@ -1115,29 +1127,30 @@ def read_listing(config: Config, printed: bytes) -> Listing:
             listing.identities[name] = (table, found["handle"])
             for element in found.get("elem", []):
                 # One with nothing but a key comes as that key alone.
-                facts = element.get("elem", element) if "elem" in element else {"val": element}
-                key = facts["val"]["concat"] if "concat" in facts["val"] else [facts["val"]]
+                rich = isinstance(element, dict) and "elem" in element
+                facts = element["elem"] if rich else {"val": element}
+                value = facts["val"]
+                key = value.get("concat", [value]) if isinstance(value, dict) else [value]
                 listing.elements[name, " . ".join(map(str, key))] = facts
     return listing._replace(rules=rules)
 
 
 def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[Lease]:
-    """The leases in a listing that a server with this configuration would have given.
-
-    An element counts if its comment is of this boot (an administrator may have saved the
-    ruleset and loaded it again), its resource still means what it opens, the user may
-    still have it, and it has time left.
-    """
+    """The leases in a listing that a server of this boot gave (an administrator may have
+    saved the ruleset and loaded it again), and that this configuration still allows."""
     leases: Leases = {}
+    kinds = set_types(config)
     for (name, key), element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
         left = element.get("expires") or 0
-        if comment is None or comment[3] != boot or left <= 0:
+        if comment is None or kinds.get(name, "ether_type") == "ether_type" or left <= 0:
             continue
         user, identifier = int(comment[1], 16), int(comment[2], 16)
         if user not in config.keys or config.objection(user, identifier):
             continue
         resource = config.resources[identifier]
+        if comment[3] != comment_end(resource, boot):
+            continue
         text = key.split(" ")[0]
         address = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
         names = lease_names(resource, address)
@@ -1150,13 +1163,10 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
 def differences(
     config: Config, leases: Leases, listing: Listing, identities: Identities, now: float
 ) -> tuple[str, list[LeaseKey]]:
-    """Compare the kernel with what should be: (what is damaged, "" for nothing; the
-    leases that an administrator has revoked).
-
-    identities are those of our sets when all was in order, empty if not known: an
-    element missing from a set that stayed was deleted on purpose; one that went
-    with its set was not. In its last second a lease may be there or not.
-    """
+    """Compare the kernel with what should be: (what is damaged, "" for nothing; the leases
+    that an administrator has revoked). identities are those of our sets when all was in
+    order, {} if not known: an element missing from a set that stayed was deleted on
+    purpose, one that went with its set was not. In its last second a lease may be gone."""
     damage = ""
     strange = {
         name
@@ -1292,15 +1302,10 @@ class Change(NamedTuple):
 
 
 class Firewall:
-    """The leases, and the kernel's sets that hold them.
-
-    All changes that have come in while nft ran go into its next run, as one transaction.
-    After a failure, and whenever on_notification() learns that somebody else changed
-    something of ours, heal() compares the kernel with what should be.
-
-    Args: boot, the first 8 hex digits of the kernel's boot id; log, takes an event and
-    its fields.
-    """
+    """The leases, and the kernel's sets that hold them. All changes that have come in while
+    nft ran go into its next run, as one transaction. After a failure, and when somebody
+    else changed something of ours, heal() compares the kernel with what should be. Args:
+    boot, the first 8 hex digits of the kernel's boot id; log, takes event and fields."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Callable[..., None]) -> None:
         self.nft = nft
@@ -1388,11 +1393,8 @@ class Firewall:
     # -- what clients ask for --------------------------------------------------
     def advance(self) -> None:
         """Do all that is due: heal, then the changes that have come in, in one transaction.
-
-        If that fails, the kernel may have been changed under us: heal, and try each
-        change alone, so that a bad one harms nobody else. An nft that hangs may do so
-        again, and nobody waits for that.
-        """
+        If that fails, the kernel may have been changed under us: heal, and try each change
+        alone, so that a bad one harms nobody else; but not after an nft that hung."""
         if self.look_at is not None and time.monotonic() >= self.look_at:
             self.heal()
         while self.queue:
@@ -1721,8 +1723,8 @@ class Monitor:
         try:
             self._start_network()
             self._await_network()
-            netlink = self.firewall.watch()
             self.firewall.open()
+            netlink = self.firewall.watch()  # what happened until here, a first look will tell
             notified = functools.partial(self.firewall.on_notification, netlink)
             self.selector.register(netlink, selectors.EVENT_READ, notified)
             try:
@@ -1775,7 +1777,7 @@ class Monitor:
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
-        notify_systemd("RELOADING=1")
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         old = self.config
         try:
             config = read_config(old.path, server=True)
@@ -1798,11 +1800,9 @@ class Monitor:
 
     # -- the network process -------------------------------------------------
     def _start_network(self) -> None:
-        """Start it with its end of the link as standard input, and nothing else of ours.
-
-        It starts from the compiled form of this program, as it runs here: so it is the same
-        program even if the file has been replaced, and need not compile it again (6 MB).
-        """
+        """Start it with its end of the link as standard input, and nothing else of ours. Its
+        program is the compiled form of this one: the same even if the file has been
+        replaced, and it need not be compiled again (6 MB)."""
         import marshal
         import subprocess
         self.restart_at = None
@@ -1980,8 +1980,6 @@ def notify_systemd(state: str) -> None:
     import contextlib
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
-        if state == "RELOADING=1":
-            state += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, contextlib.suppress(OSError):
             notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
@@ -2319,11 +2317,11 @@ def status(config: Config, as_json: bool) -> int:
         rows.append({**row, "seconds_left": element.get("expires"), **element.get("counter", {})})
     if as_json:
         import json
-        table = {"family": config.family, "table": config.table}
-        print(json.dumps({**table, "leases": rows}, indent=1))
+        table = {"family": config.family, "table": config.table, "leases": rows}
+        print(json.dumps(table, indent=1))
         return 0
     header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
-    print(header if rows else "nobody holds a lease of this server's")
+    print(header if rows else "nobody holds a lease")
     for row in rows:
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
         left = "for ever" if row["seconds_left"] is None else time_text(int(row["seconds_left"]))

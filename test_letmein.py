@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import platform
+import pwd
 import re
 import selectors
 import shutil
@@ -56,6 +57,7 @@ LIMIT_S = 10.0  # no single step of a test takes longer
 # ----------------------------------------------------------------------------
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+MS_BIND, MS_PRIVATE_ALL = 0x1000, 0x4000 | 0x40000
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 SERVER_4, CLIENT_4, OTHER_4, BEHIND_4 = "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.2.0.9"
@@ -103,7 +105,7 @@ add rule inet filter input reject
 """
 
 
-def call_libc(name: str, *arguments: int) -> None:
+def call_libc(name: str, *arguments: int | bytes | None) -> None:
     if getattr(LIBC, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -155,9 +157,9 @@ class Lab:
         self.numbers = itertools.count()
         atexit.register(self.leave)
 
-        run("mount", "--make-rprivate", "/")
+        call_libc("mount", None, b"/", None, MS_PRIVATE_ALL, None)
         hosts = self.file(LAB_HOSTS, "hosts", 0o644)
-        run("mount", "--bind", hosts, "/etc/hosts")
+        call_libc("mount", bytes(hosts), b"/etc/hosts", None, MS_BIND, None)
         self._run_all(LAB_LINKS)
         self._run_all(LAB_IPV6)
         with self.client():
@@ -270,12 +272,11 @@ class Lab:
                     found.append(f"{name} {json.dumps(wrapped['elem']['val'])}")
         return found
 
-    def counter(self, name: str) -> int:
-        """How many packets a named counter of the server's firewall has seen."""
-        for item in json.loads(run(NFT, "-j", "list", "counters"))["nftables"]:
-            if item.get("counter", {}).get("name") == name:
-                return int(item["counter"]["packets"])
-        raise AssertionError(f"no counter {name}")
+    def counters(self) -> dict[str, int]:
+        """How many packets the named counters of the server's firewall have seen."""
+        listing = json.loads(run(NFT, "-j", "list", "counters"))["nftables"]
+        found = [item["counter"] for item in listing if "counter" in item]
+        return {counter["name"]: int(counter["packets"]) for counter in found}
 
     def socket(self, protocol: str, source: str, timeout: float = 5.0) -> socket.socket:
         """A socket of the client's host, bound to one of its addresses."""
@@ -676,12 +677,21 @@ def server(shared_server: Shared) -> Iterator[Server]:
     shared_server.renew()
 
 
+# All pairs of what is opened, over which protocol and IP version it is asked for.
+KNOCKS = [
+    (22, "tcp", "-T", CLIENT_4, OTHER_4),
+    (22, "tcp", "-U", CLIENT_6, OTHER_6),
+    (24, "udp", "-T", CLIENT_6, OTHER_6),
+    (24, "udp", "-U", CLIENT_4, OTHER_4),
+    (23, "tcp udp", "-T", CLIENT_6, OTHER_6),
+    (23, "tcp udp", "-U", CLIENT_4, OTHER_4),
+]
+
+
 class TestPackets:
     """Who gets through, where a class's tests can share a server."""
 
-    @pytest.mark.parametrize("source, other", [(CLIENT_4, OTHER_4), (CLIENT_6, OTHER_6)])
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize("port, open_to", [(22, "tcp"), (24, "udp"), (23, "tcp udp")])
+    @pytest.mark.parametrize("port, open_to, control, source, other", KNOCKS)
     def test_knock_and_revoke(
         self,
         lab: Lab,
@@ -791,7 +801,7 @@ class TestPackets:
     def test_a_name_with_one_dead_family(
         self, lab: Lab, server: Server, control: str, name: str, alive: str
     ) -> None:
-        impatient = client_conf(timeout=0.4)
+        impatient = client_conf(timeout=0.3)
         result = lab.letmein("knock", control, name, "22", conf=impatient)
         assert result.status == 0, result
         assert result.took < 3, result
@@ -825,8 +835,8 @@ class TestPackets:
         rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
         assert {"22/tcp", "00000001"} < set(rows[CLIENT_4]), text
         assert {"24/udp", "00000002"} < set(rows[CLIENT_6]), text
-        assert any(re.fullmatch(r"10m0s|9m5\ds", word) for word in rows[CLIENT_4]), text
-        assert any(re.fullmatch(r"1m0s|60s|5\ds", word) for word in rows[CLIENT_6]), text
+        assert any(re.search(r"\b0?9[:m]5\d|\b10[:m]0", word) for word in rows[CLIENT_4]), text
+        assert any(re.search(r"\b5\d(s|$)|\b1[:m]0", word) for word in rows[CLIENT_6]), text
 
         leases = {lease["address"]: lease for lease in json.loads(status("--json"))["leases"]}
         assert set(leases) == {CLIENT_4, CLIENT_6}
@@ -1074,7 +1084,7 @@ class TestRules:
             assert "letmein-4" not in lab.ruleset()
             return
         with Server(lab, server_conf(), account="nobody") as server:
-            nobody = run("id", "-u", "nobody").strip()
+            nobody = pwd.getpwnam("nobody").pw_uid
             process = Path(f"/proc/{server.network_process()}")
             status = (process / "status").read_text(encoding="utf-8")
             assert re.search(r"^Uid:" + rf"\s+{nobody}" * 4 + "$", status, re.M), status
@@ -1120,36 +1130,32 @@ JUMPS = """
 30 = jump / input: DOOR-INPUT / input-match: saddr / forward: DOOR-FORWARD
      / forward-match: saddr / output: DOOR-OUTPUT / output-match: saddr
 31 = jump / input: DOOR-INPUT / forward: DOOR-FORWARD / output: DOOR-OUTPUT
-32 = jump / input: DOOR-INPUT / input-match: saddr / timeout: 1
-33 = jump / input: DOOR-INPUT / timeout: 1 / users: 1
+32 = jump / input: DOOR-INPUT / input-match: saddr / timeout: 0.6
+33 = jump / input: DOOR-INPUT / timeout: 0.6 / users: 1
+34 = jump / input: DOOR-INPUT / input-match: saddr
 """
 JUMPS_CLIENT = client_conf(resources=JUMPS)
 TRANSPARENT = {socket.AF_INET: (socket.SOL_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
 
 
-def jumped(lab: Lab, hook: str, source: str) -> bool:
-    """Whether a packet with this source address comes to the hook's target chain."""
-    before = lab.counter(f"seen-{hook}")
-    family = socket.AF_INET6 if ":" in source else socket.AF_INET
-    if hook == "input":
-        through = lab.reaches(8080, source)
-        assert through == (lab.counter("seen-input") > before)
-        return through
-    if hook == "forward":
-        sender = lab.socket("udp", source)
-    else:
-        # The server's own packet, with an address that need not be its own (ip(7)).
-        sender = socket.socket(family, socket.SOCK_DGRAM)
-        sender.setsockopt(*TRANSPARENT[family], 1)
-        sender.bind((source, 0))
-    with sender:
-        sender.sendto(b"", (BEHIND_6 if ":" in source else BEHIND_4, 9))
-    return lab.counter(f"seen-{hook}") > before
-
-
 def jumps(lab: Lab, source: str) -> str:
     """The hooks whose target chain a packet from source comes to."""
-    return " ".join(hook for hook in ("input", "forward", "output") if jumped(lab, hook, source))
+    before = lab.counters()
+    through = lab.reaches(8080, source)
+    behind = (BEHIND_6 if ":" in source else BEHIND_4, 9)
+    with lab.socket("udp", source) as sender:
+        sender.sendto(b"", behind)
+    # The server's own packet, with an address that need not be its own (ip(7)).
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        sender.setsockopt(*TRANSPARENT[family], 1)
+        sender.bind((source, 0))
+        sender.sendto(b"", behind)
+    after = lab.counters()
+    hooks = [name[5:] for name in ("seen-input", "seen-forward", "seen-output")
+             if after[name] > before[name]]
+    assert through == ("input" in hooks)
+    return " ".join(hooks)
 
 
 class TestJumps:
@@ -1172,7 +1178,11 @@ class TestJumps:
             server.wait_for("ready", table=f"{family}/filter")
 
             def call(command: str, resource: str) -> None:
-                lab.letmein(command, host, "-r", resource, conf=JUMPS_CLIENT).assert_good()
+                if family == "inet":
+                    lab.letmein(command, host, "-r", resource, conf=JUMPS_CLIENT).assert_good()
+                else:
+                    operation = KNOCK if command == "knock" else REVOKE
+                    assert handshake(lab, int(resource, 16), operation, source=source) == COMEIN
 
             assert jumps(lab, source) == ""
             call("knock", "30")
@@ -1200,14 +1210,14 @@ class TestJumps:
     def test_leases_for_the_same_chain_are_apart(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
-            for resource in (0x30, 0x32):
+            for resource in (0x30, 0x34):
                 assert handshake(lab, resource) == COMEIN
-            assert handshake(lab, 0x32, REVOKE) == COMEIN
+            assert handshake(lab, 0x34, REVOKE) == COMEIN
             assert lab.reaches(8080, CLIENT_4)
-            assert handshake(lab, 0x32) == COMEIN
+            assert handshake(lab, 0x34) == COMEIN
             assert handshake(lab, 0x30, REVOKE) == COMEIN
             assert lab.reaches(8080, CLIENT_4)
-            assert handshake(lab, 0x32, REVOKE) == COMEIN
+            assert handshake(lab, 0x34, REVOKE) == COMEIN
             assert not lab.reaches(8080, CLIENT_4)
 
     def test_jumps_end_by_themselves(self, lab: Lab) -> None:
@@ -1217,31 +1227,31 @@ class TestJumps:
             assert handshake(lab, 0x32) == COMEIN
             while lab.reaches(8080, CLIENT_4):
                 assert time.monotonic() < before + 3, "the lease does not end"
-            assert time.monotonic() - before >= 1.0
+            assert time.monotonic() - before >= 0.6
             # A gate is open as long as the longest lease, and not longer.
             assert handshake(lab, 0x33) == COMEIN
-            time.sleep(0.4)
+            time.sleep(0.3)
             before = time.monotonic()
             assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
             while lab.reaches(8080, CLIENT_6):
                 assert time.monotonic() < before + 3, "the gate does not close"
-            assert time.monotonic() - before >= 1.0
+            assert time.monotonic() - before >= 0.6
             assert handshake(lab, 0x33, REVOKE) == COMEIN
             assert not lab.reaches(8080, CLIENT_4)
 
     def test_the_gate_closes_early_when_the_longest_lease_is_revoked(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
-        resources = "33 = jump / input: DOOR-INPUT / timeout: 1"
+        resources = "33 = jump / input: DOOR-INPUT / timeout: 0.6"
         with Server(lab, server_conf(resources, nftables=CHAINS)):
             first = time.monotonic()
             assert handshake(lab, 0x33) == COMEIN
-            time.sleep(0.5)
+            time.sleep(0.3)
             assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
             assert handshake(lab, 0x33, REVOKE, source=OTHER_4) == COMEIN
             assert lab.reaches(8080, OTHER_6)
             while lab.reaches(8080, OTHER_6):
                 assert time.monotonic() < first + 3, "the gate does not close"
-            assert 1.0 <= time.monotonic() - first < 1.4
+            assert 0.6 <= time.monotonic() - first < 0.85
 
     def test_other_users_and_rules(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
@@ -1261,7 +1271,7 @@ class TestJumps:
                 result.assert_error("rejected")
             assert jumps(lab, CLIENT_4) == ""
             assert lab.elements() == []
-            lab.letmein("knock", SERVER_4, "-r", "32", conf=JUMPS_CLIENT).assert_good()
+            lab.letmein("knock", SERVER_4, "-r", "34", conf=JUMPS_CLIENT).assert_good()
             assert jumps(lab, CLIENT_4) == "input"
 
 
@@ -1275,14 +1285,16 @@ class TestFamilies:
         icmp = "icmp" if family == "ip" else "icmpv6"
         lab.load(ruleset.replace("{ icmp, icmpv6 }", icmp))
         with Server(lab, server_conf(family=family)) as server:
-            for control in ("-T", "-U"):
-                lab.letmein("knock", control, server_for(inside), "23").assert_good()
+            for protocol in ("tcp", "udp"):
+                assert handshake(lab, 0x23, protocol=protocol, source=inside) == COMEIN
                 assert lab.reaches(23, inside)
                 assert lab.reaches(23, inside, "udp")
-                lab.letmein("revoke", control, server_for(inside), "23").assert_good()
+                assert handshake(lab, 0x23, REVOKE, protocol, inside) == COMEIN
                 assert not lab.reaches(23, inside)
-                result = lab.letmein("knock", control, server_for(outside), "23")
-                result.assert_error("rejected")
+                assert handshake(lab, 0x23, protocol=protocol, source=outside) == GOAWAY
+            lab.letmein("knock", server_for(inside), "23").assert_good()
+            lab.letmein("revoke", server_for(inside), "23").assert_good()
+            lab.letmein("knock", server_for(outside), "23").assert_error("rejected")
             server.wait_for("failed", peer=outside)
             assert lab.elements() == []
 
@@ -1328,14 +1340,13 @@ class TestWithoutIPv6:
         without = (sys.executable, "-c", NO_IPV6, sys.executable)
         with Server(lab, server_conf(), program=(*without, LETMEIN, "server")):
             path = lab.file(CLIENT_CONF)
-            for control in ("-T", "-U"):
-                for host in (SERVER_4, "both.test"):
-                    for word in ("knock", "revoke"):
-                        with lab.client():
-                            arguments = ("-c", path, word, control, host, "22")
-                            result = lab.command(*arguments, program=(*without, LETMEIN))
-                        assert result.status == 0, result
-                        assert lab.reaches(22, CLIENT_4) == (word == "knock")
+            for control, host in (("-T", "both.test"), ("-U", SERVER_4)):
+                for word in ("knock", "revoke"):
+                    with lab.client():
+                        arguments = ("-c", path, word, control, host, "22")
+                        result = lab.command(*arguments, program=(*without, LETMEIN))
+                    assert result.status == 0, result
+                    assert lab.reaches(22, CLIENT_4) == (word == "knock")
 
 
 # ----------------------------------------------------------------------------
@@ -1355,6 +1366,10 @@ class Fault(NamedTuple):
     speak: Callable[[Peer], None]
     proved: int
     ids: tuple[int, int] = OWN_IDS
+
+
+def named(faults: Iterable[Fault]) -> list[Any]:
+    return [pytest.param(fault, id=fault.name) for fault in faults]
 
 
 def says(*messages: bytes) -> Callable[[Peer], None]:
@@ -1433,14 +1448,9 @@ COMMON_FAULTS = [
 TCP_FAULTS = [
     *COMMON_FAULTS,
     Fault("RESPONSE first", says(message(RESPONSE, 0x22)), NO_AUTH, NO_IDS),
-    Fault("55 bytes", says(GOOD_KNOCK[:55]), DROPPED),
-    Fault("no byte", says(), DROPPED),
-    Fault("57 bytes", byte_57, DROPPED),
-    Fault("one byte at a time, too slow", slowly(GOOD_KNOCK, 0.03), DROPPED),
     Fault("half-closed at once", ends(), DROPPED),
     Fault("half-closed in the KNOCK", ends(GOOD_KNOCK[:20]), DROPPED),
     Fault("half-closed after the KNOCK", ends(GOOD_KNOCK), DROPPED),
-    Fault("no RESPONSE", after_challenge(lambda token: b""), DROPPED),
     Fault("KNOCK twice", two_knocks, BASIC_AUTH),
     Fault(
         "wrong magic in the RESPONSE",
@@ -1470,6 +1480,15 @@ TCP_FAULTS = [
         after_challenge(lambda token: message(RESPONSE, 0x22, token=token, key=KEYS[2])),
         BASIC_AUTH,
     ),
+]
+# What never becomes a message. The last one takes time to say.
+TCP_WAITS = [
+    says(),
+    says(GOOD_KNOCK[:55]),
+    byte_57,
+    after_challenge(lambda token: b""),
+    after_challenge(lambda token: message(RESPONSE, 0x22, token=token)[:55]),
+    slowly(GOOD_KNOCK, 0.03),
 ]
 # A server that keeps no state cannot know whom a RESPONSE follows: it speaks under `always` only.
 UDP_FAULTS = [
@@ -1541,20 +1560,18 @@ def assert_serves(lab: Lab, server: Server, *protocols: str) -> None:
 
 
 class TestWire:
-    @pytest.mark.parametrize("fault", TCP_FAULTS, ids=lambda fault: fault.name)
+    @pytest.mark.parametrize("fault", named(TCP_FAULTS))
     def test_tcp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
-        started = time.monotonic()
         with Peer(lab) as peer:
             fault.speak(peer)
             said = peer.rest()
-        assert time.monotonic() - started < 2, "control-timeout is 0.4 s"
         if strict.policy <= fault.proved < DROPPED:
             assert Reply.parse(said) == (GOAWAY, *fault.ids, ZEROS)
         else:
             assert said == b""
         assert_serves(lab, strict.server, "tcp")
 
-    @pytest.mark.parametrize("fault", UDP_FAULTS, ids=lambda fault: fault.name)
+    @pytest.mark.parametrize("fault", named(UDP_FAULTS))
     def test_udp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
         with Peer(lab, "udp") as peer:
             fault.speak(peer)
@@ -1574,6 +1591,18 @@ class TestWire:
         else:
             assert said == []
         assert_serves(lab, strict.server, "udp")
+
+    def test_too_slow(self, lab: Lab, strict: Strict) -> None:
+        """The control-timeout of 0.4 s is for the whole of a handshake, not for each byte."""
+        started = time.monotonic()
+        peers = [Peer(lab) for _ in TCP_WAITS]
+        for peer, speak in zip(peers, TCP_WAITS):
+            speak(peer)
+        for peer in peers:
+            with peer:
+                assert peer.rest() == b""
+        assert 0.4 <= time.monotonic() - started < 2
+        assert_serves(lab, strict.server, "tcp")
 
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     def test_an_error_after_full_authentication(
@@ -1802,13 +1831,13 @@ class FakeServer:
 
 
 HANG = b""  # in a script over TCP: keep the connection open
-BOTH, TCP = ("tcp", "udp"), ("tcp",)
+BOTH, TCP, UDP = ("tcp", "udp"), ("tcp",), ("udp",)
 CHALLENGED: list[bytes | None] = [None, reply(CHALLENGE), None]
 LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
     ("garbage", BOTH, [None, b"HTTP/1.0 400 Bad Request\r\n" + bytes(30)], ""),
     ("short garbage", TCP, [None, b"nobody here\r\n"], "closed"),
-    ("GOAWAY", BOTH, [None, reply(GOAWAY)], "rejected"),
-    ("GOAWAY to nobody", BOTH, [None, reply(GOAWAY, ANYBODY, ANYBODY)], "rejected"),
+    ("GOAWAY", TCP, [None, reply(GOAWAY)], "rejected"),
+    ("GOAWAY to nobody", UDP, [None, reply(GOAWAY, ANYBODY, ANYBODY)], "rejected"),
     ("GOAWAY to the RESPONSE", BOTH, [*CHALLENGED, reply(GOAWAY)], "rejected"),
     ("nothing", BOTH, [None, HANG], "no answer"),
     ("nothing after the CHALLENGE", BOTH, [*CHALLENGED, HANG], "no answer"),
@@ -1817,9 +1846,9 @@ LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
     ("closed after the KNOCK", TCP, [None], "closed"),
     ("closed after the RESPONSE", TCP, CHALLENGED, "closed"),
     ("CHALLENGE twice", BOTH, [*CHALLENGED, reply(CHALLENGE)], "CHALLENGE"),
-    ("COMEIN at once", BOTH, [None, reply(COMEIN)], "COMEIN"),
-    ("KNOCK", BOTH, [None, reply(KNOCK)], "KNOCK"),
-    ("operation 6", BOTH, [None, reply(6)], "6"),
+    ("COMEIN at once", TCP, [None, reply(COMEIN)], "COMEIN"),
+    ("KNOCK", UDP, [None, reply(KNOCK)], "KNOCK"),
+    ("operation 6", TCP, [None, reply(6)], "6"),
 ]
 LIES_BY_PROTOCOL = [
     pytest.param(protocol, script, word, id=f"{protocol}-{name}")
@@ -1842,7 +1871,7 @@ class TestLyingServers:
         steps = [step for step in script if protocol == "tcp" or step != HANG]
         with FakeServer(protocol, steps):
             option = "-T" if protocol == "tcp" else "-U"
-            conf = client_conf(timeout=0.4)
+            conf = client_conf(timeout=0.3)
             result = lab.letmein("knock", option, SERVER_4, "22", conf=conf)
             result.assert_error(SERVER_4, word)
             assert result.took < 3, result
@@ -2202,10 +2231,8 @@ class TestMany:
 # ----------------------------------------------------------------------------
 
 
-def reference(lab: Lab, *programs: str) -> dict[str, str]:
-    """Where these programs of the reference are. Skips the test if that is nowhere."""
-    if not lab.real_root:
-        pytest.skip("the reference changes users: it takes real root")
+def reference(*programs: str) -> dict[str, str]:
+    """Where these programs of the reference are. Skips the test if one is nowhere."""
     found = {name: shutil.which(name) for name in programs}
     for name, path in found.items():
         if path is None:
@@ -2277,7 +2304,7 @@ class ReferenceServer:
 @contextlib.contextmanager
 def reference_client(lab: Lab) -> Iterator[Callable[..., Result]]:
     """Runs the reference's client against a server of ours."""
-    program = reference(lab, "letmein")["letmein"]
+    program = reference("letmein")["letmein"]
     path = lab.file(REFERENCE_CLIENT)
 
     def call(*arguments: str) -> Result:
@@ -2292,8 +2319,10 @@ def reference_client(lab: Lab) -> Iterator[Callable[..., Result]]:
 @contextlib.contextmanager
 def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
     """Runs our client against the reference's server."""
-    programs = reference(lab, "letmeinfwd", "letmeind")
-    if not run("getent", "passwd", REFERENCE_ACCOUNT, check=False):
+    programs = reference("letmeinfwd", "letmeind")
+    if not lab.real_root:
+        pytest.skip("letmeind runs as an account of its own: that takes real root")
+    if REFERENCE_ACCOUNT not in {account.pw_name for account in pwd.getpwall()}:
         pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
 
     def call(*arguments: str) -> Result:
@@ -2314,9 +2343,7 @@ def mixed(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Re
 class TestReference:
     """A client on the other implementation's server."""
 
-    @pytest.mark.parametrize("source, other", [(CLIENT_4, OTHER_4), (CLIENT_6, OTHER_6)])
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize("port, open_to", [(22, "tcp"), (24, "udp"), (23, "tcp udp")])
+    @pytest.mark.parametrize("port, open_to, control, source, other", KNOCKS)
     def test_open_and_revoke(
         self,
         lab: Lab,
