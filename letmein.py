@@ -23,7 +23,6 @@ Python. So each room imports what it alone needs where it needs it.
 from __future__ import annotations
 
 import functools
-import hmac
 import os
 import re
 import selectors
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
     Element = tuple[tuple[str, str], float, str]  # (set, key), seconds left, comment
     Leases = dict[LeaseKey, "Lease"]
+    Tokens = Iterable[tuple[int, bytes]]  # of a challenge: what was asked for, KNOCK or REVOKE
     Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
 else:
 
@@ -147,6 +147,7 @@ class Message(NamedTuple):
 
     def proves(self, key: bytes, token: bytes) -> bool:
         """Whether auth shows that the sender holds key. Takes the same time for any auth."""
+        import hmac
         expected = authenticate(key, *self[:4], token)
         return hmac.compare_digest(expected, self.auth)
 
@@ -157,6 +158,7 @@ def authenticate(
     """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message and a token: the
     CHALLENGE's auth field in RESPONSE, 32 zero bytes in KNOCK and REVOKE ("basic auth":
     whoever saw one can send it again)."""
+    import hmac  # here, for the network process needs none
     text = struct.pack("!III", operation, user, resource) + salt + token
     return hmac.digest(key, text, "sha3_256")
 
@@ -263,7 +265,7 @@ class ServerHandshake:
         self.proved = NO_AUTH
         self.user = self.resource = ANYBODY
         self.operation = KNOCK  # what was asked for: KNOCK or REVOKE
-        self.tokens: list[tuple[int, bytes]] = []  # (operation, token) a RESPONSE may answer
+        self.tokens: Tokens = ()  # that a RESPONSE may answer
         self.answered = NO_TOKEN  # the one of them that it did answer
 
     def receive(self, data: bytes) -> Step:
@@ -292,7 +294,7 @@ class ServerHandshake:
         self.expect_response(self.user, self.resource, [(self.operation, token)])
         return Step(CONTINUE, unsigned(CHALLENGE, self.user, self.resource, token))
 
-    def expect_response(self, user: int, resource: int, tokens: list[tuple[int, bytes]]) -> None:
+    def expect_response(self, user: int, resource: int, tokens: Tokens) -> None:
         """Go on as if a request had come in and been answered with one of these tokens: so
         a server can do without state, and derive the tokens anew."""
         self.user, self.resource, self.tokens = user, resource, tokens
@@ -303,10 +305,10 @@ class ServerHandshake:
             return self._refuse("other ids in the RESPONSE than in the request")
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(self.user) or self.NOBODYS_KEY
-        answered = [pair for pair in self.tokens if message.proves(key, pair[1])]
-        if key == self.NOBODYS_KEY or not answered:
+        answered = next((pair for pair in self.tokens if message.proves(key, pair[1])), None)
+        if key == self.NOBODYS_KEY or answered is None:
             return self._refuse("wrong RESPONSE")
-        self.operation, self.answered = answered[0]
+        self.operation, self.answered = answered
         self.proved = FULL_AUTH
         objection = self.objection(self.user, self.resource)
         if objection:
@@ -951,6 +953,7 @@ SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not i
 LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
 IP = {4: "ip", 6: "ip6"}
+NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
 NETLINK_NETFILTER = 12  # linux/netlink.h
 NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
 NFT_TABLE_MESSAGES = (0, 2)  # NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE: linux/netfilter/nf_tables.h
@@ -1097,10 +1100,9 @@ def ruleset_script(config: Config, leases: Sequence[Lease], now: float, boot: st
     lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
     lines += [f"add rule {table} {rule}" for rule in rule_texts(config)]
     elements = [e for lease in leases for e in lease_elements(config, lease, now, boot)]
-    for resource in config.resources.values():
-        ends = [lease.ends for lease in leases if lease.resource == resource.identifier]
-        if resource.is_gate and ends:
-            elements += gate_elements(config, resource.identifier, max(ends), now)
+    for identifier in [i for i, resource in config.resources.items() if resource.is_gate]:
+        ends = [lease.ends for lease in leases if lease.resource == identifier]
+        elements += gate_elements(config, identifier, max(ends), now) if ends else []
     return "".join(line + "\n" for line in lines) + elements_script(config, [], elements)
 
 
@@ -1130,8 +1132,11 @@ def read_listing(config: Config, printed: bytes) -> Listing:
                 rich = isinstance(element, dict) and "elem" in element
                 facts = element["elem"] if rich else {"val": element}
                 value = facts["val"]
-                key = value.get("concat", [value]) if isinstance(value, dict) else [value]
-                listing.elements[name, " . ".join(map(str, key))] = facts
+                parts = value.get("concat", [value]) if isinstance(value, dict) else [value]
+                key = " . ".join(map(str, parts))
+                # Without /etc/protocols nft prints numbers.
+                key = key.replace(" . 6 . ", " . tcp . ").replace(" . 17 . ", " . udp . ")
+                listing.elements[name, key] = facts
     return listing._replace(rules=rules)
 
 
@@ -1262,6 +1267,8 @@ def list_table(nft: Nft, config: Config) -> Listing:
     """Our table as the kernel has it. Raises NftError, naming the table if it is missing."""
     try:
         return read_listing(config, nft.run("", "-j", "list", "table", config.family, config.table))
+    except (ValueError, KeyError, TypeError):
+        raise NftError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
     except NftError as error:
         if "No such file" not in error.problem:
             raise
@@ -1538,14 +1545,16 @@ class Firewall:
 
     def _is_foreign(self, data: bytes) -> bool:
         """Whether these netlink messages (netlink(7)) tell of a change of something of ours
-        by another process: our table, or in it our chains and sets. Names end with a NUL."""
+        by another process: our table (attribute 1 everywhere), or in it our chains or sets."""
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
         table = self.config.table.encode() + b"\0"
+        table = struct.pack("=HH", 4 + len(table), 1) + table
         while len(data) >= 20:
-            length, kind, _, _, process_id = struct.unpack_from("=IHHII", data)
+            length, kind, _, _, process_id, family = struct.unpack_from("=IHHIIB", data)
             message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
             ours = kind & 0xFF in NFT_TABLE_MESSAGES or any(name in message for name in names)
-            if process_id not in self.nft.process_ids and table in message and ours:
+            ours = ours and table in message and family == NFPROTO[self.config.family]
+            if ours and process_id not in self.nft.process_ids:
                 return True
         return False
 
@@ -1610,7 +1619,8 @@ NETWORK_COMMAND = "network-process"
 NETWORK_START_LIMIT_S = 10.0
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
-TOKEN_WINDOW_S = 5.0  # a challenge token is good for this window and the next one, at least
+TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
+TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
 ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
 
 
@@ -1713,7 +1723,6 @@ class Monitor:
         self.pause = NETWORK_PAUSE_S[0]
 
         self.secret = os.urandom(32)  # of the challenge tokens of this run
-        self.window_s = max(config.control_timeout, TOKEN_WINDOW_S)
         self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by token: since when, reply
 
     # -- start and stop ------------------------------------------------------
@@ -1793,7 +1802,6 @@ class Monitor:
             log("reload-failed", reason=error.problem, hint=error.hint)
         else:
             self.config, self.sockets = config, sockets
-            self.window_s = max(config.control_timeout, self.window_s)
             self._send_settings()
             self._log_ready("reloaded")
         notify_systemd("READY=1")
@@ -1806,6 +1814,7 @@ class Monitor:
         import marshal
         import subprocess
         self.restart_at = None
+        self.started = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
         with theirs, os.fdopen(os.memfd_create("letmein-program"), "w+b") as program:
@@ -1842,6 +1851,8 @@ class Monitor:
 
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause."""
+        if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
+            self.pause = NETWORK_PAUSE_S[0]
         log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
         self._stop_network()
         self.restart_at = time.monotonic() + self.pause
@@ -1896,14 +1907,13 @@ class Monitor:
     # -- what peers say ------------------------------------------------------
     def _receive(self, record: Record) -> None:
         """See to one record from the network process."""
-        if record.kind == READY:
-            self.pause = NETWORK_PAUSE_S[0]
         if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
             return
         config = self.config
-        window = int(time.monotonic() / self.window_s)
+        window = int(time.monotonic() / TOKEN_WINDOW_S)
 
         def token(operation: int, user: int, resource: int, window: int = window) -> bytes:
+            import hmac
             # The same request in the same window gets the same token. Peer and connection
             # are in it, and what the configuration says: a change there ends the handshake.
             facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6]))
@@ -1919,8 +1929,9 @@ class Monitor:
             operation, user, resource = struct.unpack_from("!III", message, 4)
             is_answer = operation == RESPONSE
         if is_answer:
-            pairs = [(asked, w) for asked in (KNOCK, REVOKE) for w in (window, window - 1)]
-            tokens = [(asked, token(asked, user, resource, w)) for asked, w in pairs]
+            windows = range(window, window - 2 - int(self._token_time() / TOKEN_WINDOW_S), -1)
+            pairs = ((asked, w) for w in windows for asked in (KNOCK, REVOKE))
+            tokens = ((asked, token(asked, user, resource, w)) for asked, w in pairs)
             handshake.expect_response(user, resource, tokens)
             # A TCP connection whose first message proved nothing has been closed.
             handshake.proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
@@ -1933,6 +1944,9 @@ class Monitor:
             self._log_peer(step.verdict, handshake, record, step.reason)
             self._end(record, step.reply)
 
+    def _token_time(self) -> float:
+        return min(self.config.control_timeout, TOKEN_LIMIT_S)
+
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
         if reply or record.protocol == TCP:
@@ -1944,7 +1958,8 @@ class Monitor:
         and gets the same reply once that is there."""
         now = time.monotonic()
         remembered = self.accepted if record.protocol == UDP else {}
-        while remembered and now - next(iter(remembered.values()))[0] > 2 * self.window_s:
+        oldest = now - self._token_time() - 2 * TOKEN_WINDOW_S
+        while remembered and next(iter(remembered.values()))[0] < oldest:
             del remembered[next(iter(remembered))]
         answered = handshake.answered
         if answered in remembered:

@@ -1655,8 +1655,10 @@ class TestWire:
         assert_serves(lab, strict.server)
 
     def test_repeats_over_udp_are_answered_alike(self, lab: Lab, strict: Strict) -> None:
-        def try_it() -> bool:
-            with Peer(lab, "udp") as peer:
+        server = strict.server
+
+        def try_it(source: str) -> bool:
+            with Peer(lab, "udp", source) as peer:
                 knock = message(KNOCK, 0x23)
                 tokens = set()
                 for _ in range(3):
@@ -1664,7 +1666,6 @@ class TestWire:
                     reply = peer.receive()
                     assert reply[:3] == (CHALLENGE, 1, 0x23)
                     tokens.add(reply.auth)
-                granted = len(strict.server.events("granted", resource="00000023"))
                 response = message(RESPONSE, 0x23, token=reply.auth)
                 comeins = set()
                 for _ in range(3):
@@ -1672,16 +1673,17 @@ class TestWire:
                     comeins.add(peer.socket.recv(100))
                 assert len(comeins) == 1
                 assert Reply.parse(comeins.pop()) == (COMEIN, 1, 0x23, ZEROS)
-                assert len(strict.server.events("granted", resource="00000023")) == granted + 1
                 # What was revoked meanwhile is not opened again by a repeat.
-                assert handshake(lab, 0x23, REVOKE) == COMEIN
+                assert handshake(lab, 0x23, REVOKE, source=source) == COMEIN
                 peer.send(response)
                 peer.receive()
                 assert lab.elements() == []
+            server.wait_for("revoked", peer=source)
+            assert len(server.events("granted", peer=source)) == 1
             return len(tokens) == 1
 
         # The token changes from time to time, though hardly twice within so short a time.
-        assert try_it() or try_it() or try_it()
+        assert any(try_it(f"10.77.5.{number}") for number in range(1, 4))
         assert_serves(lab, strict.server)
 
     def test_a_late_repeat_of_a_revoke_over_udp(self, lab: Lab, strict: Strict) -> None:
@@ -2065,7 +2067,6 @@ class TestFaultyNft:
         finally:
             nft.set("good")
         faulty.wait_for("failed", failed + 2)
-        assert not faulty.events("granted", resource="00000022")
         assert not lab.reaches(22, CLIENT_4)
         assert lab.reaches(23, CLIENT_4), "it was not revoked"
         assert handshake(lab, 0x23, REVOKE) == COMEIN
