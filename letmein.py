@@ -350,14 +350,6 @@ class Unfit(UserError):
     """A value is not what it should be. Args: what is wrong, what was expected."""
 
 
-class Jump(NamedTuple):
-    """A jump from the hook's chain to target, for the client's address alone or for all."""
-
-    hook: str
-    target: str
-    match_saddr: bool
-
-
 class Resource(NamedTuple):
     """What can be knocked for: a port (protocols "tcp", "udp") or some jumps. timeout is
     in seconds; users is empty where everybody may."""
@@ -365,7 +357,7 @@ class Resource(NamedTuple):
     identifier: int
     port: int
     protocols: tuple[str, ...]
-    jumps: tuple[Jump, ...]
+    jumps: tuple[tuple[str, str, bool], ...]  # (hook, target, for the client's address alone)
     timeout: float
     users: frozenset[int]
 
@@ -377,7 +369,7 @@ class Resource(NamedTuple):
     @property
     def is_gate(self) -> bool:
         """Whether one holder's lease opens something for everybody."""
-        return any(not jump.match_saddr for jump in self.jumps)
+        return any(not match_saddr for _, _, match_saddr in self.jumps)
 
     def __str__(self) -> str:
         port = f"port {self.port}/{'+'.join(self.protocols)}"
@@ -417,9 +409,9 @@ class Config(NamedTuple):
         """Why nobody can have this resource; "" if all is well."""
         if resource.port == self.port:
             return "it is the control port"
-        for jump in resource.jumps:
-            if jump.hook not in self.chains:
-                return f"chain-{jump.hook} is not set in [NFTABLES]"
+        for hook, *_ in resource.jumps:
+            if hook not in self.chains:
+                return f"chain-{hook} is not set in [NFTABLES]"
         return ""
 
 
@@ -566,7 +558,7 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
     jumps = []
     for hook in HOOKS:
         if hook in lists:
-            jumps.append(Jump(hook, parse_name(lists[hook][0]), hook + "-match" in lists))
+            jumps.append((hook, parse_name(lists[hook][0]), hook + "-match" in lists))
     if not port and not jumps:
         raise Unfit("a jump resource without a chain to jump to", expected)
     return Resource(
@@ -1018,12 +1010,12 @@ def rule_texts(config: Config) -> list[str]:
         rules.append(f"{chains['input']} {key} @letmein-{v} accept")
     for resource in config.resources.values():
         name = f"@letmein-{resource.identifier:08X}"
-        for jump in resource.jumps:
+        for hook, target, match_saddr in resource.jumps:
             # Families ip and ip6 take no `meta nfproto`; the ether type does in all three.
             keys = [f"{IP[v]} saddr {name}-{v}" for v in versions]
-            keys = keys if jump.match_saddr else [f"meta protocol {name}-gate"]
-            if jump.hook in chains:
-                rules += [f"{chains[jump.hook]} {key} jump {jump.target}" for key in keys]
+            keys = keys if match_saddr else [f"meta protocol {name}-gate"]
+            if hook in chains:
+                rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
     # The comment tells our rules from others, and from those of another configuration.
     return [f'{rule} comment "letmein {digest(rules)}"' for rule in rules]
 
@@ -1323,6 +1315,7 @@ class Firewall:
         self.next_end = float("inf")  # no lease ends before this
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
+        self.installed = False  # whether there is something to remove in the end
         self.identities: Identities = {}  # of our sets, when last in order
         self.look_at: float | None = None  # when to heal(), if at all
         self.pause = RETRY_S[0]
@@ -1366,7 +1359,7 @@ class Firewall:
         leases = list(self.leases.values())
         self._run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
-        self.identities = {}
+        self.installed, self.identities = True, {}
         self.look_at = time.monotonic()
 
     def _run(self, script: str) -> None:
@@ -1493,7 +1486,6 @@ class Firewall:
                 elements += gate if ends else []
         return elements_script(self.config, removals, elements)
 
-    # -- the table of leases ---------------------------------------------------
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
         old = self.leases.pop(key, None)
@@ -1736,18 +1728,16 @@ class Monitor:
             netlink = self.firewall.watch()  # what happened until here, a first look will tell
             notified = functools.partial(self.firewall.on_notification, netlink)
             self.selector.register(netlink, selectors.EVENT_READ, notified)
-            try:
-                notify_systemd("READY=1")
-                self._log_ready("ready")
-                while not self.stopping:
-                    self._turn()
-            finally:
-                notify_systemd("STOPPING=1")
-                self._stop_network()
-                self.firewall.close()
-                log("stopped")
+            notify_systemd("READY=1")
+            self._log_ready("ready")
+            while not self.stopping:
+                self._turn()
         finally:
             self._stop_network()
+            if self.firewall.installed:
+                notify_systemd("STOPPING=1")
+                self.firewall.close()
+                log("stopped")
 
     def _log_ready(self, event: str) -> None:
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
@@ -1909,30 +1899,35 @@ class Monitor:
         """See to one record from the network process."""
         if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
             return
-        config = self.config
-        window = int(time.monotonic() / TOKEN_WINDOW_S)
+        config, message = self.config, record.payload
 
-        def token(operation: int, user: int, resource: int, window: int = window) -> bytes:
+        def tokens(asked: int, user: int, resource: int, age: int = 0) -> Iterable[bytes]:
+            """The tokens for a request of some windows ago: one, unless it was granted already
+            (UDP): a new handshake from the same port gets the next one."""
             import hmac
-            # The same request in the same window gets the same token. Peer and connection
-            # are in it, and what the configuration says: a change there ends the handshake.
+            window = int(time.monotonic() / TOKEN_WINDOW_S) - age
+            # Peer and connection are in it, and what the configuration says of the request:
+            # a change there ends the handshake.
             facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6]))
-            text = struct.pack("!QIII", window, operation, user, resource) + facts.encode()
-            return hmac.digest(self.secret, text, "sha3_256")
+            text = struct.pack("!QIII", window, asked, user, resource) + facts.encode()
+            token = hmac.digest(self.secret, text, "sha3_256")
+            yield token
+            while token in self.accepted:
+                token = hmac.digest(self.secret, token, "sha3_256")
+                yield token
 
-        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection, token)
-        message = record.payload
-        user, resource = record.user, record.resource
-        is_answer = record.kind == ANSWER
+        rules = (config.error_policy, config.keys.get, config.objection)
+        handshake = ServerHandshake(*rules, lambda *request: list(tokens(*request))[-1])
+        user, resource, is_answer = record.user, record.resource, record.kind == ANSWER
         if record.protocol == UDP:
             # All that is known of a datagram's sender stands in the datagram.
             operation, user, resource = struct.unpack_from("!III", message, 4)
             is_answer = operation == RESPONSE
         if is_answer:
-            windows = range(window, window - 2 - int(self._token_time() / TOKEN_WINDOW_S), -1)
-            pairs = ((asked, w) for w in windows for asked in (KNOCK, REVOKE))
-            tokens = ((asked, token(asked, user, resource, w)) for asked, w in pairs)
-            handshake.expect_response(user, resource, tokens)
+            requests = [(KNOCK, user, resource), (REVOKE, user, resource)]
+            ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
+            pairs = ((r[0], token) for age in ages for r in requests for token in tokens(*r, age))
+            handshake.expect_response(user, resource, pairs)
             # A TCP connection whose first message proved nothing has been closed.
             handshake.proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
         step = handshake.receive(message)
@@ -1943,9 +1938,6 @@ class Monitor:
         else:
             self._log_peer(step.verdict, handshake, record, step.reason)
             self._end(record, step.reply)
-
-    def _token_time(self) -> float:
-        return min(self.config.control_timeout, TOKEN_LIMIT_S)
 
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
@@ -1958,7 +1950,7 @@ class Monitor:
         and gets the same reply once that is there."""
         now = time.monotonic()
         remembered = self.accepted if record.protocol == UDP else {}
-        oldest = now - self._token_time() - 2 * TOKEN_WINDOW_S
+        oldest = now - min(self.config.control_timeout, TOKEN_LIMIT_S) - 2 * TOKEN_WINDOW_S
         while remembered and next(iter(remembered.values()))[0] < oldest:
             del remembered[next(iter(remembered))]
         answered = handshake.answered
@@ -2088,7 +2080,6 @@ class Network:
             for key, _ in self.selector.select(max(min(ends) - now, 0) if ends else None):
                 key.data()
 
-    # -- the monitor ---------------------------------------------------------
     def _send(self, record: Record) -> None:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
         import select
@@ -2130,7 +2121,6 @@ class Network:
         else:
             self._listen_to(connection)
 
-    # -- TCP -----------------------------------------------------------------
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -2214,7 +2204,6 @@ class Network:
         self._pause(connection)
         connection.socket.close()
 
-    # -- UDP -----------------------------------------------------------------
     def _receive(self, listener: socket.socket, number: int) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
@@ -2314,13 +2303,9 @@ def network_process() -> None:
 # 8  Command line
 
 
-def time_text(seconds: int) -> str:
-    """Seconds as hours:minutes:seconds."""
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
 def status(config: Config, as_json: bool) -> int:
     """Print who holds what, as the kernel has it."""
+    from datetime import timedelta
     rows: list[dict[str, Any]] = []
     for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
         if name.endswith("-gate"):
@@ -2339,19 +2324,20 @@ def status(config: Config, as_json: bool) -> int:
     print(header if rows else "nobody holds a lease")
     for row in rows:
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
-        left = "for ever" if row["seconds_left"] is None else time_text(int(row["seconds_left"]))
+        left = "for ever" if row["seconds_left"] is None else timedelta(seconds=int(row["seconds_left"]))
         user, packets = row["user"] or "?", row.get("packets", "-")
-        print(f"{row['address']:<39} {what:<9} {user:<8} {left:>8} {packets:>10}")
+        print(f"{row['address']:<39} {what:<9} {user:<8} {left!s:>8} {packets:>10}")
     return 0
 
 
 def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
+    from datetime import timedelta
     check_kernel(Nft(config.nft), config)
     print(ruleset_script(config, [], 0, ""), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
-        may = ", ".join(f"{r} for {time_text(int(r.timeout))}" for r in mine)
+        may = ", ".join(f"{r} for {timedelta(seconds=r.timeout)}" for r in mine)
         print(f"# user {user:08X} may open: {may or 'nothing'}")
     print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
     return 0

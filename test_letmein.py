@@ -1686,6 +1686,17 @@ class TestWire:
         assert any(try_it(f"10.77.5.{number}") for number in range(1, 4))
         assert_serves(lab, strict.server)
 
+    def test_a_port_may_knock_again_over_udp(self, lab: Lab, strict: Strict) -> None:
+        with Peer(lab, "udp") as peer:
+            for _ in range(3):
+                peer.send(message(KNOCK, 0x23))
+                peer.send(message(RESPONSE, 0x23, token=peer.receive().auth))
+                assert peer.receive()[:3] == (COMEIN, 1, 0x23)
+                assert len(lab.elements()) == 1
+                assert handshake(lab, 0x23, REVOKE) == COMEIN
+                assert lab.elements() == []
+        assert_serves(lab, strict.server)
+
     def test_a_late_repeat_of_a_revoke_over_udp(self, lab: Lab, strict: Strict) -> None:
         with Peer(lab, "udp") as peer:
             response = message(RESPONSE, 0x23, token=peer.challenge(0x23, operation=REVOKE))
