@@ -4,11 +4,15 @@
 PYTHON = python3
 PYTEST_ARGS =
 
+# The tests work in network namespaces. To make one, an ordinary user needs a user namespace, and
+# to make that, a process must not have threads yet.
+ROOTLESS = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
+
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
 # What Python 3.9 can have: so all versions of Python use the same.
-TOOLS = pytest>=8.3,<9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20
+TOOLS = pytest>=8.3,<9 pytest-xdist>=3.6,<3.9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20
 SCRIPTS = $(wildcard *.py) .ci/demo
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
@@ -33,8 +37,8 @@ test: tools
 	@printf '%s\n' "$$COVERAGE_START" >$(SITE)/measure_letmein.py
 	@echo 'import measure_letmein' >$(SITE)/measure_letmein.pth
 	@rm -rf $(VENV)/measured; mkdir $(VENV)/measured
-	@COVERAGE_PROCESS_START=$(CURDIR)/$(VENV)/coverage.ini $(VENV)/bin/python -m pytest \
-		-o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
+	@COVERAGE_PROCESS_START=$(CURDIR)/$(VENV)/coverage.ini $(ROOTLESS) $(VENV)/bin/python -m pytest \
+		-n 3 --dist loadscope -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
 	@$(VENV)/bin/coverage combine --quiet --rcfile=$(VENV)/coverage.ini
 	@$(VENV)/bin/coverage report --rcfile=$(VENV)/coverage.ini $(if $(PYTEST_ARGS),|| true,--fail-under=90)
 

@@ -44,8 +44,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+import letmein
+from letmein import Message
 
 HERE = Path(__file__).resolve().parent
 LETMEIN = HERE / "letmein.py"
@@ -141,13 +144,13 @@ class Lab:
         uid, gid = os.getuid(), os.getgid()
         try:
             call_libc("unshare", CLONE_NEWNET | CLONE_NEWNS)
-            self.real_root = True
         except PermissionError:
             call_libc("unshare", CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS)
             Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
             Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="ascii")
             Path("/proc/self/gid_map").write_text(f"0 {gid} 1", encoding="ascii")
-            self.real_root = False
+        # In a user namespace root is root of one user alone.
+        self.real_root = "4294967295" in Path("/proc/self/uid_map").read_text(encoding="ascii")
         self.client_ns = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         call_libc("unshare", CLONE_NEWNET)
         self.server_ns = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -1152,8 +1155,11 @@ def jumps(lab: Lab, source: str) -> str:
         sender.bind((source, 0))
         sender.sendto(b"", behind)
     after = lab.counters()
-    hooks = [name[5:] for name in ("seen-input", "seen-forward", "seen-output")
-             if after[name] > before[name]]
+    hooks = [
+        name[5:]
+        for name in ("seen-input", "seen-forward", "seen-output")
+        if after[name] > before[name]
+    ]
     assert through == ("input" in hooks)
     return " ".join(hooks)
 
@@ -2209,8 +2215,10 @@ class TestMany:
         count = 2000
         first = ipaddress.IPv4Address("10.77.8.0")
         addresses = [str(first + number) for number in range(count)]
-        lab.load(more="add table ip measure { set s { type ipv4_addr . inet_proto . inet_service;"
-                      " flags timeout; counter; }; }")
+        lab.load(
+            more="add table ip measure { set s { type ipv4_addr . inet_proto . inet_service;"
+            " flags timeout; counter; }; }"
+        )
 
         def one_by_one(number: int) -> float:
             """Knocks a second if each runs nft."""
@@ -2412,3 +2420,1132 @@ class TestReference:
         result = mixed("knock", "-u", "2", "-r", "99", SERVER_4)
         assert result.status != 0, result
         assert not lab.reaches(22, CLIENT_4)
+
+
+# ----------------------------------------------------------------------------
+# Protocol, configuration and command line: without a kernel, and without any rights
+# ----------------------------------------------------------------------------
+
+PROGRAM = str(Path(letmein.__file__).resolve())
+USER, RESOURCE = 0xA423DDA7, 0xBC5D8077
+KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
+NO_TOKEN, THE_TOKEN = bytes(32), bytes([0xB8]) * 32
+
+PROPERTY = settings(deadline=None, database=None, max_examples=200)
+
+
+# ---------------------------------------------------------------- messages
+
+# name, operation, user, resource, salt, auth, and what AUTH was made from: key and token, if any
+VECTORS = [
+    pytest.param(
+        0, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
+        "6399e5e0ff16219a5ebf6299c41dca189a2f7619bd0ab2ea5f81b8aef9fe0600",
+        "9e" * 32, "00" * 32, id="knock",
+    ),
+    pytest.param(
+        5, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
+        "b4bb7a905b52ef9d7eddbb030a7f7bd75d565a880ff3cb83a54e64a676828ef8",
+        "9e" * 32, "00" * 32, id="revoke",
+    ),
+    pytest.param(1, 0x280D04F3, 0xE2EE7397, "91" * 8, "b8" * 32, "", "", id="challenge"),
+    pytest.param(
+        2, 0x280D04F3, 0xE2EE7397, "62" * 8,
+        "ac41973381d5934958ac028899fb90a130bc94eb6e8c54808d21931debb9ca2a",
+        "6b" * 32, "b8" * 32, id="response",
+    ),
+    pytest.param(3, 0xF90201B2, 0xB3E46B6C, "9a" * 8, "00" * 32, "", "", id="comein"),
+    pytest.param(4, 0xFFFFFFFF, 0xFFFFFFFF, "8c" * 8, "00" * 32, "", "", id="goaway"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation, user, resource, salt, auth, key, token", VECTORS)
+def test_vector(
+    operation: int, user: int, resource: int, salt: str, auth: str, key: str, token: str
+) -> None:
+    wire = bytes.fromhex(f"3b1bb719{operation:08x}{user:08x}{resource:08x}{salt}{auth}")
+    fields = (operation, user, resource, bytes.fromhex(salt), bytes.fromhex(auth))
+    assert Message(*fields).encode() == wire
+    assert Message.decode(wire) == fields
+    if key:
+        made = letmein.authenticate(bytes.fromhex(key), *fields[:4], bytes.fromhex(token))
+        assert made.hex() == auth
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(bytes.fromhex("3b1bb719") + bytes(51), id="55 bytes"),
+        pytest.param(bytes.fromhex("3b1bb719") + bytes(53), id="57 bytes"),
+        pytest.param(bytes.fromhex("3b1bb718") + bytes(52), id="wrong magic"),
+        pytest.param(bytes.fromhex("19b71b3b") + bytes(52), id="little-endian magic"),
+        pytest.param(bytes.fromhex("3b1bb71900000006") + bytes(48), id="operation 6"),
+        pytest.param(bytes.fromhex("3b1bb71901000000") + bytes(48), id="little-endian operation"),
+        pytest.param(bytes.fromhex("3b1bb719ffffffff") + bytes(48), id="operation FFFFFFFF"),
+    ],
+)
+def test_no_message(wire: bytes) -> None:
+    with pytest.raises(letmein.ProtocolError):
+        Message.decode(wire)
+    for policy in letmein.POLICIES:
+        server, _ = knocked(policy)
+        for handshake in (new_server(policy), server):
+            step = handshake.receive(wire)
+            assert (step.verdict, step.reply) == (letmein.DROP, b"")
+
+
+@PROPERTY
+@given(st.binary(max_size=60) | st.binary(min_size=52, max_size=52).map(letmein.MAGIC.__add__))
+def test_decode_is_the_inverse_of_encode_or_an_error(data: bytes) -> None:
+    try:
+        message = Message.decode(data)
+    except letmein.ProtocolError:
+        return
+    assert message.encode() == data
+
+
+# -------------------------------------------------------------- handshakes
+
+
+def new_server(policy: str = "always", objection: str = "") -> letmein.ServerHandshake:
+    """A server that knows USER, lets it have RESOURCE, and challenges with TOKEN."""
+    return letmein.ServerHandshake(
+        letmein.POLICIES[policy],
+        {USER: KEY}.get,
+        lambda user, resource: objection or ("" if resource == RESOURCE else "unknown resource"),
+        lambda operation, user, resource: THE_TOKEN,
+    )
+
+
+def sealed(
+    operation: int,
+    token: bytes = NO_TOKEN,
+    key: bytes = KEY,
+    user: int = USER,
+    resource: int = RESOURCE,
+) -> bytes:
+    """A message whose AUTH is right for key and token."""
+    salt = os.urandom(8)
+    auth = letmein.authenticate(key, operation, user, resource, salt, token)
+    return Message(operation, user, resource, salt, auth).encode()
+
+
+def plain(operation: int, user: int = USER, resource: int = RESOURCE) -> bytes:
+    """A message whose AUTH proves nothing."""
+    return Message(operation, user, resource, os.urandom(8), NO_TOKEN).encode()
+
+
+def knocked(policy: str = "always") -> tuple[letmein.ServerHandshake, letmein.Step]:
+    """A server that has answered a KNOCK with a CHALLENGE, and that answer."""
+    server = new_server(policy)
+    step = server.receive(sealed(KNOCK))
+    assert step.verdict == letmein.CONTINUE
+    return server, step
+
+
+@pytest.mark.parametrize("operation", [KNOCK, REVOKE])
+@pytest.mark.parametrize("policy", letmein.POLICIES)
+def test_client_and_server_agree(operation: int, policy: str) -> None:
+    client = letmein.ClientHandshake(operation, USER, RESOURCE, KEY)
+    server = new_server(policy)
+    request = Message.decode(client.request)
+    assert request[:3] == (operation, USER, RESOURCE)
+
+    step = server.receive(client.request)
+    challenge = Message.decode(step.reply)
+    assert step.verdict == letmein.CONTINUE
+    assert challenge[:3] == (CHALLENGE, USER, RESOURCE) and challenge.auth == THE_TOKEN
+
+    response = client.receive(step.reply)
+    assert not client.done
+    step = server.receive(response)
+    assert (step.verdict, step.reply) == (letmein.GRANT, b""), "the firewall comes before COMEIN"
+    assert (server.operation, server.user, server.resource) == (operation, USER, RESOURCE)
+
+    last = Message.decode(server.finish(True))
+    assert last[:3] == (COMEIN, USER, RESOURCE) and last.auth == NO_TOKEN
+    assert client.receive(last.encode()) == b""
+    assert client.done and not client.warnings
+    salts = {m.salt for m in (request, challenge, Message.decode(response), last)}
+    assert len(salts) == 4, "each message has a fresh salt"
+
+
+def firewall_failure(server: letmein.ServerHandshake) -> bytes:
+    assert server.receive(sealed(RESPONSE, THE_TOKEN)).verdict == letmein.GRANT
+    return server.finish(False)
+
+
+def speaks(*messages: bytes) -> Callable[[letmein.ServerHandshake], bytes]:
+    """A peer that sends these messages, of which the last is an error."""
+
+    def talk(server: letmein.ServerHandshake) -> bytes:
+        for message in messages[:-1]:
+            assert server.receive(message).verdict == letmein.CONTINUE
+        step = server.receive(messages[-1])
+        assert step.verdict == letmein.REFUSE and step.reason
+        return step.reply
+
+    return talk
+
+
+NOBODY, PEER = (0xFFFFFFFF, 0xFFFFFFFF), (USER, RESOURCE)
+FIRST = sealed(KNOCK)
+
+# what the peer has proved before its error (0 nothing, 1 basic-auth, 2 full-auth),
+# the ids in a GOAWAY, and the peer
+WRONG_STEPS = [
+    *(
+        pytest.param(0, NOBODY, speaks(sealed(operation)), id=f"{name} first")
+        for operation, name in enumerate(letmein.OPERATIONS)
+        if name not in ("KNOCK", "REVOKE")
+    ),
+    pytest.param(0, (7, RESOURCE), speaks(sealed(KNOCK, user=7)), id="unknown user"),
+    pytest.param(0, PEER, speaks(sealed(KNOCK, key=OTHER_KEY)), id="wrong key"),
+    pytest.param(0, PEER, speaks(sealed(REVOKE, key=OTHER_KEY)), id="wrong key, REVOKE"),
+    pytest.param(0, PEER, speaks(plain(KNOCK)), id="no auth"),
+    pytest.param(0, PEER, speaks(sealed(KNOCK, THE_TOKEN)), id="basic auth with a token"),
+    pytest.param(1, (USER, 7), speaks(sealed(KNOCK, resource=7)), id="resource refused"),
+    *(
+        pytest.param(1, PEER, speaks(FIRST, sealed(operation)), id=f"{name} for RESPONSE")
+        for operation, name in enumerate(letmein.OPERATIONS)
+        if name != "RESPONSE"
+    ),
+    pytest.param(1, PEER, speaks(FIRST, FIRST), id="the same KNOCK twice"),
+    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, user=7)), id="changed user"),
+    pytest.param(
+        1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, resource=7)), id="changed resource"
+    ),
+    pytest.param(
+        1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, OTHER_KEY)), id="wrong full auth"
+    ),
+    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE)), id="RESPONSE without the token"),
+    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE, KEY)), id="RESPONSE to another token"),
+    pytest.param(1, PEER, speaks(FIRST, plain(RESPONSE)), id="RESPONSE without auth"),
+    pytest.param(2, PEER, lambda s: s.receive(FIRST) and firewall_failure(s), id="firewall fails"),
+]
+
+
+@pytest.mark.parametrize("rank, policy", [(0, "always"), (1, "basic-auth"), (2, "full-auth")])
+@pytest.mark.parametrize("proved, ids, talk", WRONG_STEPS)
+def test_error_policy(
+    rank: int,
+    policy: str,
+    proved: int,
+    ids: tuple[int, int],
+    talk: Callable[[letmein.ServerHandshake], bytes],
+) -> None:
+    server = new_server(policy)
+    reply = talk(server)
+    if proved < rank:
+        assert reply == b""
+    else:
+        goaway = Message.decode(reply)
+        assert goaway[:3] == (GOAWAY, *ids) and goaway.auth == NO_TOKEN
+    for message in (FIRST, sealed(RESPONSE, THE_TOKEN)):
+        assert server.receive(message).verdict == letmein.REFUSE, "an error ends the connection"
+
+
+@pytest.mark.parametrize("policy", letmein.POLICIES)
+def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
+    replies = []
+    for message in (sealed(KNOCK, user=7), sealed(KNOCK, user=USER, key=OTHER_KEY)):
+        step = new_server(policy).receive(message)
+        replies.append((step.verdict, len(step.reply), step.reply[:8], step.reply[24:]))
+    assert replies[0] == replies[1]
+
+
+def test_rights_are_checked_again_at_the_response() -> None:
+    objections = iter(["", "taken away meanwhile"])
+    server = letmein.ServerHandshake(
+        letmein.POLICIES["always"],
+        {USER: KEY}.get,
+        lambda *_: next(objections),
+        lambda *_: THE_TOKEN,
+    )
+    server.receive(FIRST)
+    step = server.receive(sealed(RESPONSE, THE_TOKEN))
+    assert step.verdict == letmein.REFUSE and Message.decode(step.reply).operation == GOAWAY
+
+
+# All that an eavesdropper has of earlier handshakes, where another token was used.
+RECORDED = [
+    sealed(KNOCK), sealed(REVOKE), plain(CHALLENGE), sealed(RESPONSE, OTHER_KEY), plain(COMEIN),
+]  # fmt: skip
+FORGED = st.builds(
+    lambda operation, key, token: sealed(operation, token, key),
+    st.integers(0, 5),
+    st.just(OTHER_KEY) | st.binary(min_size=32, max_size=32).filter(lambda key: key != KEY),
+    st.sampled_from([NO_TOKEN, THE_TOKEN]),
+)
+STREAM = st.lists(st.sampled_from(RECORDED), max_size=4).map(b"".join)
+
+
+@PROPERTY
+@given(
+    st.lists(
+        st.binary(max_size=60)
+        | st.sampled_from([*RECORDED, b"echo", b"echo as RESPONSE"])
+        | FORGED
+        | st.tuples(STREAM, st.integers(0, 224), st.integers(0, 224)).map(
+            lambda cut: cut[0][min(cut[1:]) : max(cut[1:])]
+        ),
+        max_size=6,
+    ),
+    st.sampled_from(sorted(letmein.POLICIES)),
+)
+def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
+    server = new_server(policy)
+    last = b""
+    for data in sent:
+        if data.startswith(b"echo"):
+            data = last if data == b"echo" else last[:4] + RESPONSE.to_bytes(4, "big") + last[8:]
+        step = server.receive(data)
+        last = step.reply or last
+        assert step.verdict != letmein.GRANT
+        assert not step.reply or Message.decode(step.reply).operation in (CHALLENGE, GOAWAY)
+
+
+def test_client_proves_the_key_for_the_servers_token() -> None:
+    client = letmein.ClientHandshake(KNOCK, USER, RESOURCE, KEY)
+    request = Message.decode(client.request)
+    assert request.auth == letmein.authenticate(KEY, *request[:4], NO_TOKEN)
+    challenge = Message(CHALLENGE, USER, RESOURCE, bytes(8), THE_TOKEN)
+    response = Message.decode(client.receive(challenge.encode()))
+    assert response[:3] == (RESPONSE, USER, RESOURCE)
+    assert response.auth == letmein.authenticate(KEY, *response[:4], THE_TOKEN)
+
+
+@pytest.mark.parametrize("ids", [(7, RESOURCE), (USER, 7), NOBODY])
+def test_client_warns_of_foreign_ids_and_goes_on(ids: tuple[int, int]) -> None:
+    client = letmein.ClientHandshake(KNOCK, USER, RESOURCE, KEY)
+    response = Message.decode(client.receive(plain(CHALLENGE, *ids)))
+    assert response[:3] == (RESPONSE, USER, RESOURCE)
+    client.receive(plain(COMEIN, *ids))
+    assert client.done and len(client.warnings) == 2
+    assert f"{ids[0]:08X}" in client.warnings[0] and f"{ids[1]:08X}" in client.warnings[0]
+
+
+@pytest.mark.parametrize("challenged", [False, True])
+@pytest.mark.parametrize("operation", range(6), ids=letmein.OPERATIONS)
+def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None:
+    client = letmein.ClientHandshake(KNOCK, USER, RESOURCE, KEY)
+    if challenged:
+        client.receive(plain(CHALLENGE))
+    if operation == (COMEIN if challenged else CHALLENGE):
+        client.receive(plain(operation))
+        assert client.done == challenged
+        return
+    with pytest.raises(letmein.ProtocolError) as error:
+        client.receive(plain(operation))
+    assert isinstance(error.value, letmein.Refused) == (operation == GOAWAY)
+    assert not client.done
+
+
+@PROPERTY
+@given(st.lists(st.binary(max_size=60) | st.sampled_from(RECORDED), max_size=4))
+def test_client_survives_any_server(sent: list[bytes]) -> None:
+    client = letmein.ClientHandshake(KNOCK, USER, RESOURCE, KEY)
+    with contextlib.suppress(letmein.ProtocolError):
+        for data in sent:
+            client.receive(data)
+    assert not client.done or plain(COMEIN)[:8] in {data[:8] for data in sent}
+
+
+# ----------------------------------------------------------- configuration
+
+NFTABLES = {"family": "inet", "table": "filter", "chain-input": "LETMEIN"}
+KEY_TEXT = "0123456789abcdefABCDEF0123456789" * 2
+
+
+def server_text(section: str, *lines: str) -> str:
+    """A letmeind.conf with these lines in a section, from line 2 on, and all that is required."""
+    given_names = {line.partition("=")[0].strip() for line in lines}
+    required = [f"{name} = {value}" for name, value in NFTABLES.items() if name not in given_names]
+    heading = [] if section == "NFTABLES" else ["[NFTABLES]"]
+    return "\n".join([f"[{section}]", *lines, *heading, *required, ""])
+
+
+def parse(text: str, server: bool = True) -> letmein.Config:
+    return letmein.parse_config(text, "f.conf", server)
+
+
+def rejection(text: str, server: bool = True) -> letmein.ConfigError:
+    with pytest.raises(letmein.ConfigError) as error:
+        parse(text, server)
+    assert "\n" not in error.value.problem + error.value.hint
+    return error.value
+
+
+OVER_TCP, OVER_UDP, EITHER = ("tcp",), ("udp",), ("tcp", "udp")
+ALWAYS, BASIC, FULL = (letmein.POLICIES[p] for p in ("always", "basic-auth", "full-auth"))
+LONG_NAME = "Az09_-." * 9 + "x"
+
+# section, line, field of Config, value
+ACCEPTED = [
+    *(("GENERAL", f"debug = {word}", "debug", True) for word in ("true", "1", "Yes", " ON ")),
+    *(("GENERAL", f"debug ={word}", "debug", False) for word in ("False", "0", "no", "oFF")),
+    ("GENERAL", "port = 1", "port", 1),
+    ("GENERAL", "port=65535", "port", 65535),
+    ("GENERAL", "port = 0x16A8", "port", 5800),
+    ("GENERAL", "port = 0005801", "port", 5801),
+    ("GENERAL", "port = 1 / 2", "port", 2),
+    ("GENERAL", "port = udp", "port", 5800),
+    ("GENERAL", "port = 5800", "protocols", OVER_TCP),
+    ("GENERAL", "port = 5800/udp", "protocols", OVER_UDP),
+    ("GENERAL", "port = 5800 / UDP , tcp", "protocols", EITHER),
+    ("GENERAL", "port = tcp/udp/5800", "protocols", EITHER),
+    ("GENERAL", "control-timeout = 0x10", "control_timeout", 16),
+    ("GENERAL", "control-timeout = +7", "control_timeout", 7),
+    ("GENERAL", "control-timeout = 0x+7", "control_timeout", 7),
+    ("GENERAL", "control-timeout = 0", "control_timeout", 0),
+    ("GENERAL", "control-timeout = -0", "control_timeout", 0),
+    ("GENERAL", "control-timeout = .5", "control_timeout", 0.5),
+    ("GENERAL", "control-timeout = +.5", "control_timeout", 0.5),
+    ("GENERAL", "control-timeout = 5.", "control_timeout", 5),
+    ("GENERAL", "control-timeout = 1e-3", "control_timeout", 0.001),
+    ("GENERAL", "control-timeout = 1E3", "control_timeout", 1000),
+    ("GENERAL", "control-timeout = 4294967295", "control_timeout", 4294967295),
+    ("GENERAL", "control-timeout = " + "0" * 5000 + "8", "control_timeout", 8),
+    ("GENERAL", "control-timeout = \u00a0.5\u3000", "control_timeout", 0.5),
+    ("GENERAL", "control-error-policy = always", "error_policy", ALWAYS),
+    ("GENERAL", "control-error-policy = Basic-Auth ", "error_policy", BASIC),
+    ("GENERAL", "control-error-policy = FULL-AUTH", "error_policy", FULL),
+    *(("GENERAL", f"seccomp = {word}", "seccomp", word.lower()) for word in ("off", "LOG", "Kill")),
+    ("KEYS", f"2A = {KEY_TEXT}", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"+000002a ={KEY_TEXT} ", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"FFFFFFFF =\t{KEY_TEXT}", "keys", {0xFFFFFFFF: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"1 = {KEY_TEXT}\u3000", "keys", {1: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", "1 = " + "0" * 63 + "1", "keys", {1: bytes(31) + b"\1"}),
+    ("NFTABLES", "exe = /opt/nft \t", "nft", "/opt/nft"),
+    *(("NFTABLES", f"family = {word}", "family", word) for word in ("inet", "ip", "ip6")),
+    ("NFTABLES", f"table = {LONG_NAME}", "table", LONG_NAME),
+    ("NFTABLES", f"chain-input = {LONG_NAME}", "chains", {"input": LONG_NAME}),
+    ("NFTABLES", "chain-forward = F", "chains", {"input": "LETMEIN", "forward": "F"}),
+    ("NFTABLES", "chain-output = O", "chains", {"input": "LETMEIN", "output": "O"}),
+    ("NFTABLES", "max-nr-rules = 0x10", "max_nr_rules", 16),
+    ("NFTABLES", "max-nr-rules = 4294967295", "max_nr_rules", 1_000_000),
+    # the grammar, seen through options that keep their text
+    ("NFTABLES", "exe = a # b", "nft", "a # b"),
+    ("NFTABLES", "exe = a=b", "nft", "a=b"),
+    ("NFTABLES", "  exe = indented", "nft", "indented"),
+    ("NFTABLES", "exe = a  \n \t b\n\tc", "nft", "a   b c"),
+    ("NFTABLES", "exe =\n  a", "nft", "a"),
+    ("NFTABLES", "exe = a\n # b", "nft", "a # b"),
+    ("NFTABLES", "exe = a\n [KEYS]", "nft", "a [KEYS]"),
+    ("NFTABLES", "exe = a\n b = c", "nft", "a b = c"),
+    ("NFTABLES", "exe = a\n\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\n \t\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\n# b\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\r\n  b\r\n\r\n # c\r", "nft", "a b"),
+    ("NFTABLES", "exe = a\u2028b\x0bc", "nft", "a\u2028b\x0bc"),
+    ("GENERAL", "port = 5801\n  / udp", "protocols", OVER_UDP),
+    ("GENERAL", "# debug = yes\n  # debug = yes", "debug", False),
+    ("GENERAL", "Debug = yes", "debug", False),
+    (" GENERAL ", "debug = yes", "debug", False),
+    ("GENERAL", "debug = yes\n[X]\na = 1\nA = 1\n\n  [Y] \na = 1", "debug", True),
+]
+
+
+@pytest.mark.parametrize("section, line, field, value", ACCEPTED)
+def test_accepted(section: str, line: str, field: str, value: object) -> None:
+    assert getattr(parse(server_text(section, line)), field) == value
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_defaults(server: bool) -> None:
+    config = parse(server_text("GENERAL") if server else "", server)
+    assert (config.port, config.protocols, config.control_timeout) == (5800, OVER_TCP, 5)
+    assert (config.debug, config.seccomp, config.error_policy) == (False, "off", ALWAYS)
+    assert (config.default_user, config.keys, config.resources) == (0, {}, {})
+    assert not config.warnings
+    if server:
+        assert (config.nft, config.max_nr_rules) == ("nft", 100)
+        assert config.chains == {"input": "LETMEIN"}
+
+
+def test_sections_of_the_other_program_are_not_read() -> None:
+    assert parse("[CLIENT]\ndefault-user = 2A\n[NFTABLES]\nfamily = x\n", False).default_user == 42
+    assert parse(server_text("CLIENT", "default-user = nobody")).default_user == 0
+
+
+def jump(
+    *hooks: str, timeout: float = 600, users: frozenset[int] = frozenset()
+) -> tuple[object, ...]:
+    """What a jump resource comes to; a hook is "input:TARGET", with "!" for input-match."""
+    jumps = tuple((h.split(":")[0], h.split(":")[1].rstrip("!"), h[-1] == "!") for h in hooks)
+    return (0, (), jumps, timeout, users)
+
+
+NO_USERS: frozenset[int] = frozenset()
+
+
+@pytest.mark.parametrize(
+    "text, resource",
+    [
+        ("port: 22", (22, OVER_TCP, (), 600, NO_USERS)),
+        ("port : 0x16 / UDP", (22, OVER_UDP, (), 600, NO_USERS)),
+        ("port:+22/udp , Tcp/ tcp", (22, EITHER, (), 600, NO_USERS)),
+        ("udp / timeout: .5 / port: 65535", (65535, OVER_UDP, (), 0.5, NO_USERS)),
+        ("port: 22 / users: 1, 0000002a ,+3, 1", (22, OVER_TCP, (), 600, frozenset({1, 42, 3}))),
+        ("port: 22\n  / users: 1\n  / timeout: 9", (22, OVER_TCP, (), 9, frozenset({1}))),
+        ("port: " + "0" * 5000 + "22", (22, OVER_TCP, (), 600, NO_USERS)),
+        ("jump / input: A", jump("input:A")),
+        ("input: A / jump / input-match: saddr", jump("input:A!")),
+        (
+            "jump/forward:B/output:C/output-match:saddr/users:7/timeout:1",
+            jump("forward:B", "output:C!", timeout=1, users=frozenset({7})),
+        ),
+        ("jump / forward: B / input-match: saddr", jump("forward:B")),
+        ("jump / input: A / jump / input: B", jump("input:B")),
+        ("jump / output: " + LONG_NAME, jump("output:" + LONG_NAME)),
+    ],
+)
+@pytest.mark.parametrize("server", [True, False])
+def test_accepted_resource(text: str, resource: tuple[object, ...], server: bool) -> None:
+    config = parse(server_text("RESOURCES", f"0000002a = {text}"), server)
+    found = config.resources[0x2A]
+    assert (found.port, found.protocols, found.jumps, found.timeout, found.users) == resource
+
+
+def test_resources_take_the_default_timeout_wherever_it_stands() -> None:
+    text = server_text(
+        "RESOURCES", "1 = port: 22", "2 = jump / input: A", "3 = port: 1 / timeout:2"
+    )
+    config = parse(text + "timeout = 50.5\n")
+    assert [config.resources[i].timeout for i in (1, 2, 3)] == [50.5, 50.5, 2]
+
+
+def test_users_rights() -> None:
+    text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
+    config = parse(text)
+    assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
+    assert config.objection(0xB, 1) and config.objection(0xA, 4), "another's, and unknown"
+    assert config.objection(0xA, 3), "the control port"
+
+
+# section, line, what the hint names: each is wrong in line 2, in the option the line begins with
+REJECTED_OPTIONS = [
+    *(("GENERAL", f"debug = {word}", "yes") for word in ("", "2", "tru", "y e s", "yes # no")),
+    *(
+        ("GENERAL", f"port = {text}", "5800|65535|port:")
+        for text in (
+            "", "65536", "0x10000", "-1", "+5800", "0x+16", "0x", "0xZZ", "58_00", "58 00", "0X16",
+            "\u0665\u0668\u0660\u0660", "tls", "5800 /", "5800/tcp,", "5800 / tcp, 5900",
+            "port: 5800", "5800 / tcp: x", ": 5800", "5800 # control",
+        )
+    ),
+    *(
+        ("GENERAL", f"control-timeout = {text}", "seconds")
+        for text in (
+            "", "inf", "-inf", "nan", "infinity", "-1", "-.1", "4294967296", "4294967295.5",
+            "1e400", "1e10", ".", "e5", "1e", "1.2.3", "1_0", "1 0", "0x1.5", "\u0665", "5s",
+        )
+    ),
+    ("GENERAL", "control-error-policy = basic_auth", "basic-auth"),
+    ("GENERAL", "control-error-policy =", "always"),
+    ("GENERAL", "seccomp = on", "kill"),
+    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("100000000", "0x1", "g", "-1", "1 2")),
+    # The reference takes leading zeros without end; SPEC does not.
+    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("000000001", "+00000001", "\u0661")),
+    ("KEYS", f"1 = {KEY_TEXT[1:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT}0", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT[:-1]}g", "64 hex"),
+    ("KEYS", f"1 = +{KEY_TEXT[1:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT[:32]} {KEY_TEXT[32:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT} # alice", "64 hex"),
+    ("KEYS", "1 =", "64 hex"),
+    ("KEYS", "1 = " + "0" * 64, "64 hex"),
+    ("KEYS", "1 = " + "f" * 64, "64 hex"),
+    ("KEYS", "1 = " + "F" * 64, "64 hex"),
+    ("RESOURCES", "x = port: 22", "hex"),
+    *(
+        ("RESOURCES", f"1 = {text}", hint)
+        for text, hint in (
+            ("", "port: N"), ("tcp", "port: N"), ("port", "port: N"), ("Port: 22", "port: N"),
+            ("22", "port: N"), ("Jump / input: A", "jump"), ("port: 22 / jump", "port: N"),
+            ("jump / port: 22 / input: A", "port: N"), ("jump: A / input: A", "jump"),
+            ("port: 0", "1 to 65535"), ("port: 65536", "65535"), ("port: -1", "65535"),
+            ("port:", "65535"), ("port: ssh", "65535"), ("port: 22, 23", "port: N"),
+            ("port: 22 / port: 22", "port: N"), ("port: 22 / sctp", "tcp"), ("port: 22 /", "tcp"),
+            ("port: 22 / tcp,", "tcp"), ("port: 22 / input: A", "port: N"),
+            ("port: 22 / : x", "port:"), ("port: 22 / proto: tcp", "port: N"),
+            ("port: 22 / Timeout: 5", "timeout"),
+            ("port: 22 / timeout:", "seconds"), ("port: 22 / timeout: 1, 2", "timeout"),
+            ("port: 22 / timeout: 1 / timeout: 1", "timeout"), ("port: 22 / timeout: x", "seconds"),
+            ("port: 22 / users:", "hex"), ("port: 22 / users: 1,", "hex"),
+            ("port: 22 / users: 1,, 2", "hex"), ("port: 22 / users: alice", "hex"),
+            ("port: 22 / users: 1 / users: 2", "users"), ("port: 22 / users: 1:2", "hex"),
+            ("jump", "input: CHAIN"), ("jump / input-match: saddr", "input: CHAIN"),
+            ("jump / tcp / input: A", "jump"), ("jump / input: A / jump, jump", "jump"),
+            ("jump / input:", "1 to 64"), ("jump / input: a b", "1 to 64"),
+            ("jump / input: A, B", "jump"), ("jump / input: A, B / input: A", "jump"),
+            (f"jump / forward: {'x' * 65}", "1 to 64"), ("jump / output: \u00e4", "1 to 64"),
+            ("jump / input: A / input-match: daddr", "saddr"),
+            ("jump / input: A / input-match: daddr / input-match: saddr", "saddr"),
+            ("jump / input: A / output-match: Saddr", "saddr"),
+            ("jump / input: A / users:", "hex"), ("jump / input: A / timeout: inf", "seconds"),
+            ("jump / input: A / timeout: 1 / timeout: 1", "timeout"),
+            ("jump / input: A / users: 1 / users: 1", "users"), ("jump / prerouting: A", "jump"),
+        )
+    ),
+    *(("NFTABLES", f"family = {word}", "inet") for word in ("", "Inet", "arp", "inet ip")),
+    *(
+        ("NFTABLES", f"{option} = {text}", "1 to 64")
+        for option in ("table", "chain-input", "chain-forward", "chain-output")
+        for text in ("", "a b", "a/b", "a;b", "x" * 65, "\u00e4")
+    ),
+    ("NFTABLES", "timeout = never", "seconds"),
+    ("NFTABLES", "max-nr-rules = -1", "number"),
+    ("NFTABLES", "max-nr-rules = 4294967296", "number"),
+    ("NFTABLES", "max-nr-rules = 1e3", "number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("section, line, hint", REJECTED_OPTIONS)
+def test_rejected_option(section: str, line: str, hint: str) -> None:
+    error = rejection(server_text(section, line))
+    name = ascii(line.partition("=")[0].strip())[1:-1]
+    assert error.problem.startswith(f"f.conf:2: [{section}] {name}: ")
+    assert re.search(hint, error.hint)
+
+
+K1 = f"1 = {KEY_TEXT}"
+
+
+@pytest.mark.parametrize(
+    "text, start, hint",
+    [
+        pytest.param("\ndebug = yes", "2: ", "[GENERAL]", id="option outside of a section"),
+        pytest.param("\ufeff[GENERAL]", "1: ", "[GENERAL]", id="byte order mark"),
+        pytest.param("[]", "1: ", "[GENERAL]", id="empty section name"),
+        pytest.param("# a\n[GENERAL", "2: ", "[GENERAL]", id="section without ]"),
+        pytest.param("[", "1: ", "[GENERAL]", id="section that only begins"),
+        pytest.param("[GENERAL] # x", "1: ", "[GENERAL]", id="comment behind a section"),
+        pytest.param("[A]\n[B]\n [A]", "3: ", "once", id="section twice"),
+        pytest.param("[GENERAL]\ndebug", "2: [GENERAL] ", "=", id="no ="),
+        pytest.param("[GENERAL]\n\n  debug", "3: [GENERAL] ", "=", id="indented, no ="),
+        pytest.param("[GENERAL]\n= yes", "2: [GENERAL] ", "=", id="no name"),
+        pytest.param("[A]\n  = yes", "2: [A] ", "=", id="indented, no name"),
+        pytest.param(
+            "[GENERAL]\ndebug = 1\ndebug=1", "3: [GENERAL] debug: ", "once", id="option twice"
+        ),
+        pytest.param("[A]\nb = 1\r\n\r\nb =1", "4: [A] b: ", "once", id="twice, unknown section"),
+        pytest.param(f"[KEYS]\n{K1}\n{K1}", "3: [KEYS] 1: ", "once", id="key twice"),
+        pytest.param(
+            f"[KEYS]\n{K1}\n0000000{K1}", "3: [KEYS] 00000001: ", "once", id="key 1 and 00000001"
+        ),
+        pytest.param(
+            "[RESOURCES]\na = port: 1\n\n0A = jump / input: A",
+            "4: [RESOURCES] 0A: ", "once", id="resource a and 0A",
+        ),
+        pytest.param(
+            "[RESOURCES]\n1 = port: 22 / tcp / users: 1\n2 = port: 0x16 / udp / users: 2",
+            "3: [RESOURCES] 2: ", "once", id="port twice",
+        ),
+        pytest.param("[GENERAL]\nport = 1\n  / sctp", "2: [GENERAL] port: ", "tcp", id="continued"),
+        pytest.param("[GENERAL]\ndebug = 1\n # x", "2: [GENERAL] debug: ", "yes", id="# continues"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("server", [True, False])
+def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
+    error = (
+        rejection(text, server) if not server else rejection(f"{text}\n{server_text('NFTABLES')}")
+    )
+    assert error.problem.startswith(f"f.conf:{start}")
+    assert hint in error.hint
+
+
+def test_default_user_must_be_an_id() -> None:
+    error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
+    assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
+
+
+@pytest.mark.parametrize("option", NFTABLES)
+def test_required(option: str) -> None:
+    lines = [f"{name} = {value}" for name, value in NFTABLES.items() if name != option]
+    error = rejection("\n".join(["[GENERAL]", "[NFTABLES]", *lines]))
+    assert error.problem.startswith(f"f.conf:2: [NFTABLES] {option}: ") and option in error.hint
+
+
+@pytest.mark.parametrize(
+    "text, start, words",
+    [
+        ("[GENERL]\ndebug = 1", "f.conf:1: [GENERL]", "GENERAL"),
+        ("[general]", "f.conf:1: [general]", "GENERAL"),
+        ("[GENERAL]\n\ndebgu = 1", "f.conf:3: [GENERAL] debgu:", "debug"),
+        ("[GENERAL]\nPort = 1", "f.conf:2: [GENERAL] Port:", "port"),
+        ("[CLIENT]\ndefault_user = 1", "f.conf:2: [CLIENT] default_user:", "default-user"),
+        ("[ZZZZZZ]", "f.conf:1: [ZZZZZZ]", ""),
+        ("[GENERAL]\nport = 5800/udp", "f.conf", "basic-auth"),
+        ("[RESOURCES]\n\n1 = jump / forward: A", "f.conf:3: [RESOURCES] 1:", "chain-forward"),
+        (
+            "[RESOURCES]\n2 = jump / input: A / output: A",
+            "f.conf:2: [RESOURCES] 2:",
+            "chain-output",
+        ),
+        ("[RESOURCES]\n2 = port: 5800", "f.conf:2: [RESOURCES] 2:", "control port"),
+    ],
+)
+def test_warning(text: str, start: str, words: str) -> None:
+    (warning,) = parse(f"{text}\n{server_text('NFTABLES')}").warnings
+    assert warning.startswith(start) and words in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("port = 5800 / tcp, udp", "control-error-policy = basic-auth"),
+        ("port = 5800 / udp", "control-error-policy = full-auth"),
+        ("port = 5800 / tcp", "control-error-policy = always"),
+    ],
+)
+def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
+    assert not parse(server_text("GENERAL", *lines)).warnings
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        "[GENERAL]\n", "[KEYS]\n", "[RESOURCES]\n", "[NFTABLES]\n", "[CLIENT]\n", "[X]\n", "[", "]",
+        "debug =", "port =", "control-timeout =", "1 =", "00000001 = ", "family = inet\n",
+        "timeout=", "table = t\n", "chain-input = c\n", "max-nr-rules = ", "default-user = ",
+        KEY_TEXT, "5800", "port: 22", "jump", " / ", "input: A", "users: 1", "timeout: ", ",", ":",
+        ".5", "1e3", "0x", "+", "\n", "\r\n", "\n  ", "#", "=", "\x1f", "\u3000", "\u0665", "\x00",
+        "\ud800", "'", '"', "\\",
+    ]
+)  # fmt: skip
+
+
+@settings(PROPERTY, max_examples=400)
+@given(st.text() | st.lists(FRAGMENTS, max_size=25).map("".join), st.booleans())
+@example("[GENERAL]\ncontrol-timeout = .5\x1f", False)
+@example("[CLIENT]\ndefault-user = 1\x1f", False)
+@example(f"[KEYS]\n1 = {KEY_TEXT}\u00a0", False)
+@example("[GENERAL]\nport = " + "0" * 5000 + "1", False)
+def test_any_text_is_a_config_or_a_config_error(text: str, server: bool) -> None:
+    for candidate in (text, f"{server_text('NFTABLES')}\n{text}"):
+        try:
+            config = parse(candidate, server)
+        except letmein.ConfigError as error:
+            assert re.match(r"f\.conf:[0-9]+: ", error.problem) and error.hint
+            assert (error.problem + error.hint).isprintable()
+        else:
+            assert all(warning.isprintable() for warning in config.warnings)
+
+
+PLACES = [
+    "{}", "[{}]", "[{}", "[{}] x", "[{0}]\n[{0}]", "[{0}]\n{0}", "[{}]\na = 1\na = 1", "[X]\n{}",
+    "[X]\n{0} = 1\n{0} = 1", "[GENERAL]\n{} = 1", "[GENERAL]\ndebug = {}", "[GENERAL]\nport = {}",
+    "[GENERAL]\nport = 1 / {}", "[GENERAL]\nport = {}: x", "[GENERAL]\ncontrol-timeout = {}",
+    "[GENERAL]\ncontrol-error-policy = {}", "[GENERAL]\nseccomp = {}", "[CLIENT]\n{} = 1",
+    "[CLIENT]\ndefault-user = {}", "[KEYS]\n{}", "[KEYS]\n1 = {}", "[KEYS]\n1 = x\n  {}",
+    "[KEYS]\n{} = 1", "[KEYS]\n{0} = {0}", "[KEYS]\n1 = {0}\n1 = {0}", "[KEYS]\n1 = {0}\n01 = {0}",
+    "[RESOURCES]\n{} = port: 22", "[RESOURCES]\n1 = {}", "[RESOURCES]\n1 = port: {}",
+    "[RESOURCES]\n1 = port: 22 / {}", "[RESOURCES]\n1 = port: 22 / tcp, {}",
+    "[RESOURCES]\n1 = port: 22 / {}: 1", "[RESOURCES]\n1 = port: 22 / users: 1, {}",
+    "[RESOURCES]\n1 = port: 22 / timeout: {}", "[RESOURCES]\n1 = jump / input: {}",
+    "[RESOURCES]\n1 = jump / input: A / input-match: {}", "[RESOURCES]\n1 = jump / {}: A",
+    *(f"[NFTABLES]\n{name} = {{}}" for name in (*NFTABLES, "timeout", "max-nr-rules", "{}")),
+]  # fmt: skip
+
+A_KEY = st.binary(min_size=32, max_size=32).map(bytes.hex)
+PASTED = (
+    A_KEY.map(str.upper)
+    | A_KEY.map(lambda key: key[:-1])
+    | A_KEY.map(lambda key: key + "0")
+    | st.builds(lambda key, at, bad: key[:at] + bad + key[at + 1 :], A_KEY, st.integers(0, 63),
+                st.sampled_from("GgOlxz +-.:"))
+    | st.builds(lambda key, n, by: by.join(re.findall(f".{{{n}}}", key)), A_KEY,
+                st.sampled_from([2, 4, 8, 16]), st.sampled_from(":- ._"))
+    | st.builds(lambda key, n: re.sub(f"(.{{{n}}}).", r"\1O", key), A_KEY, st.sampled_from([9, 15]))
+)  # fmt: skip
+
+
+@settings(PROPERTY, max_examples=400)
+@given(PASTED, st.sampled_from(PLACES), st.booleans())
+@example(":".join(["c3"] * 32), "[KEYS]\n{} = 1", False)
+@example(("0123456789ABCDE" + "O") * 4, "[RESOURCES]\n1 = port: {}", True)
+def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
+    text = place.replace("{0}", pasted).replace("{}", pasted)
+    try:
+        messages = [*parse(f"{text}\n{server_text('NFTABLES')}", server).warnings]
+    except letmein.ConfigError as error:
+        messages = [error.problem, error.hint]
+    digits = re.sub("[^0-9a-z]", "", pasted.lower())
+    for message in messages:
+        seen = re.sub("[^0-9a-z]", "", message.lower())
+        leaks = [at for at in range(len(digits) - 15) if digits[at : at + 16] in seen]
+        assert not leaks, message
+
+
+# --------------------------------------------------- configuration files
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "absent.conf")
+    config = letmein.read_config(path, False)
+    assert (config.port, config.keys, config.warnings) == (5800, {}, ())
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(path, True)
+    assert path in error.value.problem and "--config" in error.value.hint
+
+
+@pytest.mark.parametrize("server", [True, False])
+@pytest.mark.parametrize(
+    "data, start, hint",
+    [
+        pytest.param(b"[X]\n# caf\xe9\n", "2: ", "UTF-8", id="Latin-1"),
+        pytest.param(b"[X]\r\na = 1\r\nb = \xc3", "3: ", "UTF-8", id="UTF-8, cut off"),
+        pytest.param("[X]\n".encode("utf-16"), "1: ", "UTF-8", id="UTF-16"),
+        pytest.param(b"[X]\n\na = \0\n", "3: ", "UTF-8", id="NUL byte"),
+        # str.strip() takes 1C to 1F for white space; Unicode and the reference do not
+        pytest.param(b"[GENERAL]\ndebug = yes\x1f\n", "2: ", "", id="control character"),
+        pytest.param(b"[CLIENT]\n[GENERAL]\x1c\n", "2: ", "", id="control character at ]"),
+        pytest.param(b"[X]\n" + b"a" * 10_000_000, "", "bytes", id="a line of 10 MB"),
+        pytest.param(b"x" * 4_000_000, "1: ", "[GENERAL]", id="a line of 4 MB"),
+        pytest.param(b"[X]\n" + b" " * 4_000_000 + b"=", "2: ", "=", id="4 MB of blanks"),
+    ],
+)
+def test_bad_file(tmp_path: Path, data: bytes, start: str, hint: str, server: bool) -> None:
+    path = tmp_path / "bad.conf"
+    path.write_bytes(data)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(path), server)
+    assert error.value.problem.startswith(f"{path}:{start}")
+    assert len(error.value.problem) < len(str(path)) + 200
+    assert hint in error.value.problem + error.value.hint
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_directory(tmp_path: Path, server: bool) -> None:
+    with pytest.raises(letmein.ConfigError, match=re.escape(str(tmp_path))) as error:
+        letmein.read_config(str(tmp_path), server)
+    assert "directory" in error.value.problem
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("server", [True, False])
+def test_unreadable_file(tmp_path: Path, server: bool) -> None:
+    path = tmp_path / "secret.conf"
+    path.touch(0o000)
+    with pytest.raises(letmein.ConfigError, match="denied"):
+        letmein.read_config(str(path), server)
+
+
+@pytest.mark.parametrize(
+    "server, mode, unsafe",
+    [
+        (True, 0o600, False), (True, 0o640, False), (True, 0o751, False), (True, 0o644, True),
+        (True, 0o660, True), (True, 0o602, True), (False, 0o600, False), (False, 0o644, False),
+        (False, 0o755, False), (False, 0o664, True), (False, 0o602, True),
+    ],
+)  # fmt: skip
+def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> None:
+    path = tmp_path / "letmein.conf"
+    path.write_text(server_text("GENERAL"))
+    path.chmod(mode)
+    warnings = [w for w in letmein.read_config(str(path), server).warnings if "chown" not in w]
+    assert len(warnings) == unsafe
+    assert all(f"{mode:o}" in warning and "chmod" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_file_owner(tmp_path: Path, server: bool) -> None:
+    path = tmp_path / "letmein.conf"
+    path.write_text(server_text("GENERAL"))
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        assert not letmein.read_config(str(path), server).warnings
+        os.chown(path, 65534, 65534)
+    warnings = letmein.read_config(str(path), server).warnings
+    assert ["chown root" in warning for warning in warnings] == ([True] if server else [])
+
+
+# ------------------------------------------------------------ command line
+
+LONE_CONF = f"""
+[GENERAL]
+control-timeout = 0.5
+[KEYS]
+00000000 = {KEY.hex()}
+A423DDA7 = {KEY.hex()}
+[RESOURCES]
+BC5D8077 = port: 22
+000000FF = port: 80 / users: A423DDA7
+"""
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    path = tmp_path / "letmein.conf"
+    path.write_text(LONE_CONF)
+    path.chmod(0o600)
+    return path
+
+
+def program(*words: object) -> subprocess.CompletedProcess[str]:
+    """letmein.py with these words, as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The words of a run that failed as it should: one line with the error, one with a hint."""
+    assert (done.returncode, done.stdout) == (1, "")
+    problem, hint = done.stderr.splitlines()
+    assert problem.startswith("letmein: error: ") and hint.startswith("  ") and hint.strip()
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        pytest.param("", "COMMAND", id="no command"),
+        pytest.param("open host 22", "open", id="unknown command"),
+        pytest.param("--frobnicate knock host 22", "--frobnicate", id="unknown option"),
+        pytest.param("knock", "HOST", id="no host"),
+        pytest.param("knock host", "PORT", id="neither port nor resource"),
+        pytest.param("revoke host", "--resource", id="neither port nor resource to revoke"),
+        pytest.param("knock host 22 -r BC5D8077", "", id="port and resource"),
+        pytest.param("knock -r BC5D8077 host 22", "", id="resource and port"),
+        pytest.param("knock host 22 23", "23", id="two ports"),
+        pytest.param("knock host 0", "65535", id="port 0"),
+        pytest.param("knock host 65536", "65535", id="port 65536"),
+        pytest.param("knock host abc", "65535", id="port abc"),
+        pytest.param("knock host 22 -P 0", "65535", id="server port 0"),
+        pytest.param("knock host 22 -P 65536", "65535", id="server port 65536"),
+        pytest.param("knock host -r xyz", "hex", id="bad resource"),
+        pytest.param("knock host -r 123456789", "hex", id="resource of 9 digits"),
+        pytest.param("knock host 22 -u root", "hex", id="bad user"),
+        pytest.param("gen-key -u root", "hex", id="bad user for a key"),
+        pytest.param("--seccomp on knock host 22", "kill", id="bad seccomp"),
+        pytest.param("-c", "", id="option without value"),
+        pytest.param("server -n 0", "1", id="no connections"),
+    ],
+)
+def test_usage_error(conf: Path, words: str, complaint: str) -> None:
+    done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: " in done.stderr and complaint in done.stderr.splitlines()[-1]
+
+
+def test_unknown_user(conf: Path) -> None:
+    text = failure(program("-c", conf, "knock", "127.0.0.1", "22", "-u", "123"))
+    assert "00000123" in text and str(conf) in text
+
+
+@pytest.mark.parametrize(
+    "port", [pytest.param(23, id="nobody's"), pytest.param(80, id="another's")]
+)
+def test_port_without_a_resource(conf: Path, port: int) -> None:
+    text = failure(program("-c", conf, "knock", "127.0.0.1", port))
+    assert str(port) in text and "RESOURCES" in text
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        pytest.param("knock no-such-host.invalid 22", "no-such-host.invalid", id="unresolvable"),
+        pytest.param("knock no-such-host.invalid 22 -4 -6", "no-such-host.invalid", id="both"),
+        pytest.param("knock ::1 22 -4", "::1", id="-4 with an IPv6 address"),
+        pytest.param("knock 127.0.0.1 22 -6", "127.0.0.1", id="-6 with an IPv4 address"),
+        pytest.param("knock 127.0.0.1 22 -4 -6", "IPv6", id="-4 -6 with an IPv4 address"),
+        pytest.param("knock \x1b[2J 22", r"\x1b[2J", id="control characters"),
+        pytest.param("revoke " + "x" * 70 + ".invalid 22", "invalid", id="label too long"),
+    ],
+)
+def test_unreachable(conf: Path, words: str, complaint: str) -> None:
+    assert complaint in failure(program("-c", conf, *words.split(" ")))
+
+
+@pytest.mark.parametrize("protocol", ["-T", "-U"])
+def test_refused_connection(conf: Path, protocol: str) -> None:
+    with socket.socket() as unused, socket.socket(type=socket.SOCK_DGRAM) as unused_too:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        unused_too.bind(("127.0.0.1", port))
+        unused_too.close()
+        done = program("-c", conf, "knock", "127.0.0.1", "22", protocol, "-P", port)
+    assert "127.0.0.1" in failure(done)
+
+
+@pytest.mark.parametrize("option", ["-v", "--version"])
+def test_version(option: str) -> None:
+    done = program(option)
+    assert done.returncode == 0 and letmein.VERSION in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[KEYS]\n1 = broken\n", "not a configuration", "[GENERAL\n"])
+def test_gen_key(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "letmein.conf"
+    path.write_text(text)
+    path.chmod(0o600)
+    lines = [
+        program("-c", path, "gen-key").stdout,
+        program("-c", path, "gen-key", "-u", "2a").stdout,
+    ]
+    assert re.fullmatch("00000000 = [0-9A-F]{64}\n", lines[0])
+    assert re.fullmatch("0000002A = [0-9A-F]{64}\n", lines[1])
+    assert set(parse("[KEYS]\n" + "".join(lines), server=False).keys) == {0, 42}
+    assert lines[0][11:] != lines[1][11:]
+
+
+def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
+    path = tmp_path / "letmein.conf"
+    path.write_text("[CLIENT]\ndefault-user = 7\n")
+    path.chmod(0o600)
+    done = program("-c", path, "gen-key")
+    assert done.stdout.startswith("00000007 = ") and (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", [["knock", "127.0.0.1", "22"], ["server"], ["status"]])
+def test_configuration_that_cannot_be_used(tmp_path: Path, command: list[str]) -> None:
+    path = tmp_path / "bad.conf"
+    path.write_text(server_text("KEYS", f"1 = {KEY_TEXT[:-1]}"))
+    path.chmod(0o600)
+    text = failure(program("-c", path, *command))
+    assert f"{path}:2: [KEYS] 1: " in text and "64 hex digits" in text and KEY_TEXT[:16] not in text
+
+
+@pytest.mark.parametrize("command", ["server", "status"])
+def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
+    assert "no such file" in failure(program(command, "-c", tmp_path / "absent.conf")).lower()
+
+
+Answer = Callable[[bytes], "bytes | None"]
+
+
+@contextlib.contextmanager
+def listening(answer: Answer, udp: bool = False) -> Iterator[int]:
+    """A local server for one peer: answer() maps each message to a reply, None to hang up."""
+    listener = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
+    listener.bind(("127.0.0.1", 0))
+    listener.settimeout(10)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            if udp:
+                while True:
+                    data, peer = listener.recvfrom(100)
+                    listener.sendto(answer(data) or b"", peer)
+            peer_socket, _ = listener.accept()
+            with peer_socket:
+                peer_socket.settimeout(10)
+                while True:
+                    data = peer_socket.recv(56, socket.MSG_WAITALL)
+                    reply = answer(data) if data else None
+                    if reply is None:
+                        return
+                    peer_socket.sendall(reply)
+
+    if not udp:
+        listener.listen()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+def good_server(log: list[tuple[int, int, int]]) -> Answer:
+    """Answers as the protocol wants it; log gets the operation, user and resource of a grant."""
+    server = new_server()
+
+    def answer(data: bytes) -> bytes:
+        step = server.receive(data)
+        if step.verdict != letmein.GRANT:
+            return step.reply
+        log.append((server.operation, server.user, server.resource))
+        return server.finish(True)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "words, operation",
+    [
+        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
+        pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
+        pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
+        pytest.param("knock 127.0.0.1 -r BC5D8077 -u A423DDA7 -P PORT", KNOCK, id="resource"),
+        pytest.param("knock 127.0.0.1 22 -4 -u A423DDA7 -T -P PORT", KNOCK, id="-4 -T"),
+        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -U -P PORT", KNOCK, id="UDP"),
+        pytest.param("revoke 127.0.0.1 22 --user A423DDA7 --server-port PORT", REVOKE, id="revoke"),
+        pytest.param("close 127.0.0.1 --resource BC5D8077 -u A423DDA7 -P PORT", REVOKE, id="close"),
+    ],
+)
+def test_knock(conf: Path, words: str, operation: int) -> None:
+    log: list[tuple[int, int, int]] = []
+    with listening(good_server(log), udp="-U" in words.split()) as port:
+        done = program("-c", conf, *words.replace("PORT", str(port)).split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "127.0.0.1" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert log == [(operation, USER, RESOURCE)]
+
+
+@pytest.mark.parametrize(
+    "reply, complaint",
+    [
+        pytest.param(plain(GOAWAY), "rejected", id="GOAWAY"),
+        pytest.param(plain(COMEIN), "COMEIN", id="COMEIN without a CHALLENGE"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n" * 3, "letmein", id="another protocol"),
+        pytest.param(None, "closed", id="hangs up"),
+        pytest.param(plain(CHALLENGE)[:55], "no answer", id="55 bytes"),
+        pytest.param(b"", "no answer", id="silent"),
+    ],
+)
+@pytest.mark.parametrize("command", ["knock", "revoke"])
+def test_bad_server(conf: Path, reply: bytes | None, complaint: str, command: str) -> None:
+    with listening(lambda _: reply) as port:
+        done = program("-c", conf, command, "127.0.0.1", "22", "-P", port)
+    assert complaint in failure(done)
+
+
+def test_warnings_do_not_keep_from_knocking(conf: Path) -> None:
+    conf.write_text("[GENERL]\n" + LONE_CONF)
+    conf.chmod(0o666)
+    log: list[tuple[int, int, int]] = []
+    with listening(good_server(log)) as port:
+        words = ["--dns", "quad9", "--dns-crypt", "tls", "knock", "127.0.0.1", "22"]
+        done = program("-c", conf, "--seccomp", "off", *words, "-u", "A423DDA7", "-P", port)
+    assert done.returncode == 0 and len(log) == 1
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith("letmein: warning: ") for line in lines)
+    assert [sum(word in line for line in lines) for word in ("GENERAL", "666", "--dns")] == [
+        1,
+        1,
+        1,
+    ]
+
+
+def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(good_server([])) as port:
+        words = ["knock", "127.0.0.1", "22", "-u", "A423DDA7", "-P", str(port)]
+        assert letmein.main(["-c", str(conf), "--verbose", *words]) == 0
+    output = capsys.readouterr()
+    assert str(conf) in output.err and str(port) in output.err
+    assert KEY.hex() not in (output.out + output.err).lower()
+
+
+def test_imports_cost_no_more_than_a_knock_needs() -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import letmein; print(*sorted(sys.modules))"
+    )
+    words = [sys.executable, "-I", "-S", "-c", script, str(Path(PROGRAM).parent)]
+    loaded = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    dear = (
+        "asyncio ctypes dataclasses email inspect ipaddress logging multiprocessing ssl subprocess "
+        "typing unittest urllib argparse json difflib"
+    )
+    assert "letmein" in loaded and not set(dear.split()) & set(loaded)
