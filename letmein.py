@@ -940,7 +940,7 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = 4.0  # an nft that takes longer is killed: less than a client's patience of 5 s
-RETRY_S = (0.1, 30.0)  # the first pause after a failure to heal, and the longest
+RETRY_S = (0.1, 1.0, 30.0)  # pauses: the first; the longest if healing does not last, or fails
 SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not installed
 LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
@@ -1359,8 +1359,8 @@ class Firewall:
         leases = list(self.leases.values())
         self._run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
-        self.installed, self.identities = True, {}
-        self.look_at = time.monotonic()
+        self.installed = True
+        self.identities = list_table(self.nft, self.config).identities
 
     def _run(self, script: str) -> None:
         if self.config.debug:
@@ -1532,7 +1532,7 @@ class Firewall:
                 # ENOBUFS: the kernel has dropped some.
                 data = b""
             if not data or self._is_foreign(data):
-                soon = time.monotonic() + RETRY_S[0] / 4
+                soon = time.monotonic() + (RETRY_S[0] if self.trouble else self.pause) / 4
                 self.look_at = min(self.look_at or soon, soon)
 
     def _is_foreign(self, data: bytes) -> bool:
@@ -1561,14 +1561,15 @@ class Firewall:
             damage, revoked = differences(self.config, self.leases, listing, self.identities, now)
             for key in revoked:
                 self._revoke(key, "by hand")
+            self.identities = listing.identities
             if damage:
                 self._install(listing)
-                # Look once more, but not in a tight loop with somebody who keeps on breaking it.
-                self.look_at = time.monotonic() + RETRY_S[0] / 4
                 self.log("healed", reason=damage, leases=len(self.leases))
-            else:
-                self.identities = listing.identities
-            self.trouble, self.pause = "", RETRY_S[0]
+            # Look once more, but slower and slower where somebody keeps on breaking it.
+            self.look_at = time.monotonic() + self.pause / 4 if damage else None
+            fight = damage and not self.trouble
+            self.pause = min(2 * self.pause, RETRY_S[1]) if fight else RETRY_S[0]
+            self.trouble = ""
         except NftError as error:
             self._cannot_heal(error)
 
@@ -1578,7 +1579,7 @@ class Firewall:
             self.log("cannot-heal", reason=error.problem)
         self.trouble = error.problem
         self.look_at = time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, RETRY_S[1])
+        self.pause = min(2 * self.pause, RETRY_S[2])
 
 
 # ============================================================================
@@ -1725,7 +1726,8 @@ class Monitor:
             self._start_network()
             self._await_network()
             self.firewall.open()
-            netlink = self.firewall.watch()  # what happened until here, a first look will tell
+            netlink = self.firewall.watch()
+            self.firewall.look_at = 0  # at what happened until here
             notified = functools.partial(self.firewall.on_notification, netlink)
             self.selector.register(netlink, selectors.EVENT_READ, notified)
             notify_systemd("READY=1")
@@ -2129,7 +2131,7 @@ class Network:
                 return
             except OSError:
                 # Out of descriptors or memory, or the peer is gone already (accept(2)).
-                if self.connections:
+                if self.connections and listener.fileno() >= 0:
                     self._close(next(iter(self.connections.values())))
                 return
             peer.setblocking(False)
@@ -2214,9 +2216,7 @@ class Network:
             except OSError:
                 return
             local = extra[0][2][:20].ljust(20, b"\0") if extra else bytes(20)
-            address, port, scope = split_name(name)
-            name = (address, port, scope, local)
-            self._send(Record(REQUEST, UDP, number, *name, payload=data))
+            self._send(Record(REQUEST, UDP, number, *split_name(name), local, payload=data))
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
@@ -2312,19 +2312,19 @@ def status(config: Config, as_json: bool) -> int:
             continue
         address, protocol, port = (*key.split(" . "), None, None)[:3]
         comment = COMMENT.fullmatch(str(element.get("comment"))) or (None, None, None)
-        row = {"address": address, "protocol": protocol, "port": port and int(port)}
-        row = {**row, "resource": comment[2], "user": comment[1]}
-        rows.append({**row, "seconds_left": element.get("expires"), **element.get("counter", {})})
+        place = {"address": address, "protocol": protocol, "port": port and int(port)}
+        lease = {"resource": comment[2], "user": comment[1], "seconds_left": element.get("expires")}
+        rows.append({**place, **lease, **element.get("counter", {})})
     if as_json:
         import json
-        table = {"family": config.family, "table": config.table, "leases": rows}
-        print(json.dumps(table, indent=1))
+        print(json.dumps(dict(family=config.family, table=config.table, leases=rows), indent=1))
         return 0
     header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
     print(header if rows else "nobody holds a lease")
     for row in rows:
         what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
-        left = "for ever" if row["seconds_left"] is None else timedelta(seconds=int(row["seconds_left"]))
+        seconds = row["seconds_left"]
+        left = "for ever" if seconds is None else timedelta(seconds=seconds)
         user, packets = row["user"] or "?", row.get("packets", "-")
         print(f"{row['address']:<39} {what:<9} {user:<8} {left!s:>8} {packets:>10}")
     return 0
