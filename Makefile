@@ -23,6 +23,7 @@ SITE = $(VENV)/lib/python$(VERSION)/site-packages
 help:
 	@echo 'make demo    letmein from the first knock to the last, on two throwaway hosts'
 	@echo 'make test    the whole test suite, and its coverage (PYTEST_ARGS="-k udp": a part of it)'
+	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
 	@echo 'make lint    ruff, and mypy --strict'
 	@echo 'make clean   remove what these have made'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
@@ -38,9 +39,13 @@ test: tools
 	@echo 'import measure_letmein' >$(SITE)/measure_letmein.pth
 	@rm -rf $(VENV)/measured; mkdir $(VENV)/measured
 	@COVERAGE_PROCESS_START=$(CURDIR)/$(VENV)/coverage.ini $(ROOTLESS) $(VENV)/bin/python -m pytest \
-		-n 3 --dist loadscope -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
+		-n 6 --dist worksteal -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
 	@$(VENV)/bin/coverage combine --quiet --rcfile=$(VENV)/coverage.ini
 	@$(VENV)/bin/coverage report --rcfile=$(VENV)/coverage.ini $(if $(PYTEST_ARGS),|| true,--fail-under=90)
+
+soak: tools
+	SOAK=500 $(ROOTLESS) $(VENV)/bin/python -m pytest -o cache_dir=$(VENV)/pytest test_letmein.py \
+		-k TestAnything
 
 lint: tools
 	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
@@ -51,7 +56,7 @@ lint: tools
 clean:
 	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
 
-.PHONY: help demo test lint clean packages test-packages tools
+.PHONY: help demo test soak lint clean packages test-packages tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
