@@ -238,13 +238,10 @@ class Step(NamedTuple):
 
 
 class ServerHandshake:
-    """The server's side of one handshake, up to and after the change of the firewall.
-
-    Args: policy, what a peer must have proved for its errors to be answered; key_of,
-    gives a user's key, None if there is no such user; objection, says why a user may
-    not have a resource, "" if they may; new_token, gives the 32 bytes to challenge
-    with, from operation, user and resource of the request.
-    """
+    """The server's side of one handshake, up to and after the change of the firewall. Args:
+    policy, what a peer must have proved for its errors to be answered; key_of, gives a
+    user's key, None for no such user; objection, says why a user may not have a resource,
+    "" if they may; new_token, gives 32 bytes to challenge with, from operation and ids."""
 
     # An unknown user's knock is checked against a key that nobody knows, so
     # that it takes as long, and looks the same, as one with a wrong key.
@@ -779,12 +776,10 @@ def read_config(path: str, server: bool) -> Config:
 def exchange(
     handshake: ClientHandshake, family: int, sockaddr: Any, protocol: str, timeout: float
 ) -> Generator[tuple[socket.socket, int, float], None, None]:
-    """One handshake with one address: straight-line code that gives way at each wait.
-
-    Args: family and sockaddr, as socket.getaddrinfo gives them; protocol, "tcp" or "udp";
-    timeout, in seconds, for each message. Yields socket, selectors.EVENT_* and deadline
-    to wait for, and wants TimeoutError thrown in after the deadline. Raises UserError.
-    """
+    """One handshake with one address: straight-line code that gives way at each wait. Args:
+    family and sockaddr, as of socket.getaddrinfo; protocol, "tcp" or "udp"; timeout, in
+    seconds, for each message. Yields socket, selectors.EVENT_* and deadline to wait for,
+    and wants TimeoutError thrown in after the deadline. Raises UserError."""
     where = str(sockaddr[0])
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     deadline = time.monotonic() + timeout
@@ -1317,6 +1312,7 @@ class Firewall:
         self.queue: list[Change] = []
         self.installed = False  # whether there is something to remove in the end
         self.identities: Identities = {}  # of our sets, when last in order
+        self.missing: set[LeaseKey] = set()  # leases that the last listing lacked
         self.look_at: float | None = None  # when to heal(), if at all
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
@@ -1558,8 +1554,12 @@ class Firewall:
             listing = list_table(self.nft, self.config)
             self.expire()
             now = time.monotonic()
-            damage, revoked = differences(self.config, self.leases, listing, self.identities, now)
-            for key in revoked:
+            damage, missing = differences(self.config, self.leases, listing, self.identities, now)
+            unsure, self.missing = set(missing) - self.missing, set(missing)
+            if unsure:  # a listing may lack elements while the kernel lets a set grow: look twice
+                self.look_at = now + RETRY_S[0] / 4
+                return
+            for key in missing:
                 self._revoke(key, "by hand")
             self.identities = listing.identities
             if damage:
@@ -1597,8 +1597,8 @@ class Firewall:
 #
 # The monitor trusts nothing in a record but its size, and keeps nothing of a
 # peer that has not proved itself: the challenge token is derived from a secret
-# of this run and from all that it must fit, so that the RESPONSE can be checked
-# against the tokens that were possible. No flood can fill what is not there.
+# of this run and from all that it must fit, and a RESPONSE checked against what
+# was possible. No flood can fill what is not there.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
