@@ -105,6 +105,7 @@ MAGIC = bytes.fromhex("3B1BB719")
 MESSAGE = struct.Struct("!4sIII8s32s")
 MESSAGE_SIZE = MESSAGE.size  # 56 bytes
 KEY_SIZE = 32  # bytes
+LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
 NO_TOKEN = bytes(32)
 ANYBODY = 0xFFFFFFFF  # user and resource of a GOAWAY to a peer that named none
 
@@ -248,11 +249,8 @@ class ServerHandshake:
     NOBODYS_KEY = os.urandom(KEY_SIZE)
 
     def __init__(
-        self,
-        policy: int,
-        key_of: Callable[[int], bytes | None],
-        objection: Callable[[int, int], str],
-        new_token: Callable[[int, int, int], bytes],
+        self, policy: int, key_of: Callable[[int], bytes | None],
+        objection: Callable[[int, int], str], new_token: Callable[[int, int, int], bytes],
     ) -> None:
         self.policy = policy
         self.key_of = key_of
@@ -588,8 +586,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
         "timeout": (600.0, parse_duration),
         "max-nr-rules": (100, lambda text: min(parse_number(text), 1_000_000)),
     },
-    "KEYS": {},
-    "RESOURCES": {},
+    **{"KEYS": {}, "RESOURCES": {}},
 }
 
 
@@ -846,7 +843,7 @@ def run_all(exchanges: Sequence[Any]) -> list[UserError | None]:
             advance(number)
         while waiting:
             first = min(deadline for _, deadline in waiting.values())
-            for key, _ in selector.select(max(first - time.monotonic(), 0)):
+            for key, _ in selector.select(min(max(first - time.monotonic(), 0), LONGEST_WAIT_S)):
                 advance(key.data)
             for number in [n for n, (_, end) in waiting.items() if end <= time.monotonic()]:
                 advance(number, late=True)
@@ -1120,8 +1117,7 @@ def read_listing(config: Config, printed: bytes) -> Listing:
                 facts = element["elem"] if rich else {"val": element}
                 value = facts["val"]
                 parts = value.get("concat", [value]) if isinstance(value, dict) else [value]
-                key = " . ".join(map(str, parts))
-                # Without /etc/protocols nft prints numbers.
+                key = " . ".join(map(str, parts))  # with numbers if there is no /etc/protocols
                 key = key.replace(" . 6 . ", " . tcp . ").replace(" . 17 . ", " . udp . ")
                 listing.elements[name, key] = facts
     return listing._replace(rules=rules)
@@ -1254,7 +1250,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
     """Our table as the kernel has it. Raises NftError, naming the table if it is missing."""
     try:
         return read_listing(config, nft.run("", "-j", "list", "table", config.family, config.table))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise NftError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
     except NftError as error:
         if "No such file" not in error.problem:
@@ -1320,7 +1316,6 @@ class Firewall:
         # Whether `timeout T expires T` restarts the time of an element that exists.
         self.refreshes = release is not None and (int(release[1]), int(release[2])) >= (6, 12)
 
-    # -- start, stop, new configuration ----------------------------------------
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
@@ -1352,10 +1347,10 @@ class Firewall:
     def _install(self, listing: Listing) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
         self.expire()
+        self.installed = True
         leases = list(self.leases.values())
         self._run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
-        self.installed = True
         self.identities = list_table(self.nft, self.config).identities
 
     def _run(self, script: str) -> None:
@@ -1386,7 +1381,6 @@ class Firewall:
             except NftError as error:
                 self.log("set-stays", set=name, reason=error.problem)
 
-    # -- what clients ask for --------------------------------------------------
     def advance(self) -> None:
         """Do all that is due: heal, then the changes that have come in, in one transaction.
         If that fails, the kernel may have been changed under us: heal, and try each change
@@ -1505,7 +1499,6 @@ class Firewall:
             ends = [lease.ends for lease in self.leases.values()]
             self.next_end = min(ends, default=float("inf"))
 
-    # -- healing ---------------------------------------------------------------
     def watch(self) -> socket.socket:
         """A socket that gets the kernel's nftables notifications; see on_notification()."""
         import contextlib
@@ -1551,9 +1544,9 @@ class Firewall:
         missing or foreign. Where that cannot be done, try again after a growing pause."""
         self.look_at = None
         try:
-            listing = list_table(self.nft, self.config)
             self.expire()
-            now = time.monotonic()
+            now = time.monotonic()  # before the listing, which may take its time
+            listing = list_table(self.nft, self.config)
             damage, missing = differences(self.config, self.leases, listing, self.identities, now)
             unsure, self.missing = set(missing) - self.missing, set(missing)
             if unsure:  # a listing may lack elements while the kernel lets a set grow: look twice
@@ -1644,7 +1637,10 @@ def log(event: str, **fields: object) -> None:
     for name, value in {"event": event, **fields}.items():
         plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
         words.append(f"{name}={value if plain else ascii(str(value))}")
-    print(*words, file=sys.stderr, flush=True)
+    try:
+        print(*words, file=sys.stderr, flush=True)
+    except OSError:
+        return  # a full disk or a closed pipe is no reason to let nobody in
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -1718,7 +1714,6 @@ class Monitor:
         self.secret = os.urandom(32)  # of the challenge tokens of this run
         self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by token: since when, reply
 
-    # -- start and stop ------------------------------------------------------
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
         self._catch_signals()
@@ -1770,11 +1765,14 @@ class Monitor:
         if self.network is not None and self.network.poll() is not None:
             self._lose_network(f"it ended with status {self.network.returncode}")
         if self.restart_at is not None and time.monotonic() >= self.restart_at:
-            self._start_network()
+            try:
+                self._start_network()
+            except OSError as error:
+                self._lose_network(error.strerror or "")
+        self.firewall.advance()  # before a reload: what has come in was checked by the old rules
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
-        self.firewall.advance()
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
@@ -1798,7 +1796,6 @@ class Monitor:
             self._log_ready("reloaded")
         notify_systemd("READY=1")
 
-    # -- the network process -------------------------------------------------
     def _start_network(self) -> None:
         """Start it with its end of the link as standard input, and nothing else of ours. Its
         program is the compiled form of this one: the same even if the file has been
@@ -1838,7 +1835,11 @@ class Monitor:
         readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
         if not readable:
             raise UserError("the network process does not start", "is this machine overloaded?")
-        if self.link.recv(RECORD.size)[:1] != bytes([READY]):
+        try:
+            ready = self.link.recv(RECORD.size)[:1] == bytes([READY])
+        except OSError:
+            ready = False
+        if not ready:
             raise SystemExit(1)  # it has said itself what is wrong
 
     def _lose_network(self, reason: str) -> None:
@@ -1896,22 +1897,26 @@ class Monitor:
                 return self._lose_network(error.strerror or "")
         self._lose_network("it reads nothing")
 
-    # -- what peers say ------------------------------------------------------
     def _receive(self, record: Record) -> None:
         """See to one record from the network process."""
         if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
             return
         config, message = self.config, record.payload
+        user, resource, is_answer = record.user, record.resource, record.kind == ANSWER
+        if record.protocol == UDP:
+            # All that is known of a datagram's sender stands in the datagram.
+            operation, user, resource = struct.unpack_from("!III", message, 4)
+            is_answer = operation == RESPONSE
+        # What a token is for: this peer and connection, and what the configuration says of the
+        # request, where a change ends the handshake.
+        facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6])).encode()
 
         def tokens(asked: int, user: int, resource: int, age: int = 0) -> Iterable[bytes]:
             """The tokens for a request of some windows ago: one, unless it was granted already
             (UDP): a new handshake from the same port gets the next one."""
             import hmac
             window = int(time.monotonic() / TOKEN_WINDOW_S) - age
-            # Peer and connection are in it, and what the configuration says of the request:
-            # a change there ends the handshake.
-            facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6]))
-            text = struct.pack("!QIII", window, asked, user, resource) + facts.encode()
+            text = struct.pack("!QIII", window, asked, user, resource) + facts
             token = hmac.digest(self.secret, text, "sha3_256")
             yield token
             while token in self.accepted:
@@ -1920,11 +1925,6 @@ class Monitor:
 
         rules = (config.error_policy, config.keys.get, config.objection)
         handshake = ServerHandshake(*rules, lambda *request: list(tokens(*request))[-1])
-        user, resource, is_answer = record.user, record.resource, record.kind == ANSWER
-        if record.protocol == UDP:
-            # All that is known of a datagram's sender stands in the datagram.
-            operation, user, resource = struct.unpack_from("!III", message, 4)
-            is_answer = operation == RESPONSE
         if is_answer:
             requests = [(KNOCK, user, resource), (REVOKE, user, resource)]
             ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
@@ -2078,7 +2078,7 @@ class Network:
             for connection in firsts:
                 if connection.deadline <= now:
                     self._close(connection)
-            ends = [connection.deadline for connection in firsts]
+            ends = [min(connection.deadline, now + LONGEST_WAIT_S) for connection in firsts]
             for key, _ in self.selector.select(max(min(ends) - now, 0) if ends else None):
                 key.data()
 
@@ -2164,7 +2164,7 @@ class Network:
             self.selector.unregister(connection.socket)
 
     def _read(self, connection: Connection) -> None:
-        if connection.socket not in self.selector.get_map():
+        if connection.number not in self.connections:
             return  # closed earlier in this turn
         try:
             data = connection.socket.recv(MESSAGE_SIZE - len(connection.received))
