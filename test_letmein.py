@@ -4327,7 +4327,7 @@ USER, RESOURCE = 0xA423DDA7, 0xBC5D8077
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 NO_TOKEN, THE_TOKEN = bytes(32), bytes([0xB8]) * 32
 
-PROPERTY = settings(deadline=None, database=None, max_examples=200)
+PROPERTY = settings(deadline=None, database=None, max_examples=100)
 
 
 # ---------------------------------------------------------------- messages
