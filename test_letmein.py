@@ -961,6 +961,9 @@ def alive(process: Path) -> bool:
         return False
 
 
+CHECK = ("--user", "nobody", "--check")  # an account that every machine has
+
+
 class TestRules:
     """max-nr-rules, stop, --check and the ways to start."""
 
@@ -1054,7 +1057,7 @@ class TestRules:
     def test_check_changes_nothing(self, lab: Lab) -> None:
         lab.load()
         before = lab.ruleset()
-        result = lab.command("server", "-c", lab.file(server_conf()), "--check")
+        result = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
         assert result.status == 0, result
         for word in ("5800", "LETMEIN-INPUT", "port 22/tcp", "00000001"):
             assert word in result.out, result
@@ -1062,18 +1065,22 @@ class TestRules:
         # It needs no free control port either: the server may be running.
         with Server(lab, server_conf()) as server:
             assert handshake(lab) == COMEIN
-            assert lab.command("server", "-c", server.path, "--check").status == 0
+            assert lab.command("server", "-c", server.path, *CHECK).status == 0
             assert lab.reaches(22, CLIENT_4)
 
     def test_check_says_what_is_wrong(self, lab: Lab) -> None:
         lab.load("table inet filter { chain other { }; }")
         path = lab.file(server_conf())
-        lab.command("server", "-c", path, "--check").assert_error("LETMEIN-INPUT")
+        lab.command("server", "-c", path, *CHECK).assert_error("LETMEIN-INPUT")
         lab.load()
         path = lab.file(server_conf("30 = jump / input: MISSING"))
-        lab.command("server", "-c", path, "--check").assert_error("nft")
+        lab.command("server", "-c", path, *CHECK).assert_error("nft")
         path = lab.file("[GENERAL]\nport = x\n")
-        lab.command("server", "-c", path, "--check").assert_error(f"{path}:2:")
+        lab.command("server", "-c", path, *CHECK).assert_error(f"{path}:2:")
+        # Whatever the file says, the server would not start without an account to become.
+        path = lab.file(server_conf())
+        done = lab.command("server", "-c", path, "--user", "no-such-account", "--check")
+        done.assert_error("no-such-account")
 
     def test_status_without_the_table(self, lab: Lab) -> None:
         lab.load("")
