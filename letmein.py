@@ -586,7 +586,8 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
         "timeout": (600.0, parse_duration),
         "max-nr-rules": (100, lambda text: min(parse_number(text), 1_000_000)),
     },
-    **{"KEYS": {}, "RESOURCES": {}},
+    "KEYS": {},
+    "RESOURCES": {},
 }
 
 
@@ -1816,17 +1817,11 @@ class Monitor:
         self._send_settings()
 
     def _send_settings(self) -> None:
-        if self.link is None:
-            return
         limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
         payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout, *limits)
         payload += self.arguments.user.encode()
-        record = RECORD.pack(*Record(SETTINGS, payload=payload))
-        try:
-            descriptors = [control.fileno() for control in self.sockets.values()]
-            socket.send_fds(self.link, [record], descriptors)
-        except OSError as error:
-            self._lose_network(f"it takes no settings: {error.strerror}")
+        descriptors = [control.fileno() for control in self.sockets.values()]
+        self._send(Record(SETTINGS, payload=payload), descriptors)
 
     def _await_network(self) -> None:
         """Wait at the start until the network process is ready. Raises UserError."""
@@ -1882,14 +1877,17 @@ class Monitor:
                 return self._lose_network("it closed its end" if not data else "a bad record")
             self._receive(Record(*RECORD.unpack(data)))
 
-    def _send(self, record: Record) -> None:
+    def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
         import select
         for _ in range(2):
             if self.link is None:
                 return
             try:
-                self.link.send(RECORD.pack(*record))
+                if descriptors:
+                    socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
+                else:
+                    self.link.send(RECORD.pack(*record))
                 return
             except BlockingIOError:
                 select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)
