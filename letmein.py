@@ -261,7 +261,6 @@ class ServerHandshake:
         self.user = self.resource = ANYBODY
         self.operation = KNOCK  # what was asked for: KNOCK or REVOKE
         self.tokens: Tokens = ()  # that a RESPONSE may answer
-        self.answered = NO_TOKEN  # the one of them that it did answer
 
     def receive(self, data: bytes) -> Step:
         """Take one message from the peer; never raises."""
@@ -300,10 +299,10 @@ class ServerHandshake:
             return self._refuse("other ids in the RESPONSE than in the request")
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(self.user) or self.NOBODYS_KEY
-        answered = next((pair for pair in self.tokens if message.proves(key, pair[1])), None)
-        if key == self.NOBODYS_KEY or answered is None:
+        asked = next((asked for asked, token in self.tokens if message.proves(key, token)), None)
+        if key == self.NOBODYS_KEY or asked is None:
             return self._refuse("wrong RESPONSE")
-        self.operation, self.answered = answered
+        self.operation = asked
         self.proved = FULL_AUTH
         objection = self.objection(self.user, self.resource)
         if objection:
@@ -1713,7 +1712,7 @@ class Monitor:
         self.pause = NETWORK_PAUSE_S[0]
 
         self.secret = os.urandom(32)  # of the challenge tokens of this run
-        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by token: since when, reply
+        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by RESPONSE: since when, reply
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
@@ -1909,25 +1908,20 @@ class Monitor:
         # request, where a change ends the handshake.
         facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6])).encode()
 
-        def tokens(asked: int, user: int, resource: int, age: int = 0) -> Iterable[bytes]:
-            """The tokens for a request of some windows ago: one, unless it was granted already
-            (UDP): a new handshake from the same port gets the next one."""
+        def new_token(asked: int, user: int, resource: int, age: int = 0) -> bytes:
+            """The token for a request of some windows ago."""
             import hmac
             window = int(time.monotonic() / TOKEN_WINDOW_S) - age
             text = struct.pack("!QIII", window, asked, user, resource) + facts
-            token = hmac.digest(self.secret, text, "sha3_256")
-            yield token
-            while token in self.accepted:
-                token = hmac.digest(self.secret, token, "sha3_256")
-                yield token
+            return hmac.digest(self.secret, text, "sha3_256")
 
         rules = (config.error_policy, config.keys.get, config.objection)
-        handshake = ServerHandshake(*rules, lambda *request: list(tokens(*request))[-1])
+        handshake = ServerHandshake(*rules, new_token)
         if is_answer:
-            requests = [(KNOCK, user, resource), (REVOKE, user, resource)]
             ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
-            pairs = ((r[0], token) for age in ages for r in requests for token in tokens(*r, age))
-            handshake.expect_response(user, resource, pairs)
+            requests = [(asked, age) for age in ages for asked in (KNOCK, REVOKE)]
+            tokens = ((asked, new_token(asked, user, resource, age)) for asked, age in requests)
+            handshake.expect_response(user, resource, tokens)
             # A TCP connection whose first message proved nothing has been closed.
             handshake.proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
         step = handshake.receive(message)
@@ -1945,26 +1939,26 @@ class Monitor:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
     def _grant(self, handshake: ServerHandshake, record: Record) -> None:
-        """The peer has proved itself: have the firewall do what it asked for. Over UDP that
-        is remembered until the token's time is over: a repeated RESPONSE changes nothing,
+        """The peer has proved itself: have the firewall do what it asked for. Over UDP its
+        RESPONSE is remembered until the token's time is over: a repeated one changes nothing,
         and gets the same reply once that is there."""
         now = time.monotonic()
         remembered = self.accepted if record.protocol == UDP else {}
         oldest = now - min(self.config.control_timeout, TOKEN_LIMIT_S) - 2 * TOKEN_WINDOW_S
         while remembered and next(iter(remembered.values()))[0] < oldest:
             del remembered[next(iter(remembered))]
-        answered = handshake.answered
-        if answered in remembered:
-            return self._end(record, remembered[answered][1])
+        response = record.payload
+        if response in remembered:
+            return self._end(record, remembered[response][1])
         if len(remembered) >= ACCEPTED_LIMIT:
             return self._end(record, handshake.finish(False))
-        remembered[answered] = (now, b"")
+        remembered[response] = (now, b"")
 
         def done(problem: str) -> None:
             event = "granted" if handshake.operation == KNOCK else "revoked"
             self._log_peer("failed" if problem else event, handshake, record, problem)
-            remembered[answered] = (now, handshake.finish(not problem))
-            self._end(record, remembered[answered][1])
+            remembered[response] = (now, handshake.finish(not problem))
+            self._end(record, remembered[response][1])
 
         ids = (handshake.resource, handshake.user)
         self.firewall.queue.append(Change(handshake.operation, record.peer, *ids, done))
