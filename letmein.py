@@ -1501,11 +1501,8 @@ class Firewall:
 
     def watch(self) -> socket.socket:
         """A socket that gets the kernel's nftables notifications; see on_notification()."""
-        import contextlib
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NOTIFICATION_BUFFER)
-        with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
-            netlink.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, NOTIFICATION_BUFFER)
+        set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         return netlink
@@ -1585,7 +1582,7 @@ class Firewall:
 #
 # The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair:
 #
-#     network -> monitor   READY, REQUEST, ANSWER
+#     network -> monitor   READY, REQUEST, ANSWER, COUNTS
 #     monitor -> network   SETTINGS (with the sockets), REPLY, LAST
 #
 # The monitor trusts nothing in a record but its size, and keeps nothing of a
@@ -1597,17 +1594,23 @@ class Firewall:
 # into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
 # resource of a connection's first message, message
 RECORD = struct.Struct("!BBI16sHI20sII56s")
-READY, REQUEST, ANSWER, SETTINGS, REPLY, LAST = range(1, 7)
+READY, REQUEST, ANSWER, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
+COUNTS_PAYLOAD = struct.Struct("!3I")  # how many peers the network process has closed by itself:
+COUNTED = ("evicted", "late", "garbage")  # in favour of another, out of time, or no letmein client
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 NETWORK_COMMAND = "network-process"
 NETWORK_START_LIMIT_S = 10.0
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
+DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
 TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
 ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
+LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
+SUMMARY_S = 10.0
+LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
 
 
 class Record(NamedTuple):
@@ -1630,17 +1633,65 @@ class Record(NamedTuple):
         return self.address[12:] if self.address.startswith(IPV4_MAPPED) else self.address
 
 
-def log(event: str, **fields: object) -> None:
-    """Write one line, `event=... name=value ...`, to standard error. Values that are not
-    plain words are escaped. Under systemd, which adds a time itself, the line has none."""
-    words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
-    for name, value in {"event": event, **fields}.items():
-        plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
-        words.append(f"{name}={value if plain else ascii(str(value))}")
-    try:
-        print(*words, file=sys.stderr, flush=True)
-    except OSError:
-        return  # a full disk or a closed pipe is no reason to let nobody in
+class Log:
+    """The log, on standard error, and what it counts for `status`. In a flood few of those who
+    were refused get a line: the rest is summed up. A log that nobody reads, or that cannot be
+    written, is no reason to let nobody in: the line is lost, and counted."""
+
+    def __init__(self) -> None:
+        from collections import Counter
+        self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
+        self.refusals: Counter[str] = Counter()  # by reason
+        self.told: Counter[str] = Counter()  # lines that LINES_LIMIT counts, and what is
+        self.untold: Counter[str] = Counter()  # to be summed up, both since the last summary
+        self.sum_up_at: float | None = None
+        self.patience = LOG_PATIENCE_S
+
+    def __call__(self, event: str, **fields: object) -> None:
+        """Write one line, `event=... name=value ...`. Values that are not plain words are
+        escaped. Under systemd, which adds a time itself, the line has none."""
+        import select
+        self.counts[event] += 1
+        words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        for name, value in {"event": event, **fields}.items():
+            plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
+            words.append(f"{name}={value if plain else ascii(str(value))}")
+        data = " ".join(words).encode() + b"\n"
+        try:
+            # A pipe takes PIPE_BUF bytes without blocking when it is ready: pipe(7).
+            while data and select.select([], [2], [], self.patience)[1]:
+                data = data[os.write(2, data[: select.PIPE_BUF]) :]
+        except OSError:
+            pass
+        self.patience = 0 if data else LOG_PATIENCE_S
+        if data:
+            self.sum_up("lines-lost")
+
+    def refusal(self, event: str, **fields: str) -> None:
+        """A peer was refused, or has failed for another reason."""
+        kind = f"{event}-{fields['proto']}"
+        self.told[kind] += 1
+        if self.told[kind] <= LINES_LIMIT:
+            self(event, **fields)
+            self.sum_up_at = self.sum_up_at or time.monotonic() + SUMMARY_S
+        else:
+            self.counts[event] += 1
+            self.sum_up(kind)
+        if event == REFUSE:
+            self.refusals[fields["reason"]] += 1
+
+    def sum_up(self, name: str, number: int = 1) -> None:
+        """Have so many of these in the next summary, and the next summary soon."""
+        self.untold[name] += number
+        self.sum_up_at = self.sum_up_at or time.monotonic() + SUMMARY_S
+
+    def summary(self) -> None:
+        """Write what was kept back since the last one."""
+        untold, self.sum_up_at = dict(self.untold), None
+        self.told.clear()
+        self.untold.clear()
+        if untold:
+            self("summary", seconds=f"{SUMMARY_S:g}", **untold)
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -1661,7 +1712,9 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
                 control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, stream)
                 control.bind((address, config.port))
                 if stream:
-                    control.listen(1024)
+                    control.listen(4096)
+                else:
+                    set_receive_buffer(control, DATAGRAM_BUFFER)
             except OSError as error:
                 no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
                 if no_ipv6 and family == socket.AF_INET6:
@@ -1674,12 +1727,26 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
     return sockets
 
 
+def set_receive_buffer(receiver: socket.socket, size: int) -> None:
+    """Let a socket hold up to size bytes, or as much as our rights allow; see socket(7)."""
+    import contextlib
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+
+
+def run_path(rundir: str, config: Config) -> str:
+    """How the files in the run directory of the server for this table begin: it is one table
+    among those of this network namespace."""
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
+
+
 def lock_table(rundir: str, config: Config) -> int:
     """Make sure that no other server works on this table in this network namespace.
     Returns the lock's descriptor; it lasts as long as this process. Raises UserError."""
     import fcntl
-    namespace = os.stat("/proc/self/ns/net").st_ino
-    path = f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}.lock"
+    path = run_path(rundir, config) + ".lock"
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1697,12 +1764,14 @@ class Monitor:
     the command line: rundir, user, num_connections, num_ip_connections."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+        os.umask(0o077)
         self.config = config
         self.arguments = arguments
+        self.log = Log()
         self.lock = lock_table(arguments.rundir, config)
         self.sockets = control_sockets(config, {})
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self.firewall = Firewall(Nft(config.nft), config, file.read(8), log)
+            self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
         self.stopping = self.reload_wanted = False
 
@@ -1716,10 +1785,13 @@ class Monitor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
+        import contextlib
         self._catch_signals()
+        status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
             self._start_network()
             self._await_network()
+            self._open_status(status_path)
             self.firewall.open()
             netlink = self.firewall.watch()
             self.firewall.look_at = 0  # at what happened until here
@@ -1731,15 +1803,46 @@ class Monitor:
                 self._turn()
         finally:
             self._stop_network()
+            with contextlib.suppress(OSError):
+                os.unlink(status_path)
             if self.firewall.installed:
                 notify_systemd("STOPPING=1")
                 self.firewall.close()
-                log("stopped")
+                self.log.summary()
+                self.log("stopped")
 
     def _log_ready(self, event: str) -> None:
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
         counts = {"users": len(config.keys), "resources": len(config.resources)}
-        log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+        self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _open_status(self, path: str) -> None:
+        """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
+        import contextlib
+        import json
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a killed predecessor's: we hold the lock
+            listener.bind(path)
+            listener.listen()
+            listener.setblocking(False)
+        except OSError as error:
+            hint = "name another directory with --rundir"
+            raise UserError(f"cannot make {path}: {error.strerror or error}", hint) from None
+
+        def serve() -> None:
+            document = {
+                "process": os.getpid(),
+                "leases": len(self.firewall.leases),
+                "refused": self.log.refusals,
+                "counts": self.log.counts,
+            }
+            with contextlib.suppress(OSError), listener.accept()[0] as peer:
+                peer.setblocking(False)
+                peer.send(json.dumps(document).encode())
+
+        self.selector.register(listener, selectors.EVENT_READ, serve)
 
     def _catch_signals(self) -> None:
         """Have signals wake the selector up, by way of a pipe."""
@@ -1753,23 +1856,26 @@ class Monitor:
             numbers = os.read(ours, 4096)
             self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
             self.reload_wanted |= signal.SIGHUP in numbers
+            if signal.SIGCHLD in numbers:
+                self._look_after_network()
 
         self.selector.register(ours, selectors.EVENT_READ, on_signal)
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        times = [at for at in (self.firewall.look_at, self.restart_at) if at is not None]
+        timers = (self.firewall.look_at, self.restart_at, self.log.sum_up_at)
+        times = [at for at in timers if at is not None]
         wait = max(min(times) - time.monotonic(), 0) if times else None
         for key, _ in self.selector.select(wait):
             key.data()
-        if self.network is not None and self.network.poll() is not None:
-            self._lose_network(f"it ended with status {self.network.returncode}")
         if self.restart_at is not None and time.monotonic() >= self.restart_at:
             try:
                 self._start_network()
             except OSError as error:
                 self._lose_network(error.strerror or "")
         self.firewall.advance()  # before a reload: what has come in was checked by the old rules
+        if self.log.sum_up_at is not None and time.monotonic() >= self.log.sum_up_at:
+            self.log.summary()
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
@@ -1781,15 +1887,15 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             for warning in config.warnings:
-                warn(warning)
+                self.log("warning", reason=warning)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
-                    log("restart-wanted", option=name, reason="it cannot change while running")
+                    self.log("restart-wanted", option=name, reason="it cannot change while running")
                     config = config._replace(**{name: getattr(old, name)})
             sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
-            log("reload-failed", reason=error.problem, hint=error.hint)
+            self.log("reload-failed", reason=error.problem, hint=error.hint)
         else:
             self.config, self.sockets = config, sockets
             self._send_settings()
@@ -1811,7 +1917,8 @@ class Monitor:
             program.seek(0)
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
             command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
-            self.network = subprocess.Popen(command, 0, None, theirs.fileno(), program, env={})
+            streams = (theirs.fileno(), program, subprocess.DEVNULL)
+            self.network = subprocess.Popen(command, 0, None, *streams, env={})
         self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
         self._send_settings()
 
@@ -1823,24 +1930,35 @@ class Monitor:
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
     def _await_network(self) -> None:
-        """Wait at the start until the network process is ready. Raises UserError."""
+        """Wait at the start until the network process is ready. Raises UserError, with what
+        it says if it is not."""
         import select
         assert self.link is not None
         readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
         if not readable:
             raise UserError("the network process does not start", "is this machine overloaded?")
         try:
-            ready = self.link.recv(RECORD.size)[:1] == bytes([READY])
+            said = self.link.recv(4096)
         except OSError:
-            ready = False
-        if not ready:
-            raise SystemExit(1)  # it has said itself what is wrong
+            said = b""
+        if said[:1] != bytes([READY]):
+            problem, _, hint = said.decode("utf-8", "replace").partition("\n")
+            raise UserError(problem or "the network process has died at its start", hint)
+
+    def _look_after_network(self) -> None:
+        """A child has ended or was stopped: nft, or the network process."""
+        if self.network is not None and self.network.poll() is not None:
+            self._lose_network(f"it ended with status {self.network.returncode}")
+        elif self.network and os.waitid(os.P_PID, self.network.pid, os.WSTOPPED | os.WNOHANG):
+            self._lose_network("it was stopped")
 
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause."""
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
-        log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
+        self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
+        if self.network is not None:
+            self.network.kill()
         self._stop_network()
         self.restart_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
@@ -1873,7 +1991,8 @@ class Monitor:
             except OSError as error:
                 return self._lose_network(error.strerror or "")
             if len(data) != RECORD.size:
-                return self._lose_network("it closed its end" if not data else "a bad record")
+                said = data[:80].decode("ascii", "replace")
+                return self._lose_network(f"it says {said}" if said else "it closed its end")
             self._receive(Record(*RECORD.unpack(data)))
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
@@ -1895,9 +2014,16 @@ class Monitor:
         self._lose_network("it reads nothing")
 
     def _receive(self, record: Record) -> None:
-        """See to one record from the network process."""
-        if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
+        """See to one record from the network process, which is not trusted."""
+        if record.kind == COUNTS:
+            counts = dict(zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload)))
+            self.log.counts.update(counts)
+            if counts["evicted"]:
+                self.log.sum_up("evicted", counts["evicted"])
+        if record.kind in (READY, COUNTS):
             return
+        if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
+            return self._lose_network("it sent a bad record")
         config, message = self.config, record.payload
         user, resource, is_answer = record.user, record.resource, record.kind == ANSWER
         if record.protocol == UDP:
@@ -1929,9 +2055,11 @@ class Monitor:
             self._send(record._replace(kind=REPLY, payload=step.reply))
         elif step.verdict == GRANT:
             self._grant(handshake, record)
-        else:
-            self._log_peer(step.verdict, handshake, record, step.reason)
+        elif step.verdict == REFUSE:
+            self._log_peer(REFUSE, handshake, record, step.reason)
             self._end(record, step.reply)
+        else:
+            self._lose_network("it sent a bad message")
 
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
@@ -1970,10 +2098,11 @@ class Monitor:
             "proto": "tcp" if record.protocol == TCP else "udp",
             "user": f"{peer.user:08X}",
             "resource": f"{peer.resource:08X}",
-            "reason": reason,
         }
-        if event in (REFUSE, "failed", "granted", "revoked"):
-            log(event, **{name: value for name, value in fields.items() if value})
+        if reason:
+            self.log.refusal(event, **fields, reason=reason)
+        else:
+            self.log(event, **fields)
 
 
 def notify_systemd(state: str) -> None:
@@ -1997,6 +2126,8 @@ IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it fro
 ACCEPTS_PER_TURN = 64
 LISTENERS_LIMIT = 16
 ANSWER_LIMIT_S = 60.0  # a peer whose answer the monitor has is given up after this
+COUNTS_PAUSE_S = 1.0
+TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
 
 
 class Connection:
@@ -2033,6 +2164,8 @@ class Network:
         self.answered: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
         self.number = 0
+        self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
+        self.tell_at = 0.0
         self.listeners: list[socket.socket] = []
         self.selector = selectors.DefaultSelector()
         self.selector.register(link, selectors.EVENT_READ, self._on_link)
@@ -2062,15 +2195,25 @@ class Network:
 
     def run(self) -> None:
         """Serve until the monitor is gone."""
+        import signal
         while True:
+            signal.setitimer(signal.ITIMER_PROF, TURN_LIMIT_S)  # its signal ends the process
             now = time.monotonic()
             # Each group is in the order of its deadlines, for all have the same time.
             groups = [group for group in (self.connections, self.answered) if group]
             firsts = [next(iter(group.values())) for group in groups]
             for connection in firsts:
                 if connection.deadline <= now:
+                    self.counts["late"] += 1
                     self._close(connection)
             ends = [min(connection.deadline, now + LONGEST_WAIT_S) for connection in firsts]
+            if any(self.counts.values()):
+                if self.tell_at <= now:
+                    counts = COUNTS_PAYLOAD.pack(*self.counts.values())
+                    self._send(Record(COUNTS, payload=counts))
+                    self.counts = dict.fromkeys(COUNTED, 0)
+                    self.tell_at = now + COUNTS_PAUSE_S
+                ends.append(self.tell_at)
             for key, _ in self.selector.select(max(min(ends) - now, 0) if ends else None):
                 key.data()
 
@@ -2116,15 +2259,21 @@ class Network:
             self._listen_to(connection)
 
     def _accept(self, listener: socket.socket) -> None:
+        import select
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, name = listener.accept()
             except BlockingIOError:
                 return
+            except ConnectionError:
+                continue  # the peer is gone already
             except OSError:
-                # Out of descriptors or memory, or the peer is gone already (accept(2)).
-                if self.connections and listener.fileno() >= 0:
-                    self._close(next(iter(self.connections.values())))
+                # Out of descriptors or memory (accept(2)): the oldest goes, or the next answer
+                # from the monitor lets somebody go.
+                if self.connections:
+                    self._evict(self.connections)
+                else:
+                    select.select([self.link], [], [], 0.1)
                 return
             peer.setblocking(False)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2144,7 +2293,12 @@ class Network:
         if len(self.connections) >= self.limit and len(crowd) < self.prefix_limit:
             crowd = max(self.prefixes.values(), key=len)
         if len(crowd) >= self.prefix_limit or len(self.connections) >= self.limit:
-            self._close(next(iter(crowd.values())))
+            self._evict(crowd)
+
+    def _evict(self, crowd: dict[int, Connection]) -> None:
+        """Close the oldest of these."""
+        self.counts["evicted"] += 1
+        self._close(next(iter(crowd.values())))
 
     def _listen_to(self, connection: Connection) -> None:
         read = functools.partial(self._read, connection)
@@ -2172,6 +2326,7 @@ class Network:
             try:
                 message = Message.decode(payload)
             except ProtocolError:
+                self.counts["garbage"] += 1
                 return self._close(connection)
             self._pause(connection)
             kind = ANSWER if connection.ids else REQUEST
@@ -2204,6 +2359,7 @@ class Network:
                 data, extra, _, name = listener.recvmsg(MESSAGE_SIZE + 1, 64)
                 Message.decode(data)
             except ProtocolError:
+                self.counts["garbage"] += 1
                 continue
             except OSError:
                 return
@@ -2254,8 +2410,9 @@ def enter_sandbox(account: str, connections: int) -> None:
     user, group = find_account(account) if account != "none" else (0, 0)
     step = "limit the number of descriptors"
     try:
-        # Above the slots stand link, listeners, selectors, and peers that wait for nft.
-        files = 2 * connections + 64
+        # Beside the slots: link, listeners, selectors, and peers that wait for nft, of which
+        # there are no more than records that fit into the link.
+        files = connections + 1024
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = files if most == resource.RLIM_INFINITY else min(files, most)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -2284,20 +2441,41 @@ def network_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
     link = socket.socket(fileno=0)
     data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
-    if data:
-        payload = Record(*RECORD.unpack(data)).payload
-        account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
+    if not data:
+        return
+    payload = Record(*RECORD.unpack(data)).payload
+    account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
+    try:
         enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1])
         Network(link, payload, [socket.socket(fileno=fd) for fd in descriptors]).run()
+    except UserError as error:
+        link.send(f"{error.problem}\n{error.hint}".encode())
+    except Exception as error:
+        link.send(f"{type(error).__name__}: {error}".encode())
 
 
 # ============================================================================
 # 8  Command line
 
 
-def status(config: Config, as_json: bool) -> int:
-    """Print who holds what, as the kernel has it."""
+def ask_server(path: str) -> dict[str, Any] | None:
+    """What a running server says of itself; None if none runs."""
+    import json
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.settimeout(2 * NFT_LIMIT_S)
+            peer.connect(path)
+            with peer.makefile("rb") as file:
+                found: dict[str, Any] = json.loads(file.read(1 << 20))
+                return found
+    except (OSError, ValueError):
+        return None
+
+
+def status(config: Config, rundir: str, as_json: bool) -> int:
+    """Print who holds what, as the kernel has it, and what a running server has counted."""
     from datetime import timedelta
+    server = ask_server(run_path(rundir, config) + ".status")
     rows: list[dict[str, Any]] = []
     for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
         if name.endswith("-gate"):
@@ -2309,7 +2487,8 @@ def status(config: Config, as_json: bool) -> int:
         rows.append({**place, **lease, **element.get("counter", {})})
     if as_json:
         import json
-        print(json.dumps(dict(family=config.family, table=config.table, leases=rows), indent=1))
+        table = {"family": config.family, "table": config.table, "leases": rows}
+        print(json.dumps({**table, "server": server}, indent=1))
         return 0
     header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
     print(header if rows else "nobody holds a lease")
@@ -2319,6 +2498,13 @@ def status(config: Config, as_json: bool) -> int:
         left = "for ever" if seconds is None else timedelta(seconds=seconds)
         user, packets = row["user"] or "?", row.get("packets", "-")
         print(f"{row['address']:<39} {what:<9} {user:<8} {left!s:>8} {packets:>10}")
+    if server is None:
+        print("no server runs")
+        return 0
+    names = ("granted", "revoked", "refused", "failed", "healed", *COUNTED)
+    counts = ", ".join(f"{name} {server['counts'].get(name, 0)}" for name in names)
+    reasons = ", ".join(f"{reason} {number}" for reason, number in server["refused"].items())
+    print(f"since the server's start: {counts}\nrefused: {reasons or 'nobody'}")
     return 0
 
 
@@ -2402,6 +2588,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)
+    command.add_argument("--rundir", metavar="DIR", default="/run")
     command.add_argument("--json", action="store_true")
     return parser
 
@@ -2458,7 +2645,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         Monitor(config, arguments).run()
         return 0
     if arguments.command == "status":
-        return status(config, arguments.json)
+        return status(config, arguments.rundir, arguments.json)
 
     def say(line: str) -> None:
         if arguments.verbose:
