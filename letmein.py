@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Identities = dict[str, tuple[int, int]]  # of sets: by name the handles of table and set
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
-    Element = tuple[tuple[str, str], float, str]  # (set, key), seconds left, comment
+    Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
-    Tokens = Iterable[tuple[int, bytes]]  # of a challenge: what was asked for, KNOCK or REVOKE
+    Tokens = Iterable[tuple[int, bytes]]  # of challenges: for KNOCK or REVOKE, 32 bytes
     Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
 else:
 
@@ -98,8 +98,8 @@ def warn(text: str) -> None:
 #                                (the firewall changes)
 #                   <-  COMEIN, or GOAWAY in place of any server message
 #
-# The two handshakes below are state machines without input or output: bytes
-# in, bytes and a verdict out. They know no socket, no clock and no firewall.
+# The two handshakes below are without input or output: messages in, messages
+# and a verdict out. They know no socket, no clock and no firewall.
 
 MAGIC = bytes.fromhex("3B1BB719")
 MESSAGE = struct.Struct("!4sIII8s32s")
@@ -176,73 +176,52 @@ def unsigned(operation: int, user: int, resource: int, auth: bytes = bytes(32)) 
     return Message(operation, user, resource, os.urandom(8), auth).encode()
 
 
-class ClientHandshake:
-    """The client's side of one knock or revocation: send `request`, feed each 56 bytes
-    that come back to receive(), send what it returns, and stop when `done` is true."""
+def client_handshake(
+    operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
+) -> Generator[bytes, bytes, None]:
+    """The client's side of one knock or revocation: yields the 56 bytes to send, wants those
+    that come back, and ends when the server has done what was asked for. Foreign ids are only
+    worth a warning: a wrong token leads nowhere anyway. Raises Refused on GOAWAY,
+    ProtocolError on anything else that is not due."""
 
-    def __init__(self, operation: int, user: int, resource: int, key: bytes) -> None:
-        self.user = user
-        self.resource = resource
-        self.key = key
-        self.expected = CHALLENGE
-        self.done = False
-        self.warnings: list[str] = []
-        self.request = signed(operation, user, resource, key, NO_TOKEN)
-
-    def receive(self, data: bytes) -> bytes:
-        """Take one message from the server; returns the bytes to send, b"" for nothing.
-        Foreign ids are only worth a warning: a wrong token leads nowhere anyway. Raises
-        Refused on GOAWAY, ProtocolError on anything else that was not expected."""
+    def expect(expected: int, data: bytes) -> bytes:
         message = Message.decode(data)
         if message.operation == GOAWAY:
             raise Refused("the server rejected the request")
-        if message.operation != self.expected:
-            raise ProtocolError(
-                f"the server sent {OPERATIONS[message.operation]}, "
-                f"not {OPERATIONS[self.expected]}"
-            )
-        if (message.user, message.resource) != (self.user, self.resource):
-            self.warnings.append(
+        if message.operation != expected:
+            names = OPERATIONS[message.operation], OPERATIONS[expected]
+            raise ProtocolError("the server sent {}, not {}".format(*names))
+        if message[1:3] != (user, resource):
+            warn(
                 f"the server speaks of user {message.user:08X}, resource {message.resource:08X}; "
-                f"asked was user {self.user:08X}, resource {self.resource:08X}"
+                f"asked was user {user:08X}, resource {resource:08X}"
             )
-        if self.expected == CHALLENGE:
-            self.expected = COMEIN
-            return signed(RESPONSE, self.user, self.resource, self.key, message.auth)
-        self.done = True
-        return b""
+        return message.auth
+
+    token = expect(CHALLENGE, (yield signed(operation, user, resource, key, NO_TOKEN)))
+    expect(COMEIN, (yield signed(RESPONSE, user, resource, key, token)))
 
 
-# What a server handshake's peer has proved, in the order of the proofs. An
-# error policy is the least of these for which an error is answered by GOAWAY.
+# What a peer has proved, in the order of the proofs. An error policy is the
+# least of these for which an error is answered by GOAWAY.
 NO_AUTH, BASIC_AUTH, FULL_AUTH = range(3)
 POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
-# Which operations a server handshake takes in which state.
-EXPECT_REQUEST, EXPECT_RESPONSE, AUTHENTICATED, ENDED = range(4)
-ALLOWED = {EXPECT_REQUEST: (KNOCK, REVOKE), EXPECT_RESPONSE: (RESPONSE,)}
 
-# Verdicts of ServerHandshake.receive().
-DROP = "drop"  # no letmein message: end it without a word
-CONTINUE = "continue"  # send the reply and wait for the next message
-REFUSE = "refused"  # send the reply, if there is one, and end it
-GRANT = "grant"  # the peer has proved itself: do what it asked for, then call finish()
+class Verdict(NamedTuple):
+    """What a server makes of a message: the reply (b"" for silence), the reason if it was
+    refused, and what may be done if the peer has proved itself: KNOCK or REVOKE."""
 
-
-class Step(NamedTuple):
-    """What to do after a message: a verdict, the bytes to send (b"" for none),
-    and for REFUSE and DROP the reason, for the log."""
-
-    verdict: str
-    reply: bytes = b""
+    reply: bytes
     reason: str = ""
+    granted: int | None = None
 
 
 class ServerHandshake:
-    """The server's side of one handshake, up to and after the change of the firewall. Args:
-    policy, what a peer must have proved for its errors to be answered; key_of, gives a
-    user's key, None for no such user; objection, says why a user may not have a resource,
-    "" if they may; new_token, gives 32 bytes to challenge with, from operation and ids."""
+    """The server's side: judges each message by itself and keeps nothing of its peer, so there
+    is nothing to fill. Args: policy, what a peer must have proved for its errors to be
+    answered; key_of, gives a user's key, None for no such user; objection, says why a user
+    may not have a resource, "" if they may."""
 
     # An unknown user's knock is checked against a key that nobody knows, so
     # that it takes as long, and looks the same, as one with a wrong key.
@@ -250,78 +229,51 @@ class ServerHandshake:
 
     def __init__(
         self, policy: int, key_of: Callable[[int], bytes | None],
-        objection: Callable[[int, int], str], new_token: Callable[[int, int, int], bytes],
+        objection: Callable[[int, int], str],
     ) -> None:
         self.policy = policy
         self.key_of = key_of
         self.objection = objection
-        self.new_token = new_token
-        self.state = EXPECT_REQUEST
-        self.proved = NO_AUTH
-        self.user = self.resource = ANYBODY
-        self.operation = KNOCK  # what was asked for: KNOCK or REVOKE
-        self.tokens: Tokens = ()  # that a RESPONSE may answer
 
-    def receive(self, data: bytes) -> Step:
-        """Take one message from the peer; never raises."""
-        try:
-            message = Message.decode(data)
-        except ProtocolError as error:
-            self.state = ENDED
-            return Step(DROP, reason=str(error))
-        if message.operation not in ALLOWED.get(self.state, ()):
-            return self._refuse(f"unexpected {OPERATIONS[message.operation]}")
-        if self.state == EXPECT_REQUEST:
-            return self._request(message)
-        return self._response(message)
-
-    def _request(self, message: Message) -> Step:
-        self.operation, self.user, self.resource = message[:3]
-        key = self.key_of(self.user)
+    def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
+        """Judge a peer's first message. new_token gives the 32 bytes to challenge with, for
+        KNOCK or REVOKE."""
+        operation, user, resource = message[:3]
+        if operation not in (KNOCK, REVOKE):
+            return self.refuse(NO_AUTH, ANYBODY, ANYBODY, f"unexpected {OPERATIONS[operation]}")
+        key = self.key_of(user)
         if not message.proves(key or self.NOBODYS_KEY, NO_TOKEN) or key is None:
-            return self._refuse("wrong key" if key else "unknown user")
-        self.proved = BASIC_AUTH
-        objection = self.objection(self.user, self.resource)
+            return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
+        objection = self.objection(user, resource)
         if objection:
-            return self._refuse(objection)
-        token = self.new_token(self.operation, self.user, self.resource)
-        self.expect_response(self.user, self.resource, [(self.operation, token)])
-        return Step(CONTINUE, unsigned(CHALLENGE, self.user, self.resource, token))
+            return self.refuse(BASIC_AUTH, user, resource, objection)
+        return Verdict(unsigned(CHALLENGE, user, resource, new_token(operation)))
 
-    def expect_response(self, user: int, resource: int, tokens: Tokens) -> None:
-        """Go on as if a request had come in and been answered with one of these tokens: so
-        a server can do without state, and derive the tokens anew."""
-        self.user, self.resource, self.tokens = user, resource, tokens
-        self.state = EXPECT_RESPONSE
-
-    def _response(self, message: Message) -> Step:
-        if (message.user, message.resource) != (self.user, self.resource):
-            return self._refuse("other ids in the RESPONSE than in the request")
+    def on_response(
+        self, message: Message, user: int, resource: int, proved: int, tokens: Tokens
+    ) -> Verdict:
+        """Judge what should be the RESPONSE of a peer whose request was for this user and
+        resource, and has proved so much. tokens are those that it may answer."""
+        if message.operation != RESPONSE:
+            reason = f"unexpected {OPERATIONS[message.operation]}"
+            return self.refuse(proved, user, resource, reason)
+        if message[1:3] != (user, resource):
+            reason = "other ids in the RESPONSE than in the request"
+            return self.refuse(proved, user, resource, reason)
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(self.user) or self.NOBODYS_KEY
-        asked = next((asked for asked, token in self.tokens if message.proves(key, token)), None)
+        key = self.key_of(user) or self.NOBODYS_KEY
+        asked = next((asked for asked, token in tokens if message.proves(key, token)), None)
         if key == self.NOBODYS_KEY or asked is None:
-            return self._refuse("wrong RESPONSE")
-        self.operation = asked
-        self.proved = FULL_AUTH
-        objection = self.objection(self.user, self.resource)
+            return self.refuse(proved, user, resource, "wrong RESPONSE")
+        objection = self.objection(user, resource)
         if objection:
-            return self._refuse(objection)
-        self.state = AUTHENTICATED
-        return Step(GRANT)
+            return self.refuse(FULL_AUTH, user, resource, objection)
+        return Verdict(b"", granted=asked)
 
-    def finish(self, done: bool) -> bytes:
-        """After GRANT: the last message, COMEIN if it was done; b"" if silence is due."""
-        if done:
-            self.state = ENDED
-            return unsigned(COMEIN, self.user, self.resource)
-        return self._refuse("").reply
-
-    def _refuse(self, reason: str) -> Step:
-        self.state = ENDED
-        if self.proved < self.policy:
-            return Step(REFUSE, reason=reason)
-        return Step(REFUSE, unsigned(GOAWAY, self.user, self.resource), reason)
+    def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
+        """Refuse a peer that has proved so much."""
+        reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
+        return Verdict(reply, reason)
 
 
 # ============================================================================
@@ -359,6 +311,11 @@ class Resource(NamedTuple):
     def rules(self) -> int:
         """How much one lease counts against max-nr-rules."""
         return len(self.protocols) + len(self.jumps)
+
+    @property
+    def meaning(self) -> str:
+        """8 hex digits that change with port, protocols and jumps; no secret."""
+        return digest(self[1:4])
 
     @property
     def is_gate(self) -> bool:
@@ -399,6 +356,16 @@ class Config(NamedTuple):
             return "resource not allowed for this user"
         return self.defect(found)
 
+    def allowed(self, lease: Lease, meaning: str) -> Lease | None:
+        """The lease with at most the time that its resource gives now; None if its user may
+        not have it any more, or if it was given when the resource had another meaning."""
+        user, resource = lease.user, self.resources.get(lease.resource)
+        if user not in self.keys or self.objection(user, lease.resource) or not resource:
+            return None
+        if resource.meaning != meaning:
+            return None
+        return lease._replace(ends=min(lease.ends, time.monotonic() + resource.timeout))
+
     def defect(self, resource: Resource) -> str:
         """Why nobody can have this resource; "" if all is well."""
         if resource.port == self.port:
@@ -407,6 +374,13 @@ class Config(NamedTuple):
             if hook not in self.chains:
                 return f"chain-{hook} is not set in [NFTABLES]"
         return ""
+
+
+@functools.lru_cache(1000)
+def digest(facts: tuple[object, ...]) -> str:
+    """8 hex digits that change with these facts; no secret."""
+    import binascii
+    return f"{binascii.crc32(repr(facts).encode()):08x}"
 
 
 def shown(text: str) -> str:
@@ -771,7 +745,8 @@ def read_config(path: str, server: bool) -> Config:
 
 
 def exchange(
-    handshake: ClientHandshake, family: int, sockaddr: Any, protocol: str, timeout: float
+    handshake: Generator[bytes, bytes, None],
+    family: int, sockaddr: Any, protocol: str, timeout: float,
 ) -> Generator[tuple[socket.socket, int, float], None, None]:
     """One handshake with one address: straight-line code that gives way at each wait. Args:
     family and sockaddr, as of socket.getaddrinfo; protocol, "tcp" or "udp"; timeout, in
@@ -792,8 +767,8 @@ def exchange(
                 number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number:
                     raise OSError(number, os.strerror(number)) from None
-            message = handshake.request
-            while not handshake.done:
+            message = next(handshake)
+            while True:
                 peer.send(message)
                 deadline = time.monotonic() + timeout
                 received = b""
@@ -806,7 +781,9 @@ def exchange(
                         received += data
                     else:
                         raise ProtocolError("the server closed the connection without an answer")
-                message = handshake.receive(received)
+                message = handshake.send(received)
+    except StopIteration:
+        return
     except TimeoutError:
         problem = f"no answer from {where} over {protocol} within {timeout:g} s"
         hint = "is the server running, and is the control port right and open (-P, -T, -U)?"
@@ -896,15 +873,16 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     protocol = arguments.protocol or config.protocols[0]
 
     addresses = resolve(arguments.host, port, arguments.families)
-    handshakes = [ClientHandshake(operation, user, resource, key) for _ in addresses]
     texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
     say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
-    pairs = zip(handshakes, addresses.items())
-    timeout = config.control_timeout
-    results = run_all([exchange(shake, *address, protocol, timeout) for shake, address in pairs])
-    for text, handshake, error in zip(texts, handshakes, results):
-        for warning in handshake.warnings:
-            warn(f"{text}: {warning}")
+
+    def shake(family: int, sockaddr: tuple[Any, ...]) -> Any:
+        ids = (operation, user, resource, key)
+        handshake = client_handshake(*ids, lambda line: warn(f"{sockaddr[0]}: {line}"))
+        return exchange(handshake, family, sockaddr, protocol, config.control_timeout)
+
+    results = run_all([shake(*address) for address in addresses.items()])
+    for text, error in zip(texts, results):
         say(f"{text}: {error.problem if error else 'COMEIN'}")
     errors = [error for error in results if error]
     if errors and (arguments.families or len(errors) == len(results)):
@@ -944,18 +922,20 @@ NFT_TABLE_MESSAGES = (0, 2)  # NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE: linux/netfilt
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
-COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) (boot=[0-9a-f]{8} \S+)")
+COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) means=(\S{8})")
 
 
 class Lease(NamedTuple):
-    """That an address (4 or 16 bytes) may use a resource, until ends (time.monotonic());
-    rules is how much it counts against max-nr-rules."""
+    """That an address (4 or 16 bytes) may use a resource, until ends (time.monotonic())."""
 
     address: bytes
     resource: int
     user: int
     ends: float
-    rules: int
+
+    @property
+    def key(self) -> LeaseKey:
+        return self.address, self.resource
 
 
 class Listing(NamedTuple):
@@ -1009,46 +989,32 @@ def rule_texts(config: Config) -> list[str]:
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
     # The comment tells our rules from others, and from those of another configuration.
-    return [f'{rule} comment "letmein {digest(rules)}"' for rule in rules]
+    return [f'{rule} comment "letmein {digest(tuple(rules))}"' for rule in rules]
 
 
-def lease_names(resource: Resource, address: bytes) -> list[tuple[str, str]]:
-    """The elements that make up a lease: (set, key) for each."""
-    text, v = address_text(address), 4 if len(address) == 4 else 6
-    if resource.jumps:
-        return [(f"letmein-{resource.identifier:08X}-{v}", text)]
-    return [(f"letmein-{v}", f"{text} . {proto} . {resource.port}") for proto in resource.protocols]
-
-
-def digest(facts: object) -> str:
-    """8 hex digits that change with these facts; no secret."""
-    import binascii
-    return f"{binascii.crc32(repr(facts).encode()):08x}"
-
-
-def comment_end(resource: Resource, boot: str) -> str:
-    """The end of a comment: when it counts (boot: the start of the kernel's boot id), and
-    what the resource means (port, protocols and jumps)."""
-    return f"boot={boot} means={digest(resource[1:4])}"
-
-
-def lease_elements(config: Config, lease: Lease, now: float, boot: str) -> list[Element]:
-    """A lease's elements, as they explain themselves in `nft list ruleset`."""
-    resource = config.resources[lease.resource]
-    ids = f"user={lease.user:08X} resource={lease.resource:08X}"
-    comment = f"{ids} {comment_end(resource, boot)}"
-    names = lease_names(resource, lease.address)
-    return [(name, lease.ends - now, comment) for name in names]
-
-
-def gate_elements(config: Config, resource: int, ends: float, now: float) -> list[Element]:
-    """The elements that open the gate of a jump resource until its last lease ends."""
-    name = f"letmein-{resource:08X}-gate"
-    return [((name, IP[v]), ends - now, "gate") for v in VERSIONS[config.family]]
+def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elements:
+    """The elements that make up these leases. Their comments explain them to people, and to a
+    successor of this server: when they count (boot: the start of the kernel's boot id), and
+    what the resource means. A gate is open until its last lease ends."""
+    elements: Elements = {}
+    for lease in leases:
+        resource = config.resources[lease.resource]
+        name, text = f"letmein-{lease.resource:08X}", address_text(lease.address)
+        v = 4 if len(lease.address) == 4 else 6
+        ids = f"user={lease.user:08X} resource={lease.resource:08X}"
+        facts = lease.ends, f"{ids} boot={boot} means={resource.meaning}"
+        for protocol in resource.protocols:
+            elements[f"letmein-{v}", f"{text} . {protocol} . {resource.port}"] = facts
+        if resource.jumps:
+            elements[f"{name}-{v}", text] = facts
+        for version in VERSIONS[config.family] if resource.is_gate else ():
+            gate = f"{name}-gate", IP[version]
+            elements[gate] = max(elements.get(gate, (0.0, "")), (lease.ends, "gate"))
+    return elements
 
 
 def elements_script(
-    config: Config, removals: Iterable[tuple[str, str]], elements: Iterable[Element]
+    config: Config, removals: Iterable[tuple[str, str]], elements: Elements, now: float
 ) -> str:
     """The nft script that removes these (set, key), then puts these elements.
 
@@ -1061,9 +1027,10 @@ def elements_script(
     added: dict[str, list[str]] = {}
     for name, key in removals:
         removed.setdefault(name, []).append(key)
-    for (name, key), seconds, comment in elements:
-        text = f'{key} timeout {{0}} expires {{0}} comment "{comment}"'
-        added.setdefault(name, []).append(text.format(duration_text(seconds)))
+    for (name, key), (ends, comment) in elements.items():
+        left = duration_text(ends - now)
+        text = f'{key} timeout {left} expires {left} comment "{comment}"'
+        added.setdefault(name, []).append(text)
     where = f"element {config.family} {config.table}"
     lines = []
     for name, keys in removed.items():
@@ -1073,9 +1040,9 @@ def elements_script(
     return "".join(line + "\n" for line in lines)
 
 
-def ruleset_script(config: Config, leases: Sequence[Lease], now: float, boot: str) -> str:
+def ruleset_script(config: Config, elements: Elements, now: float) -> str:
     """The nft script that makes everything as it should be, whatever is there: sets,
-    rules, and the leases with the time they have left."""
+    rules, and the elements with the time they have left."""
     table = f"{config.family} {config.table}"
     lines = []
     for name, kind in set_types(config).items():
@@ -1083,11 +1050,7 @@ def ruleset_script(config: Config, leases: Sequence[Lease], now: float, boot: st
         lines.append(f"flush set {table} {name}")
     lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
     lines += [f"add rule {table} {rule}" for rule in rule_texts(config)]
-    elements = [e for lease in leases for e in lease_elements(config, lease, now, boot)]
-    for identifier in [i for i, resource in config.resources.items() if resource.is_gate]:
-        ends = [lease.ends for lease in leases if lease.resource == identifier]
-        elements += gate_elements(config, identifier, max(ends), now) if ends else []
-    return "".join(line + "\n" for line in lines) + elements_script(config, [], elements)
+    return "".join(line + "\n" for line in lines) + elements_script(config, (), elements, now)
 
 
 def read_listing(config: Config, printed: bytes) -> Listing:
@@ -1127,25 +1090,24 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
     """The leases in a listing that a server of this boot gave (an administrator may have
     saved the ruleset and loaded it again), and that this configuration still allows."""
     leases: Leases = {}
-    kinds = set_types(config)
     for (name, key), element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
         left = element.get("expires") or 0
-        if comment is None or kinds.get(name, "ether_type") == "ether_type" or left <= 0:
-            continue
-        user, identifier = int(comment[1], 16), int(comment[2], 16)
-        if user not in config.keys or config.objection(user, identifier):
-            continue
-        resource = config.resources[identifier]
-        if comment[3] != comment_end(resource, boot):
+        if comment is None or name.endswith("-gate") or comment[3] != boot or left <= 0:
             continue
         text = key.split(" ")[0]
         address = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-        names = lease_names(resource, address)
-        if (name, key) in names and all(name in listing.elements for name in names):
-            ends = now + min(left, resource.timeout)
-            leases[address, identifier] = Lease(address, identifier, user, ends, resource.rules)
+        found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
+        lease = config.allowed(found, comment[4])
+        names = owned(lease_elements(config, [lease], boot)) if lease else set()
+        if lease and (name, key) in names and names <= listing.elements.keys():
+            leases[lease.key] = lease
     return list(leases.values())
+
+
+def owned(elements: Elements) -> set[tuple[str, str]]:
+    """The (set, key) of those that are one lease's alone: gates are shared."""
+    return {name for name in elements if not name[0].endswith("-gate")}
 
 
 def differences(
@@ -1155,39 +1117,31 @@ def differences(
     that an administrator has revoked). identities are those of our sets when all was in
     order, {} if not known: an element missing from a set that stayed was deleted on
     purpose, one that went with its set was not. In its last second a lease may be gone."""
-    damage = ""
-    strange = {
+    stayed = {
         name
         for name in set_types(config)
-        if name not in listing.identities
-        or identities.get(name, listing.identities[name]) != listing.identities[name]
+        if name in listing.identities
+        and identities.get(name, listing.identities[name]) == listing.identities[name]
     }
-    if strange:
-        damage = "sets are missing"
+    damage = "" if len(stayed) == len(set_types(config)) else "sets are missing"
     if listing.rules != len(rule_texts(config)):
         damage = "rules are missing"
-    revoked = []
-    expected: dict[tuple[str, str], float] = {}
-    for key, lease in leases.items():
-        resource = config.resources[key[1]]
-        names = lease_names(resource, key[0])
-        if lease.ends - now > 1 and not all(name in listing.elements for name in names):
-            if identities and not strange.intersection(name for name, _ in names):
-                revoked.append(key)
-                continue
+    revoked: list[Lease] = []
+    rest: list[Lease] = []
+    for lease in leases.values():
+        names = owned(lease_elements(config, [lease], ""))
+        gone = lease.ends - now > 1 and not names <= listing.elements.keys()
+        by_hand = identities and gone and all(name in stayed for name, _ in names)
+        (revoked if by_hand else rest).append(lease)
+    expected = lease_elements(config, rest, "")
+    for name, (ends, _) in expected.items():
+        if ends - now > 1 and name not in listing.elements:
             damage = "leases are missing"
-        if resource.is_gate:
-            gate = [name for name, *_ in gate_elements(config, key[1], 0, 0)]
-            if lease.ends - now > 1 and not all(name in listing.elements for name in gate):
-                damage = "a gate is missing"
-            names += gate
-        for name in names:
-            expected[name] = max(expected.get(name, 0), lease.ends)
     for name, element in listing.elements.items():
         left = element.get("expires")
-        if left != 0 and (left is None or left > expected.get(name, 0) - now + 1):
+        if left != 0 and (left is None or left > expected.get(name, (0.0, ""))[0] - now + 1):
             damage = "there are foreign elements"
-    return damage, revoked
+    return damage, [lease.key for lease in revoked]
 
 
 class NftError(UserError):
@@ -1273,7 +1227,7 @@ def check_kernel(nft: Nft, config: Config) -> Listing:
             hint = f"remove it: nft delete set {config.family} {config.table} {name}"
             raise UserError(f"the set {name} {where} is not one of ours", hint)
     try:
-        nft.run(ruleset_script(config, [], 0, ""), "-c")
+        nft.run(ruleset_script(config, {}, 0), "-c")
     except NftError as error:
         hint = "do all chains that resources jump to exist, under names that nft takes?"
         raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
@@ -1320,7 +1274,7 @@ class Firewall:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
         for lease in adoptable(self.config, listing, time.monotonic(), self.boot):
-            self._keep((lease.address, lease.resource), lease)
+            self._keep(lease.key, lease)
         self._install(listing)
         if self.leases:
             self.log("adopted", leases=len(self.leases))
@@ -1330,12 +1284,9 @@ class Firewall:
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
         listing = check_kernel(self.nft, config)
         for key, lease in list(self.leases.items()):
-            before, after = self.config.resources[key[1]], config.resources.get(key[1])
-            fits = after is not None and before[1:4] == after[1:4]  # port, protocols, jumps
-            if fits and lease.user in config.keys and not config.objection(lease.user, key[1]):
-                assert after is not None
-                ends = min(lease.ends, time.monotonic() + after.timeout)
-                self._keep(key, lease._replace(ends=ends))
+            kept = config.allowed(lease, self.config.resources[key[1]].meaning)
+            if kept:
+                self._keep(key, kept)
             else:
                 self._revoke(key, "configuration")
         self.config = config
@@ -1348,8 +1299,8 @@ class Firewall:
         """Make the kernel's part of our table what it should be. Raises NftError."""
         self.expire()
         self.installed = True
-        leases = list(self.leases.values())
-        self._run(ruleset_script(self.config, leases, time.monotonic(), self.boot))
+        elements = lease_elements(self.config, self.leases.values(), self.boot)
+        self._run(ruleset_script(self.config, elements, time.monotonic()))
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
         self.identities = list_table(self.nft, self.config).identities
 
@@ -1428,14 +1379,14 @@ class Firewall:
             problem = "" if resource else "unknown resource"
             if resource and change.operation == REVOKE and old:
                 planned[key] = None
-                rules -= old.rules
+                rules -= resource.rules
             elif resource and change.operation == KNOCK:
-                rest = rules - (old.rules if old else 0)
-                problem = self._objection(change, resource, rest)
+                more = 0 if old else resource.rules
+                problem = self._objection(change, resource, rules + more)
                 if not problem:
                     ends = now + min(resource.timeout, LONGEST_LEASE_S)
-                    planned[key] = Lease(*key, change.user, ends, resource.rules)
-                    rules = rest + resource.rules
+                    planned[key] = Lease(*key, change.user, ends)
+                    rules += more
             done.append((change, problem))
         if planned:
             self._run(self._script(planned, now))
@@ -1448,41 +1399,40 @@ class Firewall:
             change.done(problem)
 
     def _objection(self, change: Change, resource: Resource, rules: int) -> str:
-        """Why this lease cannot be given while these rules stand; "" if it can."""
+        """Why this lease, with which these rules would stand, cannot be given; "" if it can."""
         if (4 if len(change.address) == 4 else 6) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
         if resource.timeout < SHORTEST_LEASE_S:
             return "the resource's timeout is 0"
-        if rules + resource.rules > self.config.max_nr_rules:
+        if rules > self.config.max_nr_rules:
             return f"max-nr-rules ({self.config.max_nr_rules}) is reached"
         return ""
 
     def _script(self, planned: Mapping[LeaseKey, Lease | None], now: float) -> str:
         """The nft script that turns the leases that are into those that are planned."""
-        removals: list[tuple[str, str]] = []
-        elements: list[Element] = []
-        for key, lease in planned.items():
-            old = self.leases.get(key)
-            if lease is not None:
-                elements += lease_elements(self.config, lease, now, self.boot)
-            if old and (lease is None or lease.user != old.user or not self.refreshes):
-                removals += lease_names(self.config.resources[key[1]], key[0])
-        for identifier in {key[1] for key in planned}:
-            if self.config.resources[identifier].is_gate:
-                after = {**self.leases, **planned}.values()
-                ends = [new.ends for new in after if new and new.resource == identifier]
-                gate = gate_elements(self.config, identifier, max(ends, default=0), now)
-                removals += [name for name, *_ in gate]
-                elements += gate if ends else []
-        return elements_script(self.config, removals, elements)
+        old = {key: self.leases[key] for key in planned if key in self.leases}
+        gates = {key[1] for key in planned if self.config.resources[key[1]].is_gate}
+        if gates:
+            old.update((key, lease) for key, lease in self.leases.items() if key[1] in gates)
+        new = [lease for lease in {**old, **planned}.values() if lease]
+        before = lease_elements(self.config, old.values(), self.boot)
+        after = lease_elements(self.config, new, self.boot)
+        changed = {name: facts for name, facts in after.items() if before.get(name) != facts}
+        removals = [
+            name
+            for name, (_, comment) in before.items()
+            if name not in after or (name in changed and not self.refreshes)
+            or after[name][1] != comment
+        ]
+        return elements_script(self.config, removals, changed, now)
 
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
-        old = self.leases.pop(key, None)
-        self.rules -= old.rules if old else 0
+        rules = self.config.resources[key[1]].rules
+        self.rules -= rules if self.leases.pop(key, None) else 0
         if lease is not None:
             self.leases[key] = lease
-            self.rules += lease.rules
+            self.rules += rules
             self.next_end = min(self.next_end, lease.ends)
 
     def _revoke(self, key: LeaseKey, reason: str) -> None:
@@ -1608,6 +1558,7 @@ DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some
 TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
 TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
 ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
+REFUSED = "refused"  # the log's event for a peer that has not proved what it should
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
@@ -1677,7 +1628,7 @@ class Log:
         else:
             self.counts[event] += 1
             self.sum_up(kind)
-        if event == REFUSE:
+        if event == REFUSED:
             self.refusals[fields["reason"]] += 1
 
     def sum_up(self, name: str, number: int = 1) -> None:
@@ -2024,49 +1975,51 @@ class Monitor:
             return
         if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
             return self._lose_network("it sent a bad record")
-        config, message = self.config, record.payload
-        user, resource, is_answer = record.user, record.resource, record.kind == ANSWER
-        if record.protocol == UDP:
-            # All that is known of a datagram's sender stands in the datagram.
-            operation, user, resource = struct.unpack_from("!III", message, 4)
-            is_answer = operation == RESPONSE
+        try:
+            message = Message.decode(record.payload)
+        except ProtocolError:
+            return self._lose_network("it sent a bad message")
+        # All that is known of a datagram's sender stands in the datagram.
+        is_answer = record.kind == ANSWER or (record.protocol, message[0]) == (UDP, RESPONSE)
+        user, resource = record[7:9] if record.kind == ANSWER else message[1:3]
+        config = self.config
         # What a token is for: this peer and connection, and what the configuration says of the
         # request, where a change ends the handshake.
-        facts = repr((config.keys.get(user), config.resources.get(resource), record[1:6])).encode()
+        facts = (user, resource, config.keys.get(user), config.resources.get(resource), record[1:6])
+        text = repr(facts).encode()
 
-        def new_token(asked: int, user: int, resource: int, age: int = 0) -> bytes:
+        def token(operation: int, age: int = 0) -> bytes:
             """The token for a request of some windows ago."""
             import hmac
             window = int(time.monotonic() / TOKEN_WINDOW_S) - age
-            text = struct.pack("!QIII", window, asked, user, resource) + facts
-            return hmac.digest(self.secret, text, "sha3_256")
+            start = struct.pack("!QI", window, operation)
+            return hmac.digest(self.secret, start + text, "sha3_256")
 
-        rules = (config.error_policy, config.keys.get, config.objection)
-        handshake = ServerHandshake(*rules, new_token)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
         if is_answer:
             ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
-            requests = [(asked, age) for age in ages for asked in (KNOCK, REVOKE)]
-            tokens = ((asked, new_token(asked, user, resource, age)) for asked, age in requests)
-            handshake.expect_response(user, resource, tokens)
+            tokens = ((asked, token(asked, age)) for age in ages for asked in (KNOCK, REVOKE))
             # A TCP connection whose first message proved nothing has been closed.
-            handshake.proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
-        step = handshake.receive(message)
-        if step.verdict == CONTINUE:
-            self._send(record._replace(kind=REPLY, payload=step.reply))
-        elif step.verdict == GRANT:
-            self._grant(handshake, record)
-        elif step.verdict == REFUSE:
-            self._log_peer(REFUSE, handshake, record, step.reason)
-            self._end(record, step.reply)
+            proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
+            verdict = handshake.on_response(message, user, resource, proved, tokens)
         else:
-            self._lose_network("it sent a bad message")
+            verdict = handshake.on_request(message, token)
+        if verdict.granted is not None:
+            self._grant(verdict.granted, message, handshake, record)
+        elif verdict.reason:
+            self._log_peer(REFUSED, message, record, verdict.reason)
+            self._end(record, verdict.reply)
+        else:
+            self._send(record._replace(kind=REPLY, payload=verdict.reply))
 
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
         if reply or record.protocol == TCP:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
-    def _grant(self, handshake: ServerHandshake, record: Record) -> None:
+    def _grant(
+        self, operation: int, message: Message, handshake: ServerHandshake, record: Record
+    ) -> None:
         """The peer has proved itself: have the firewall do what it asked for. Over UDP its
         RESPONSE is remembered until the token's time is over: a repeated one changes nothing,
         and gets the same reply once that is there."""
@@ -2078,26 +2031,28 @@ class Monitor:
         response = record.payload
         if response in remembered:
             return self._end(record, remembered[response][1])
+        goaway = handshake.refuse(FULL_AUTH, message.user, message.resource, "").reply
         if len(remembered) >= ACCEPTED_LIMIT:
-            return self._end(record, handshake.finish(False))
+            return self._end(record, goaway)
         remembered[response] = (now, b"")
 
         def done(problem: str) -> None:
-            event = "granted" if handshake.operation == KNOCK else "revoked"
-            self._log_peer("failed" if problem else event, handshake, record, problem)
-            remembered[response] = (now, handshake.finish(not problem))
-            self._end(record, remembered[response][1])
+            event = "granted" if operation == KNOCK else "revoked"
+            self._log_peer("failed" if problem else event, message, record, problem)
+            reply = goaway if problem else unsigned(COMEIN, message.user, message.resource)
+            remembered[response] = (now, reply)
+            self._end(record, reply)
 
-        ids = (handshake.resource, handshake.user)
-        self.firewall.queue.append(Change(handshake.operation, record.peer, *ids, done))
+        ids = (message.resource, message.user)
+        self.firewall.queue.append(Change(operation, record.peer, *ids, done))
 
-    def _log_peer(self, event: str, peer: ServerHandshake, record: Record, reason: str) -> None:
+    def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
         fields = {
             "peer": address_text(record.peer),
             "proto": "tcp" if record.protocol == TCP else "udp",
-            "user": f"{peer.user:08X}",
-            "resource": f"{peer.resource:08X}",
+            "user": f"{message.user:08X}",
+            "resource": f"{message.resource:08X}",
         }
         if reason:
             self.log.refusal(event, **fields, reason=reason)
@@ -2512,7 +2467,7 @@ def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
     from datetime import timedelta
     check_kernel(Nft(config.nft), config)
-    print(ruleset_script(config, [], 0, ""), end="")
+    print(ruleset_script(config, {}, 0), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
         may = ", ".join(f"{r} for {timedelta(seconds=r.timeout)}" for r in mine)

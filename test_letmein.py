@@ -404,6 +404,7 @@ class Server:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self.process.kill()
+            self.process.wait()
         self.stop()
 
     def _read(self) -> None:
