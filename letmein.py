@@ -332,19 +332,19 @@ class Config(NamedTuple):
 
     path: str
     warnings: tuple[str, ...]
-    debug: bool
-    port: int
+    port: int  # the control port
     protocols: tuple[str, ...]
+    keys: Mapping[int, bytes]
+    resources: Mapping[int, Resource]
+    chains: Mapping[str, str]  # by hook; chains that are not named are absent
+    debug: bool
     control_timeout: float
     error_policy: int
     seccomp: str
     default_user: int
-    keys: Mapping[int, bytes]
-    resources: Mapping[int, Resource]
     nft: str
     family: str
     table: str
-    chains: Mapping[str, str]  # by hook; chains that are not named are absent
     max_nr_rules: int
 
     def objection(self, user: int, resource: int) -> str:
@@ -539,25 +539,31 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
     )
 
 
-# By section and option: default and parser. [KEYS] and [RESOURCES] have names of their own.
-OPTIONS: Mapping[str, Mapping[str, tuple[Any, Callable[[str], Any]]]] = {
+def parse_policy(text: str) -> int:
+    """A control-error-policy."""
+    return POLICIES[parse_choice(*POLICIES)(text)]
+
+
+# By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
+# have names of their own.
+OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
     "GENERAL": {
-        "debug": (False, parse_boolean),
-        "port": ((5800, ("tcp",)), parse_control_port),
-        "control-timeout": (5.0, parse_duration),
-        "control-error-policy": ("always", parse_choice(*POLICIES)),
-        "seccomp": ("off", parse_choice("off", "log", "kill")),
+        "debug": ("debug", False, parse_boolean),
+        "port": ("control", (5800, ("tcp",)), parse_control_port),
+        "control-timeout": ("control_timeout", 5.0, parse_duration),
+        "control-error-policy": ("error_policy", NO_AUTH, parse_policy),
+        "seccomp": ("seccomp", "off", parse_choice("off", "log", "kill")),
     },
-    "CLIENT": {"default-user": (0, parse_identifier)},
+    "CLIENT": {"default-user": ("default_user", 0, parse_identifier)},
     "NFTABLES": {
-        "exe": ("nft", str.strip),
-        "family": ("", parse_choice("inet", "ip", "ip6", fold=False)),
-        "table": ("", parse_name),
-        "chain-input": ("", parse_name),
-        "chain-forward": ("", parse_name),
-        "chain-output": ("", parse_name),
-        "timeout": (600.0, parse_duration),
-        "max-nr-rules": (100, lambda text: min(parse_number(text), 1_000_000)),
+        "exe": ("nft", "nft", str.strip),
+        "family": ("family", "", parse_choice("inet", "ip", "ip6", fold=False)),
+        "table": ("table", "", parse_name),
+        "chain-input": ("input", "", parse_name),
+        "chain-forward": ("forward", "", parse_name),
+        "chain-output": ("output", "", parse_name),
+        "timeout": ("timeout", 600.0, parse_duration),
+        "max-nr-rules": ("max_nr_rules", 100, lambda text: min(parse_number(text), 1_000_000)),
     },
     "KEYS": {},
     "RESOURCES": {},
@@ -623,13 +629,12 @@ def parse_config(text: str, path: str, server: bool) -> Config:
             problem = place(section, option) + unfit.problem
             raise ConfigError(problem, f"expected: {unfit.hint}") from None
 
-    values: dict[tuple[str, str], Any] = {}
+    values: dict[str, Any] = {}
     for section, known in OPTIONS.items():
         there = {} if section == ("CLIENT" if server else "NFTABLES") else sections.get(section, {})
-        for option, (default, parse) in known.items():
-            values[section, option] = default
-            if option in there:
-                values[section, option] = checked(section, option, parse, there[option][1])
+        for option, (field, default, parse) in known.items():
+            found = option in there
+            values[field] = checked(section, option, parse, there[option][1]) if found else default
     for section, options in sections.items():
         if section not in OPTIONS:
             where = f"{path}:{section_lines[section]}: [{shown(section)[1:-1]}] "
@@ -639,7 +644,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
                 hint = nearest(option, OPTIONS[section])
                 warnings.append(f"{place(section, option)}is unknown and ignored{hint}")
     for option in ("family", "table", "chain-input"):
-        if server and not values["NFTABLES", option]:
+        if server and not values[OPTIONS["NFTABLES"][option][0]]:
             raise ConfigError(
                 f"{path}:{section_lines.get('NFTABLES', 1)}: [NFTABLES] {option}: is not set",
                 "expected: family, table and chain-input, as in nftables.conf",
@@ -651,7 +656,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         keys[user] = checked("KEYS", option, parse_key, text)
     resources: dict[int, Resource] = {}
     ports: set[int] = set()
-    timeout = values["NFTABLES", "timeout"]
+    timeout = values.pop("timeout")
     for option, (_, text) in sections.get("RESOURCES", {}).items():
         identifier = checked("RESOURCES", option, parse_new_identifier, option, resources)
         resource = checked("RESOURCES", option, parse_resource, identifier, text, timeout)
@@ -661,29 +666,12 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         resources[identifier] = resource
         ports |= {resource.port} - {0}
 
-    chains = {hook: values["NFTABLES", f"chain-{hook}"] for hook in HOOKS}
-    port, protocols = values["GENERAL", "port"]
-    policy = values["GENERAL", "control-error-policy"]
-    config = Config(
-        path=path,
-        warnings=(),
-        debug=values["GENERAL", "debug"],
-        port=port,
-        protocols=protocols,
-        control_timeout=values["GENERAL", "control-timeout"],
-        error_policy=POLICIES[policy],
-        seccomp=values["GENERAL", "seccomp"],
-        default_user=values["CLIENT", "default-user"],
-        keys=keys,
-        resources=resources,
-        nft=values["NFTABLES", "exe"],
-        family=values["NFTABLES", "family"],
-        table=values["NFTABLES", "table"],
-        chains={hook: chain for hook, chain in chains.items() if chain},
-        max_nr_rules=values["NFTABLES", "max-nr-rules"],
-    )
+    port, protocols = values.pop("control")
+    chains = {hook: values.pop(hook) for hook in HOOKS}
+    chains = {hook: chain for hook, chain in chains.items() if chain}
+    config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        if policy == "always" and "udp" in protocols:
+        if config.error_policy == NO_AUTH and "udp" in protocols:
             text = "control-error-policy: 'always' over UDP answers forged senders"
             warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
         for option, resource in zip(sections.get("RESOURCES", {}), resources.values()):
@@ -1338,28 +1326,24 @@ class Firewall:
         alone, so that a bad one harms nobody else; but not after an nft that hung."""
         if self.look_at is not None and time.monotonic() >= self.look_at:
             self.heal()
-        while self.queue:
-            changes, self.queue = self.queue, []
-            try:
-                self._apply(changes)
-            except NftHung as error:
-                self.look_at = 0
-                for change in changes:
-                    change.done(error.problem)
-            except NftError:
-                self.heal()
-                self._apply_alone(changes)
-
-    def _apply_alone(self, changes: list[Change]) -> None:
-        give_up = time.monotonic() + NFT_LIMIT_S
-        for change in changes:
-            try:
-                if time.monotonic() > give_up:
-                    raise NftError("nft is too slow")
-                self._apply([change])
-            except NftError as error:
-                self.look_at = self.look_at or time.monotonic()
-                change.done(self.trouble or error.problem)
+        changes, self.queue = self.queue, []
+        try:
+            self._apply(changes)
+        except NftHung as error:
+            self.look_at = 0
+            for change in changes:
+                change.done(error.problem)
+        except NftError:
+            self.heal()
+            give_up = time.monotonic() + NFT_LIMIT_S
+            for change in changes:
+                try:
+                    if time.monotonic() > give_up:
+                        raise NftError("nft is too slow")
+                    self._apply([change])
+                except NftError as error:
+                    self.look_at = self.look_at or time.monotonic()
+                    change.done(self.trouble or error.problem)
 
     def _apply(self, changes: list[Change]) -> None:
         """Make these changes. Raises NftError, with no change done that needs nft."""
@@ -1367,35 +1351,31 @@ class Firewall:
         now = time.monotonic()
         rules = self.rules + len(self.config.protocols)
         planned: dict[LeaseKey, Lease | None] = {}
-        done: list[tuple[Change, str]] = []
-        later: list[Change] = []
+        problems = []
         for change in changes:
             key = (change.address, change.resource)
             resource = self.config.resources.get(change.resource)
-            old = self.leases.get(key)
-            if key in planned:
-                later.append(change)  # one change of a lease in a transaction
-                continue
+            held = planned[key] if key in planned else self.leases.get(key)
             problem = "" if resource else "unknown resource"
-            if resource and change.operation == REVOKE and old:
+            if resource and change.operation == REVOKE and held:
                 planned[key] = None
                 rules -= resource.rules
             elif resource and change.operation == KNOCK:
-                more = 0 if old else resource.rules
+                more = 0 if held else resource.rules
                 problem = self._objection(change, resource, rules + more)
                 if not problem:
                     ends = now + min(resource.timeout, LONGEST_LEASE_S)
                     planned[key] = Lease(*key, change.user, ends)
                     rules += more
-            done.append((change, problem))
-        if planned:
-            self._run(self._script(planned, now))
-        self.queue += later
+            problems.append(problem)
+        script = self._script(planned, now)
+        if script:
+            self._run(script)
         # A lease's time counts from here: so the kernel's element never outlives ours.
         elapsed = time.monotonic() - now
         for key, lease in planned.items():
             self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
-        for change, problem in done:
+        for change, problem in zip(changes, problems):
             change.done(problem)
 
     def _objection(self, change: Change, resource: Resource, rules: int) -> str:
@@ -1541,9 +1521,9 @@ class Firewall:
 # was possible. No flood can fill what is not there.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
-# into it), port and scope id, the in6_pktinfo that says at which address it knocked, user and
-# resource of a connection's first message, message
-RECORD = struct.Struct("!BBI16sHI20sII56s")
+# into it), the rest of the way back to it (see ROUTE), user and resource of a connection's first
+# message, message
+RECORD = struct.Struct("!BBI16s26sII56s")
 READY, REQUEST, ANSWER, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
@@ -1571,9 +1551,7 @@ class Record(NamedTuple):
     protocol: int = TCP
     connection: int = 0
     address: bytes = bytes(16)
-    port: int = 0
-    scope: int = 0
-    local: bytes = bytes(20)
+    route: bytes = bytes(26)
     user: int = ANYBODY
     resource: int = ANYBODY
     payload: bytes = bytes(MESSAGE_SIZE)
@@ -1648,33 +1626,29 @@ class Log:
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
     """The sockets of the control port, by protocol and port: for IPv6 and IPv4 in one, or for
     IPv4 where the kernel has no IPv6. Those that are old stay. Raises UserError."""
-    import errno
     sockets = {}
-    for protocol in config.protocols:
-        stream = protocol == "tcp"
-        for family, address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
-            if (protocol, config.port) in old:
-                sockets[protocol, config.port] = old[protocol, config.port]
-                break
-            try:
-                control = socket.socket(family, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
-                if family == socket.AF_INET6:
-                    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, stream)
-                control.bind((address, config.port))
-                if stream:
-                    control.listen(4096)
-                else:
-                    set_receive_buffer(control, DATAGRAM_BUFFER)
-            except OSError as error:
-                no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-                if no_ipv6 and family == socket.AF_INET6:
-                    continue
-                problem = f"cannot serve the control port {config.port}/{protocol}"
-                hint = "does another server run already? 'ss -lntup' tells"
-                raise UserError(f"{problem}: {error.strerror}", hint) from None
-            sockets[protocol, config.port] = control
-            break
+    ipv6 = socket.has_dualstack_ipv6()
+    for name in [(protocol, config.port) for protocol in config.protocols]:
+        if name in old:
+            sockets[name] = old[name]
+            continue
+        kind = socket.SOCK_STREAM if name[0] == "tcp" else socket.SOCK_DGRAM
+        try:
+            control = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, kind)
+            if ipv6:
+                control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if kind == socket.SOCK_STREAM:
+                control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:
+                set_receive_buffer(control, DATAGRAM_BUFFER)
+            control.bind(("::" if ipv6 else "0.0.0.0", config.port))
+            if kind == socket.SOCK_STREAM:
+                control.listen(4096)
+        except OSError as error:
+            problem = f"cannot serve the control port {config.port}/{name[0]}"
+            hint = "does another server run already? 'ss -lntup' tells"
+            raise UserError(f"{problem}: {error.strerror}", hint) from None
+        sockets[name] = control
     return sockets
 
 
@@ -1981,11 +1955,11 @@ class Monitor:
             return self._lose_network("it sent a bad message")
         # All that is known of a datagram's sender stands in the datagram.
         is_answer = record.kind == ANSWER or (record.protocol, message[0]) == (UDP, RESPONSE)
-        user, resource = record[7:9] if record.kind == ANSWER else message[1:3]
+        user, resource = record[5:7] if record.kind == ANSWER else message[1:3]
         config = self.config
         # What a token is for: this peer and connection, and what the configuration says of the
         # request, where a change ends the handshake.
-        facts = (user, resource, config.keys.get(user), config.resources.get(resource), record[1:6])
+        facts = (user, resource, config.keys.get(user), config.resources.get(resource), record[1:5])
         text = repr(facts).encode()
 
         def token(operation: int, age: int = 0) -> bytes:
@@ -2077,6 +2051,7 @@ def notify_systemd(state: str) -> None:
 # and forwards messages between peers and the monitor. It knows no key, and
 # could not run a program.
 
+ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct in6_pktinfo, ipv6(7)
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
 LISTENERS_LIMIT = 16
@@ -2091,7 +2066,7 @@ class Connection:
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
         self.socket = peer
-        self.address, self.port, self.scope = split_name(name)
+        self.address, self.route = split_name(name)
         # What counts as one peer: an IPv4 address, an IPv6 /56.
         self.prefix = self.address if self.address.startswith(IPV4_MAPPED) else self.address[:7]
         self.received = b""
@@ -2099,12 +2074,16 @@ class Connection:
         self.deadline = 0.0
 
 
-def split_name(name: tuple[Any, ...]) -> tuple[bytes, int, int]:
-    """A socket address as (16 bytes, port, scope id), IPv4 mapped into IPv6."""
+def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]:
+    """A peer's socket address as (16 bytes, route): the address, IPv4 mapped into IPv6, and
+    what else it takes to answer. Args: local, the in6_pktinfo or in_pktinfo of a datagram."""
     host, port, *more = name
-    if not more:
-        return IPV4_MAPPED + socket.inet_aton(host), port, 0
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0]), port, more[1]
+    if not more:  # in in_pktinfo the address to answer from is the second field: ip(7)
+        return IPV4_MAPPED + socket.inet_aton(host), ROUTE.pack(port, 0, local[4:8])
+    # The interface only matters where the address means nothing without it.
+    local = local if more[1] else local[:16]
+    address = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return address, ROUTE.pack(port, more[1], local)
 
 
 class Network:
@@ -2291,7 +2270,7 @@ class Network:
                 self.answered[connection.number] = connection
             connection.ids = connection.ids or (message.user, message.resource)
             user, resource = connection.ids
-            name = (connection.address, connection.port, connection.scope, bytes(20))
+            name = (connection.address, connection.route)
             self._send(Record(kind, TCP, connection.number, *name, user, resource, payload))
 
     def _forget(self, connection: Connection) -> None:
@@ -2318,26 +2297,24 @@ class Network:
                 continue
             except OSError:
                 return
-            local = extra[0][2][:20].ljust(20, b"\0") if extra else bytes(20)
-            self._send(Record(REQUEST, UDP, number, *split_name(name), local, payload=data))
+            local = extra[0][2] if extra else b""
+            self._send(Record(REQUEST, UDP, number, *split_name(name, local), payload=data))
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
         if record.connection >= len(self.listeners):
             return
         listener = self.listeners[record.connection]
+        port, scope, local = ROUTE.unpack(record.route)
         name: tuple[Any, ...]
         if listener.family == socket.AF_INET6:
-            name = (socket.inet_ntop(socket.AF_INET6, record.address), record.port, 0, record.scope)
-            # The interface is only given where the address means nothing without it.
-            interface = record.local[16:] if record.scope else bytes(4)
-            extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, record.local[:16] + interface)
+            name = (socket.inet_ntop(socket.AF_INET6, record.address), port, 0, scope)
+            extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local)
         else:
-            name = (socket.inet_ntoa(record.peer), record.port)
-            # struct in_pktinfo: interface, local address, destination address; see ip(7)
-            extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + record.local[4:8] + bytes(4))
+            name = (socket.inet_ntoa(record.peer), port)
+            extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
         try:
-            listener.sendmsg([record.payload], [extra] if any(record.local) else [], 0, name)
+            listener.sendmsg([record.payload], [extra] if any(local) else [], 0, name)
         except OSError:
             return  # a lost datagram: the client asks again
 

@@ -1245,7 +1245,7 @@ class TestJumps:
             assert handshake(lab, 0x32) == COMEIN
             while lab.reaches(8080, CLIENT_4):
                 assert time.monotonic() < before + 3, "the lease does not end"
-            assert time.monotonic() - before >= 0.6
+            assert time.monotonic() - before >= 0.59  # a tick of the kernel is 4 ms
             # A gate is open as long as the longest lease, and not longer.
             assert handshake(lab, 0x33) == COMEIN
             time.sleep(0.3)
@@ -1253,7 +1253,7 @@ class TestJumps:
             assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
             while lab.reaches(8080, CLIENT_6):
                 assert time.monotonic() < before + 3, "the gate does not close"
-            assert time.monotonic() - before >= 0.6
+            assert time.monotonic() - before >= 0.59  # a tick of the kernel is 4 ms
             assert handshake(lab, 0x33, REVOKE) == COMEIN
             assert not lab.reaches(8080, CLIENT_4)
 
