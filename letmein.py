@@ -501,38 +501,38 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
     """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`."""
     expected = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
     items = parse_items(text)
-    lists = {key: values for key, values in items if key}
-    flags = [values for key, values in items if not key]
-    is_port = "port" in lists
-    if is_port == (["jump"] in flags):
+    keys = [key for key, _ in items if key]
+    lists = dict(items)
+    is_port = "port" in keys
+    if is_port == (("", ["jump"]) in items):
         raise Unfit("neither a port nor a jump resource, or both", expected)
-    known = {"timeout", "users"}
-    known |= {"port"} if is_port else {name for hook in HOOKS for name in (hook, hook + "-match")}
-    for number, (key, values) in enumerate(items):
+    known = {"port"} if is_port else {name for hook in HOOKS for name in (hook, hook + "-match")}
+    flags: set[str] = set()
+    for key, values in items:
         words = {word.lower() for word in values}
+        if key not in ("", "timeout", "users", *known):
+            raise Unfit(f"{shown(key)} is not known here", expected)
         if not key and (not words <= {"tcp", "udp"} if is_port else values != ["jump"]):
             raise Unfit(f"{shown(', '.join(values))} is not known here", expected)
-        if key and key not in known:
-            raise Unfit(f"{shown(key)} is not known here", expected)
-        if key and key != "users" and len(values) != 1:
+        if key not in ("", "users") and len(values) != 1:
             raise Unfit(f"{key} takes one value", expected)
         if key.endswith("-match") and values != ["saddr"]:
             raise Unfit(f"{key} takes saddr alone", f"'{key}: saddr', or nothing")
-        if key in ("port", "timeout", "users") and key in [before for before, _ in items[:number]]:
+        if key in ("port", "timeout", "users") and keys.count(key) > 1:
             raise Unfit(f"{key} stands there twice", expected)
+        flags |= set() if key else words
 
-    port = parse_port(lists["port"][0]) if is_port else 0
-    protocols = {word.lower() for words in flags for word in words} or {"tcp"}
-    jumps = []
-    for hook in HOOKS:
-        if hook in lists:
-            jumps.append((hook, parse_name(lists[hook][0]), hook + "-match" in lists))
-    if not port and not jumps:
+    jumps = [
+        (hook, parse_name(lists[hook][0]), hook + "-match" in lists)
+        for hook in HOOKS
+        if hook in lists
+    ]
+    if not is_port and not jumps:
         raise Unfit("a jump resource without a chain to jump to", expected)
     return Resource(
         identifier,
-        port,
-        tuple(sorted(protocols)) if is_port else (),
+        parse_port(lists["port"][0]) if is_port else 0,
+        tuple(sorted(flags or {"tcp"})) if is_port else (),
         tuple(jumps),
         parse_duration(lists["timeout"][0]) if "timeout" in lists else default_timeout,
         frozenset(parse_identifier(user) for user in lists.get("users", [])),
@@ -921,10 +921,6 @@ class Lease(NamedTuple):
     user: int
     ends: float
 
-    @property
-    def key(self) -> LeaseKey:
-        return self.address, self.resource
-
 
 class Listing(NamedTuple):
     """Our part of the kernel's ruleset: by set its identity and its type, by
@@ -1089,7 +1085,7 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
         lease = config.allowed(found, comment[4])
         names = owned(lease_elements(config, [lease], boot)) if lease else set()
         if lease and (name, key) in names and names <= listing.elements.keys():
-            leases[lease.key] = lease
+            leases[lease[:2]] = lease
     return list(leases.values())
 
 
@@ -1129,7 +1125,7 @@ def differences(
         left = element.get("expires")
         if left != 0 and (left is None or left > expected.get(name, (0.0, ""))[0] - now + 1):
             damage = "there are foreign elements"
-    return damage, [lease.key for lease in revoked]
+    return damage, [lease[:2] for lease in revoked]
 
 
 class NftError(UserError):
@@ -1262,7 +1258,7 @@ class Firewall:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
         for lease in adoptable(self.config, listing, time.monotonic(), self.boot):
-            self._keep(lease.key, lease)
+            self._keep(lease[:2], lease)
         self._install(listing)
         if self.leases:
             self.log("adopted", leases=len(self.leases))
@@ -1531,7 +1527,7 @@ COUNTS_PAYLOAD = struct.Struct("!3I")  # how many peers the network process has 
 COUNTED = ("evicted", "late", "garbage")  # in favour of another, out of time, or no letmein client
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 NETWORK_COMMAND = "network-process"
-NETWORK_START_LIMIT_S = 10.0
+TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a record
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
@@ -1698,7 +1694,7 @@ class Monitor:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
-        self.stopping = self.reload_wanted = False
+        self.ready = self.stopping = self.reload_wanted = False
 
         self.network: subprocess.Popen[bytes] | None = None
         self.link: socket.socket | None = None  # to the network process
@@ -1715,7 +1711,8 @@ class Monitor:
         status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
             self._start_network()
-            self._await_network()
+            while not (self.ready or self.stopping):
+                self._turn()
             self._open_status(status_path)
             self.firewall.open()
             netlink = self.firewall.watch()
@@ -1746,15 +1743,11 @@ class Monitor:
         import contextlib
         import json
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # a killed predecessor's: we hold the lock
-            listener.bind(path)
-            listener.listen()
-            listener.setblocking(False)
-        except OSError as error:
-            hint = "name another directory with --rundir"
-            raise UserError(f"cannot make {path}: {error.strerror or error}", hint) from None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # a killed predecessor's: we hold the lock
+        listener.bind(path)
+        listener.listen()
+        listener.setblocking(False)
 
         def serve() -> None:
             document = {
@@ -1837,6 +1830,7 @@ class Monitor:
         self.started = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
+        self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
         with theirs, os.fdopen(os.memfd_create("letmein-program"), "w+b") as program:
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
@@ -1844,7 +1838,6 @@ class Monitor:
             command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
             streams = (theirs.fileno(), program, subprocess.DEVNULL)
             self.network = subprocess.Popen(command, 0, None, *streams, env={})
-        self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
         self._send_settings()
 
     def _send_settings(self) -> None:
@@ -1854,31 +1847,19 @@ class Monitor:
         descriptors = [control.fileno() for control in self.sockets.values()]
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
-    def _await_network(self) -> None:
-        """Wait at the start until the network process is ready. Raises UserError, with what
-        it says if it is not."""
-        import select
-        assert self.link is not None
-        readable, _, _ = select.select([self.link], [], [], NETWORK_START_LIMIT_S)
-        if not readable:
-            raise UserError("the network process does not start", "is this machine overloaded?")
-        try:
-            said = self.link.recv(4096)
-        except OSError:
-            said = b""
-        if said[:1] != bytes([READY]):
-            problem, _, hint = said.decode("utf-8", "replace").partition("\n")
-            raise UserError(problem or "the network process has died at its start", hint)
-
     def _look_after_network(self) -> None:
         """A child has ended or was stopped: nft, or the network process."""
+        self._on_link()  # it may have said why
         if self.network is not None and self.network.poll() is not None:
             self._lose_network(f"it ended with status {self.network.returncode}")
         elif self.network and os.waitid(os.P_PID, self.network.pid, os.WSTOPPED | os.WNOHANG):
             self._lose_network("it was stopped")
 
     def _lose_network(self, reason: str) -> None:
-        """The network process is gone or useless: end it, and start another after a pause."""
+        """The network process is gone or useless: end it, and start another after a pause.
+        Raises UserError at the server's start."""
+        if not self.ready:
+            raise UserError(*reason.split("\n")[:2])
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
         self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
@@ -1892,8 +1873,7 @@ class Monitor:
         """It ends by itself when its link closes; one that does not is killed."""
         import subprocess
         if self.link is not None:
-            if self.link in self.selector.get_map():
-                self.selector.unregister(self.link)
+            self.selector.unregister(self.link)
             self.link.close()
             self.link = None
         if self.network is not None:
@@ -1910,26 +1890,24 @@ class Monitor:
             if self.link is None:
                 return
             try:
-                data = self.link.recv(RECORD.size + 1)
+                data = self.link.recv(TEXT_LIMIT)
             except BlockingIOError:
                 return
             except OSError as error:
                 return self._lose_network(error.strerror or "")
             if len(data) != RECORD.size:
-                said = data[:80].decode("ascii", "replace")
-                return self._lose_network(f"it says {said}" if said else "it closed its end")
+                said = data.decode("utf-8", "replace")
+                return self._lose_network(said or "the network process has ended")
             self._receive(Record(*RECORD.unpack(data)))
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
         import select
         for _ in range(2):
-            if self.link is None:
-                return
             try:
-                if descriptors:
+                if descriptors and self.link:
                     socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
-                else:
+                elif self.link:
                     self.link.send(RECORD.pack(*record))
                 return
             except BlockingIOError:
@@ -1945,6 +1923,7 @@ class Monitor:
             self.log.counts.update(counts)
             if counts["evicted"]:
                 self.log.sum_up("evicted", counts["evicted"])
+        self.ready |= record.kind == READY
         if record.kind in (READY, COUNTS):
             return
         if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
@@ -1979,7 +1958,7 @@ class Monitor:
         else:
             verdict = handshake.on_request(message, token)
         if verdict.granted is not None:
-            self._grant(verdict.granted, message, handshake, record)
+            self._grant(verdict.granted, message, record)
         elif verdict.reason:
             self._log_peer(REFUSED, message, record, verdict.reason)
             self._end(record, verdict.reply)
@@ -1991,9 +1970,7 @@ class Monitor:
         if reply or record.protocol == TCP:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
-    def _grant(
-        self, operation: int, message: Message, handshake: ServerHandshake, record: Record
-    ) -> None:
+    def _grant(self, operation: int, message: Message, record: Record) -> None:
         """The peer has proved itself: have the firewall do what it asked for. Over UDP its
         RESPONSE is remembered until the token's time is over: a repeated one changes nothing,
         and gets the same reply once that is there."""
@@ -2005,15 +1982,14 @@ class Monitor:
         response = record.payload
         if response in remembered:
             return self._end(record, remembered[response][1])
-        goaway = handshake.refuse(FULL_AUTH, message.user, message.resource, "").reply
         if len(remembered) >= ACCEPTED_LIMIT:
-            return self._end(record, goaway)
+            return self._end(record, b"")
         remembered[response] = (now, b"")
 
         def done(problem: str) -> None:
             event = "granted" if operation == KNOCK else "revoked"
             self._log_peer("failed" if problem else event, message, record, problem)
-            reply = goaway if problem else unsigned(COMEIN, message.user, message.resource)
+            reply = unsigned(GOAWAY if problem else COMEIN, message.user, message.resource)
             remembered[response] = (now, reply)
             self._end(record, reply)
 
@@ -2097,7 +2073,7 @@ class Network:
         self.connections: dict[int, Connection] = {}
         self.answered: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
-        self.number = 0
+        self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
         self.tell_at = 0.0
         self.listeners: list[socket.socket] = []
@@ -2383,7 +2359,7 @@ def network_process() -> None:
     except UserError as error:
         link.send(f"{error.problem}\n{error.hint}".encode())
     except Exception as error:
-        link.send(f"{type(error).__name__}: {error}".encode())
+        link.send(f"it failed with {type(error).__name__}: {error}".encode())
 
 
 # ============================================================================
@@ -2602,6 +2578,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"letmein: error: {error.problem}", file=sys.stderr)
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"letmein: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
