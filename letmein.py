@@ -732,87 +732,74 @@ def read_config(path: str, server: bool) -> Config:
 # and not the other's time.
 
 
+def receive(peer: socket.socket, protocol: str, timeout: float) -> bytes:
+    """The next 56 bytes from a peer. Over UDP what has another size is no answer. Raises
+    socket.timeout after timeout (in seconds), ProtocolError if the peer closes."""
+    deadline = time.monotonic() + timeout
+    received = b""
+    while len(received) < MESSAGE_SIZE:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        peer.settimeout(left)
+        data = peer.recv(MESSAGE_SIZE - len(received) + (protocol == "udp"))
+        if protocol == "udp":
+            received = data if len(data) == MESSAGE_SIZE else b""
+        elif data:
+            received += data
+        else:
+            raise ProtocolError("the server closed the connection without an answer")
+    return received
+
+
 def exchange(
     handshake: Generator[bytes, bytes, None],
     family: int, sockaddr: Any, protocol: str, timeout: float,
-) -> Generator[tuple[socket.socket, int, float], None, None]:
-    """One handshake with one address: straight-line code that gives way at each wait. Args:
-    family and sockaddr, as of socket.getaddrinfo; protocol, "tcp" or "udp"; timeout, in
-    seconds, for each message. Yields socket, selectors.EVENT_* and deadline to wait for,
-    and wants TimeoutError thrown in after the deadline. Raises UserError."""
+) -> UserError | None:
+    """One handshake with one address; returns what went wrong, None for success. Args: family
+    and sockaddr, as of socket.getaddrinfo; protocol, "tcp" or "udp"; timeout, in seconds,
+    for each message."""
     where = str(sockaddr[0])
-    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-    deadline = time.monotonic() + timeout
     try:
+        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
         with socket.socket(family, kind) as peer:
-            peer.setblocking(False)
+            peer.settimeout(timeout)
             if protocol == "tcp":
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                peer.connect(sockaddr)
-            except BlockingIOError:
-                yield peer, selectors.EVENT_WRITE, deadline
-                number = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if number:
-                    raise OSError(number, os.strerror(number)) from None
+            peer.connect(sockaddr)
             message = next(handshake)
             while True:
-                peer.send(message)
-                deadline = time.monotonic() + timeout
-                received = b""
-                while len(received) < MESSAGE_SIZE:
-                    yield peer, selectors.EVENT_READ, deadline
-                    data = peer.recv(MESSAGE_SIZE - len(received) + (protocol == "udp"))
-                    if protocol == "udp":
-                        received = data if len(data) == MESSAGE_SIZE else b""
-                    elif data:
-                        received += data
-                    else:
-                        raise ProtocolError("the server closed the connection without an answer")
-                message = handshake.send(received)
+                peer.sendall(message)
+                message = handshake.send(receive(peer, protocol, timeout))
     except StopIteration:
-        return
-    except TimeoutError:
+        return None
+    except (socket.timeout, TimeoutError):
         problem = f"no answer from {where} over {protocol} within {timeout:g} s"
         hint = "is the server running, and is the control port right and open (-P, -T, -U)?"
-        raise UserError(problem, hint) from None
     except ProtocolError as error:
+        problem = f"{where}: {error}"
         hint = "are key, user and resource the same there? the server's log says more"
         hint = hint if isinstance(error, Refused) else "is a letmein server there?"
-        raise UserError(f"{where}: {error}", hint) from None
     except OSError as error:
+        problem = f"cannot talk to {where}: {error.strerror}"
         hint = "is the server running, and is its control port open for everybody?"
-        raise UserError(f"cannot talk to {where}: {error.strerror}", hint) from None
+    return UserError(problem, hint)
 
 
-def run_all(exchanges: Sequence[Any]) -> list[UserError | None]:
-    """Run all exchanges at the same time; returns each one's error, None for success."""
-    errors: list[UserError | None] = [None] * len(exchanges)
-    waiting: dict[int, tuple[socket.socket, float]] = {}
+def run_all(exchanges: Sequence[Callable[[], UserError | None]]) -> list[UserError | None]:
+    """Run all exchanges at the same time; returns what each has returned."""
+    import threading
+    results: list[UserError | None] = [None] * len(exchanges)
 
-    def advance(number: int, late: bool = False) -> None:
-        if number in waiting:
-            selector.unregister(waiting.pop(number)[0])
-        try:
-            steps = exchanges[number]
-            peer, event, deadline = steps.throw(TimeoutError()) if late else next(steps)
-            selector.register(peer, event, number)
-            waiting[number] = (peer, deadline)
-        except StopIteration:
-            pass
-        except UserError as error:
-            errors[number] = error
+    def run(number: int) -> None:
+        results[number] = exchanges[number]()
 
-    with selectors.DefaultSelector() as selector:
-        for number in range(len(exchanges)):
-            advance(number)
-        while waiting:
-            first = min(deadline for _, deadline in waiting.values())
-            for key, _ in selector.select(min(max(first - time.monotonic(), 0), LONGEST_WAIT_S)):
-                advance(key.data)
-            for number in [n for n, (_, end) in waiting.items() if end <= time.monotonic()]:
-                advance(number, late=True)
-    return errors
+    threads = [threading.Thread(target=run, args=[n], daemon=True) for n in range(len(exchanges))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
@@ -864,12 +851,13 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
     say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
 
-    def shake(family: int, sockaddr: tuple[Any, ...]) -> Any:
+    def attempt(family: int, sockaddr: tuple[Any, ...]) -> Callable[[], UserError | None]:
         ids = (operation, user, resource, key)
         handshake = client_handshake(*ids, lambda line: warn(f"{sockaddr[0]}: {line}"))
-        return exchange(handshake, family, sockaddr, protocol, config.control_timeout)
+        where = (family, sockaddr, protocol, config.control_timeout)
+        return functools.partial(exchange, handshake, *where)
 
-    results = run_all([shake(*address) for address in addresses.items()])
+    results = run_all([attempt(*address) for address in addresses.items()])
     for text, error in zip(texts, results):
         say(f"{text}: {error.problem if error else 'COMEIN'}")
     errors = [error for error in results if error]
@@ -2366,37 +2354,34 @@ def network_process() -> None:
 # 8  Command line
 
 
-def ask_server(path: str) -> dict[str, Any] | None:
+def ask_server(path: str) -> Any:
     """What a running server says of itself; None if none runs."""
     import json
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.settimeout(2 * NFT_LIMIT_S)
             peer.connect(path)
-            with peer.makefile("rb") as file:
-                found: dict[str, Any] = json.loads(file.read(1 << 20))
-                return found
+            return json.loads(peer.makefile("rb").read(1 << 20))
     except (OSError, ValueError):
         return None
 
 
 def status(config: Config, rundir: str, as_json: bool) -> int:
     """Print who holds what, as the kernel has it, and what a running server has counted."""
+    import json
     from datetime import timedelta
     server = ask_server(run_path(rundir, config) + ".status")
-    rows: list[dict[str, Any]] = []
+    rows = []
     for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
-        if name.endswith("-gate"):
-            continue
         address, protocol, port = (*key.split(" . "), None, None)[:3]
         comment = COMMENT.fullmatch(str(element.get("comment"))) or (None, None, None)
         place = {"address": address, "protocol": protocol, "port": port and int(port)}
         lease = {"resource": comment[2], "user": comment[1], "seconds_left": element.get("expires")}
-        rows.append({**place, **lease, **element.get("counter", {})})
+        if not name.endswith("-gate"):
+            rows.append({**place, **lease, **element.get("counter", {})})
     if as_json:
-        import json
-        table = {"family": config.family, "table": config.table, "leases": rows}
-        print(json.dumps({**table, "server": server}, indent=1))
+        table = {"family": config.family, "table": config.table, "leases": rows, "server": server}
+        print(json.dumps(table, indent=1))
         return 0
     header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
     print(header if rows else "nobody holds a lease")
@@ -2406,13 +2391,11 @@ def status(config: Config, rundir: str, as_json: bool) -> int:
         left = "for ever" if seconds is None else timedelta(seconds=seconds)
         user, packets = row["user"] or "?", row.get("packets", "-")
         print(f"{row['address']:<39} {what:<9} {user:<8} {left!s:>8} {packets:>10}")
-    if server is None:
-        print("no server runs")
-        return 0
-    names = ("granted", "revoked", "refused", "failed", "healed", *COUNTED)
-    counts = ", ".join(f"{name} {server['counts'].get(name, 0)}" for name in names)
-    reasons = ", ".join(f"{reason} {number}" for reason, number in server["refused"].items())
-    print(f"since the server's start: {counts}\nrefused: {reasons or 'nobody'}")
+    print("since the server's start:" if server else "no server runs")
+    for title, counts in server.items() if server else ():
+        if isinstance(counts, dict):
+            text = ", ".join(f"{name} {number}" for name, number in counts.items())
+            print(f"  {title}: {text or 'none'}")
     return 0
 
 
