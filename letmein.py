@@ -22,9 +22,11 @@ Python. So each room imports what it alone needs where it needs it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import select
 import selectors
 import socket
 import struct
@@ -1563,7 +1565,6 @@ class Log:
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
         escaped. Under systemd, which adds a time itself, the line has none."""
-        import select
         self.counts[event] += 1
         words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
         for name, value in {"event": event, **fields}.items():
@@ -1638,7 +1639,6 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
 
 def set_receive_buffer(receiver: socket.socket, size: int) -> None:
     """Let a socket hold up to size bytes, or as much as our rights allow; see socket(7)."""
-    import contextlib
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
         receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
@@ -1694,7 +1694,6 @@ class Monitor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
-        import contextlib
         self._catch_signals()
         status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
@@ -1728,7 +1727,6 @@ class Monitor:
 
     def _open_status(self, path: str) -> None:
         """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
-        import contextlib
         import json
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
@@ -1890,7 +1888,6 @@ class Monitor:
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
-        import select
         for _ in range(2):
             try:
                 if descriptors and self.link:
@@ -2000,7 +1997,6 @@ class Monitor:
 
 def notify_systemd(state: str) -> None:
     """Tell systemd about our state, if it asked for it; see sd_notify(3)."""
-    import contextlib
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -2117,7 +2113,6 @@ class Network:
 
     def _send(self, record: Record) -> None:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
-        import select
         while True:
             try:
                 self.link.send(RECORD.pack(*record))
@@ -2157,7 +2152,6 @@ class Network:
             self._listen_to(connection)
 
     def _accept(self, listener: socket.socket) -> None:
-        import select
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, name = listener.accept()
@@ -2527,6 +2521,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         hint = "set seccomp = off in [GENERAL], or --seccomp off"
         raise UserError(f"seccomp={seccomp}: this version has no seccomp filter", hint)
     if arguments.command == "server":
+        for descriptor in (0, 1, 2):
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # or the next file opened would take its number
         if arguments.user == "none":
             warn("--user none: the network process keeps all the rights that the server has")
         else:
