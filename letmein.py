@@ -1557,8 +1557,7 @@ class Log:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        self.told: Counter[str] = Counter()  # lines that LINES_LIMIT counts, and what is
-        self.untold: Counter[str] = Counter()  # to be summed up, both since the last summary
+        self.untold: Counter[str] = Counter()  # for the next summary; below 0: lines that may be
         self.sum_up_at: float | None = None
         self.patience = LOG_PATIENCE_S
 
@@ -1584,13 +1583,12 @@ class Log:
     def refusal(self, event: str, **fields: str) -> None:
         """A peer was refused, or has failed for another reason."""
         kind = f"{event}-{fields['proto']}"
-        self.told[kind] += 1
-        if self.told[kind] <= LINES_LIMIT:
+        self.untold.setdefault(kind, -LINES_LIMIT)
+        self.sum_up(kind)
+        if self.untold[kind] <= 0:
             self(event, **fields)
-            self.sum_up_at = self.sum_up_at or time.monotonic() + SUMMARY_S
         else:
             self.counts[event] += 1
-            self.sum_up(kind)
         if event == REFUSED:
             self.refusals[fields["reason"]] += 1
 
@@ -1601,9 +1599,9 @@ class Log:
 
     def summary(self) -> None:
         """Write what was kept back since the last one."""
-        untold, self.sum_up_at = dict(self.untold), None
-        self.told.clear()
+        untold = {name: number for name, number in self.untold.items() if number > 0}
         self.untold.clear()
+        self.sum_up_at = None
         if untold:
             self("summary", seconds=f"{SUMMARY_S:g}", **untold)
 
