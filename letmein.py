@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
     Tokens = Iterable[tuple[int, bytes]]  # of challenges: for KNOCK or REVOKE, 32 bytes
-    Section = dict[str, tuple[int, str]]  # of a configuration file: by option line and value
 else:
 
     class _Record(type):
@@ -361,10 +360,10 @@ class Config(NamedTuple):
     def allowed(self, lease: Lease, meaning: str) -> Lease | None:
         """The lease with at most the time that its resource gives now; None if its user may
         not have it any more, or if it was given when the resource had another meaning."""
-        user, resource = lease.user, self.resources.get(lease.resource)
-        if user not in self.keys or self.objection(user, lease.resource) or not resource:
+        resource = self.resources.get(lease.resource)
+        if lease.user not in self.keys or self.objection(lease.user, lease.resource):
             return None
-        if resource.meaning != meaning:
+        if resource is None or resource.meaning != meaning:
             return None
         return lease._replace(ends=min(lease.ends, time.monotonic() + resource.timeout))
 
@@ -491,16 +490,9 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     return port, tuple(sorted(flags)) or ("tcp",)
 
 
-def parse_new_identifier(text: str, others: Mapping[int, object]) -> int:
-    """An id that is not among the others."""
-    identifier = parse_identifier(text)
-    if identifier in others:
-        raise Unfit(f"{identifier:08X} is there already", "each id once")
-    return identifier
-
-
-def parse_resource(identifier: int, text: str, default_timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`."""
+def parse_resource(identifier: int, text: str) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. A timeout
+    below 0 stands for the default."""
     expected = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
     items = parse_items(text)
     keys = [key for key, _ in items if key]
@@ -524,11 +516,8 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
             raise Unfit(f"{key} stands there twice", expected)
         flags |= set() if key else words
 
-    jumps = [
-        (hook, parse_name(lists[hook][0]), hook + "-match" in lists)
-        for hook in HOOKS
-        if hook in lists
-    ]
+    hooks = [hook for hook in HOOKS if hook in lists]
+    jumps = [(hook, parse_name(lists[hook][0]), hook + "-match" in lists) for hook in hooks]
     if not is_port and not jumps:
         raise Unfit("a jump resource without a chain to jump to", expected)
     return Resource(
@@ -536,14 +525,9 @@ def parse_resource(identifier: int, text: str, default_timeout: float) -> Resour
         parse_port(lists["port"][0]) if is_port else 0,
         tuple(sorted(flags or {"tcp"})) if is_port else (),
         tuple(jumps),
-        parse_duration(lists["timeout"][0]) if "timeout" in lists else default_timeout,
+        parse_duration(lists["timeout"][0]) if "timeout" in lists else -1,
         frozenset(parse_identifier(user) for user in lists.get("users", [])),
     )
-
-
-def parse_policy(text: str) -> int:
-    """A control-error-policy."""
-    return POLICIES[parse_choice(*POLICIES)(text)]
 
 
 # By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
@@ -553,7 +537,9 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
         "debug": ("debug", False, parse_boolean),
         "port": ("control", (5800, ("tcp",)), parse_control_port),
         "control-timeout": ("control_timeout", 5.0, parse_duration),
-        "control-error-policy": ("error_policy", NO_AUTH, parse_policy),
+        "control-error-policy": (
+            "error_policy", NO_AUTH, lambda text: POLICIES[parse_choice(*POLICIES)(text)],
+        ),
         "seccomp": ("seccomp", "off", parse_choice("off", "log", "kill")),
     },
     "CLIENT": {"default-user": ("default_user", 0, parse_identifier)},
@@ -572,102 +558,105 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
 }
 
 
-def parse_sections(text: str, path: str) -> tuple[dict[str, Section], dict[str, int]]:
-    """The file as it is written: by section its options, each (line, value), and its line.
-    Raises ConfigError."""
+class Entry(NamedTuple):
+    """An option as it stands in a file; the line that begins a section has no name."""
+
+    line: int
+    section: str
+    name: str = ""
+    text: str = ""
+
+
+def parse_entries(text: str, path: str) -> list[Entry]:
+    """The file as it is written. Raises ConfigError."""
 
     def wrong(problem: str, expected: str) -> ConfigError:
         place = f"[{shown(section)[1:-1]}] " if section else ""
         return ConfigError(f"{path}:{number}: {place}{problem}", f"expected: {expected}")
 
-    sections: dict[str, Section] = {}
-    lines: dict[str, int] = {}
-    section = option = ""
+    entries: list[Entry] = []
+    lines: dict[tuple[str, str], int] = {}
+    section = name = ""
     for number, line in enumerate(text.split("\n"), 1):
-        if option and line[:1] in (" ", "\t") and line.strip():
-            first, value = sections[section][option]
-            sections[section][option] = first, f"{value} {line.lstrip()}".rstrip("\r")
+        if name and line[:1] in (" ", "\t") and line.strip():
+            whole = f"{entries[-1].text} {line.lstrip()}".rstrip("\r")
+            entries[-1] = entries[-1]._replace(text=whole)
             continue
-        option = ""
+        name = value = ""
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         if line.startswith("["):
-            name = line.rstrip()[1:-1]
-            if not line.rstrip().endswith("]") or not name:
+            if not re.fullmatch(r"\[.+\]", line.rstrip()):
                 raise wrong(f"{shown(line.rstrip())} is no section", "a line such as [GENERAL]")
-            if name in sections:
-                raise wrong(f"[{shown(name)[1:-1]}] is there already", "each section once")
-            section = name
-            sections[section], lines[section] = {}, number
-            continue
-        name, equals, value = line.partition("=")
-        name = name.rstrip()
-        if not section:
-            raise wrong("an option outside of a section", "a line such as [GENERAL] above it")
-        if not equals or not name:
-            raise wrong("not an option", "a line such as NAME = VALUE")
-        if name in sections[section]:
-            first = sections[section][name][0]
-            raise wrong(f"{shown(name)[1:-1]}: stands in line {first} already", "each option once")
-        sections[section][name] = number, value.rstrip("\r")
-        option = name
-    return sections, lines
+            section = line.rstrip()[1:-1]
+        else:
+            name, equals, value = line.partition("=")
+            name = name.rstrip()
+            if not section:
+                raise wrong("an option outside of a section", "a line such as [GENERAL] above it")
+            if not equals or not name:
+                raise wrong("not an option", "a line such as NAME = VALUE")
+        first = lines.setdefault((section, name), number)
+        if first != number:
+            what = f"{shown(name)[1:-1]}: " if name else "this section "
+            raise wrong(f"{what}stands in line {first} already", "each name once")
+        entries.append(Entry(number, section, name, value.rstrip("\r")))
+    return entries
 
 
 def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. [NFTABLES] is for
     the server only, [CLIENT] for the client only. Raises ConfigError."""
-    sections, section_lines = parse_sections(text, path)
     warnings = []
+    keys: dict[int, bytes] = {}
+    resources: dict[int, Resource] = {}
+    places: dict[int, str] = {}  # of resources
+    ports: set[int] = set()
+    nftables = 1  # the line of that section
+    values = {field: value for known in OPTIONS.values() for field, value, _ in known.values()}
 
-    def place(section: str, option: str) -> str:
-        return f"{path}:{sections[section][option][0]}: [{section}] {shown(option)[1:-1]}: "
+    def new(identifier: int, others: Mapping[int, object]) -> int:
+        if identifier in others:
+            raise Unfit(f"{identifier:08X} is there already", "each id once")
+        return identifier
 
-    def checked(section: str, option: str, parse: Callable[..., Any], *arguments: Any) -> Any:
+    for line, section, name, value in parse_entries(text, path):
+        place = f"{path}:{line}: [{shown(section)[1:-1]}] {shown(name)[1:-1]}"
+        place += ": " if name else ""
+        nftables = line if (section, name) == ("NFTABLES", "") else nftables
+        known = OPTIONS.get(section, {})
         try:
-            return parse(*arguments)
+            if name and section == "KEYS":
+                user = new(parse_identifier(name), keys)
+                keys[user] = parse_key(value)
+            elif name and section == "RESOURCES":
+                resource = parse_resource(new(parse_identifier(name), resources), value)
+                if resource.port in ports:
+                    raise Unfit(f"{resource} is a resource already", "each port once")
+                ports |= {resource.port} - {0}
+                resources[resource.identifier] = resource
+                places[resource.identifier] = place
+            elif name in known and section != ("CLIENT" if server else "NFTABLES"):
+                field, _, parse = known[name]
+                values[field] = parse(value)
+            elif section not in OPTIONS and not name:
+                warnings.append(f"{place}is unknown and ignored{nearest(section, OPTIONS)}")
+            elif name and section in OPTIONS and name not in known:
+                warnings.append(f"{place}is unknown and ignored{nearest(name, known)}")
         except Unfit as unfit:
-            problem = place(section, option) + unfit.problem
-            raise ConfigError(problem, f"expected: {unfit.hint}") from None
-
-    values: dict[str, Any] = {}
-    for section, known in OPTIONS.items():
-        there = {} if section == ("CLIENT" if server else "NFTABLES") else sections.get(section, {})
-        for option, (field, default, parse) in known.items():
-            found = option in there
-            values[field] = checked(section, option, parse, there[option][1]) if found else default
-    for section, options in sections.items():
-        if section not in OPTIONS:
-            where = f"{path}:{section_lines[section]}: [{shown(section)[1:-1]}] "
-            warnings.append(f"{where}is unknown and ignored{nearest(section, OPTIONS)}")
-        for option in options if OPTIONS.get(section) else ():
-            if option not in OPTIONS[section]:
-                hint = nearest(option, OPTIONS[section])
-                warnings.append(f"{place(section, option)}is unknown and ignored{hint}")
+            raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
     for option in ("family", "table", "chain-input"):
         if server and not values[OPTIONS["NFTABLES"][option][0]]:
             raise ConfigError(
-                f"{path}:{section_lines.get('NFTABLES', 1)}: [NFTABLES] {option}: is not set",
+                f"{path}:{nftables}: [NFTABLES] {option}: is not set",
                 "expected: family, table and chain-input, as in nftables.conf",
             )
 
-    keys: dict[int, bytes] = {}
-    for option, (_, text) in sections.get("KEYS", {}).items():
-        user = checked("KEYS", option, parse_new_identifier, option, keys)
-        keys[user] = checked("KEYS", option, parse_key, text)
-    resources: dict[int, Resource] = {}
-    ports: set[int] = set()
     timeout = values.pop("timeout")
-    for option, (_, text) in sections.get("RESOURCES", {}).items():
-        identifier = checked("RESOURCES", option, parse_new_identifier, option, resources)
-        resource = checked("RESOURCES", option, parse_resource, identifier, text, timeout)
-        if resource.port in ports:
-            problem = f"{place('RESOURCES', option)}{resource} is a resource already"
-            raise ConfigError(problem, "expected: each port once")
-        resources[identifier] = resource
-        ports |= {resource.port} - {0}
-
+    for identifier, resource in resources.items():
+        if resource.timeout < 0:
+            resources[identifier] = resource._replace(timeout=timeout)
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS}
     chains = {hook: chain for hook, chain in chains.items() if chain}
@@ -676,10 +665,10 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         if config.error_policy == NO_AUTH and "udp" in protocols:
             text = "control-error-policy: 'always' over UDP answers forged senders"
             warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
-        for option, resource in zip(sections.get("RESOURCES", {}), resources.values()):
+        for resource in resources.values():
             defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
             if defect:
-                warnings.append(f"{place('RESOURCES', option)}cannot be had: {defect}")
+                warnings.append(f"{places[resource.identifier]}cannot be had: {defect}")
     return config._replace(warnings=tuple(warnings))
 
 
