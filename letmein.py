@@ -777,22 +777,6 @@ def exchange(
     return UserError(problem, hint)
 
 
-def run_all(exchanges: Sequence[Callable[[], UserError | None]]) -> list[UserError | None]:
-    """Run all exchanges at the same time; returns what each has returned."""
-    import threading
-    results: list[UserError | None] = [None] * len(exchanges)
-
-    def run(number: int) -> None:
-        results[number] = exchanges[number]()
-
-    threads = [threading.Thread(target=run, args=[n], daemon=True) for n in range(len(exchanges))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
     """The first address of host in each family (socket.AF_INET, AF_INET6). families are
     those that must be there; empty for what host has. Raises UserError."""
@@ -820,6 +804,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[An
 def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
     """Knock, or revoke, at a server; returns a line for the user. Args: arguments, of the
     command line; say, takes lines for --verbose. Raises UserError."""
+    import threading
     operation = KNOCK if arguments.command == "knock" else REVOKE
     user = config.default_user if arguments.user is None else arguments.user
     key = config.keys.get(user)
@@ -842,20 +827,27 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
     say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
 
-    def attempt(family: int, sockaddr: tuple[Any, ...]) -> Callable[[], UserError | None]:
-        ids = (operation, user, resource, key)
-        handshake = client_handshake(*ids, lambda line: warn(f"{sockaddr[0]}: {line}"))
-        where = (family, sockaddr, protocol, config.control_timeout)
-        return functools.partial(exchange, handshake, *where)
+    results: dict[str, UserError | None] = {}
 
-    results = run_all([attempt(*address) for address in addresses.items()])
-    for text, error in zip(texts, results):
+    def attempt(family: int, sockaddr: tuple[Any, ...]) -> None:
+        text = str(sockaddr[0])
+        ids = (operation, user, resource, key)
+        handshake = client_handshake(*ids, lambda line: warn(f"{text}: {line}"))
+        error = exchange(handshake, family, sockaddr, protocol, config.control_timeout)
         say(f"{text}: {error.problem if error else 'COMEIN'}")
+        results[text] = error
+
+    threads = [threading.Thread(target=attempt, args=a, daemon=True) for a in addresses.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    errors = [error for error in map(results.__getitem__, texts) if error]
     errors = [error for error in results if error]
     if errors and (arguments.families or len(errors) == len(results)):
         raise errors[0]
     what = f"resource {resource:08X}" if arguments.port is None else f"port {arguments.port}"
-    where = ", ".join(text for text, error in zip(texts, results) if not error)
+    where = ", ".join(text for text in texts if not results[text])
     return f"{'opened' if operation == KNOCK else 'closed'} {what} on {arguments.host} ({where})"
 
 
