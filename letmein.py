@@ -843,7 +843,6 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
     for thread in threads:
         thread.join()
     errors = [error for error in map(results.__getitem__, texts) if error]
-    errors = [error for error in results if error]
     if errors and (arguments.families or len(errors) == len(results)):
         raise errors[0]
     what = f"resource {resource:08X}" if arguments.port is None else f"port {arguments.port}"
