@@ -5,17 +5,8 @@ The server's firewall drops everything. A client who holds a shared key knocks,
 proves it by challenge and response (HMAC-SHA3-256), and the kernel's nftables
 lets that one address in to that one port, for a while.
 
-The file has eight rooms, each behind a banner. A room uses only those above it:
-
-    1 Protocol    messages and handshakes, without input or output
-    2 Configuration
-    3 Client
-    4 Firewall    leases, the nft scripts for them, the one place that runs nft
-    5 Monitor     the privileged process: keys, handshakes, leases
-    6 Network     the process that faces the internet: no keys, no programs
-    7 Sandbox     how the network process gives up what it does not need
-    8 Command line
-
+The file has eight rooms, each behind a banner: protocol, configuration, client,
+firewall, monitor, network, sandbox, command line. A room uses only those above it.
 Imported at the top is what a knock needs: a client's time goes into starting
 Python. So each room imports what it alone needs where it needs it.
 """
@@ -414,15 +405,13 @@ parse_port = functools.partial(parse_number, least=1, limit=65535)
 
 def parse_duration(text: str) -> float:
     """Seconds: a number, or a decimal such as 0.5 or 1e3."""
-    try:
-        return float(parse_number(text))
-    except Unfit:
-        expected = "seconds, from 0 to 4294967295"
-        decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-        number = float(matched(decimal, text, expected))
-        if not 0 <= number <= 0xFFFFFFFF:
-            raise Unfit(f"{shown(text.strip())} is out of range", expected) from None
-        return abs(number)
+    expected = "seconds, from 0 to 4294967295"
+    decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    text = matched(rf"0x\+?[0-9A-Fa-f]+|{decimal}", text, expected)
+    number = float(parse_number(text) if text.startswith("0x") else text)
+    if not 0 <= number <= 0xFFFFFFFF:
+        raise Unfit(f"{shown(text)} is out of range", expected)
+    return abs(number)
 
 
 def parse_boolean(text: str) -> bool:
@@ -1481,10 +1470,9 @@ class Firewall:
 #     network -> monitor   READY, REQUEST, ANSWER, COUNTS
 #     monitor -> network   SETTINGS (with the sockets), REPLY, LAST
 #
-# The monitor trusts nothing in a record but its size, and keeps nothing of a
-# peer that has not proved itself: the challenge token is derived from a secret
-# of this run and from all that it must fit, and a RESPONSE checked against what
-# was possible. No flood can fill what is not there.
+# The monitor trusts nothing in a record, and keeps nothing of a peer that has not
+# proved itself: a challenge's token is derived from a secret of this run and from
+# all that it must fit, and a RESPONSE is checked against what was possible.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), user and resource of a connection's first
@@ -1868,7 +1856,7 @@ class Monitor:
         """The network process reads at once whatever it does, or is not to be trusted."""
         for _ in range(2):
             try:
-                if descriptors and self.link:
+                if self.link and descriptors:
                     socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
                 elif self.link:
                     self.link.send(RECORD.pack(*record))
