@@ -241,16 +241,12 @@ class ServerHandshake:
             return self.refuse(BASIC_AUTH, user, resource, objection)
         return Verdict(unsigned(CHALLENGE, user, resource, new_token(operation)))
 
-    def on_response(
-        self, message: Message, user: int, resource: int, proved: int, tokens: Tokens
-    ) -> Verdict:
-        """Judge what should be the RESPONSE of a peer whose request was for this user and
-        resource, and has proved so much. tokens are those that it may answer."""
+    def on_response(self, message: Message, proved: int, tokens: Tokens) -> Verdict:
+        """Judge what should be the RESPONSE of a peer that has proved so much before. tokens
+        are those that a request of this peer for the same user and resource may have got."""
+        user, resource = message[1:3]
         if message.operation != RESPONSE:
             reason = f"unexpected {OPERATIONS[message.operation]}"
-            return self.refuse(proved, user, resource, reason)
-        if message[1:3] != (user, resource):
-            reason = "other ids in the RESPONSE than in the request"
             return self.refuse(proved, user, resource, reason)
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(user) or self.NOBODYS_KEY
@@ -1117,30 +1113,40 @@ class Nft:
     def run(self, script: str, *arguments: str) -> bytes:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
         NftError, with nft's first line, or NftHung after NFT_LIMIT_S."""
+        import signal
         import subprocess
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
-        pipe = subprocess.PIPE
-        try:
-            process = subprocess.Popen(command, 0, None, pipe, pipe, pipe, cwd="/", env=environment)
-        except OSError as error:
-            hint = "install nftables, or set exe in [NFTABLES]"
-            raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
-        self.process_ids.append(process.pid)
-        try:
-            printed, said = process.communicate(script.encode("ascii"), NFT_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            problem = f"nft did not end within {NFT_LIMIT_S:g} s"
-            raise NftHung(problem, "what keeps it busy?") from None
-        if process.returncode:
-            problem = said[:4096].decode("utf-8", "replace").strip().split("\n")[0]
-            hint = f"try it by hand: {self.path} list ruleset"
-            if "not permitted" in problem:
-                hint = "run it as root: nftables want CAP_NET_ADMIN"
-            raise NftError(problem or f"nft ended with status {process.returncode}", hint)
-        return printed
+        # Files in memory take all that nft says: nobody has to read while it runs.
+        files = [os.fdopen(os.memfd_create("nft"), "w+b") for _ in range(3)]
+        with files[0] as text, files[1] as printed, files[2] as said:
+            text.write(script.encode("ascii"))
+            text.seek(0)
+            try:
+                process = subprocess.Popen(
+                    command, stdin=text, stdout=printed, stderr=said, cwd="/", env=environment
+                )
+            except OSError as error:
+                hint = "install nftables, or set exe in [NFTABLES]"
+                raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
+            self.process_ids.append(process.pid)
+            # Popen.wait() with a limit sleeps and looks, which takes longer than nft does.
+            ended = os.pidfd_open(process.pid)
+            if not select.select([ended], [], [], NFT_LIMIT_S)[0]:
+                process.kill()
+            os.close(ended)
+            if process.wait() == -signal.SIGKILL:
+                problem = f"nft did not end within {NFT_LIMIT_S:g} s"
+                raise NftHung(problem, "what keeps it busy?") from None
+            printed.seek(0)
+            said.seek(0)
+            if process.returncode:
+                problem = said.read(4096).decode("utf-8", "replace").strip().split("\n")[0]
+                hint = f"try it by hand: {self.path} list ruleset"
+                if "not permitted" in problem:
+                    hint = "run it as root: nftables want CAP_NET_ADMIN"
+                raise NftError(problem or f"nft ended with status {process.returncode}", hint)
+            return printed.read()
 
 
 def list_table(nft: Nft, config: Config) -> Listing:
@@ -1475,9 +1481,8 @@ class Firewall:
 # all that it must fit, and a RESPONSE is checked against what was possible.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
-# into it), the rest of the way back to it (see ROUTE), user and resource of a connection's first
-# message, message
-RECORD = struct.Struct("!BBI16s26sII56s")
+# into it), the rest of the way back to it (see ROUTE), message
+RECORD = struct.Struct("!BBI16s26s56s")
 READY, REQUEST, ANSWER, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
@@ -1491,7 +1496,7 @@ NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long i
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
 TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
-ACCEPTED_LIMIT = 65536  # UDP handshakes remembered for a repeated RESPONSE
+ACCEPTED_LIMIT = 1 << 17  # handshakes remembered for a repeated RESPONSE
 REFUSED = "refused"  # the log's event for a peer that has not proved what it should
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 SUMMARY_S = 10.0
@@ -1506,8 +1511,6 @@ class Record(NamedTuple):
     connection: int = 0
     address: bytes = bytes(16)
     route: bytes = bytes(26)
-    user: int = ANYBODY
-    resource: int = ANYBODY
     payload: bytes = bytes(MESSAGE_SIZE)
 
     @property
@@ -1528,6 +1531,7 @@ class Log:
         self.untold: Counter[str] = Counter()  # for the next summary; below 0: lines that may be
         self.sum_up_at: float | None = None
         self.patience = LOG_PATIENCE_S
+        self.torn = b""  # the rest of a line that was written in part
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
@@ -1537,7 +1541,8 @@ class Log:
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
-        data = " ".join(words).encode() + b"\n"
+        line = " ".join(words).encode() + b"\n"
+        data = self.torn + line
         try:
             # A pipe takes PIPE_BUF bytes without blocking when it is ready: pipe(7).
             while data and select.select([], [2], [], self.patience)[1]:
@@ -1545,7 +1550,9 @@ class Log:
         except OSError:
             pass
         self.patience = 0 if data else LOG_PATIENCE_S
-        if data:
+        lost = len(data) >= len(line)
+        self.torn = data[: -len(line)] if lost else data
+        if lost:
             self.sum_up("lines-lost")
 
     def refusal(self, event: str, **fields: str) -> None:
@@ -1656,11 +1663,15 @@ class Monitor:
         self.pause = NETWORK_PAUSE_S[0]
 
         self.secret = os.urandom(32)  # of the challenge tokens of this run
-        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # UDP, by RESPONSE: since when, reply
+        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # by RESPONSE: since when, the reply
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
         self._catch_signals()
+        if self.arguments.user == "none":
+            self.log("warning", reason="--user none: the network process keeps the server's rights")
+        for warning in self.config.warnings:
+            self.log("warning", reason=warning)
         status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
             self._start_network()
@@ -1854,18 +1865,18 @@ class Monitor:
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
-        for _ in range(2):
+        while self.link:
             try:
-                if self.link and descriptors:
+                if descriptors:
                     socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
-                elif self.link:
+                else:
                     self.link.send(RECORD.pack(*record))
                 return
             except BlockingIOError:
-                select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)
+                if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
+                    self._lose_network("it reads nothing")
             except OSError as error:
-                return self._lose_network(error.strerror or "")
-        self._lose_network("it reads nothing")
+                self._lose_network(error.strerror or "")
 
     def _receive(self, record: Record) -> None:
         """See to one record from the network process, which is not trusted."""
@@ -1883,29 +1894,26 @@ class Monitor:
             message = Message.decode(record.payload)
         except ProtocolError:
             return self._lose_network("it sent a bad message")
-        # All that is known of a datagram's sender stands in the datagram.
-        is_answer = record.kind == ANSWER or (record.protocol, message[0]) == (UDP, RESPONSE)
-        user, resource = record[5:7] if record.kind == ANSWER else message[1:3]
-        config = self.config
-        # What a token is for: this peer and connection, and what the configuration says of the
-        # request, where a change ends the handshake.
+        config, (operation, user, resource, *_) = self.config, message
+        # What a token is for: this peer and connection, these ids, and what the configuration
+        # says of them, where a change ends the handshake.
         facts = (user, resource, config.keys.get(user), config.resources.get(resource), record[1:5])
         text = repr(facts).encode()
 
-        def token(operation: int, age: int = 0) -> bytes:
-            """The token for a request of some windows ago."""
+        def token(asked: int, age: int = 0) -> bytes:
+            """The token for a KNOCK or REVOKE of some windows ago."""
             import hmac
-            window = int(time.monotonic() / TOKEN_WINDOW_S) - age
-            start = struct.pack("!QI", window, operation)
+            start = struct.pack("!QI", int(time.monotonic() / TOKEN_WINDOW_S) - age, asked)
             return hmac.digest(self.secret, start + text, "sha3_256")
 
         handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
-        if is_answer:
+        # Over UDP nobody knows whether a peer has knocked before: the message must tell.
+        if record.kind == ANSWER or (record.protocol == UDP and operation == RESPONSE):
             ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
             tokens = ((asked, token(asked, age)) for age in ages for asked in (KNOCK, REVOKE))
             # A TCP connection whose first message proved nothing has been closed.
             proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
-            verdict = handshake.on_response(message, user, resource, proved, tokens)
+            verdict = handshake.on_response(message, proved, tokens)
         else:
             verdict = handshake.on_request(message, token)
         if verdict.granted is not None:
@@ -1922,11 +1930,11 @@ class Monitor:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
     def _grant(self, operation: int, message: Message, record: Record) -> None:
-        """The peer has proved itself: have the firewall do what it asked for. Over UDP its
-        RESPONSE is remembered until the token's time is over: a repeated one changes nothing,
-        and gets the same reply once that is there."""
+        """The peer has proved itself: have the firewall do what it asked for. Its RESPONSE is
+        remembered until the token's time is over: a repeated one changes nothing, and gets
+        the same reply once that is there."""
         now = time.monotonic()
-        remembered = self.accepted if record.protocol == UDP else {}
+        remembered = self.accepted
         oldest = now - min(self.config.control_timeout, TOKEN_LIMIT_S) - 2 * TOKEN_WINDOW_S
         while remembered and next(iter(remembered.values()))[0] < oldest:
             del remembered[next(iter(remembered))]
@@ -1996,7 +2004,8 @@ class Connection:
         # What counts as one peer: an IPv4 address, an IPv6 /56.
         self.prefix = self.address if self.address.startswith(IPV4_MAPPED) else self.address[:7]
         self.received = b""
-        self.ids: tuple[int, int] | None = None  # user and resource of its first message
+        self.is_read = False  # whether the selector knows it
+        self.has_asked = False  # whether its first message has come
         self.deadline = 0.0
 
 
@@ -2161,11 +2170,13 @@ class Network:
     def _listen_to(self, connection: Connection) -> None:
         read = functools.partial(self._read, connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, read)
+        connection.is_read = True
 
     def _pause(self, connection: Connection) -> None:
         """Read no more until the monitor has answered: one message at a time."""
-        if connection.socket in self.selector.get_map():
+        if connection.is_read:
             self.selector.unregister(connection.socket)
+        connection.is_read = False
 
     def _read(self, connection: Connection) -> None:
         if connection.number not in self.connections:
@@ -2182,20 +2193,19 @@ class Network:
         elif len(connection.received) == MESSAGE_SIZE:
             payload, connection.received = connection.received, b""
             try:
-                message = Message.decode(payload)
+                Message.decode(payload)
             except ProtocolError:
                 self.counts["garbage"] += 1
                 return self._close(connection)
             self._pause(connection)
-            kind = ANSWER if connection.ids else REQUEST
+            kind = ANSWER if connection.has_asked else REQUEST
             if kind == ANSWER:
                 self._forget(connection)
                 connection.deadline = time.monotonic() + ANSWER_LIMIT_S
                 self.answered[connection.number] = connection
-            connection.ids = connection.ids or (message.user, message.resource)
-            user, resource = connection.ids
+            connection.has_asked = True
             name = (connection.address, connection.route)
-            self._send(Record(kind, TCP, connection.number, *name, user, resource, payload))
+            self._send(Record(kind, TCP, connection.number, *name, payload))
 
     def _forget(self, connection: Connection) -> None:
         """Take a connection out of the competition for slots."""
@@ -2478,7 +2488,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
 
     config = read_config(path, is_server)
-    for warning in config.warnings:
+    serving = arguments.command == "server" and not arguments.check
+    for warning in () if serving else config.warnings:
         warn(warning)
     if arguments.dns or arguments.dns_crypt:
         warn("--dns and --dns-crypt are obsolete; the system resolves names")
@@ -2492,9 +2503,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 os.fstat(descriptor)
             except OSError:
                 os.open(os.devnull, os.O_RDWR)  # or the next file opened would take its number
-        if arguments.user == "none":
-            warn("--user none: the network process keeps all the rights that the server has")
-        else:
+        if arguments.user != "none":
             find_account(arguments.user)
         if arguments.check:
             return check(config)

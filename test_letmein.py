@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import hmac
 import ipaddress
@@ -773,7 +774,7 @@ class TestPackets:
         lab.letmein("knock", control, SERVER_4, "27").assert_error("rejected")
         assert not lab.reaches(27, CLIENT_4)
         assert lab.elements() == []
-        assert re.search(r"warning: .* 27: .*timeout", server.log), server.log
+        assert re.search(r"event=warning .* 27: .*timeout", server.log), server.log
 
     def test_the_control_port_is_no_resource(self, lab: Lab, server: Server) -> None:
         lab.letmein("knock", SERVER_4, "-r", "58").assert_error("rejected")
@@ -1486,11 +1487,13 @@ TCP_FAULTS = [
         "other user in the RESPONSE",
         after_challenge(lambda token: message(RESPONSE, 0x22, 2, token)),
         BASIC_AUTH,
+        (2, 0x22),
     ),
     Fault(
         "other resource in the RESPONSE",
         after_challenge(lambda token: message(RESPONSE, 0x23, 1, token)),
         BASIC_AUTH,
+        (1, 0x23),
     ),
     Fault(
         "RESPONSE to no token", after_challenge(lambda token: message(RESPONSE, 0x22)), BASIC_AUTH
@@ -4327,6 +4330,732 @@ class TestAnything:
 
 
 # ----------------------------------------------------------------------------
+# 8  Under attack
+# ----------------------------------------------------------------------------
+
+# The log's grammar: time, unless the journal adds it; names; words, or quoted what is no word.
+LOG_LINE = re.compile(
+    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} )?event=[a-z-]+"
+    r"""(?: [a-z-]+=(?:[A-Za-z0-9_.,:/+%-]+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"))*"""
+)
+
+
+def altered(lab: Lab, *changes: tuple[str, str]) -> tuple[str | Path, ...]:
+    """How to run a server whose program has each first text replaced by its second one."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = lab.file(text, f"letmein-{next(lab.numbers)}.py", 0o755)
+    return (sys.executable, path, "server")
+
+
+# Who waits for a summary need not wait for 10 s.
+SOON = ("\nSUMMARY_S = 10.0\n", "\nSUMMARY_S = 1.0\n")
+
+
+def counted(server: Server) -> dict[str, Any]:
+    """What `status` says of the server itself, whether it runs or not."""
+    arguments = ("status", "--json", "--rundir", server.rundir, "-c", server.path)
+    result = server.lab.command(*arguments)
+    assert result.status == 0, result
+    found: dict[str, Any] = json.loads(result.out)["server"]
+    return found
+
+
+def status_socket(server: Server) -> Path:
+    """Where the server answers `status`: the only socket of its run directory."""
+    (found,) = [path for path in server.rundir.iterdir() if path.is_socket()]
+    return found
+
+
+def refused_knock(lab: Lab, protocol: str, source: str = CLIENT_4, user: int = 1) -> None:
+    """A knock with a wrong key, to a server with the policy `always`."""
+    with Peer(lab, protocol, source) as peer:
+        peer.send(message(KNOCK, 0x22, user, key=KEYS[2]))
+        assert peer.receive()[:2] == (GOAWAY, user)
+
+
+def assert_grammar(lines: Iterable[str]) -> None:
+    for line in lines:
+        assert line.isascii() and line.isprintable(), ascii(line)
+        assert LOG_LINE.fullmatch(line), line
+
+
+ANSWERS_ALL = server_conf(general="control-error-policy = always")
+
+
+class TestLogUnderAttack:
+    """No flood fills the disk, and none hides who was let in."""
+
+    def test_a_burst_is_summed_up(self, lab: Lab) -> None:
+        lab.load()
+        program = altered(lab, SOON)
+        with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
+            for number in range(300):
+                for protocol in ("tcp", "udp"):
+                    refused_knock(lab, protocol, user=9 if number % 2 else 1)
+                if number % 30 == 0:
+                    assert handshake(lab, source=f"10.77.6.{number // 30}") == COMEIN
+
+            def told(proto: str) -> int:
+                """How many refused peers the log has told of, by their lines or summed up."""
+                name = f"refused-{proto}"
+                sums = (int(line.get(name, "0")) for line in server.events("summary"))
+                return len(server.events("refused", proto=proto)) + sum(sums)
+
+            eventually(lambda: told("tcp") == told("udp") == 300, "not all are accounted for")
+            assert len(server.events("granted")) == 10
+            begun = {"tcp": 0, "udp": 0}  # lines since the last summary
+            for line in server.lines:
+                if "event=summary" in line:
+                    begun = {"tcp": 0, "udp": 0}
+                for proto in begun:
+                    begun[proto] += "event=refused" in line and f"proto={proto}" in line
+                assert max(begun.values()) <= 10, server.log
+            assert len(server.events("summary")) >= 1
+            assert len(server.events("refused")) < 300
+
+    def test_ten_lines_then_one_summary(self, lab: Lab) -> None:
+        """At a stop at the latest: the summary that is due is written."""
+        lab.load()
+        with Server(lab, ANSWERS_ALL) as server:
+            for _ in range(13):
+                refused_knock(lab, "tcp")
+                refused_knock(lab, "udp", CLIENT_6)
+            refused_knock(lab, "tcp")
+            server.stop()
+        assert len(server.events("refused", proto="tcp", peer=CLIENT_4)) == 10
+        assert len(server.events("refused", proto="udp", peer=CLIENT_6)) == 10
+        (summary,) = server.events("summary")
+        assert (summary["refused-tcp"], summary["refused-udp"]) == ("4", "3")
+        events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
+        assert events == ["summary", "stopped"]
+
+    @pytest.mark.parametrize("journal", [False, True])
+    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, journal: bool) -> None:
+        lab.load()
+        env = {**environment(), **({"JOURNAL_STREAM": "8:1"} if journal else {})}
+        with Server(lab, ANSWERS_ALL, env=env) as server:
+            for text in (b"\nev=", b"\x1b[2J", b"' a=", b"\0\r\xff%"):
+                number = int.from_bytes(text, "big")
+                for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                    refused_knock(lab, protocol, source, user=number)
+                    with Peer(lab, protocol, source) as peer:
+                        peer.send(message(KNOCK, number))
+                        assert peer.receive().operation == GOAWAY
+                    with Peer(lab, protocol, source) as peer:
+                        peer.send(text * 14)
+                server.wait_for("refused", proto="udp", user=f"{number:08X}")
+                server.wait_for("refused", proto="tcp", resource=f"{number:08X}")
+            assert handshake(lab, 0x22, source=CLIENT_6) == COMEIN
+            assert handshake(lab, 0x27) == GOAWAY
+            server.wait_for("failed")
+            server.stop()
+        first = next(at for at, line in enumerate(server.lines) if "event=" in line)
+        assert_grammar(server.lines[first:])
+        assert all(line.startswith("event=") == journal for line in server.lines[first:])
+
+
+class Mute:
+    """A server whose standard error is not ours to read, but a file, closed, or this pipe."""
+
+    PIPE_SIZE = 1031  # fcntl.F_SETPIPE_SZ, which Python names from 3.10 on
+
+    def __init__(self, lab: Lab, where: str, program: Sequence[str | Path] = ()) -> None:
+        self.pipe = lab.directory / f"pipe-{next(lab.numbers)}"
+        os.mkfifo(self.pipe)
+        # Who has opened it to read and write neither waits for the other end nor misses it.
+        self.end = os.open(self.pipe, os.O_RDWR | os.O_NONBLOCK)
+        fcntl.fcntl(self.end, self.PIPE_SIZE, 16384)
+        if where == "full pipe":
+            self.fill()
+        redirection = {"closed": "2>&-", "/dev/full": "2>/dev/full"}.get(where, f"2>{self.pipe}")
+        shell = ("sh", "-c", f'exec "$@" {redirection}', "sh")
+        words = (*shell, *(program or (sys.executable, LETMEIN, "server")))
+        self.server = Server(lab, server_conf(), program=words, wait=False)
+
+        def ready() -> bool:
+            assert self.server.process.poll() is None, "it does not start"
+            return "letmein" in lab.ruleset()
+
+        eventually(ready, "it does not start")
+
+    def __enter__(self) -> Mute:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.process.kill()
+        self.server.process.wait()
+        os.close(self.end)
+
+    def fill(self) -> None:
+        """Have the pipe take no byte more."""
+        with contextlib.suppress(BlockingIOError):
+            while os.write(self.end, b"-" * 80 + b"\n"):
+                pass
+        with contextlib.suppress(BlockingIOError):
+            while os.write(self.end, b"\n"):
+                pass
+
+    def read(self) -> str:
+        """What is in the pipe."""
+        said = b""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.end, 65536):
+                said += part
+        return said.decode("utf-8")
+
+    def stop(self) -> None:
+        self.server.process.terminate()
+        assert self.server.wait() == 0
+        assert "letmein" not in self.server.lab.ruleset()
+
+
+class TestUnreadLog:
+    """A log that nobody reads keeps nobody out, and nobody in."""
+
+    @pytest.mark.parametrize("where", ["full pipe", "/dev/full", "closed"])
+    def test_it_serves_and_stops(self, lab: Lab, where: str) -> None:
+        lab.load()
+        with Mute(lab, where) as mute:
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                assert lab.reaches(23, source)
+            assert handshake(lab, 0x27) == GOAWAY
+            assert handshake(lab, 0x23, REVOKE) == COMEIN
+            assert not lab.reaches(23, CLIENT_4)
+            assert counted(mute.server)["counts"]["granted"] == 2
+            # What was closed stays so: the log does not go into a file that has come in its place.
+            for path in mute.server.rundir.iterdir():
+                assert path.is_socket() or path.read_text(encoding="utf-8") == ""
+            mute.stop()
+
+    def test_a_reader_that_comes_back(self, lab: Lab) -> None:
+        """It learns how many lines it has missed."""
+        lab.load()
+        with Mute(lab, "pipe", altered(lab, SOON)) as mute:
+            eventually(lambda: "event=ready" in mute.read(), "it is never ready")
+            mute.fill()
+            addresses = [f"10.77.6.{number}" for number in range(1, 41)]
+            assert storm(lab, addresses, 1, KNOCK).good == 40
+            log = ""
+
+            def told() -> bool:
+                nonlocal log
+                log += mute.read()
+                return "event=summary" in log
+
+            eventually(told, "no summary")
+            # The summaries that could not be written are lost lines, too.
+            lost = [int(number) for number in re.findall(r"lines-lost=(\d+)", log)]
+            assert 40 <= sum(lost) <= 50, log
+            assert "event=granted" not in log
+            assert handshake(lab) == COMEIN
+            eventually(lambda: "event=granted" in mute.read(), "the log does not go on")
+            mute.stop()
+
+    def test_a_torn_line(self, lab: Lab) -> None:
+        """What follows a line that could be written in part only is a line of its own."""
+        lab.load()
+        with Mute(lab, "pipe") as mute:
+            eventually(lambda: "event=ready" in mute.read(), "it is never ready")
+            addresses = [f"10.77.6.{number}" for number in range(1, 81)]
+            assert storm(lab, addresses, 8, KNOCK).good == 80
+            text = mute.server.path.read_text(encoding="utf-8")
+            mute.server.path.write_text(text.replace("[GENERAL]", "[GENERAL]\ndebug = 1"))
+            mute.read()
+            mute.server.process.send_signal(signal.SIGHUP)
+            eventually(lambda: "event=reloaded" in mute.read(), "it is never reloaded")
+            # There is room for the beginning of the script that puts all back.
+            mute.fill()
+            os.read(mute.end, 4096)
+            lab.load()
+            eventually(lambda: len(lab.elements()) == 80, "it is never healed")
+            log = mute.read()
+            assert "event=nft" in log
+            assert handshake(lab) == COMEIN
+
+            def told() -> bool:
+                nonlocal log
+                log += mute.read()
+                return "event=granted" in log
+
+            eventually(told, "the log does not go on")
+            assert max(line.count("event=") for line in log.splitlines()) == 1
+            mute.stop()
+
+
+class TestCounters:
+    """What `status` tells of the server itself."""
+
+    def test_what_is_counted(self, lab: Lab) -> None:
+        lab.load()
+        conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 0.5")
+        with Server(lab, conf, "-N", "2") as server:
+            before = counted(server)
+            assert before["process"] == server.process.pid
+            assert before["leases"] == 0
+            assert before["refused"] == {}
+            for source in (CLIENT_4, CLIENT_6):
+                assert handshake(lab, source=source) == COMEIN
+            assert handshake(lab, operation=REVOKE, protocol="udp") == COMEIN
+            for protocol in ("tcp", "udp"):
+                refused_knock(lab, protocol, OTHER_4)
+                refused_knock(lab, protocol, OTHER_4, user=9)
+            refused_knock(lab, "udp", OTHER_4, user=9)
+            assert handshake(lab, 0x27) == GOAWAY
+            with Peer(lab, source=OTHER_4) as peer:
+                assert peer.rest() == b"", "it is late"
+            idle = [Peer(lab) for _ in range(3)]
+            assert idle[0].rest() == b"", "it is evicted"
+            for peer in idle[1:]:
+                peer.socket.close()
+            with Peer(lab, source="10.77.6.1") as peer:
+                peer.send(b"GET / HTTP/1.1\r\n" * 4)
+                assert peer.rest() == b""
+            with Peer(lab, "udp") as peer:
+                peer.send(b"GET / HTTP/1.1\r\n" * 4)
+                peer.send(b"?")
+            lab.load()
+            server.wait_for("healed")
+            expected = {
+                "granted": 2, "revoked": 1, "refused": 5, "failed": 1, "healed": 1,
+                "late": 1, "evicted": 1, "garbage": 3,
+            }
+
+            def all_counted() -> bool:
+                found = counted(server)["counts"]
+                return all(found.get(name) == number for name, number in expected.items())
+
+            # The network process tells what it has counted every second or so.
+            eventually(all_counted, f"{expected} are not counted")
+            after = counted(server)
+            assert after["refused"] == {"wrong key": 2, "unknown user": 3}
+            assert after["leases"] == 1
+            arguments = ("status", "--rundir", server.rundir, "-c", server.path)
+            text = lab.command(*arguments).out
+            for name, number in {**expected, **after["refused"]}.items():
+                assert f"{name} {number}" in text
+            server.stop()
+            assert counted(server) is None
+            assert re.search("no server", lab.command(*arguments).out)
+
+    def test_who_may_ask(self, lab: Lab) -> None:
+        """The administrator, and nobody else: the counters tell of attacks, and who holds what."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            path = status_socket(server)
+            assert path.stat().st_mode & 0o077 == 0
+            if lab.real_root:
+                server.rundir.chmod(0o755)
+                connect = (
+                    "import os, socket, sys; peer = socket.socket(socket.AF_UNIX);"
+                    "os.setgroups([]); os.setuid(int(sys.argv[2])); peer.connect(sys.argv[1])"
+                )
+                for account, good in (("root", True), ("nobody", False)):
+                    number = str(pwd.getpwnam(account).pw_uid)
+                    program = (sys.executable, "-I", "-c", connect)
+                    result = lab.command(path, number, program=program)
+                    assert (result.status == 0) == good, result
+                    assert good or "PermissionError" in result.err, result
+            server.stop()
+            assert not path.exists()
+
+    def test_a_successor(self, lab: Lab) -> None:
+        """What a killed server left behind is in nobody's way."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            server.process.kill()
+            server.wait()
+            assert status_socket(server).exists()
+            assert counted(server) is None
+            with Server(lab, server_conf(), "--rundir", str(server.rundir)) as successor:
+                assert counted(server)["process"] == successor.process.pid
+                assert counted(server)["counts"].get("granted", 0) == 0
+
+    def test_readers_that_do_not_read(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
+            path = str(status_socket(server))
+            readers = []
+            for _ in range(200):
+                readers.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                # How long connect() may wait for its turn, and recv() for what comes: socket(7).
+                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    limit = struct.pack("ll", int(LIMIT_S), 0)
+                    readers[-1].setsockopt(socket.SOL_SOCKET, option, limit)
+                readers[-1].connect(path)
+            assert handshake(lab) == COMEIN
+            assert handshake(lab, protocol="udp", source=CLIENT_6) == COMEIN
+            assert counted(server)["counts"]["granted"] == 2
+            for reader in readers[::2]:
+                with reader.makefile("rb") as file:
+                    assert json.loads(file.read())["process"] == server.process.pid
+            server.stop()
+
+
+def readme_block(first: str) -> str:
+    """The example of the README whose first line this is."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"(?m)^    {re.escape(first)}\n(?:    .*\n|\n)*", text)
+    assert found, f"README.md has no example {first}"
+    return "".join(line[4:] or "\n" for line in found[0].splitlines(keepends=True))
+
+
+class TestFail2ban:
+    def test_the_filter_of_the_readme(self, lab: Lab) -> None:
+        """It bans those who speak the protocol without a key, over TCP: nobody can forge them."""
+        program = shutil.which("fail2ban-regex")
+        if program is None:
+            pytest.skip("fail2ban-regex is not in PATH")
+        banned = {CLIENT_4, CLIENT_6, OTHER_4}
+        lab.load()
+        with Server(lab, ANSWERS_ALL) as server:
+            refused_knock(lab, "tcp", CLIENT_4)
+            refused_knock(lab, "tcp", CLIENT_6, user=9)
+            with Peer(lab, source=OTHER_4) as peer:
+                peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22), key=KEYS[2]))
+                assert peer.receive().operation == GOAWAY
+            with Peer(lab, source="10.77.6.1") as peer:
+                peer.send(message(KNOCK, 0x99))
+                assert peer.receive().operation == GOAWAY
+            refused_knock(lab, "udp", OTHER_6)
+            for source in ("10.77.6.2", "fd77::2"):
+                assert handshake(lab, source=source) == COMEIN
+                assert handshake(lab, source=source, operation=REVOKE) == COMEIN
+                assert handshake(lab, 0x27, source=source) == GOAWAY
+            for _ in range(10):
+                refused_knock(lab, "udp", "fd77::3")
+            server.stop()
+        for event in ("refused", "granted", "revoked", "failed", "summary", "stopped"):
+            assert server.events(event), event
+        rules = lab.file(readme_block("# /etc/fail2ban/filter.d/letmein.conf"), "filter.conf")
+        # As a file, as the journal's reader puts it together, and as syslog writes it.
+        bare = [line.partition(" ")[2] if line[0] == "2" else line for line in server.lines]
+        for prefix, lines in (
+            ("", server.lines),
+            ("", bare),
+            ("host letmein.py[123]: ", bare),
+            ("Nov 21 11:56:26 host letmeind[123]: ", bare),
+        ):
+            log = lab.file("".join(f"{prefix}{line}\n" for line in lines))
+            result = lab.command("--out", "ip", log, rules, program=(program,))
+            assert result.status == 0, result
+            assert sorted(result.out.split()) == sorted(banned), (prefix, result)
+
+
+# A network process that somebody has taken over: at SIGUSR1 it does what the attack says, and
+# only this one does, which is the first. After it, if it still runs, it serves as before.
+HOSTILE = """
+
+class Hostile(Network):
+    def __init__(self, *arguments):
+        import signal
+        self.answer = None
+        signal.signal(signal.SIGUSR1, lambda *_: self.attack())
+        super().__init__(*arguments)
+
+    def _send(self, record):
+        self.answer = record if record.kind == ANSWER else self.answer
+        super()._send(record)
+
+    def say(self, kind, protocol=TCP, payload=unsigned(KNOCK, 1, 0x22), number=7, address=None):
+        address = address or IPV4_MAPPED + bytes([10, 77, 7, 7])
+        route = ROUTE.pack(1234, 0, bytes(20))
+        self.tell(RECORD.pack(kind, protocol, number, address, route, payload))
+
+    def tell(self, data):
+        try:
+            while True:
+                try:
+                    return self.link.send(data)
+                except BlockingIOError:
+                    select.select([self.link], [self.link], [])
+                    self.hear()
+        except OSError:
+            raise SystemExit(0) from None  # the monitor has closed its end
+
+    def hear(self):
+        try:
+            while True:
+                self.link.recv(RECORD.size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+
+    def attack(self):
+        global select, signal
+        import random, select, signal
+        @ATTACK@
+
+
+Network = Hostile
+
+"""
+SPIN = "while True: pass"
+BAD_RECORDS = {
+    "too short": "self.tell(bytes(10))",
+    "nothing": "self.tell(b'')",
+    "too long": "self.tell(bytes(RECORD.size + 1))",
+    "unknown kind": "self.say(99)",
+    "kind 0": "self.say(0)",
+    "REPLY": "self.say(REPLY)",
+    "SETTINGS": "self.say(SETTINGS)",
+    "unknown protocol": "self.say(REQUEST, 41)",
+    "no message": "self.say(REQUEST, payload=bytes(56))",
+    "unknown operation": "self.say(REQUEST, payload=unsigned(6, 1, 0x22))",
+}
+FLOOD = """
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        numbers = random.Random(1)
+        while True:
+"""
+FLOODS = {
+    "requests": """
+            operation, noise = numbers.randrange(6), numbers.randbytes(48)
+            payload = MAGIC + operation.to_bytes(4, "big") + noise
+            protocol = numbers.choice([TCP, UDP])
+            self.say(REQUEST, protocol, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.hear()
+""",
+    "answers": """
+            operation, noise = numbers.randrange(6), numbers.randbytes(48)
+            payload = MAGIC + operation.to_bytes(4, "big") + noise
+            self.say(ANSWER, TCP, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.hear()
+""",
+    "replays": """
+            self.tell(RECORD.pack(*self.answer))
+            self.hear()
+""",
+    "counts": """
+            self.say(COUNTS, payload=COUNTS_PAYLOAD.pack(*[0xFFFFFFFF] * 3).ljust(56))
+            self.say(READY)
+""",
+}
+NOT_READING = """
+            self.link.setblocking(True)
+            self.say(REQUEST)
+"""
+# Takes a record now and then, so that it is never found deaf, and asks for more than that. When
+# the link is full, it lets the monitor be told to stop.
+SLOW_READER = """
+            while select.select([], [self.link], [], 0.3)[1]:
+                self.say(REQUEST)
+            os.kill(os.getppid(), signal.SIGTERM)
+            monitor = os.getppid()
+            while os.getppid() == monitor:
+                time.sleep(0.2)
+                self.link.recv(RECORD.size)
+            raise SystemExit(0)
+"""
+
+
+def with_attack(lab: Lab, attack: str) -> tuple[str | Path, ...]:
+    """How to run a server with a network process that turns hostile at SIGUSR1."""
+    end = '\nif __name__ == "__main__":\n'
+    return altered(lab, (end, HOSTILE.replace("@ATTACK@", attack.strip()) + end))
+
+
+def replaced(server: Server, old: int, reason: str = "") -> None:
+    """Wait until the network process `old` has gone, for this reason, and is replaced."""
+    lost = server.wait_for("network-process-lost")
+    assert reason in lost["reason"], lost
+    eventually(lambda: not alive(Path(f"/proc/{old}")), "the old network process lives on")
+    for protocol, source in (("tcp", OTHER_4), ("udp", OTHER_6)):
+        assert handshake(server.lab, 0x23, protocol=protocol, source=source) == COMEIN
+        assert handshake(server.lab, 0x23, REVOKE, protocol, source) == COMEIN
+    assert server.network_process() != old
+    assert len(server.events("network-process-lost")) == 1, server.log
+
+
+def used_s(pid: int) -> float:
+    """How much of the processor's time a process has had, and its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+class TestNetworkProcess:
+    """The process that faces the internet dies, hangs, or turns against us."""
+
+    def test_killed_again_and_again(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            leases = lab.elements()
+            killed = 0
+            for count, pause in enumerate(("0.1", "0.2", "0.4"), 1):
+
+                def is_new(old: int = killed) -> bool:
+                    with contextlib.suppress(AssertionError):
+                        return server.network_process() != old
+                    return False
+
+                eventually(is_new, "no new network process")
+                killed = server.network_process()
+                os.kill(killed, signal.SIGKILL)
+                lost = server.wait_for("network-process-lost", count)
+                assert lost["pause"] == pause
+            assert lab.elements() == leases
+            assert lab.reaches(22, CLIENT_4)
+            for protocol in ("tcp", "udp"):
+                assert handshake(lab, 0x23, protocol=protocol) == COMEIN
+            assert lab.reaches(23, CLIENT_4)
+
+    def test_stopped(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            os.kill(network, signal.SIGSTOP)
+            replaced(server, network, "stopped")
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_an_endless_loop(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf(), program=with_attack(lab, SPIN)) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network)
+            assert lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("attack", BAD_RECORDS)
+    def test_a_bad_record(self, lab: Lab, attack: str) -> None:
+        lab.load()
+        program = with_attack(lab, BAD_RECORDS[attack])
+        with Server(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, network = lab.elements(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network)
+            assert lab.elements() == leases
+            server.stop()
+            first = next(at for at, line in enumerate(server.lines) if "event=" in line)
+            assert_grammar(server.lines[first:])
+
+    @pytest.mark.parametrize("attack", FLOODS)
+    def test_a_flood(self, lab: Lab, attack: str) -> None:
+        lab.load()
+        env = {name: text for name, text in environment().items() if not name.startswith("COV")}
+        program = with_attack(lab, FLOOD + FLOODS[attack])
+        with Server(lab, server_conf(), program=program, env=env) as server:
+            assert handshake(lab) == COMEIN
+            leases, memory = lab.elements(), resident_kb(server.process.pid)
+            used = used_s(server.process.pid)
+            os.kill(server.network_process(), signal.SIGUSR1)
+            # It is at work, for so long in its own time as no machine makes shorter.
+            eventually(lambda: used_s(server.process.pid) > used + 0.5, "it does not work")
+            assert lab.elements() == leases
+            reconfigure(server, server_conf())
+            assert counted(server)["process"] == server.process.pid
+            assert resident_kb(server.process.pid) < memory + 10 * 1024
+            assert server.events("network-process-lost") == []
+            assert len(server.lines) < 100, "the disk gets full"
+            assert lab.reaches(22, CLIENT_4)
+            before = time.monotonic()
+            server.stop()
+            assert time.monotonic() - before < 3
+
+    def test_it_reads_nothing(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf(), program=with_attack(lab, FLOOD + NOT_READING)) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, "reads nothing")
+            assert lab.reaches(22, CLIENT_4)
+
+
+    def test_it_reads_slowly(self, lab: Lab) -> None:
+        """The administrator is heard all the same."""
+        lab.load()
+        program = with_attack(lab, FLOOD + SLOW_READER)
+        with Server(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            os.kill(server.network_process(), signal.SIGUSR1)
+            assert server.wait() == 0
+            server.stop()
+            assert lab.elements() == []
+
+
+class TestLimits:
+    """What is scarce, and what comes twice."""
+
+    def test_few_descriptors(self, lab: Lab) -> None:
+        """Idle connections may take all descriptors there are, and yet lock nobody out."""
+        lab.load()
+        program = ("prlimit", "--nofile=80:80", sys.executable, LETMEIN, "server")
+        with Server(lab, server_conf(general="control-timeout = 60"), "-N", "1024",
+                    program=program) as server, contextlib.ExitStack() as stack:
+            for number in range(200):
+                stack.enter_context(Peer(lab, source=f"10.77.9.{number}")).send(b"\x3b")
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6), ("tcp", CLIENT_6)):
+                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                assert lab.reaches(23, source)
+            # It waits for what comes next, and does not ask for it over and over.
+            network = server.network_process()
+            descriptors = len(list(Path(f"/proc/{network}/fd").iterdir()))
+            assert 60 <= descriptors <= 80
+            used, pause = used_s(network), 0.8
+            time.sleep(pause)
+            assert used_s(network) - used < pause / 4
+            assert not server.events("network-process-lost")
+
+    @pytest.mark.parametrize("source", [CLIENT_4, CLIENT_6])
+    @pytest.mark.parametrize("mode", ["slow", "fail"])
+    def test_a_response_repeated_while_nft_runs(
+        self, lab: Lab, guarded: Server, watched: WatchedNft, source: str, mode: str
+    ) -> None:
+        """It changes nothing, and gets no other answer than the first one."""
+        with Peer(lab, "udp", source) as peer:
+            response = message(RESPONSE, 0x22, token=peer.challenge(0x22))
+            quiet(watched)
+            changes = watched.changes()
+            watched.mode(mode)
+            for _ in range(4):
+                peer.send(response)
+            replies = [peer.socket.recv(100)]
+            watched.mode("good")
+            peer.send(response)
+            peer.send(message(KNOCK, 0x23))
+            while (data := peer.socket.recv(100))[7] != CHALLENGE:
+                replies.append(data)
+        assert len(replies) >= 2
+        assert len(set(replies)) == 1
+        assert Reply.parse(replies[0]).operation == (COMEIN if mode == "slow" else GOAWAY)
+        if mode == "slow":
+            assert watched.changes() == changes + 1
+            assert len(guarded.events("granted")) == 1
+            agree(lab, guarded, (source, 0x22, 1))
+        else:
+            assert len(guarded.events("failed")) == 1
+            agree(lab, guarded)
+
+    @pytest.mark.parametrize("source, second", [(CLIENT_4, "10.1.0.77"), (CLIENT_6, "fd01::77")])
+    def test_an_answer_comes_from_the_address_that_was_asked(
+        self, lab: Lab, server: Server, source: str, second: str
+    ) -> None:
+        """Over UDP it need not, and a client takes no other's."""
+        version, prefix, *more = ("-6", 64, "nodad") if ":" in source else ("-4", 24)
+        run("ip", version, "addr", "add", f"{second}/{prefix}", "dev", "lan", *more)
+        try:
+            with Peer(lab, "udp", source) as peer:
+                for address in (second, server_for(source), second):
+                    # A socket that is connected hears nobody else.
+                    peer.socket.connect((address, 5800))
+                    peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
+                    assert peer.receive().operation == COMEIN
+            assert lab.elements() != []
+            lab.letmein("knock", "-U", second, "23").assert_good()
+            for resource in (0x22, 0x23):
+                assert handshake(lab, resource, REVOKE, source=source) == COMEIN
+        finally:
+            run("ip", version, "addr", "del", f"{second}/{prefix}", "dev", "lan")
+
+
+# ----------------------------------------------------------------------------
 # Protocol, configuration and command line: without a kernel, and without any rights
 # ----------------------------------------------------------------------------
 
@@ -4429,7 +5158,8 @@ class Conversation:
         if self.ids is None:
             self.ids = message.user, message.resource
             return self.handshake.on_request(message, self.TOKENS.__getitem__)
-        return self.handshake.on_response(message, *self.ids, self.proved, self.TOKENS.items())
+        tokens = self.TOKENS if message[1:3] == self.ids else {}  # a token is for its ids alone
+        return self.handshake.on_response(message, self.proved, tokens.items())
 
 
 def sealed(
@@ -4557,9 +5287,11 @@ WRONG_STEPS = [
         if name != "RESPONSE"
     ),
     pytest.param(1, PEER, speaks(FIRST, FIRST), id="the same KNOCK twice"),
-    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, user=7)), id="changed user"),
     pytest.param(
-        1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, resource=7)), id="changed resource"
+        1, (7, RESOURCE), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, user=7)), id="changed user"
+    ),
+    pytest.param(
+        1, (USER, 7), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, resource=7)), id="changed resource"
     ),
     pytest.param(
         1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, OTHER_KEY)), id="wrong full auth"
