@@ -18,9 +18,11 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import fcntl
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -30,6 +32,8 @@ import os
 import platform
 import pwd
 import re
+import resource as limits
+import select
 import selectors
 import shutil
 import signal
@@ -4981,7 +4985,7 @@ class TestNetworkProcess:
 
 
 class TestLimits:
-    """What is scarce, and what comes twice."""
+    """What is scarce."""
 
     def test_few_descriptors(self, lab: Lab) -> None:
         """Idle connections may take all descriptors there are, and yet lock nobody out."""
@@ -5002,6 +5006,10 @@ class TestLimits:
             time.sleep(pause)
             assert used_s(network) - used < pause / 4
             assert not server.events("network-process-lost")
+
+
+class TestRepeats:
+    """What comes twice."""
 
     @pytest.mark.parametrize("source", [CLIENT_4, CLIENT_6])
     @pytest.mark.parametrize("mode", ["slow", "fail"])
@@ -5032,6 +5040,10 @@ class TestLimits:
         else:
             assert len(guarded.events("failed")) == 1
             agree(lab, guarded)
+
+
+class TestAddresses:
+    """A server with more than one."""
 
     @pytest.mark.parametrize("source, second", [(CLIENT_4, "10.1.0.77"), (CLIENT_6, "fd01::77")])
     def test_an_answer_comes_from_the_address_that_was_asked(
@@ -6248,3 +6260,695 @@ def test_imports_cost_no_more_than_a_knock_needs() -> None:
         "typing unittest urllib argparse json difflib"
     )
     assert "letmein" in loaded and not set(dear.split()) & set(loaded)
+
+
+# ----------------------------------------------------------------------------
+# 9  Floods
+# ----------------------------------------------------------------------------
+#
+# A third host, the attacker's, has a cable of its own to the server. Every address of two wide
+# prefixes is local there, and so is the client's IPv4 address, which it can thus forge. Floods
+# and the slow path are made by processes of their own, `test_letmein.py flood` and `relay`, for
+# what is measured here is the server and not who attacks it.
+#
+#     attacker's host                                            server's host
+#     10.3.0.2, fd03::2                        ---- veth ----    10.3.0.1, fd03::1
+#     10.64.0.0/16, 2001:db8:a000::/36, and 10.1.0.2, the client's
+#
+# Where the path is slow, each of the two cables has a second one beside it, with routes that are
+# preferred, whose ends the relay's host joins: it holds each frame for a while.
+
+FLOOD_KINDS = {  # what can be done over which protocol
+    "idle": ("tcp",),  # connect, and say nothing
+    "replay": ("tcp", "udp"),  # one recorded KNOCK, again and again
+    "random": ("tcp", "udp"),  # 56 bytes that look like a message, the rest of them random
+    "slow": ("tcp",),  # a message of one byte a second
+    "reset": ("tcp",),  # connect, and reset
+}
+FLOOD_SOURCES = {
+    # Half of them IPv4 addresses, half of them of different IPv6 /56.
+    "many": [f"10.64.{n >> 8}.{n & 0xFF}" for n in range(1, 2049)]
+    + [f"2001:db8:a{n >> 8:03x}:{n & 0xFF:02x}00::1" for n in range(2048)],
+    "one": ["10.64.0.1"],
+    # Over TCP a neighbour behind the client's NAT, over UDP somebody else who forges it.
+    "own": [CLIENT_4],
+}
+FLOOD_SLOT_S = 0.002  # the pace: what is due in this time is done in one go, and no more
+FLOOD_CONNECTIONS = 4096  # that an attacker holds at the same time
+UDP_SOCKETS = 256  # of an attacker with one address
+
+# Both ends of a cable have the same MAC address and ask for none: what first goes through it is
+# not held up, or lost, by ARP and NDP.
+ATTACKER_LINKS = """
+attacker ip link set lo up
+attacker ip link add wire address {mac} type veth peer name hostile address {mac} netns {pid}
+attacker ip link set wire arp off
+server ip link set hostile arp off
+attacker ip addr add 10.3.0.2/24 dev wire
+attacker ip -6 addr add fd03::2/64 dev wire nodad
+attacker ip link set wire up
+attacker ip route add local 10.64.0.0/16 dev lo
+attacker ip route add local 10.1.0.2/32 dev lo
+attacker ip route add 10.1.0.1/32 via 10.3.0.1 metric 100
+attacker ip -6 route add local 2001:db8:a000::/36 dev lo
+attacker ip -6 route add fd01::1/128 via fd03::1 metric 100
+server ip addr add 10.3.0.1/24 dev hostile
+server ip -6 addr add fd03::1/64 dev hostile nodad
+server ip link set hostile up
+server ip route add 10.64.0.0/16 via 10.3.0.2 metric 100
+server ip -6 route add 2001:db8:a000::/36 via fd03::2 metric 100
+"""
+RELAY_CABLE = """
+{host} ip link add {end} address {mac} type veth peer name {end} netns {relay}
+server ip link add {near} address {mac} type veth peer name {near} netns {relay}
+{host} ip link set {end} arp off up
+server ip link set {near} arp off up
+relay ip link set {end} arp off up
+relay ip link set {near} arp off up
+"""
+RELAY_ROUTES = """
+client ip route add 10.1.0.1/32 dev far src 10.1.0.2
+client ip -6 route add fd01::1/128 dev far src fd01::2 metric 1
+server ip route add 10.1.0.2/32 dev near
+server ip -6 route add fd01::2/128 dev near metric 1
+attacker ip route add 10.1.0.1/32 dev farther src 10.3.0.2
+attacker ip -6 route add fd01::1/128 dev farther src fd03::2 metric 1
+server ip route add 10.64.0.0/16 dev nearer
+server ip -6 route add 2001:db8:a000::/36 dev nearer metric 1
+"""
+# What arrives at the server: connections begun, and datagrams.
+FLOOD_COUNTERS = """
+add table inet measure
+add counter inet measure by-tcp
+add counter inet measure by-udp
+add chain inet measure begin { type filter hook prerouting priority raw; }
+add rule inet measure begin tcp dport 5800 tcp flags & (syn | ack) == syn counter name by-tcp
+add rule inet measure begin udp dport 5800 counter name by-udp
+"""
+RELAY_CABLES = {"far": "near", "farther": "nearer"}
+SIOCETHTOOL, ETHTOOL_STXCSUM, ETH_P_ALL = 0x8946, 0x17, 3  # linux/sockios.h, ethtool.h, if_ether.h
+RESET = struct.pack("ii", 1, 0)  # struct linger: close() sends RST, and leaves no TIME_WAIT
+
+
+class Flood(NamedTuple):
+    """What a flooding process is told: how many a second, for how long, from where. answers_s:
+    how long a connection takes at the least. message: the recorded one, in hex."""
+
+    kind: str
+    protocol: str
+    addresses: list[str]
+    rate: float
+    seconds: float
+    answers_s: float
+    message: str
+
+
+FloodSteps = tuple[Callable[[], int], Callable[[], None]]  # one(), tend() of pace()
+
+
+def pace(rate: float, seconds: float, one: Callable[[], int], tend: Callable[[], None]) -> int:
+    """Do one() rate times a second, evenly, and tend() in between; returns how often it worked.
+    What is late by more than some slots is left out: to catch up would be a burst."""
+    started = time.monotonic()
+    most = max(1, int(5 * FLOOD_SLOT_S * rate))
+    tried = done = 0
+    while (elapsed := time.monotonic() - started) < seconds:
+        due = int(elapsed * rate) + 1
+        tried = max(tried, due - most)
+        for _ in range(due - tried):
+            done += one()
+        tried = due
+        tend()
+        at = started + max(elapsed + FLOOD_SLOT_S, due / rate)
+        time.sleep(max(at - time.monotonic(), 0))
+    return done
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def flood_udp(plan: Flood) -> FloodSteps:
+    """Datagrams, from a pool of sockets that are connected to the server."""
+    pool = []
+    each = 1 if len(plan.addresses) > 1 else UDP_SOCKETS
+    for address in plan.addresses * each:
+        peer = socket.socket(family_of(address), socket.SOCK_DGRAM)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # answers are not looked at
+        peer.setblocking(False)
+        peer.bind((address, 0))
+        peer.connect((server_for(address), 5800))
+        pool.append(peer)
+    messages = itertools.cycle(flood_messages(plan))
+    peers = itertools.cycle(pool)
+
+    def one() -> int:
+        try:
+            return next(peers).send(next(messages)) // 56
+        except OSError:
+            return 0
+
+    return one, lambda: None
+
+
+def flood_tcp(plan: Flood) -> FloodSteps:
+    """Connections: each is begun, and what it has to do is done once it stands."""
+    names = [
+        (family_of(address), address, (server_for(address), 5800))
+        for address in plan.addresses
+    ]
+    sources = itertools.cycle(names)
+    # Ports are given out in turn: to let the kernel search for a free one takes its time.
+    ports = itertools.cycle(range(2048 + os.getpid() % 1000, 65536))
+    messages = itertools.cycle(flood_messages(plan))
+    standing: collections.deque[socket.socket] = collections.deque()
+    waiting: collections.deque[tuple[float, socket.socket, bytes]] = collections.deque()
+    stream = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+
+    def one() -> int:
+        family, address, server = next(sources)
+        peer = socket.socket(family, stream)
+        try:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            peer.bind((address, next(ports)))
+            peer.connect(server)
+        except BlockingIOError:
+            pass
+        except OSError:
+            peer.close()
+            return 0
+        standing.append(peer)
+        if len(standing) > FLOOD_CONNECTIONS:
+            standing.popleft().close()
+        if plan.kind == "reset":
+            waiting.append((time.monotonic() + plan.answers_s, peer, b""))
+        elif plan.kind != "idle":
+            speak(peer, next(messages))
+        return 1
+
+    def speak(peer: socket.socket, rest: bytes) -> None:
+        """Send what is next, at once if the connection stands, and come back for what is left."""
+        try:
+            sent = peer.send(rest[:1] if plan.kind == "slow" else rest)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            peer.close()
+            return
+        if sent < len(rest):
+            # All wait for the same time, so the line is in the order of what is due.
+            again = time.monotonic() + (1 if sent else plan.answers_s)
+            waiting.append((again, peer, rest[sent:]))
+
+    def tend() -> None:
+        now = time.monotonic()
+        while waiting and waiting[0][0] <= now:
+            _, peer, rest = waiting.popleft()
+            if peer.fileno() >= 0 and rest:
+                speak(peer, rest)
+            else:
+                peer.close()
+
+    return one, tend
+
+
+def flood_messages(plan: Flood) -> list[bytes]:
+    """What is sent, in turn."""
+    if plan.kind != "random":
+        return [bytes.fromhex(plan.message)]
+    return [MAGIC + bytes((0, 0, 0, n % 6)) + os.urandom(48) for n in range(4096)]
+
+
+def flood_process() -> None:
+    """`test_letmein.py flood`: standard input has the plan and then an empty line at which to
+    begin; standard output gets "ready", and at last how many, and how much of a CPU it took."""
+    _, most = limits.getrlimit(limits.RLIMIT_NOFILE)
+    limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+    gc.disable()
+    plan = Flood(**json.loads(sys.stdin.readline()))
+    one, tend = (flood_udp if plan.protocol == "udp" else flood_tcp)(plan)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    used = time.process_time()
+    done = pace(plan.rate, plan.seconds, one, tend)
+    print(json.dumps([done, time.process_time() - used]), flush=True)
+
+
+def relay_process(delay: float) -> None:
+    """`test_letmein.py relay`: pass frames on between the two ends of each cable, each of
+    them this much later. Ends with its standard input."""
+    sockets = {}
+    for name in itertools.chain(*RELAY_CABLES.items()):
+        end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
+            end.setsockopt(socket.SOL_SOCKET, letmein.SO_RCVBUFFORCE, 8 << 20)
+        end.bind((name, ETH_P_ALL))
+        end.setblocking(False)
+        sockets[name] = end
+    gc.disable()
+    selector = selectors.DefaultSelector()
+    for far, near in RELAY_CABLES.items():
+        selector.register(sockets[far], selectors.EVENT_READ, sockets[near].send)
+        selector.register(sockets[near], selectors.EVENT_READ, sockets[far].send)
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    held: collections.deque[tuple[float, Callable[[bytes], int], bytes]] = collections.deque()
+    print("ready", flush=True)
+    while True:
+        ready = selector.select(max(held[0][0] - time.monotonic(), 0) if held else None)
+        at = time.monotonic() + delay
+        for key, _ in ready:
+            if not isinstance(key.fileobj, socket.socket):
+                return
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    held.append((at, key.data, key.fileobj.recv(2048)))
+        now = time.monotonic()
+        while held and held[0][0] <= now:
+            _, send, frame = held.popleft()
+            with contextlib.suppress(OSError):  # a full queue: a lost frame
+                send(frame)
+        time.sleep(0.0005)  # so that each turn has more than one frame to see to
+
+
+def start_part(*arguments: str) -> subprocess.Popen[str]:
+    """Start a process of this file, which see below. It is told what to do line by line."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env=unmeasured(),
+    )
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+class Attacker:
+    """The third host, from its start to its end. Its processes start there, or, for what is
+    to come from the client's address, at the client's."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.namespaces = {"client": lab.client_ns, "server": lab.server_ns}
+        self._make_host("attacker")
+        self._run_all(ATTACKER_LINKS, pid=os.getpid())
+        with self.inside("attacker"):
+            sysctl("net/ipv6/ip_nonlocal_bind", 1)
+        for name in ("all", "hostile"):
+            sysctl(f"net/ipv4/conf/{name}/rp_filter", 0)  # or no forged datagram gets through
+
+    def close(self) -> None:
+        run("ip", "link", "del", "hostile")
+        os.close(self.namespaces.pop("attacker"))
+
+    def _make_host(self, host: str) -> None:
+        call_libc("unshare", CLONE_NEWNET)
+        self.namespaces[host] = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        call_libc("setns", self.lab.server_ns, CLONE_NEWNET)
+
+    @contextlib.contextmanager
+    def inside(self, host: str) -> Iterator[None]:
+        """What is started or opened inside belongs to this host."""
+        call_libc("setns", self.namespaces[host], CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            call_libc("setns", self.lab.server_ns, CLONE_NEWNET)
+
+    def _run_all(self, commands: str, **fields: object) -> None:
+        for line in commands.format(mac="02:00:00:00:00:01", **fields).strip().splitlines():
+            host, *command = line.split()
+            path = f"/proc/{os.getpid()}/fd/{self.namespaces[host]}"
+            run("nsenter", f"--net={path}", "--", *command)
+
+    def start(self, host: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a process of this file there."""
+        with self.inside(host):
+            process = start_part(*arguments)
+        self.lab.processes.append(process)
+        return process
+
+    @contextlib.contextmanager
+    def slow_path(self, delay: float) -> Iterator[None]:
+        """From both hosts to the server it takes this long, and as long back."""
+        if not delay:
+            yield
+            return
+        self._make_host("relay")
+        with self.inside("relay"):
+            sysctl("net/ipv6/conf/all/disable_ipv6", 1)  # it has nothing to say itself
+            sysctl("net/ipv6/conf/default/disable_ipv6", 1)
+        path = f"/proc/{os.getpid()}/fd/{self.namespaces['relay']}"
+        try:
+            for host, (end, near) in zip(("client", "attacker"), RELAY_CABLES.items()):
+                self._run_all(RELAY_CABLE, host=host, end=end, near=near, relay=path)
+                for where, name in ((host, end), ("server", near)):
+                    with self.inside(where):
+                        finish_checksums(name)
+                sysctl(f"net/ipv4/conf/{near}/rp_filter", 0)
+            self._run_all(RELAY_ROUTES)
+            relay = self.start("relay", "relay", str(delay))
+            assert hear(relay) == "ready"
+            yield
+            relay.communicate(timeout=LIMIT_S)
+        finally:
+            for near in RELAY_CABLES.values():
+                run("ip", "link", "del", near, check=False)
+            os.close(self.namespaces.pop("relay"))
+
+
+def unmeasured() -> dict[str, str]:
+    """The environment of what is not to be slowed down by who measures its coverage."""
+    return {name: text for name, text in environment().items() if not name.startswith("COV")}
+
+
+def finish_checksums(name: str) -> None:
+    """Have this host's packets leave with their checksums: on a cable between two hosts of one
+    kernel they are left to be filled in later, which nobody does behind a relay."""
+    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_STXCSUM, 0))
+    request = struct.pack("16sP16x", name.encode(), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as anything:
+        fcntl.ioctl(anything, SIOCETHTOOL, request)
+
+
+class Outcome(NamedTuple):
+    """What a flood came to. Memory and descriptors are those of both server processes, in kB
+    beside what they had before; cpu: seconds of monitor, network process and flood."""
+
+    sent: float  # a second, really
+    arrived: float  # of these; TCP: may be a little more, for a lost SYN is sent again
+    took: list[float]  # by those knocks that were good
+    failed: list[str]  # why the others were not
+    slowest: float
+    memory_peak: int
+    memory_after: int
+    descriptors_before: int
+    descriptors_after: int
+    back_s: float  # how long it took until the descriptors were as before
+    lost: int  # network processes
+    cpu: tuple[float, float, float]
+
+    @property
+    def knocks(self) -> int:
+        return len(self.took) + len(self.failed)
+
+    def __str__(self) -> str:
+        median = statistics.median(self.took) if self.took else float("nan")
+        return (
+            f"{self.sent:5.0f}/s, {self.arrived:.0f} arrived,"
+            f" {len(self.took):3}/{self.knocks} good,"
+            f" median {median * 1000:4.0f} ms, slowest {self.slowest * 1000:5.0f} ms, memory"
+            f" +{self.memory_peak} kB, then +{self.memory_after} kB, descriptors"
+            f" {self.descriptors_before} -> {self.descriptors_after} in {self.back_s:.1f} s, CPU"
+            + "".join(f" {seconds:.1f}" for seconds in self.cpu)
+        )
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used, and those that it started and that have ended."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    ticks = text.rpartition(")")[2].split()[11:15]  # user and system, its own and its children's
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def knock_steadily(
+    lab: Lab, protocol: str, sources: Sequence[str], seconds: float, meanwhile: Callable[[], None]
+) -> tuple[list[float], list[str], float]:
+    """A knock every 200 ms, however long the ones before take; returns how long the good ones
+    took, why the others failed, and what the slowest of all took."""
+    good: list[float] = []
+    failed: list[str] = []
+    slowest: list[float] = [0.0]
+
+    def knock(source: str) -> None:
+        began = time.monotonic()
+        try:
+            assert handshake(lab, protocol=protocol, source=source) == COMEIN, "GOAWAY"
+            good.append(time.monotonic() - began)
+        except (OSError, AssertionError) as error:
+            failed.append(f"{source}: {error!r}"[:200])
+        slowest.append(time.monotonic() - began)
+
+    threads = []
+    started = time.monotonic()
+    for number in range(round(seconds / 0.2)):
+        while (wait := started + 0.1 + 0.2 * number - time.monotonic()) > 0:
+            meanwhile()
+            time.sleep(min(wait, 0.1))
+        source = sources[number % len(sources)]
+        threads.append(threading.Thread(target=knock, args=(source,), daemon=True))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    return good, failed, max(slowest)
+
+
+def flood_case(
+    attacker: Attacker,
+    kind: str,
+    protocol: str,
+    source: str,
+    rate: float,
+    seconds: float,
+    delay: float = 0.0,
+) -> Outcome:
+    """A server of its own under this flood, and knocks of the client meanwhile. delay: of the
+    path, in seconds, one way."""
+    lab = attacker.lab
+    knock = message(KNOCK, 0x22)
+    addresses = FLOOD_SOURCES[source]
+    flood = Flood(kind, protocol, addresses, rate, seconds + 0.2, 2.2 * delay + 0.005, knock.hex())
+    lab.load(more=FLOOD_COUNTERS)
+    forget_connections()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attacker.slow_path(delay))
+        host = "client" if source == "own" and protocol == "tcp" else "attacker"
+        process = stack.enter_context(attacker.start(host, "flood"))
+        stack.callback(process.kill)
+        server = stack.enter_context(Server(lab, server_conf(), env=unmeasured()))
+        sources = [CLIENT_4] if source == "own" else [CLIENT_4, CLIENT_6]
+        with Peer(lab, protocol) as peer:  # this is where it was recorded
+            peer.send(knock)
+            peer.send(message(RESPONSE, 0x22, token=peer.receive().auth))
+            assert peer.receive().operation == COMEIN
+        for way in ("tcp", "udp"):  # what is used for the first time takes memory once
+            assert handshake(lab, protocol=way, source=CLIENT_4) == COMEIN
+            assert handshake(lab, protocol=way, source=CLIENT_6) == COMEIN
+        pids = (server.process.pid, server.network_process())
+
+        def descriptors() -> int:
+            return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+        def memory() -> int:
+            return sum(resident_kb(pid) for pid in pids)
+
+        time.sleep(0.1)  # for the knocks above to be over
+        opened, before, peak = descriptors(), memory(), 0
+        used = [cpu_seconds(pid) for pid in pids]
+        others = lab.counters()[f"by-{protocol}"]
+
+        def look() -> None:
+            nonlocal peak
+            with contextlib.suppress(OSError):  # a network process that is gone
+                peak = max(peak, memory() - before)
+
+        tell(process, json.dumps(flood._asdict()))
+        assert hear(process) == "ready"
+        tell(process, "")
+        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look)
+        sent, flood_cpu = json.loads(hear(process))
+        process.wait(LIMIT_S)
+        look()
+        arrived = lab.counters()[f"by-{protocol}"] - others
+        # A knock is one connection, or two datagrams.
+        arrived -= (len(took) + len(failed)) * (1 if protocol == "tcp" else 2)
+        ended = time.monotonic()
+        after, left, back_s = 0, -1, float("nan")
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: descriptors() <= opened, "descriptors stay open")
+            back_s = time.monotonic() - ended
+            left, after = descriptors(), memory() - before
+            used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
+        lost = sum("network-process-lost" in line for line in server.lines)
+    return Outcome(
+        sent=sent / flood.seconds,
+        arrived=arrived / flood.seconds,
+        took=took,
+        failed=failed,
+        slowest=slowest,
+        memory_peak=peak,
+        memory_after=after,
+        descriptors_before=opened,
+        descriptors_after=left,
+        back_s=back_s,
+        lost=lost,
+        cpu=(used[0], used[1], flood_cpu),
+    )
+
+
+def forget_connections() -> None:
+    """Empty the server's table of connections: it is finite, and full after some floods."""
+    # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_CTNETLINK 1, IPCTNL_MSG_CT_DELETE 2; NLM_F_REQUEST 1
+    request = struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1, 0, 0, socket.AF_UNSPEC, 0, 0)
+    with contextlib.suppress(OSError), socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW, letmein.NETLINK_NETFILTER
+    ) as netlink:
+        netlink.send(request)
+
+
+class Rush(NamedTuple):
+    """What came of knocks from one address after the other: in which time, how long each that
+    succeeded took, and the seconds of CPU that went to who knocked, and to the server's
+    processes with those that they started."""
+
+    seconds: float
+    took: list[float]
+    cpu: float
+    server_cpu: list[float]
+
+    @property
+    def rate(self) -> float:
+        return len(self.took) / self.seconds
+
+
+def rush_process() -> None:
+    """`test_letmein.py rush`: as storm(), but it takes as little time for itself as it can. In:
+    addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
+    Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
+    addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
+    user, number = struct.pack(">I", 1), struct.pack(">I", 0x22)
+    answer = struct.pack(">I", RESPONSE) + user + number + os.urandom(8)
+    waiting = [(address, message(operation, 0x22)) for address in reversed(addresses)]
+    running: dict[int, tuple[socket.socket, float]] = {}
+    answered: set[int] = set()
+    took: list[float] = []
+    poll = select.epoll()
+    gc.disable()
+
+    def start() -> None:
+        address, knock = waiting.pop()
+        began = time.monotonic()
+        peer = socket.socket()
+        peer.bind((address, 0))
+        peer.connect((SERVER_4, 5800))  # does not wait: the server's kernel answers at once
+        peer.send(knock)
+        poll.register(peer, select.EPOLLIN)
+        running[peer.fileno()] = (peer, began)
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    started, used = time.monotonic(), time.process_time()
+    for _ in range(min(at_once, len(waiting))):
+        start()
+    while running and (ready := poll.poll(LIMIT_S)):
+        for descriptor, _ in ready:
+            peer, began = running[descriptor]
+            said = peer.recv(56)
+            if said[7:8] == bytes([CHALLENGE]) and descriptor not in answered:
+                answered.add(descriptor)
+                proof = hmac.digest(KEYS[1], answer + said[24:], "sha3_256")
+                peer.send(MAGIC + answer + proof)
+                continue
+            now = time.monotonic()
+            if said[7:8] == bytes([COMEIN]):
+                took.append(now - began)
+            del running[descriptor]
+            answered.discard(descriptor)
+            peer.close()
+            if waiting and now < started + limit:
+                start()
+    done = [time.monotonic() - started, took, time.process_time() - used]
+    print(json.dumps(done), flush=True)
+
+
+def rush(
+    lab: Lab,
+    pids: Sequence[int],
+    addresses: Sequence[str],
+    at_once: int,
+    operation: int = KNOCK,
+    limit: float = 60,
+) -> Rush:
+    """Knock from each of these addresses of the client's host. Where it is many at once, from
+    two processes, for there are servers that are faster than one. pids: of the server."""
+    count = min(at_once, 2)
+    processes = []
+    for number in range(count):
+        plan = [addresses[number::count], at_once // count, operation, limit]
+        with lab.client():
+            process = start_part("rush")
+        lab.processes.append(process)
+        processes.append(process)
+        tell(process, json.dumps(plan))
+    for process in processes:
+        assert hear(process) == "ready"
+    used = [cpu_seconds(pid) for pid in pids]
+    for process in processes:
+        tell(process, "")
+    parts = [json.loads(hear(process)) for process in processes]
+    used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
+    for process in processes:
+        process.communicate(timeout=LIMIT_S)
+    took = [one for part in parts for one in part[1]]
+    return Rush(max(part[0] for part in parts), took, sum(part[2] for part in parts), used)
+
+
+@pytest.fixture(scope="class")
+def attacker(lab: Lab) -> Iterator[Attacker]:
+    made = Attacker(lab)
+    yield made
+    made.close()
+
+
+class TestFloods:
+    """Who has a key gets in while others attack, and the server is afterwards as it was. (At what
+    rates, and how fast, is measured by .ci/bench: here it is whether, at a rate that any
+    machine can take.)"""
+
+    @pytest.mark.parametrize(
+        "kind, protocol, source, rate, delay",
+        [
+            pytest.param("idle", "tcp", "many", 300, 0, id="idle"),
+            pytest.param("replay", "tcp", "many", 300, 0, id="replay-tcp"),
+            pytest.param("replay", "udp", "many", 300, 0, id="replay-udp"),
+            pytest.param("random", "tcp", "many", 300, 0, id="random-tcp"),
+            pytest.param("random", "udp", "many", 300, 0, id="random-udp"),
+            pytest.param("slow", "tcp", "one", 300, 0, id="slow"),
+            pytest.param("reset", "tcp", "many", 300, 0, id="reset"),
+            pytest.param("idle", "tcp", "own", 20, 0, id="idle-own"),
+            pytest.param("replay", "udp", "own", 20, 0, id="replay-udp-own"),
+            pytest.param("replay", "tcp", "many", 300, 0.05, id="replay-tcp-far"),
+        ],
+    )
+    def test_a_knock_succeeds(
+        self, attacker: Attacker, kind: str, protocol: str, source: str, rate: float, delay: float
+    ) -> None:
+        outcome = flood_case(attacker, kind, protocol, source, rate, 1, delay)
+        print(outcome, end=" ")
+        assert outcome.arrived >= rate / 4, outcome  # or it was no flood
+        assert outcome.failed == []
+        assert outcome.knocks == 5
+        assert outcome.lost == 0
+        assert outcome.memory_peak < 10 * 1024
+        assert outcome.memory_after < 10 * 1024
+        assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+if __name__ == "__main__":  # one of the processes of its own, see start_part()
+    if sys.argv[1] == "flood":
+        flood_process()
+    elif sys.argv[1] == "rush":
+        rush_process()
+    else:
+        relay_process(float(sys.argv[2]))
