@@ -31,7 +31,6 @@ PROGRAM = sys._getframe().f_code  # this module, compiled, for the network proce
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
     import argparse
-    import subprocess
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple
 
@@ -543,29 +542,21 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
 }
 
 
-class Entry(NamedTuple):
-    """An option as it stands in a file; the line that begins a section has no name."""
-
-    line: int
-    section: str
-    name: str = ""
-    text: str = ""
-
-
-def parse_entries(text: str, path: str) -> list[Entry]:
-    """The file as it is written. Raises ConfigError."""
+def parse_entries(text: str, path: str) -> list[tuple[int, str, str, str]]:
+    """The file as it is written: (line, section, name, value), without a name for the line
+    that begins a section. Raises ConfigError."""
 
     def wrong(problem: str, expected: str) -> ConfigError:
         place = f"[{shown(section)[1:-1]}] " if section else ""
         return ConfigError(f"{path}:{number}: {place}{problem}", f"expected: {expected}")
 
-    entries: list[Entry] = []
+    entries: list[tuple[int, str, str, str]] = []
     lines: dict[tuple[str, str], int] = {}
     section = name = ""
     for number, line in enumerate(text.split("\n"), 1):
         if name and line[:1] in (" ", "\t") and line.strip():
-            whole = f"{entries[-1].text} {line.lstrip()}".rstrip("\r")
-            entries[-1] = entries[-1]._replace(text=whole)
+            first, _, _, value = entries.pop()
+            entries.append((first, section, name, f"{value} {line.lstrip()}".rstrip("\r")))
             continue
         name = value = ""
         line = line.lstrip()
@@ -586,7 +577,7 @@ def parse_entries(text: str, path: str) -> list[Entry]:
         if first != number:
             what = f"{shown(name)[1:-1]}: " if name else "this section "
             raise wrong(f"{what}stands in line {first} already", "each name once")
-        entries.append(Entry(number, section, name, value.rstrip("\r")))
+        entries.append((number, section, name, value.rstrip("\r")))
     return entries
 
 
@@ -893,12 +884,6 @@ def address_text(address: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds as nft reads them, rounded down to milliseconds, never 0 (for ever)."""
-    milliseconds = int(min(max(seconds, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
-    return f"{milliseconds // 1000}s{milliseconds % 1000}ms"
-
-
 def set_types(config: Config) -> dict[str, str]:
     """All sets that a configuration needs: names and the types of their elements."""
     versions = VERSIONS[config.family]
@@ -967,7 +952,8 @@ def elements_script(
     for name, key in removals:
         removed.setdefault(name, []).append(key)
     for (name, key), (ends, comment) in elements.items():
-        left = duration_text(ends - now)
+        # In whole milliseconds, rounded down, but never 0.
+        left = f"{int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)}ms"
         text = f'{key} timeout {left} expires {left} comment "{comment}"'
         added.setdefault(name, []).append(text)
     where = f"element {config.family} {config.table}"
@@ -1056,21 +1042,18 @@ def differences(
     that an administrator has revoked). identities are those of our sets when all was in
     order, {} if not known: an element missing from a set that stayed was deleted on
     purpose, one that went with its set was not. In its last second a lease may be gone."""
-    stayed = {
-        name
-        for name in set_types(config)
-        if name in listing.identities
-        and identities.get(name, listing.identities[name]) == listing.identities[name]
-    }
+    found = listing.identities
+    names = [name for name in set_types(config) if name in found]
+    stayed = {name for name in names if identities.get(name, found[name]) == found[name]}
     damage = "" if len(stayed) == len(set_types(config)) else "sets are missing"
     if listing.rules != len(rule_texts(config)):
         damage = "rules are missing"
     revoked: list[Lease] = []
     rest: list[Lease] = []
     for lease in leases.values():
-        names = owned(lease_elements(config, [lease], ""))
-        gone = lease.ends - now > 1 and not names <= listing.elements.keys()
-        by_hand = identities and gone and all(name in stayed for name, _ in names)
+        own = owned(lease_elements(config, [lease], ""))
+        gone = lease.ends - now > 1 and not own <= listing.elements.keys()
+        by_hand = identities and gone and all(name in stayed for name, _ in own)
         (revoked if by_hand else rest).append(lease)
     expected = lease_elements(config, rest, "")
     for name, (ends, _) in expected.items():
@@ -1095,6 +1078,18 @@ class NoTable(NftError):
     """Our table is not there."""
 
 
+def await_end(process: int, limit: float) -> int:
+    """Wait for a child process, and kill it after limit (in seconds). Returns its exit status,
+    the negative number of a signal that ended it. (The subprocess module would do such a wait
+    by sleeping for longer than nft takes. pidfd_open(2): Linux 5.3.)"""
+    import signal
+    descriptor = os.pidfd_open(process)
+    if not select.select([descriptor], [], [], limit)[0]:
+        os.kill(process, signal.SIGKILL)
+    os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 class Nft:
     """The one place that runs nft: text on its standard input, no shell, a fixed
     environment. process_ids are those of its latest runs. Args: name, of the program; a
@@ -1113,39 +1108,31 @@ class Nft:
     def run(self, script: str, *arguments: str) -> bytes:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
         NftError, with nft's first line, or NftHung after NFT_LIMIT_S."""
-        import signal
-        import subprocess
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
-        # Files in memory take all that nft says: nobody has to read while it runs.
+        # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
         files = [os.fdopen(os.memfd_create("nft"), "w+b") for _ in range(3)]
+        streams = [(os.POSIX_SPAWN_DUP2, file.fileno(), n) for n, file in enumerate(files)]
         with files[0] as text, files[1] as printed, files[2] as said:
             text.write(script.encode("ascii"))
             text.seek(0)
             try:
-                process = subprocess.Popen(
-                    command, stdin=text, stdout=printed, stderr=said, cwd="/", env=environment
-                )
+                process = os.posix_spawn(self.path, command, environment, file_actions=streams)
             except OSError as error:
                 hint = "install nftables, or set exe in [NFTABLES]"
                 raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
-            self.process_ids.append(process.pid)
-            # Popen.wait() with a limit sleeps and looks, which takes longer than nft does.
-            ended = os.pidfd_open(process.pid)
-            if not select.select([ended], [], [], NFT_LIMIT_S)[0]:
-                process.kill()
-            os.close(ended)
-            if process.wait() == -signal.SIGKILL:
-                problem = f"nft did not end within {NFT_LIMIT_S:g} s"
-                raise NftHung(problem, "what keeps it busy?") from None
+            self.process_ids.append(process)
+            status = await_end(process, NFT_LIMIT_S)
+            if status == -9:
+                raise NftHung(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
             printed.seek(0)
             said.seek(0)
-            if process.returncode:
+            if status:
                 problem = said.read(4096).decode("utf-8", "replace").strip().split("\n")[0]
                 hint = f"try it by hand: {self.path} list ruleset"
                 if "not permitted" in problem:
                     hint = "run it as root: nftables want CAP_NET_ADMIN"
-                raise NftError(problem or f"nft ended with status {process.returncode}", hint)
+                raise NftError(problem or f"nft ended with status {status}", hint)
             return printed.read()
 
 
@@ -1657,7 +1644,7 @@ class Monitor:
         self.selector = selectors.DefaultSelector()
         self.ready = self.stopping = self.reload_wanted = False
 
-        self.network: subprocess.Popen[bytes] | None = None
+        self.network = 0  # the network process, if there is one
         self.link: socket.socket | None = None  # to the network process
         self.restart_at: float | None = None
         self.pause = NETWORK_PAUSE_S[0]
@@ -1688,7 +1675,7 @@ class Monitor:
             while not self.stopping:
                 self._turn()
         finally:
-            self._stop_network()
+            self._stop_network(1)
             with contextlib.suppress(OSError):
                 os.unlink(status_path)
             if self.firewall.installed:
@@ -1788,7 +1775,6 @@ class Monitor:
         program is the compiled form of this one: the same even if the file has been
         replaced, and it need not be compiled again (6 MB)."""
         import marshal
-        import subprocess
         self.restart_at = None
         self.started = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -1799,8 +1785,10 @@ class Monitor:
             program.seek(0)
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
             command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
-            streams = (theirs.fileno(), program, subprocess.DEVNULL)
-            self.network = subprocess.Popen(command, 0, None, *streams, env={})
+            dup = os.POSIX_SPAWN_DUP2
+            streams: list[Any] = [(dup, theirs.fileno(), 0), (dup, program.fileno(), 1)]
+            streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
+            self.network = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
         self._send_settings()
 
     def _send_settings(self) -> None:
@@ -1813,10 +1801,11 @@ class Monitor:
     def _look_after_network(self) -> None:
         """A child has ended or was stopped: nft, or the network process."""
         self._on_link()  # it may have said why
-        if self.network is not None and self.network.poll() is not None:
-            self._lose_network(f"it ended with status {self.network.returncode}")
-        elif self.network and os.waitid(os.P_PID, self.network.pid, os.WSTOPPED | os.WNOHANG):
-            self._lose_network("it was stopped")
+        changes = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        change = self.network and os.waitid(os.P_PID, self.network, changes)
+        if change:
+            how = "was stopped" if change.si_code == os.CLD_STOPPED else "ended"
+            self._lose_network(f"it {how}, by signal or with status {change.si_status}")
 
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause.
@@ -1826,26 +1815,19 @@ class Monitor:
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
         self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
-        if self.network is not None:
-            self.network.kill()
-        self._stop_network()
+        self._stop_network(0)
         self.restart_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
-    def _stop_network(self) -> None:
-        """It ends by itself when its link closes; one that does not is killed."""
-        import subprocess
+    def _stop_network(self, patience: float) -> None:
+        """It ends by itself when its link closes, or is killed after so many seconds."""
         if self.link is not None:
             self.selector.unregister(self.link)
             self.link.close()
             self.link = None
-        if self.network is not None:
-            try:
-                self.network.wait(1)
-            except subprocess.TimeoutExpired:
-                self.network.kill()
-                self.network.wait()
-            self.network = None
+        if self.network:
+            await_end(self.network, patience)
+            self.network = 0
 
     def _on_link(self) -> None:
         """Take what the network process has sent, at most a batch's worth."""
@@ -2260,10 +2242,10 @@ class Network:
 
 
 def find_account(name: str) -> tuple[int, int]:
-    """User and group id of an account. Raises UserError."""
+    """User and group id of an account; "none" has none. Raises UserError."""
     import pwd
     try:
-        return pwd.getpwnam(name)[2:4]
+        return pwd.getpwnam(name)[2:4] if name != "none" else (0, 0)
     except KeyError:
         hint = f"useradd --system {name} makes one; --user names another, or none"
         raise UserError(f"there is no account {name} for the network process", hint) from None
@@ -2273,7 +2255,7 @@ def enter_sandbox(account: str, connections: int) -> None:
     """Become account (a user's name, or "none" to stay what we are), in an empty root
     directory, with no way to get more. Raises UserError naming the step that failed."""
     import resource
-    user, group = find_account(account) if account != "none" else (0, 0)
+    user, group = find_account(account)
     step = "limit the number of descriptors"
     try:
         # Beside the slots: link, listeners, selectors, and peers that wait for nft, of which
@@ -2296,6 +2278,8 @@ def enter_sandbox(account: str, connections: int) -> None:
         os.setgroups([])
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
+        step = "give up making processes"
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     except OSError as error:
         hint = "run the server as root, or give --user none"
         raise UserError(f"the network process cannot {step}: {error.strerror}", hint) from None
@@ -2314,10 +2298,9 @@ def network_process() -> None:
     try:
         enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1])
         Network(link, payload, [socket.socket(fileno=fd) for fd in descriptors]).run()
-    except UserError as error:
-        link.send(f"{error.problem}\n{error.hint}".encode())
     except Exception as error:
-        link.send(f"it failed with {type(error).__name__}: {error}".encode())
+        what = "" if isinstance(error, UserError) else f"it failed with {type(error).__name__}: "
+        link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
 
 
 # ============================================================================
@@ -2498,13 +2481,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         hint = "set seccomp = off in [GENERAL], or --seccomp off"
         raise UserError(f"seccomp={seccomp}: this version has no seccomp filter", hint)
     if arguments.command == "server":
-        for descriptor in (0, 1, 2):
-            try:
-                os.fstat(descriptor)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)  # or the next file opened would take its number
-        if arguments.user != "none":
-            find_account(arguments.user)
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass  # or the next file opened would be our standard error
+        find_account(arguments.user)
         if arguments.check:
             return check(config)
         Monitor(config, arguments).run()
@@ -2531,13 +2510,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")
         return run_command(parse_words(words))
-    except UserError as error:
-        print(f"letmein: error: {error.problem}", file=sys.stderr)
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"letmein: error: {error}", file=sys.stderr)
+        hint = getattr(error, "hint", "")
+        if hint:
+            print(f"  {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
