@@ -24,6 +24,7 @@ help:
 	@echo 'make demo    letmein from the first knock to the last, on two throwaway hosts'
 	@echo 'make test    the whole test suite, and its coverage (PYTEST_ARGS="-k udp": a part of it)'
 	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
+	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
 	@echo 'make lint    ruff, and mypy --strict'
 	@echo 'make clean   remove what these have made'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
@@ -47,6 +48,16 @@ soak: tools
 	SOAK=500 $(ROOTLESS) $(VENV)/bin/python -m pytest -o cache_dir=$(VENV)/pytest test_letmein.py \
 		-k TestAnything
 
+# The same properties as in `make test`, with other examples in each round. A failure is printed
+# with the example that shows it. A round takes up to a minute, and the last one is not cut short.
+SECONDS = 600
+fuzz: tools
+	@end=$$(($$(date +%s) + $(SECONDS))); while \
+		seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); echo "seed $$seed"; \
+		FUZZ=10 $(ROOTLESS) $(VENV)/bin/python -m pytest -q -x -n auto -o cache_dir=$(VENV)/pytest \
+			test_letmein.py -m hypothesis -k 'not TestAnything' --hypothesis-seed=$$seed || exit 1; \
+		[ $$(date +%s) -lt $$end ]; do :; done
+
 lint: tools
 	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
 		--line-length=100 --select=E,F,W,I,UP,B,SIM,RUF $(SCRIPTS)
@@ -56,7 +67,7 @@ lint: tools
 clean:
 	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
 
-.PHONY: help demo test soak lint clean packages test-packages tools
+.PHONY: help demo test soak fuzz lint clean packages test-packages tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \

@@ -837,9 +837,6 @@ def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], No
 #     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps
 #                                 that apply to all traffic
 #
-# First the pure functions that turn "what should be" into an nft script and a
-# listing into leases; then Nft, the one place that runs nft; then Firewall,
-# which owns the leases, heals what others broke and does what clients ask for.
 # Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -952,8 +949,9 @@ def elements_script(
     for name, key in removals:
         removed.setdefault(name, []).append(key)
     for (name, key), (ends, comment) in elements.items():
-        # In whole milliseconds, rounded down, but never 0.
-        left = f"{int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)}ms"
+        # Rounded down, but never to 0. nft takes numbers of up to 8 digits.
+        time_left = int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
+        left = f"{time_left // 1000}s{time_left % 1000}ms"
         text = f'{key} timeout {left} expires {left} comment "{comment}"'
         added.setdefault(name, []).append(text)
     where = f"element {config.family} {config.table}"
@@ -1865,8 +1863,7 @@ class Monitor:
         if record.kind == COUNTS:
             counts = dict(zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload)))
             self.log.counts.update(counts)
-            if counts["evicted"]:
-                self.log.sum_up("evicted", counts["evicted"])
+            self.log.sum_up("evicted", counts["evicted"])
         self.ready |= record.kind == READY
         if record.kind in (READY, COUNTS):
             return
@@ -1917,21 +1914,20 @@ class Monitor:
         the same reply once that is there."""
         now = time.monotonic()
         remembered = self.accepted
-        oldest = now - min(self.config.control_timeout, TOKEN_LIMIT_S) - 2 * TOKEN_WINDOW_S
+        oldest = now - TOKEN_LIMIT_S - 2 * TOKEN_WINDOW_S  # control-timeout may have become longer
         while remembered and next(iter(remembered.values()))[0] < oldest:
             del remembered[next(iter(remembered))]
-        response = record.payload
-        if response in remembered:
-            return self._end(record, remembered[response][1])
+        if record.payload in remembered:
+            return self._end(record, remembered[record.payload][1])
         if len(remembered) >= ACCEPTED_LIMIT:
             return self._end(record, b"")
-        remembered[response] = (now, b"")
+        remembered[record.payload] = (now, b"")
 
         def done(problem: str) -> None:
             event = "granted" if operation == KNOCK else "revoked"
             self._log_peer("failed" if problem else event, message, record, problem)
             reply = unsigned(GOAWAY if problem else COMEIN, message.user, message.resource)
-            remembered[response] = (now, reply)
+            remembered[record.payload] = (now, reply)
             self._end(record, reply)
 
         ids = (message.resource, message.user)

@@ -17,6 +17,7 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import collections
 import contextlib
@@ -47,11 +48,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import letmein
 from letmein import Message
@@ -5076,7 +5079,23 @@ USER, RESOURCE = 0xA423DDA7, 0xBC5D8077
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 NO_TOKEN, THE_TOKEN, REVOKE_TOKEN = bytes(32), bytes([0xB8]) * 32, bytes([0xB9]) * 32
 
-PROPERTY = settings(deadline=None, database=None, max_examples=100)
+# How many times as many examples `make fuzz` tries, 0 for the suite, where they are the same each
+# time.
+FUZZ = int(os.environ.get("FUZZ", "0"))
+
+
+def examples(number: int) -> settings:
+    return settings(
+        deadline=None,
+        database=None,
+        derandomize=not FUZZ,
+        max_examples=number * (FUZZ or 1),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+
+
+PROPERTY = examples(100)
 
 
 # ---------------------------------------------------------------- messages
@@ -5816,7 +5835,7 @@ FRAGMENTS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(PROPERTY, max_examples=400)
+@examples(400)
 @given(st.text() | st.lists(FRAGMENTS, max_size=25).map("".join), st.booleans())
 @example("[GENERAL]\ncontrol-timeout = .5\x1f", False)
 @example("[CLIENT]\ndefault-user = 1\x1f", False)
@@ -5861,7 +5880,7 @@ PASTED = (
 )  # fmt: skip
 
 
-@settings(PROPERTY, max_examples=400)
+@examples(400)
 @given(PASTED, st.sampled_from(PLACES), st.booleans())
 @example(":".join(["c3"] * 32), "[KEYS]\n{} = 1", False)
 @example(("0123456789ABCDE" + "O") * 4, "[RESOURCES]\n1 = port: {}", True)
@@ -6260,6 +6279,950 @@ def test_imports_cost_no_more_than_a_knock_needs() -> None:
         "typing unittest urllib argparse json difflib"
     )
     assert "letmein" in loaded and not set(dear.split()) & set(loaded)
+
+
+# ----------------------------------------------------------------------------
+# Whatever comes: from peers, from the other process, from a configuration
+#
+# The rooms of letmein.py in this process, joined by real sockets. `make fuzz` runs all properties
+# of this file again and again.
+# ----------------------------------------------------------------------------
+
+ANY_MESSAGE = (
+    st.sampled_from(RECORDED)
+    | FORGED
+    | st.builds(flipped, st.sampled_from(RECORDED), st.integers(0, 55))
+    | st.binary(min_size=56, max_size=56)
+)
+
+
+class QuietLog(letmein.Log):
+    """The log's lines in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, object]] = []
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self.counts[event] += 1
+        self.lines.append({"event": event, **fields})
+
+
+class LoneMonitor(letmein.Monitor):
+    """The privileged process without its kernel: changes stay in the firewall's queue, and the
+    test is the network process, at the other end of the link."""
+
+    log: QuietLog
+
+    def __init__(self, config: letmein.Config) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(letmein, "Log", QuietLog)
+            patch.setattr(letmein, "Nft", lambda name: None)
+            patch.setattr(letmein, "lock_table", lambda *_: -1)
+            patch.setattr(letmein, "control_sockets", lambda *_: {})
+            patch.setattr(os, "umask", lambda mask: mask)
+            super().__init__(config, argparse.Namespace(rundir="/"))
+        self.secret = bytes(32)
+        self.started = 0.0
+        self.ready = True
+        self.connect()
+
+    def connect(self) -> None:
+        """Have a new link, as after the start of a network process."""
+        self.link, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.selector.register(self.link, selectors.EVENT_READ)
+        self.link.setblocking(False)
+        self.theirs.setblocking(False)
+
+    def hand(self, data: bytes) -> list[letmein.Record]:
+        """Send it a record; returns what it sends back."""
+        self.theirs.send(data)
+        self._on_link()
+        return self.said()
+
+    def said(self) -> list[letmein.Record]:
+        records = []
+        with contextlib.suppress(BlockingIOError):
+            while data := self.theirs.recv(4096):
+                assert len(data) == letmein.RECORD.size
+                records.append(letmein.Record(*letmein.RECORD.unpack(data)))
+        return records
+
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        self.theirs.close()
+        self.selector.close()
+
+
+@contextlib.contextmanager
+def lone_monitor(text: str) -> Iterator[LoneMonitor]:
+    monitor = LoneMonitor(parse(text))
+    try:
+        yield monitor
+    finally:
+        monitor.close()
+
+
+def monitor_text(policy: str) -> str:
+    """A server that knows USER, lets it have RESOURCE, and serves 5800."""
+    return (
+        f"[GENERAL]\ncontrol-error-policy = {policy}\n[KEYS]\n{USER:X} = {KEY.hex()}\n"
+        f"[RESOURCES]\n{RESOURCE:X} = port: 22\n58 = port: 5800\n" + server_text("NFTABLES")
+    )
+
+
+# What stands between protocol and message in a record: whose it is.
+WAY = letmein.RECORD.size - 2 - 56
+WAYS = st.sampled_from([bytes(WAY), (bytes(4) + letmein.IPV4_MAPPED).ljust(WAY, b"\0")])
+ANY_RECORD = st.tuples(
+    st.sampled_from([letmein.REQUEST, letmein.ANSWER] * 4 + [*range(10), 255]),
+    st.sampled_from([letmein.TCP, letmein.UDP] * 5 + [0, 255]),
+    WAYS | st.binary(min_size=WAY, max_size=WAY),
+    ANY_MESSAGE | st.just(b"echo"),
+    st.sampled_from([letmein.RECORD.size] * 20 + [0, 1, 56, 300])
+    | st.sampled_from([letmein.RECORD.size + more for more in (-1, 0, 0, 0, 0, 0, 0, 0, 0, 1)]),
+    st.sampled_from([1] * 9 + [3 * letmein.LINES_LIMIT]),  # how many of these
+)
+
+
+@examples(100)
+@given(
+    st.lists(ANY_RECORD, min_size=5, max_size=50), st.sampled_from(sorted(letmein.POLICIES))
+)
+def test_monitor_survives_any_network_process(
+    records: list[tuple[int, int, bytes, bytes, int, int]], policy: str
+) -> None:
+    """Nothing but whole handshakes changes the firewall, and nothing that can be repeated grows:
+    the network process may be anybody's."""
+    with lone_monitor(monitor_text(policy)) as monitor:
+        last = bytes(56)
+        for kind, protocol, way, payload, size, times in records:
+            if payload == b"echo":  # the server's own token, as if it were the answer to it
+                payload = last[:4] + RESPONSE.to_bytes(4, "big") + last[8:]
+            data = (bytes([kind, protocol]) + way + payload).ljust(size, b"\0")[:size]
+            good = size == letmein.RECORD.size
+            if kind not in (letmein.READY, letmein.COUNTS):
+                good = good and kind in (letmein.REQUEST, letmein.ANSWER)
+                good = good and protocol in (letmein.TCP, letmein.UDP)
+                good = good and payload[:7] == letmein.MAGIC + bytes(3) and payload[7] < 6
+            for _ in range(times):
+                replies = monitor.hand(data)
+                assert (monitor.link is not None) == good
+                assert len(replies) <= good
+                for reply in replies:
+                    assert letmein.RECORD.pack(*reply)[1:-56] == data[1:-56], "it goes back"
+                    assert reply.kind in (letmein.REPLY, letmein.LAST)
+                    last = reply.payload
+                    if any(last):
+                        assert Message.decode(last).operation in (CHALLENGE, GOAWAY)
+                assert not monitor.firewall.queue and not monitor.accepted
+                if monitor.link is None:
+                    monitor.theirs.close()
+                    monitor.connect()
+        assert not {"granted", "revoked", "failed"} & set(monitor.log.counts)
+        log = monitor.log
+        lines = [line for line in log.lines if line["event"] == letmein.REFUSED]
+        assert len(lines) <= 2 * letmein.LINES_LIMIT
+        for counter in (log.counts, log.refusals, log.untold):
+            assert len(counter) < 20, counter
+
+
+# ------------------------------------------------- the server, and its model
+
+
+class Conf(NamedTuple):
+    """What the model's configurations differ in; "" for a key or resource that is not there."""
+
+    policy: str = "basic-auth"
+    timeout: float = 5
+    port: int = 5800  # the control port
+    keys: tuple[str, str] = (KEYS[1].hex(), KEYS[2].hex())  # of user 1 and 2
+    open_to_all: str = "port: 22"  # resource 22
+    of_user_1: str = "port: 26 / users: 1"  # resource 26
+
+    def text(self) -> str:
+        keys = [f"{user} = {key}" for user, key in enumerate(self.keys, 1) if key]
+        resources = {"22": self.open_to_all, "26": self.of_user_1, "58": "port: 5800"}
+        lines = [f"{name} = {text}" for name, text in resources.items() if text]
+        return "\n".join([
+            "[GENERAL]", f"control-error-policy = {self.policy}",
+            f"control-timeout = {self.timeout}", f"port = {self.port} / tcp, udp",
+            "[KEYS]", *keys, "[RESOURCES]", *lines, server_text("NFTABLES"),
+        ])  # fmt: skip
+
+    def key(self, user: int) -> bytes:
+        return bytes.fromhex(self.keys[user - 1]) if user in (1, 2) else b""
+
+    def resource(self, resource: int) -> str:
+        return {0x22: self.open_to_all, 0x26: self.of_user_1, 0x58: "port: 5800"}.get(resource, "")
+
+    def refuses(self, user: int, resource: int) -> bool:
+        text = self.resource(resource)
+        port = text.split(" / ")[0]
+        closed = port in ("", f"port: {self.port}")
+        return closed or ("users" in text and f"users: {user}" not in text)
+
+
+class From(NamedTuple):
+    """Where a message comes from. Over TCP, connection is the connection's number."""
+
+    protocol: int
+    connection: int
+    name: tuple[Any, ...]  # as socket.accept() has it
+
+    def record(self, kind: int, data: bytes) -> letmein.Record:
+        name = letmein.split_name(self.name)
+        return letmein.Record(kind, self.protocol, self.connection, *name, data)
+
+    def address(self) -> bytes:
+        family = socket.AF_INET if len(self.name) == 2 else socket.AF_INET6
+        return socket.inet_pton(family, self.name[0])
+
+
+FROM = st.sampled_from(
+    [
+        From(letmein.UDP, 1, ("10.0.0.1", 1000)),
+        From(letmein.TCP, 1, ("10.0.0.1", 1000)),
+        From(letmein.TCP, 2, ("10.0.0.1", 1000)),
+        From(letmein.UDP, 1, ("10.0.0.1", 1001)),
+        From(letmein.UDP, 1, ("10.0.0.2", 1000)),
+        From(letmein.UDP, 2, ("10.0.0.1", 1000)),
+        From(letmein.UDP, 1, ("fe80::1", 1000, 0, 1)),
+        From(letmein.UDP, 1, ("fe80::1", 1000, 0, 2)),
+        From(letmein.TCP, 3, ("fd01::1", 1000, 0, 0)),
+    ]
+)
+RELOADS: list[tuple[str, Any]] = [
+    ("policy", "basic-auth"), ("policy", "always"), ("policy", "full-auth"),
+    ("timeout", 0.5), ("timeout", 5), ("timeout", 7.5), ("timeout", 60), ("timeout", 3600),
+    ("port", 5800), ("port", 22),
+    ("keys", (KEYS[1].hex(), KEYS[2].hex())), ("keys", (KEYS[1].hex(), KEYS[1].hex())),
+    ("keys", (KEYS[2].hex(), KEYS[1].hex())), ("keys", (OTHER_KEY.hex(), KEYS[2].hex())),
+    ("keys", ("", KEYS[2].hex())),
+    ("open_to_all", "port: 22"), ("open_to_all", "port: 23"), ("open_to_all", ""),
+    ("open_to_all", "port: 22 / timeout: 7"), ("of_user_1", "port: 26"),
+    ("of_user_1", "port: 26 / users: 1"), ("of_user_1", "port: 26 / users: 2"),
+]  # fmt: skip
+PICK = st.sampled_from([0] * 8 + [1, 1, 1, 2, 3, 4, 5, 6])  # the latest, the one before it, ...
+USERS_OF_MODEL = st.sampled_from([1] * 4 + [2, 2, 3])
+RESOURCES_OF_MODEL = st.sampled_from([0x22] * 4 + [0x26] * 4 + [0x58, 0x99])
+WRONG = st.sampled_from([""] * 7 + ["peer", "key", "ids"])
+
+
+class Challenged(NamedTuple):
+    """A CHALLENGE that was sent, and all that it was good for."""
+
+    token: bytes
+    operation: int
+    facts: tuple[object, ...]
+    peer: From
+    user: int
+    resource: int
+    at: float
+
+
+class Sent(NamedTuple):
+    """A RESPONSE, as the monitor got it."""
+
+    peer: From
+    kind: int
+    data: bytes
+
+
+class ServerModel(RuleBasedStateMachine):
+    """The server's side of all handshakes, beside a model that says what each message must lead
+    to: which reply, and which change of the firewall."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.patch = pytest.MonkeyPatch()
+        clock = SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime)
+        self.patch.setattr(letmein, "time", clock)
+        self.patch.setattr(letmein, "ACCEPTED_LIMIT", 4)
+        self.conf = Conf()
+        self.monitor = LoneMonitor(parse(self.conf.text()))
+        self.challenges: list[Challenged] = []
+        self.windows: dict[tuple[object, ...], bytes] = {}  # tokens, by all they depend on
+        self.responses: list[Sent] = []
+        self.answered: dict[bytes, bytes] = {}  # by granted RESPONSE: the reply, once it is there
+        self.waiting: list[tuple[letmein.Change, Sent]] = []
+
+    def teardown(self) -> None:
+        self.monitor.close()
+        self.patch.undo()
+
+    # -- what happens --------------------------------------------------------
+
+    @rule(
+        peer=FROM,
+        operation=st.sampled_from([KNOCK, REVOKE]),
+        user=USERS_OF_MODEL,
+        resource=RESOURCES_OF_MODEL,
+        right_key=st.sampled_from([True] * 7 + [False]),
+    )
+    def request(
+        self, peer: From, operation: int, user: int, resource: int, right_key: bool
+    ) -> None:
+        key = (self.conf.key(user) if right_key else b"") or bytes(32)
+        self.send(peer, letmein.REQUEST, sealed(operation, NO_TOKEN, key, user, resource))
+
+    @precondition(lambda self: self.challenges)
+    @rule(pick=PICK, wrong=WRONG, peer=FROM, other=PICK)
+    def respond(self, pick: int, wrong: str, peer: From, other: int) -> None:
+        """Answer a CHALLENGE, rightly or not."""
+        challenge = self.latest(self.challenges, pick)
+        user, resource = challenge.user, challenge.resource
+        key = self.conf.key(3 - user if wrong == "key" else user) or bytes(32)
+        if wrong == "ids":
+            user, resource = self.latest(self.challenges, other)[4:6]
+        peer = peer if wrong == "peer" else challenge.peer
+        self.answer(peer, sealed(RESPONSE, challenge.token, key, user, resource))
+
+    @rule(
+        peer=FROM,
+        operation=st.sampled_from([KNOCK, REVOKE]),
+        resource=st.sampled_from([0x22, 0x26]),
+        seconds=st.sampled_from([0, 0, 0, 4.9, 9.9]),
+        change=st.sampled_from([None] * len(RELOADS) + RELOADS),
+    )
+    def handshake(
+        self,
+        peer: From,
+        operation: int,
+        resource: int,
+        seconds: float,
+        change: tuple[str, Any] | None,
+    ) -> None:
+        """A client that does all as it should; meanwhile the configuration may change."""
+        before = len(self.challenges)
+        self.request(peer, operation, 1, resource, True)
+        self.now += seconds
+        if change:
+            self.reload(change)
+        if len(self.challenges) > before:
+            self.respond(0, "", peer, 0)
+
+    @precondition(lambda self: self.responses)
+    @rule(pick=PICK, peer=st.none() | FROM)
+    def replay(self, pick: int, peer: From | None) -> None:
+        """A RESPONSE comes again, from its sender or from somebody else."""
+        sent = self.latest(self.responses, pick)
+        self.answer(peer or sent.peer, sent.data)
+
+    @rule(
+        peer=FROM,
+        kind=st.sampled_from([letmein.REQUEST, letmein.ANSWER]),
+        operation=st.integers(0, 5),
+        user=USERS_OF_MODEL,
+        resource=RESOURCES_OF_MODEL,
+        token=st.none() | PICK,
+    )
+    def anything(
+        self, peer: From, kind: int, operation: int, user: int, resource: int, token: int | None
+    ) -> None:
+        """The holder of a key says what is not due."""
+        there = token is not None and self.challenges
+        text = self.latest(self.challenges, token or 0).token if there else NO_TOKEN
+        key = self.conf.key(user) or bytes(32)
+        self.send(peer, kind, sealed(operation, text, key, user, resource))
+
+    @rule(seconds=st.sampled_from([0.1, 0.1, 1, 1, 2.5, 4.9, 5, 5.1, 10, 14.9, 20, 60, 69.9, 75]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(change=st.sampled_from(RELOADS))
+    def reload(self, change: tuple[str, Any]) -> None:
+        self.conf = self.conf._replace(**{change[0]: change[1]})
+        self.monitor.config = parse(self.conf.text())
+
+    @precondition(lambda self: self.waiting)
+    @rule(problem=st.sampled_from(["", "", "nft failed"]))
+    def firewall(self, problem: str) -> None:
+        """The firewall has made the first change that waits, or has failed."""
+        change, sent = self.waiting.pop(0)
+        self.monitor.log.lines.clear()
+        change.done(problem)
+        (record,) = self.monitor.said()
+        assert record == sent.peer.record(letmein.LAST, record.payload)
+        last = Message.decode(record.payload)
+        assert last[:3] == (GOAWAY if problem else COMEIN, change.user, change.resource)
+        assert last.auth == NO_TOKEN
+        event = {KNOCK: "granted", REVOKE: "revoked"}[change.operation]
+        (line,) = self.monitor.log.lines
+        assert line["event"] == ("failed" if problem else event)
+        self.answered[sent.data] = record.payload
+
+    # -- what must follow ----------------------------------------------------
+
+    @staticmethod
+    def latest(items: list[Any], pick: int) -> Any:
+        return items[-1 - pick % len(items)]
+
+    def facts(self, peer: From, user: int, resource: int) -> tuple[object, ...]:
+        """What a challenge is bound to: the peer and its request, as configured."""
+        return peer, user, resource, self.conf.key(user), self.conf.resource(resource)
+
+    def answer(self, peer: From, data: bytes) -> None:
+        """Send a RESPONSE as the network process would, which knows who has asked over TCP."""
+        self.send(peer, letmein.ANSWER if peer.protocol == letmein.TCP else letmein.REQUEST, data)
+
+    def send(self, peer: From, kind: int, data: bytes) -> None:
+        message = Message.decode(data)
+        udp = peer.protocol == letmein.UDP
+        if kind == letmein.ANSWER or (udp and message.operation == RESPONSE):
+            self.expect_answer(Sent(peer, kind, data), message)
+        else:
+            self.expect_request(Sent(peer, kind, data), message)
+
+    def hand(self, sent: Sent) -> tuple[list[letmein.Record], list[letmein.Change]]:
+        """What a message leads to: records, which go back the way it came, and changes."""
+        before = len(self.monitor.firewall.queue)
+        record = sent.peer.record(sent.kind, sent.data)
+        replies = self.monitor.hand(letmein.RECORD.pack(*record))
+        for reply in replies:
+            assert reply._replace(kind=0, payload=b"") == record._replace(kind=0, payload=b"")
+        return replies, self.monitor.firewall.queue[before:]
+
+    def is_refusal(
+        self,
+        sent: Sent,
+        proved: int,
+        ids: tuple[int, int],
+        replies: list[letmein.Record],
+        changes: list[letmein.Change],
+    ) -> bool:
+        """GOAWAY for those who have proved enough, else silence."""
+        kinds = [reply.kind for reply in replies]
+        if changes or kinds not in ([], [letmein.LAST]):
+            return False
+        if proved >= letmein.POLICIES[self.conf.policy]:
+            payloads = [reply.payload for reply in replies if any(reply.payload)]
+            return [Message.decode(data)[:3] for data in payloads] == [(GOAWAY, *ids)]
+        closes = sent.peer.protocol == letmein.TCP
+        return [reply.payload for reply in replies] == ([bytes(56)] if closes else [])
+
+    def expect_refusal(self, sent: Sent, proved: int, ids: tuple[int, int]) -> None:
+        result = self.hand(sent)
+        assert self.is_refusal(sent, proved, ids, *result), result
+
+    def expect_request(self, sent: Sent, message: Message) -> None:
+        operation, user, resource = message[:3]
+        key = self.conf.key(user)
+        if operation not in (KNOCK, REVOKE):
+            return self.expect_refusal(sent, letmein.NO_AUTH, NOBODY)
+        if not key or not message.proves(key, NO_TOKEN):
+            return self.expect_refusal(sent, letmein.NO_AUTH, (user, resource))
+        if self.conf.refuses(user, resource):
+            return self.expect_refusal(sent, letmein.BASIC_AUTH, (user, resource))
+        (reply,), changes = self.hand(sent)
+        challenge = Message.decode(reply.payload)
+        assert reply.kind == letmein.REPLY and not changes
+        assert challenge[:3] == (CHALLENGE, user, resource)
+        facts = self.facts(sent.peer, user, resource)
+        name = (facts, operation, int(self.now / letmein.TOKEN_WINDOW_S))
+        if name in self.windows:
+            assert challenge.auth == self.windows[name], "a repeated request gets the same token"
+        else:
+            assert challenge.auth not in self.windows.values(), "a token is for one request alone"
+            self.windows[name] = challenge.auth
+        self.challenges.append(
+            Challenged(challenge.auth, operation, facts, sent.peer, user, resource, self.now)
+        )
+
+    def expect_answer(self, sent: Sent, message: Message) -> None:
+        udp = sent.peer.protocol == letmein.UDP
+        proved = letmein.NO_AUTH if udp else letmein.BASIC_AUTH
+        ids = message.user, message.resource
+        key = self.conf.key(message.user)
+        facts = self.facts(sent.peer, *ids)
+        answers = [c for c in self.challenges if c.facts == facts and message.proves(key, c.token)]
+        # A token lives as long as a client is given time, and some more, as windows do.
+        patience = min(self.conf.timeout, letmein.TOKEN_LIMIT_S)
+        latest = patience + 2 * letmein.TOKEN_WINDOW_S
+        age = self.now - max((c.at for c in answers), default=0)
+        if message.operation != RESPONSE or not key or not answers or age > latest:
+            return self.expect_refusal(sent, proved, ids)
+        replies, changes = self.hand(sent)
+        if age > patience and self.is_refusal(sent, proved, ids, replies, changes):
+            return
+        payloads = [reply.payload for reply in replies]
+        silence = [] if udp else [bytes(56)]
+        if self.conf.refuses(*ids):
+            assert self.is_refusal(sent, letmein.FULL_AUTH, ids, replies, changes)
+        elif sent.data in self.answered:
+            assert not changes, "a repeated RESPONSE changes nothing"
+            assert payloads == ([self.answered[sent.data]] if self.answered[sent.data] else silence)
+        elif not changes:
+            assert len(self.monitor.accepted) >= letmein.ACCEPTED_LIMIT, "it cannot be remembered"
+            assert payloads == silence
+        else:
+            (change,) = changes
+            assert not replies, "the firewall comes before COMEIN"
+            operation = answers[0].operation
+            assert change[:4] == (operation, sent.peer.address(), message.resource, message.user)
+            assert len(self.monitor.accepted) <= letmein.ACCEPTED_LIMIT
+            self.waiting.append((change, sent))
+            self.responses.append(sent)
+            self.answered[sent.data] = b""
+
+    @invariant()
+    def the_network_process_is_not_blamed(self) -> None:
+        assert self.monitor.link is not None
+
+
+ServerModel.TestCase.settings = settings(examples(60), stateful_step_count=40)
+TestServerModel = ServerModel.TestCase
+
+
+def test_a_longer_control_timeout_brings_no_response_back() -> None:
+    """A RESPONSE that was forgotten when its token had died must not be good again."""
+    first, second = (From(letmein.UDP, 1, (f"10.0.0.{number}", 1000)) for number in (1, 2))
+    model = ServerModel()
+    try:
+        model.handshake(first, KNOCK, 0x22, 0, None)
+        model.wait(15.1)
+        model.handshake(second, KNOCK, 0x22, 0, None)
+        model.reload(("timeout", 60))
+        model.replay(1, None)
+    finally:
+        model.teardown()
+
+
+# --------------------------------------------- both processes, and their peers
+
+class Talker:
+    """A peer of a server in this process, and what it must hear. Args: udp; source, its address
+    on the loopback interface."""
+
+    def __init__(self, server: BothProcesses, udp: bool, source: str) -> None:
+        self.server = server
+        self.udp = udp
+        self.socket = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
+        self.socket.bind((source, 0))
+        self.socket.connect(server.names[udp])
+        self.socket.setblocking(False)
+        self.source = socket.inet_aton(source)
+        self.unsent = b""
+        self.stream = b""  # what the server has, and has not made a message of
+        self.asked = False  # whether a request was accepted, over TCP
+        # Messages with the right key, and what they ask for: everybody knows some old ones.
+        self.requests = {RECORDED[0]: KNOCK, RECORDED[1]: REVOKE}
+        self.tokens: dict[bytes, int] = {}
+        self.responses: dict[bytes, int] = {}
+        self.done: dict[bytes, bytes] = {}  # over UDP: by RESPONSE the COMEIN
+        self.closed = False  # by the server, or by us
+        self.inbox = b""
+        self.at_end = False
+
+    def say(self, what: str, data: bytes, cut: int) -> None:
+        """Send what is left of the last message, and a part of the next."""
+        if what in ("knock", "revoke"):
+            operation = KNOCK if what == "knock" else REVOKE
+            data = sealed(operation)
+            self.requests[data] = operation
+        elif what == "response" and self.tokens:
+            token, operation = list(self.tokens.items())[-1]
+            data = sealed(RESPONSE, token)
+            self.responses[data] = operation
+        elif what == "other ids" and self.tokens:
+            data = sealed(RESPONSE, list(self.tokens)[-1], user=7)
+        elif what == "again":
+            data = list(self.responses or self.requests)[-1]
+        if self.udp:
+            data = data[:cut] if what == "junk" else data
+            self.socket.send(data)
+            if len(data) == 56:
+                self.expect(data)
+            return
+        sent, self.unsent = self.unsent + data[:cut], data[cut:]
+        with contextlib.suppress(ConnectionError):
+            self.socket.send(sent)
+        self.stream += sent
+        while len(self.stream) >= 56 and not self.closed:
+            message, self.stream = self.stream[:56], self.stream[56:]
+            self.expect(message)
+
+    def hang_up(self, half: bool) -> None:
+        self.closed = True
+        self.socket.shutdown(socket.SHUT_WR if half else socket.SHUT_RDWR)
+
+    def expect(self, data: bytes) -> None:
+        """Check what the server makes of a message."""
+        response = self.responses.get(data) if self.asked or self.udp else None
+        if data in self.requests and not self.asked:
+            challenge = Message.decode(self.reply())
+            assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
+            self.tokens[challenge.auth] = self.requests[data]
+            self.asked = not self.udp
+        elif data in self.done:
+            assert self.reply() == self.done[data]
+        elif response is not None:
+            self.server.until(lambda: bool(self.server.changes))
+            (change,) = self.server.changes
+            assert change[:4] == (response, self.source, RESOURCE, USER)
+            assert not self.heard()
+            self.server.changes.clear()
+            change.done("")
+            last = self.reply()
+            assert Message.decode(last)[:3] == (COMEIN, USER, RESOURCE)
+            if self.udp:
+                self.done[data] = last
+            self.closed = not self.udp
+        else:
+            # The policy is basic-auth: GOAWAY only after a right request, and over TCP.
+            is_message = data[:7] == letmein.MAGIC + bytes(3) and data[7] < 6
+            if self.asked and is_message:
+                ids = Message.decode(data)[1:3]
+                assert Message.decode(self.reply())[:3] == (GOAWAY, *ids)
+            self.closed = not self.udp
+        if self.closed:
+            self.server.until(lambda: not self.heard() and self.at_end)
+
+    def reply(self) -> bytes:
+        """The server's next message."""
+        self.server.until(lambda: len(self.heard()) >= 56)
+        reply, self.inbox = self.inbox[:56], self.inbox[56:]
+        return reply
+
+    def heard(self) -> bytes:
+        """All that has come, and was not taken yet."""
+        try:
+            while not self.at_end:
+                part = self.socket.recv(4096)
+                self.inbox += part
+                self.at_end = not part and not self.udp
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self.at_end = True
+        return self.inbox
+
+
+class BothProcesses:
+    """The network process's loop and the monitor, joined by their link, in this process."""
+
+    def __init__(self) -> None:
+        self.monitor = LoneMonitor(parse(monitor_text("basic-auth")))
+        self.listeners = [socket.create_server(("127.0.0.1", 0))]
+        self.listeners.append(socket.socket(type=socket.SOCK_DGRAM))
+        self.listeners[1].bind(("127.0.0.1", 0))
+        self.names = [listener.getsockname() for listener in self.listeners]
+        payload = letmein.SETTINGS_PAYLOAD.pack(60.0, 1000, 1000)
+        theirs = self.monitor.theirs
+        self.network = letmein.Network(theirs, payload.ljust(56, b"\0"), self.listeners)
+        self.talkers: list[Talker] = []
+
+    @property
+    def changes(self) -> list[letmein.Change]:
+        return self.monitor.firewall.queue
+
+    def settle(self, wait: float = 0) -> None:
+        """Let both work until neither has anything to do."""
+        while ready := self.network.selector.select(wait):
+            wait = 0
+            for key, _ in ready:
+                key.data()
+            self.monitor._on_link()
+            assert self.monitor.link is not None, self.monitor.log.lines
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Let both work until something holds."""
+        deadline = time.monotonic() + 2  # a failure is tried often, to be made short
+        self.settle()
+        while not condition():
+            assert time.monotonic() < deadline, "nothing comes"
+            self.settle(0.01)
+
+    def close(self) -> None:
+        for talker in self.talkers:
+            talker.socket.close()
+        connections = [*self.network.connections.values(), *self.network.answered.values()]
+        for connection in connections:
+            connection.socket.close()
+        for listener in self.listeners:
+            listener.close()
+        self.network.selector.close()
+        self.monitor.close()
+
+
+SAYINGS = st.tuples(
+    st.integers(0, 3),
+    st.sampled_from(
+        ["knock", "response"] * 5
+        + ["revoke", "again", "again", "other ids", "junk", "junk", "hang up", "half"]
+    ),
+    ANY_MESSAGE | st.binary(max_size=130),
+    st.sampled_from([56] * 5 + [0, 1, 55]) | st.integers(0, 130),
+)
+
+
+@examples(60)
+@given(st.lists(SAYINGS, min_size=8, max_size=40))
+def test_both_processes_survive_any_peers(sayings: list[tuple[int, str, bytes, int]]) -> None:
+    """Whatever peers send, in whatever pieces and order: each hears what its own messages ask
+    for, and the firewall changes for whole handshakes alone."""
+    server = BothProcesses()
+    try:
+        for number in range(4):
+            source = f"127.0.0.{2 + number // 2}"
+            server.talkers.append(Talker(server, udp=number % 2 == 1, source=source))
+            server.settle()
+        for number, what, data, cut in sayings:
+            talker = server.talkers[number]
+            if talker.closed:
+                server.talkers.append(talker)
+                talker = server.talkers[number] = Talker(server, talker.udp, "127.0.0.4")
+            if what in ("hang up", "half") and not talker.udp:
+                talker.hang_up(half=what == "half")
+            else:
+                talker.say(what, data, cut)
+            server.settle()
+            assert not server.changes and not any(other.heard() for other in server.talkers)
+        here = [talker for talker in server.talkers if not talker.udp and not talker.closed]
+        server.until(lambda: len(server.network.connections) == len(here))
+        assert not server.network.answered and not server.changes
+        for talker in server.talkers:
+            assert not talker.heard() and (talker.closed or not talker.at_end)
+        assert "network-process-lost" not in server.monitor.log.counts
+    finally:
+        server.close()
+
+
+# ------------------------------------------------------------------ the client
+
+
+class Feeder:
+    """A server for one client in this process. Each time that the client has read what there is,
+    it gets one more piece; after the last the server hangs up, or is silent until the client's
+    patience is over."""
+
+    def __init__(self, pieces: list[bytes], udp: bool, hangs_up: bool) -> None:
+        self.pieces = pieces
+        self.udp = udp
+        self.hangs_up = hangs_up
+        self.requests = b""  # all that the client has sent
+        self.listener = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.settimeout(LIMIT_S)
+        if not udp:
+            self.listener.listen()
+        self.peer: socket.socket | None = None  # the client's connection
+
+    def feed(self) -> None:
+        if self.peer is None and not self.udp:
+            self.peer, _ = self.listener.accept()
+            self.peer.settimeout(LIMIT_S)
+        if self.udp and not self.requests:
+            self.requests, self.name = self.listener.recvfrom(100)
+        if self.pieces:
+            piece = self.pieces.pop(0)
+            if self.peer is None:
+                self.listener.sendto(piece, self.name)
+            else:
+                self.peer.sendall(piece)
+        elif self.peer is not None and self.hangs_up:
+            self.peer.shutdown(socket.SHUT_WR)
+        else:
+            raise socket.timeout
+
+    def close(self) -> None:
+        """Read the rest of what the client has sent."""
+        if self.peer is not None:
+            with self.peer, contextlib.suppress(ConnectionError):
+                while data := self.peer.recv(4096):
+                    self.requests += data
+        with self.listener, contextlib.suppress(BlockingIOError):
+            self.listener.setblocking(False)
+            while self.udp:
+                self.requests += self.listener.recv(100)
+
+
+class SocketModule:
+    """The module socket, but that its sockets are fed."""
+
+    def __init__(self, feeder: Feeder) -> None:
+        class Fed(socket.socket):
+            def recv(self, size: int, flags: int = 0) -> bytes:
+                if not select.select([self], [], [], 0)[0]:
+                    feeder.feed()
+                    assert select.select([self], [], [], LIMIT_S)[0]
+                return super().recv(size, flags)
+
+        self.socket = Fed
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(socket, name)
+
+
+SERVER_SAYS = st.sampled_from(
+    [plain(CHALLENGE), plain(CHALLENGE), plain(COMEIN), plain(COMEIN), plain(GOAWAY), bytes(56)]
+) | st.binary(max_size=60)
+
+
+def parts_of(stream: bytes, cuts: list[int]) -> list[bytes]:
+    """A stream as it may come: in pieces."""
+    ends = sorted({cut for cut in cuts if 0 < cut < len(stream)} | {len(stream)})
+    return [stream[start:end] for start, end in zip([0, *ends], ends) if start < end]
+
+
+@examples(100)
+@given(
+    st.lists(SERVER_SAYS, max_size=4),
+    st.lists(st.integers(1, 230), max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
+@example([plain(CHALLENGE), plain(COMEIN)], [1, 55, 57, 111], False, False)
+@example([b"", plain(CHALLENGE), b"x", plain(COMEIN)], [], True, False)
+def test_client_survives_any_bytes(
+    said: list[bytes], cuts: list[int], udp: bool, hangs_up: bool
+) -> None:
+    """In whatever pieces they come: the client ends, with COMEIN or with an error in words."""
+    heard = b"".join(data for data in said if len(data) == 56 or not udp)
+    first, second = heard[:56], heard[56:112]
+    challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
+    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
+    feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
+    name = feeder.listener.getsockname()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(letmein, "socket", SocketModule(feeder))
+        error = letmein.exchange(client, socket.AF_INET, name, "udp" if udp else "tcp", 5.0)
+    feeder.close()
+
+    last = second if challenged else first
+    if error is None:
+        assert challenged and last[:8] == plain(COMEIN)[:8]
+    else:
+        assert error.hint and error.problem.isprintable()
+        is_late = "no answer" in error.problem or "closed" in error.problem
+        assert is_late == (len(last) < 56), error.problem
+        assert ("rejected" in error.problem) == (last[:8] == plain(GOAWAY)[:8] and not is_late)
+        assert not challenged or last[:8] != plain(COMEIN)[:8] or is_late
+    assert Message.decode(feeder.requests[:56])[:3] == (KNOCK, USER, RESOURCE)
+    if challenged:
+        response = Message.decode(feeder.requests[56:])
+        assert response[:3] == (RESPONSE, USER, RESOURCE) and response.proves(KEY, first[24:])
+    else:
+        assert len(feeder.requests) == 56
+
+
+# ------------------------------------------------------------- what nft is told
+
+# nft takes some words for its own, none of which begins with an X.
+NFT_NAMES = st.text("Xx09_.-", max_size=63).map("X".__add__)
+TARGETS = st.sampled_from(["XTARGET-1", "XTARGET.2", "XTARGET_" + 56 * "3"])
+TIMES = st.sampled_from(["0.001", "1", "600", "4294967295"])
+
+
+def port_text(port: int, protocols: str, timeout: str) -> str:
+    return f"port: {port} / {protocols} / timeout: {timeout}"
+
+
+def jump_text(hooks: dict[str, tuple[str, bool]]) -> str:
+    items = ["jump", *(f"{hook}: {target}" for hook, (target, _) in hooks.items())]
+    items += [f"{hook}-match: saddr" for hook, (_, match_saddr) in hooks.items() if match_saddr]
+    return " / ".join(items)
+
+
+RESOURCE_TEXTS = st.builds(
+    port_text, st.integers(1, 65535), st.sampled_from(["tcp", "udp", "tcp, udp"]), TIMES
+) | st.dictionaries(
+    st.sampled_from(letmein.HOOKS), st.tuples(TARGETS, st.booleans()), min_size=1
+).map(jump_text)
+LEASES = st.tuples(
+    st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16),
+    st.integers(0, 100),
+    st.integers(0, 0xFFFFFFFF),
+    st.floats(-5, 1e9),
+)
+
+
+class Ours(NamedTuple):
+    """The only words that may stand in a script of ours."""
+
+    config: letmein.Config
+
+    def allows(self, line: str) -> bool:
+        config = self.config
+        table = re.escape(f" {config.family} {config.table} ")
+        name = r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)"
+        chain = f"(?:{'|'.join(map(re.escape, config.chains.values()))})"
+        address = r"[0-9a-f:.]+(?: \. (?:tcp|udp) \. [0-9]{1,5})?|ip6?"
+        time = r"(?!0s0ms)[0-9]{1,8}s(?:[0-9]{1,3}ms)?"  # 0 is for ever
+        ids = "user=[0-9A-F]{8} resource=[0-9A-F]{8} boot=01234567 means=[0-9a-f]{8}"
+        comment = f'"(?:gate|{ids})"'
+        element = rf"(?:{address})(?: timeout {time}(?: expires {time} comment {comment})?)?"
+        match = r"ip6? saddr(?: \. meta l4proto \. th dport)?|meta protocol"
+        verdict = r"accept|jump XTARGET[-._][123]+"
+        rule = rf"(?:(?:tcp|udp) dport {config.port}|(?:{match}) @{name}) (?:{verdict})"
+        kind = "ipv[46]_addr(?: [.] inet_proto [.] inet_service)?|ether_type"
+        patterns = [
+            rf"add set{table}{name} {{ type (?:{kind}); flags timeout; counter; }}",
+            rf"flush set{table}{name}",
+            rf"flush chain{table}{chain}",
+            rf'add rule{table}{chain} {rule} comment "letmein [0-9a-f]{{8}}"',
+            rf"(?:add|delete) element{table}{name} {{ {element}(?:, {element})* }}",
+        ]
+        return any(re.fullmatch(pattern, line) for pattern in patterns)
+
+
+@examples(15)
+@given(
+    st.sampled_from(sorted(letmein.VERSIONS)),
+    NFT_NAMES,
+    st.tuples(NFT_NAMES, st.none() | NFT_NAMES, st.none() | NFT_NAMES),
+    st.dictionaries(st.integers(0, 0xFFFFFFFF), RESOURCE_TEXTS, max_size=6),
+    st.lists(LEASES, max_size=12),
+    st.sampled_from(["tcp", "udp", "tcp, udp"]),
+)
+def test_nft_takes_all_that_is_ours(
+    lab: Lab,
+    family: str,
+    table: str,
+    names: tuple[str, str | None, str | None],
+    resources: dict[int, str],
+    holders: list[tuple[bytes, int, int, float]],
+    protocols: str,
+) -> None:
+    """Whatever is configured and leased: nft takes the script, and it is about our names alone."""
+    texts: dict[str, str] = {}  # by port, which may stand there once
+    for identifier, text in resources.items():
+        texts[text.split("/")[0] if "port" in text else text + str(identifier)] = (
+            f"{identifier:X} = {text}"
+        )
+    chains = {f"chain-{hook}": chain for hook, chain in zip(letmein.HOOKS, names) if chain}
+    lines = [f"{option} = {chain}" for option, chain in chains.items()]
+    config = parse(
+        "\n".join([
+            "[GENERAL]", f"port = 5800 / {protocols}", "[RESOURCES]", *texts.values(),
+            server_text("NFTABLES", f"family = {family}", f"table = {table}", *lines),
+        ])
+    )  # fmt: skip
+    known = list(config.resources)
+    versions = letmein.VERSIONS[family]
+    leases = [
+        letmein.Lease(address, known[which % len(known)], user, 1000 + left)
+        for address, which, user, left in holders
+        if known and (4 if len(address) == 4 else 6) in versions
+    ]
+    there, gone, new = (
+        letmein.lease_elements(config, leases[part::3], "01234567") for part in range(3)
+    )
+    removed = letmein.owned({**there, **gone})  # of which some have just expired
+    script = letmein.ruleset_script(config, there, 1000.0)
+    script += letmein.elements_script(config, removed, new, 1000.0)
+    assert script.isascii()
+    ours = Ours(config)
+    for line in script.splitlines():
+        assert ours.allows(line), line
+
+    targets = {target for r in config.resources.values() for _, target, _ in r.jumps}
+    found = f"add table {family} {table}\n" + "".join(
+        f"add chain {family} {table} {chain}\n" for chain in {*config.chains.values(), *targets}
+    )
+    run(NFT, "-c", "-f", "-", text=found + script)
 
 
 # ----------------------------------------------------------------------------
