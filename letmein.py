@@ -97,6 +97,7 @@ MESSAGE = struct.Struct("!4sIII8s32s")
 MESSAGE_SIZE = MESSAGE.size  # 56 bytes
 KEY_SIZE = 32  # bytes
 LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
+NEVER = float("inf")  # as a time
 NO_TOKEN = bytes(32)
 ANYBODY = 0xFFFFFFFF  # user and resource of a GOAWAY to a peer that named none
 
@@ -273,6 +274,7 @@ class ServerHandshake:
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")
 HOOKS = ("input", "forward", "output")
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 class ConfigError(UserError):
@@ -377,7 +379,7 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= 80 else text[:80] + "...")
 
 
-def matched(pattern: str, text: str, expected: str) -> str:
+def matched(text: str, pattern: str, expected: str) -> str:
     """The text without white space around it. Raises Unfit unless it has this pattern."""
     if not re.fullmatch(pattern, text.strip()):
         raise Unfit(f"{shown(text.strip())} will not do", expected)
@@ -387,7 +389,7 @@ def matched(pattern: str, text: str, expected: str) -> str:
 def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
-    digits = matched(r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", text, expected)
+    digits = matched(text, r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", expected)
     base = 16 if digits.startswith("0x") else 10
     number = int(digits.lstrip("0x+") or "0", base)
     if not least <= number <= limit:
@@ -396,29 +398,25 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
 
 
 parse_port = functools.partial(parse_number, least=1, limit=65535)
+NAME = "1 to 64 of A-Z a-z 0-9 _ - ."  # of an nftables table or chain
+parse_name = functools.partial(matched, pattern=r"[A-Za-z0-9_.-]{1,64}", expected=NAME)
 
 
 def parse_duration(text: str) -> float:
     """Seconds: a number, or a decimal such as 0.5 or 1e3."""
     expected = "seconds, from 0 to 4294967295"
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-    text = matched(rf"0x\+?[0-9A-Fa-f]+|{decimal}", text, expected)
+    text = matched(text, rf"0x\+?[0-9A-Fa-f]+|{decimal}", expected)
     number = float(parse_number(text) if text.startswith("0x") else text)
     if not 0 <= number <= 0xFFFFFFFF:
         raise Unfit(f"{shown(text)} is out of range", expected)
     return abs(number)
 
 
-def parse_boolean(text: str) -> bool:
-    """true, 1, yes, on; false, 0, no, off; in any case."""
-    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-    return parse_choice(*yes, *no)(text) in yes
-
-
 def parse_identifier(text: str) -> int:
     """A user's or a resource's id."""
     expected = "1 to 8 hex digits, such as 0000002A"
-    return int(matched(r"(?=.{1,8}$)\+?[0-9A-Fa-f]+", text, expected), 16)
+    return int(matched(text, r"(?=.{1,8}$)\+?[0-9A-Fa-f]+", expected), 16)
 
 
 def parse_key(text: str) -> bytes:
@@ -432,17 +430,12 @@ def parse_key(text: str) -> bytes:
     return key
 
 
-def parse_name(text: str) -> str:
-    """The name of an nftables table or chain."""
-    return matched(r"[A-Za-z0-9_.-]{1,64}", text, "1 to 64 of A-Z a-z 0-9 _ - .")
-
-
 def parse_choice(*choices: str, fold: bool = True) -> Callable[[str], str]:
     """A parser for one of some words, in any case if fold."""
 
     def parse(text: str) -> str:
         text = text.lower() if fold else text
-        return matched("|".join(choices), text, f"one of: {', '.join(choices)}")
+        return matched(text, "|".join(choices), f"one of: {', '.join(choices)}")
 
     return parse
 
@@ -518,7 +511,7 @@ def parse_resource(identifier: int, text: str) -> Resource:
 # have names of their own.
 OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
     "GENERAL": {
-        "debug": ("debug", False, parse_boolean),
+        "debug": ("debug", False, lambda text: parse_choice(*YES, *NO)(text) in YES),
         "port": ("control", (5800, ("tcp",)), parse_control_port),
         "control-timeout": ("control_timeout", 5.0, parse_duration),
         "control-error-policy": (
@@ -669,14 +662,13 @@ def read_config(path: str, server: bool) -> Config:
         hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
-        hint = f"expected: a file of at most {CONFIG_SIZE_LIMIT} bytes"
-        raise ConfigError(f"{path}: too large", hint)
+        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
     # What is not UTF-8 decodes to DC80 to DCFF here. 1C to 1F are white space for Python alone.
     text = data.decode("utf-8", "surrogateescape")
     bad = re.search("[\0\x1c-\x1f\udc80-\udcff]", text)
     if bad:
         line = text.count("\n", 0, bad.start()) + 1
-        hint = "expected: a text in UTF-8, without control characters"
+        hint = "expected: UTF-8, without control characters"
         raise ConfigError(f"{path}:{line}: this is no text", hint)
     config = parse_config(text, path, server)
 
@@ -937,13 +929,10 @@ def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elemen
 def elements_script(
     config: Config, removals: Iterable[tuple[str, str]], elements: Elements, now: float
 ) -> str:
-    """The nft script that removes these (set, key), then puts these elements.
-
-    Traps: `delete` fails for an element that has just expired, and takes the whole
-    transaction along, so each is added first. An element that exists gets its full time
-    anew by `timeout T expires T` only from Linux 6.12 on, and never another comment:
-    where that is wanted, it must be among removals.
-    """
+    """The nft script that removes these (set, key), then puts these elements. Traps: `delete`
+    fails for an element that has just expired, and takes the whole transaction along, so each
+    is added first. An element that exists gets its full time anew by `timeout T expires T` only
+    from Linux 6.12 on, and never another comment: then it must be among removals."""
     removed: dict[str, list[str]] = {}
     added: dict[str, list[str]] = {}
     for name, key in removals:
@@ -1191,13 +1180,13 @@ class Firewall:
         self.boot = boot
         self.log = log
         self.leases: Leases = {}
-        self.next_end = float("inf")  # no lease ends before this
+        self.next_end = NEVER  # no lease ends before this
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
         self.installed = False  # whether there is something to remove in the end
         self.identities: Identities = {}  # of our sets, when last in order
         self.missing: set[LeaseKey] = set()  # leases that the last listing lacked
-        self.look_at: float | None = None  # when to heal(), if at all
+        self.look_at = NEVER  # when to heal()
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
         release = re.match(r"(\d+)\.(\d+)", os.uname().release)
@@ -1270,7 +1259,7 @@ class Firewall:
         """Do all that is due: heal, then the changes that have come in, in one transaction.
         If that fails, the kernel may have been changed under us: heal, and try each change
         alone, so that a bad one harms nobody else; but not after an nft that hung."""
-        if self.look_at is not None and time.monotonic() >= self.look_at:
+        if time.monotonic() >= self.look_at:
             self.heal()
         changes, self.queue = self.queue, []
         try:
@@ -1288,7 +1277,7 @@ class Firewall:
                         raise NftError("nft is too slow")
                     self._apply([change])
                 except NftError as error:
-                    self.look_at = self.look_at or time.monotonic()
+                    self.look_at = 0
                     change.done(self.trouble or error.problem)
 
     def _apply(self, changes: list[Change]) -> None:
@@ -1373,7 +1362,7 @@ class Firewall:
             for key in [key for key, lease in self.leases.items() if lease.ends <= now]:
                 self._keep(key, None)
             ends = [lease.ends for lease in self.leases.values()]
-            self.next_end = min(ends, default=float("inf"))
+            self.next_end = min(ends, default=NEVER)
 
     def watch(self) -> socket.socket:
         """A socket that gets the kernel's nftables notifications; see on_notification()."""
@@ -1395,7 +1384,7 @@ class Firewall:
                 data = b""
             if not data or self._is_foreign(data):
                 soon = time.monotonic() + (RETRY_S[0] if self.trouble else self.pause) / 4
-                self.look_at = min(self.look_at or soon, soon)
+                self.look_at = min(self.look_at, soon)
 
     def _is_foreign(self, data: bytes) -> bool:
         """Whether these netlink messages (netlink(7)) tell of a change of something of ours
@@ -1415,7 +1404,7 @@ class Firewall:
     def heal(self) -> None:
         """Compare the kernel with what should be, and install all anew if something is
         missing or foreign. Where that cannot be done, try again after a growing pause."""
-        self.look_at = None
+        self.look_at = NEVER
         try:
             self.expire()
             now = time.monotonic()  # before the listing, which may take its time
@@ -1432,7 +1421,7 @@ class Firewall:
                 self._install(listing)
                 self.log("healed", reason=damage, leases=len(self.leases))
             # Look once more, but slower and slower where somebody keeps on breaking it.
-            self.look_at = time.monotonic() + self.pause / 4 if damage else None
+            self.look_at = time.monotonic() + self.pause / 4 if damage else NEVER
             fight = damage and not self.trouble
             self.pause = min(2 * self.pause, RETRY_S[1]) if fight else RETRY_S[0]
             self.trouble = ""
@@ -1514,7 +1503,7 @@ class Log:
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
         self.untold: Counter[str] = Counter()  # for the next summary; below 0: lines that may be
-        self.sum_up_at: float | None = None
+        self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
         self.torn = b""  # the rest of a line that was written in part
 
@@ -1555,13 +1544,13 @@ class Log:
     def sum_up(self, name: str, number: int = 1) -> None:
         """Have so many of these in the next summary, and the next summary soon."""
         self.untold[name] += number
-        self.sum_up_at = self.sum_up_at or time.monotonic() + SUMMARY_S
+        self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
 
     def summary(self) -> None:
         """Write what was kept back since the last one."""
         untold = {name: number for name, number in self.untold.items() if number > 0}
         self.untold.clear()
-        self.sum_up_at = None
+        self.sum_up_at = NEVER
         if untold:
             self("summary", seconds=f"{SUMMARY_S:g}", **untold)
 
@@ -1644,7 +1633,7 @@ class Monitor:
 
         self.network = 0  # the network process, if there is one
         self.link: socket.socket | None = None  # to the network process
-        self.restart_at: float | None = None
+        self.restart_at = NEVER
         self.pause = NETWORK_PAUSE_S[0]
 
         self.secret = os.urandom(32)  # of the challenge tokens of this run
@@ -1698,12 +1687,8 @@ class Monitor:
         listener.setblocking(False)
 
         def serve() -> None:
-            document = {
-                "process": os.getpid(),
-                "leases": len(self.firewall.leases),
-                "refused": self.log.refusals,
-                "counts": self.log.counts,
-            }
+            counts = {"refused": self.log.refusals, "counts": self.log.counts}
+            document = {"process": os.getpid(), "leases": len(self.firewall.leases), **counts}
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.setblocking(False)
                 peer.send(json.dumps(document).encode())
@@ -1729,18 +1714,16 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        timers = (self.firewall.look_at, self.restart_at, self.log.sum_up_at)
-        times = [at for at in timers if at is not None]
-        wait = max(min(times) - time.monotonic(), 0) if times else None
-        for key, _ in self.selector.select(wait):
+        wait = min(self.firewall.look_at, self.restart_at, self.log.sum_up_at) - time.monotonic()
+        for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
             key.data()
-        if self.restart_at is not None and time.monotonic() >= self.restart_at:
+        if time.monotonic() >= self.restart_at:
             try:
                 self._start_network()
             except OSError as error:
                 self._lose_network(error.strerror or "")
         self.firewall.advance()  # before a reload: what has come in was checked by the old rules
-        if self.log.sum_up_at is not None and time.monotonic() >= self.log.sum_up_at:
+        if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
         if self.reload_wanted:
             self.reload_wanted = False
@@ -1773,7 +1756,7 @@ class Monitor:
         program is the compiled form of this one: the same even if the file has been
         replaced, and it need not be compiled again (6 MB)."""
         import marshal
-        self.restart_at = None
+        self.restart_at = NEVER
         self.started = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
@@ -2287,8 +2270,6 @@ def network_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
     link = socket.socket(fileno=0)
     data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
-    if not data:
-        return
     payload = Record(*RECORD.unpack(data)).payload
     account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
     try:
@@ -2422,9 +2403,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
-    account = argument_type(lambda text: matched(name, text, "a user's name, or none"))
-    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
+    command.add_argument("--user", metavar="NAME", default="letmeind")
 
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)
