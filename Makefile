@@ -3,6 +3,7 @@
 
 PYTHON = python3
 PYTEST_ARGS =
+BENCH_ARGS =
 
 # The tests work in network namespaces. To make one, an ordinary user needs a user namespace, and
 # to make that, a process must not have threads yet.
@@ -13,7 +14,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 # What Python 3.9 can have: so all versions of Python use the same.
 TOOLS = pytest>=8.3,<9 pytest-xdist>=3.6,<3.9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20
-SCRIPTS = $(wildcard *.py) .ci/demo
+SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -25,6 +26,7 @@ help:
 	@echo 'make test    the whole test suite, and its coverage (PYTEST_ARGS="-k udp": a part of it)'
 	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
 	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
+	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
 	@echo 'make lint    ruff, and mypy --strict'
 	@echo 'make clean   remove what these have made'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
@@ -58,6 +60,9 @@ fuzz: tools
 			test_letmein.py -m hypothesis -k 'not TestAnything' --hypothesis-seed=$$seed || exit 1; \
 		[ $$(date +%s) -lt $$end ]; do :; done
 
+bench: tools
+	$(ROOTLESS) $(VENV)/bin/python .ci/bench $(BENCH_ARGS)
+
 lint: tools
 	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
 		--line-length=100 --select=E,F,W,I,UP,B,SIM,RUF $(SCRIPTS)
@@ -67,7 +72,7 @@ lint: tools
 clean:
 	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
 
-.PHONY: help demo test soak fuzz lint clean packages test-packages tools
+.PHONY: help demo test soak fuzz bench lint clean packages test-packages tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
