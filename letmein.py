@@ -1907,11 +1907,11 @@ class Monitor:
         remembered[record.payload] = (now, b"")
 
         def done(problem: str) -> None:
-            event = "granted" if operation == KNOCK else "revoked"
-            self._log_peer("failed" if problem else event, message, record, problem)
             reply = unsigned(GOAWAY if problem else COMEIN, message.user, message.resource)
             remembered[record.payload] = (now, reply)
             self._end(record, reply)
+            event = "granted" if operation == KNOCK else "revoked"
+            self._log_peer("failed" if problem else event, message, record, problem)
 
         ids = (message.resource, message.user)
         self.firewall.queue.append(Change(operation, record.peer, *ids, done))
