@@ -1859,8 +1859,8 @@ class Monitor:
         config, (operation, user, resource, *_) = self.config, message
         # What a token is for: this peer and connection, these ids, and what the configuration
         # says of them, where a change ends the handshake.
-        facts = (user, resource, config.keys.get(user), config.resources.get(resource), record[1:5])
-        text = repr(facts).encode()
+        key = config.keys.get(user, ServerHandshake.NOBODYS_KEY)
+        text = repr((record[1:5], user, resource, key, config.resources.get(resource))).encode()
 
         def token(asked: int, age: int = 0) -> bytes:
             """The token for a KNOCK or REVOKE of some windows ago."""
