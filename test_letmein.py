@@ -1649,10 +1649,11 @@ class TestWire:
 
     def test_one_byte_at_a_time_in_time(self, lab: Lab, strict: Strict) -> None:
         with Peer(lab) as peer:
-            slowly(message(KNOCK, 0x22), 0.001)(peer)
+            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            slowly(message(KNOCK, 0x22), 0)(peer)
             reply = peer.receive()
             assert reply.operation == CHALLENGE
-            slowly(message(RESPONSE, 0x22, token=reply.auth), 0.001)(peer)
+            slowly(message(RESPONSE, 0x22, token=reply.auth), 0)(peer)
             assert peer.receive().operation == COMEIN
             assert peer.rest() == b""
         assert lab.reaches(22, CLIENT_4)
