@@ -1896,19 +1896,18 @@ class Monitor:
         remembered until the token's time is over: a repeated one changes nothing, and gets
         the same reply once that is there."""
         now = time.monotonic()
-        remembered = self.accepted
         oldest = now - TOKEN_LIMIT_S - 2 * TOKEN_WINDOW_S  # control-timeout may have become longer
-        while remembered and next(iter(remembered.values()))[0] < oldest:
-            del remembered[next(iter(remembered))]
-        if record.payload in remembered:
-            return self._end(record, remembered[record.payload][1])
-        if len(remembered) >= ACCEPTED_LIMIT:
+        while self.accepted and next(iter(self.accepted.values()))[0] < oldest:
+            del self.accepted[next(iter(self.accepted))]
+        if record.payload in self.accepted:
+            return self._end(record, self.accepted[record.payload][1])
+        if len(self.accepted) >= ACCEPTED_LIMIT:
             return self._end(record, b"")
-        remembered[record.payload] = (now, b"")
+        self.accepted[record.payload] = (now, b"")
 
         def done(problem: str) -> None:
             reply = unsigned(GOAWAY if problem else COMEIN, message.user, message.resource)
-            remembered[record.payload] = (now, reply)
+            self.accepted[record.payload] = (now, reply)
             self._end(record, reply)
             event = "granted" if operation == KNOCK else "revoked"
             self._log_peer("failed" if problem else event, message, record, problem)
@@ -2458,6 +2457,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "server":
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass  # or the next file opened would be our standard error
+        os.closerange(3, 1 << 16)  # what our parent has left open is for none of our processes
         find_account(arguments.user)
         if arguments.check:
             return check(config)

@@ -1048,6 +1048,16 @@ class TestRules:
             lab.letmein("knock", SERVER_4, "22").assert_good()
             assert lab.reaches(22, CLIENT_4)
 
+    def test_what_its_parent_has_open_is_closed(self, lab: Lab) -> None:
+        lab.load()
+        parent = ("sh", "-c", 'exec 9</dev/zero; exec "$@"', "sh")
+        program = (*parent, sys.executable, LETMEIN, "server")
+        with Server(lab, server_conf(), program=program) as server:
+            for process in (server.process.pid, server.network_process()):
+                paths = Path(f"/proc/{process}/fd").iterdir()
+                open_files = [os.readlink(path) for path in paths]
+                assert open_files and "/dev/zero" not in open_files
+
     @pytest.mark.parametrize("port, works", [("5900", "-T"), ("5900 / udp", "-U")])
     def test_another_control_port(self, lab: Lab, port: str, works: str) -> None:
         lab.load()
