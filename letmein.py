@@ -7,8 +7,8 @@ lets that one address in to that one port, for a while.
 
 The file has eight rooms, each behind a banner: protocol, configuration, client,
 firewall, monitor, network, sandbox, command line. A room uses only those above it.
-Imported at the top is what a knock needs: a client's time goes into starting
-Python. So each room imports what it alone needs where it needs it.
+Imported at the top is what a knock needs, or what costs it next to nothing: a client's
+time goes into starting Python. The rest is imported by the room that needs it.
 """
 
 from __future__ import annotations
@@ -1085,7 +1085,6 @@ class Nft:
     def __init__(self, name: str) -> None:
         import shutil
         from collections import deque
-
         self.path = shutil.which(name, path=TRUSTED_PATH) or ""
         self.process_ids: deque[int] = deque(maxlen=16)
         if not os.path.isabs(self.path):
@@ -2402,7 +2401,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    command.add_argument("--user", metavar="NAME", default="letmeind")
+    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
+    account = argument_type(lambda text: matched(text, name, "a user's name, or none"))
+    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)

@@ -46,7 +46,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -147,6 +147,18 @@ def environment(*without: str) -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if name not in drop}
 
 
+def unmeasured() -> dict[str, str]:
+    """The environment of what is not to be slowed down by who measures its coverage."""
+    return environment("COVERAGE_PROCESS_START")
+
+
+def run_all(namespaces: Mapping[str, int], commands: str) -> None:
+    """Run each line, behind the name of the host that it is for."""
+    for line in commands.strip().splitlines():
+        host, *command = line.split()
+        run("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespaces[host]}", "--", *command)
+
+
 class Lab:
     """The two hosts. To make one moves the calling process to the server's for good, so one
     process makes one, and before it starts a thread."""
@@ -193,15 +205,17 @@ class Lab:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _run_all(self, commands: str) -> None:
-        for line in commands.format(pid=os.getpid()).strip().splitlines():
-            where, *command = line.split()
-            enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.client_ns}", "--"]
-            run(*(enter if where == "client" else []), *command)
+        namespaces = {"client": self.client_ns, "server": self.server_ns}
+        run_all(namespaces, commands.format(pid=os.getpid()))
+
+    def client(self) -> contextlib.AbstractContextManager[None]:
+        """What is started or opened inside belongs to the client's host."""
+        return self.inside(self.client_ns)
 
     @contextlib.contextmanager
-    def client(self) -> Iterator[None]:
-        """What is started or opened inside belongs to the client's host."""
-        call_libc("setns", self.client_ns, CLONE_NEWNET)
+    def inside(self, namespace: int) -> Iterator[None]:
+        """What is started or opened inside belongs to this host."""
+        call_libc("setns", namespace, CLONE_NEWNET)
         try:
             yield
         finally:
@@ -331,7 +345,7 @@ class Lab:
             encoding="utf-8",
             timeout=30,
             # The tests of the command line measure the client; here it only takes time.
-            env=environment("COVERAGE_PROCESS_START"),
+            env=unmeasured(),
         )
         took = time.monotonic() - started
         return Result(done.returncode, done.stdout, done.stderr, took)
@@ -2281,9 +2295,8 @@ class TestMany:
                 subprocess.run([NFT, "-f", "-"], input=text.encode(), check=True)
             return number / (time.monotonic() - started)
 
-        # What is measured is the server, not how somebody measures its coverage.
-        env = {k: v for k, v in environment().items() if not k.startswith("COV")}
-        with Server(lab, server_conf(nftables="max-nr-rules = 5000"), env=env) as server:
+        conf = server_conf(nftables="max-nr-rules = 5000")
+        with Server(lab, conf, env=unmeasured()) as server:
             before = one_by_one(150)
             result = storm(lab, addresses, 32, KNOCK)
             after = one_by_one(150)
@@ -4930,13 +4943,20 @@ class TestNetworkProcess:
             replaced(server, network, "stopped")
             assert lab.reaches(22, CLIENT_4)
 
-    def test_an_endless_loop(self, lab: Lab) -> None:
+    @pytest.mark.parametrize(
+        "attack, reason",
+        [
+            pytest.param(SPIN, "", id="an endless loop"),
+            pytest.param(FLOOD + NOT_READING, "reads nothing", id="it reads nothing"),
+        ],
+    )
+    def test_it_hangs(self, lab: Lab, attack: str, reason: str) -> None:
         lab.load()
-        with Server(lab, server_conf(), program=with_attack(lab, SPIN)) as server:
+        with Server(lab, server_conf(), program=with_attack(lab, attack)) as server:
             assert handshake(lab) == COMEIN
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
-            replaced(server, network)
+            replaced(server, network, reason)
             assert lab.reaches(22, CLIENT_4)
 
     @pytest.mark.parametrize("attack", BAD_RECORDS)
@@ -4956,9 +4976,8 @@ class TestNetworkProcess:
     @pytest.mark.parametrize("attack", FLOODS)
     def test_a_flood(self, lab: Lab, attack: str) -> None:
         lab.load()
-        env = {name: text for name, text in environment().items() if not name.startswith("COV")}
         program = with_attack(lab, FLOOD + FLOODS[attack])
-        with Server(lab, server_conf(), program=program, env=env) as server:
+        with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
             assert handshake(lab) == COMEIN
             leases, memory = lab.elements(), resident_kb(server.process.pid)
             used = used_s(server.process.pid)
@@ -4975,16 +4994,6 @@ class TestNetworkProcess:
             before = time.monotonic()
             server.stop()
             assert time.monotonic() - before < 3
-
-    def test_it_reads_nothing(self, lab: Lab) -> None:
-        lab.load()
-        with Server(lab, server_conf(), program=with_attack(lab, FLOOD + NOT_READING)) as server:
-            assert handshake(lab) == COMEIN
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network, "reads nothing")
-            assert lab.reaches(22, CLIENT_4)
-
 
     def test_it_reads_slowly(self, lab: Lab) -> None:
         """The administrator is heard all the same."""
@@ -6069,6 +6078,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
         pytest.param("--seccomp on knock host 22", "kill", id="bad seccomp"),
         pytest.param("-c", "", id="option without value"),
         pytest.param("server -n 0", "1", id="no connections"),
+        pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
     ],
 )
 def test_usage_error(conf: Path, words: str, complaint: str) -> None:
@@ -7550,20 +7560,12 @@ class Attacker:
         self.namespaces[host] = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         call_libc("setns", self.lab.server_ns, CLONE_NEWNET)
 
-    @contextlib.contextmanager
-    def inside(self, host: str) -> Iterator[None]:
+    def inside(self, host: str) -> contextlib.AbstractContextManager[None]:
         """What is started or opened inside belongs to this host."""
-        call_libc("setns", self.namespaces[host], CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            call_libc("setns", self.lab.server_ns, CLONE_NEWNET)
+        return self.lab.inside(self.namespaces[host])
 
     def _run_all(self, commands: str, **fields: object) -> None:
-        for line in commands.format(mac="02:00:00:00:00:01", **fields).strip().splitlines():
-            host, *command = line.split()
-            path = f"/proc/{os.getpid()}/fd/{self.namespaces[host]}"
-            run("nsenter", f"--net={path}", "--", *command)
+        run_all(self.namespaces, commands.format(mac="02:00:00:00:00:01", **fields))
 
     def start(self, host: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a process of this file there."""
@@ -7599,11 +7601,6 @@ class Attacker:
             for near in RELAY_CABLES.values():
                 run("ip", "link", "del", near, check=False)
             os.close(self.namespaces.pop("relay"))
-
-
-def unmeasured() -> dict[str, str]:
-    """The environment of what is not to be slowed down by who measures its coverage."""
-    return {name: text for name, text in environment().items() if not name.startswith("COV")}
 
 
 def finish_checksums(name: str) -> None:
