@@ -13,7 +13,7 @@ ROOTLESS = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 export PATH := $(PATH):/usr/sbin:/sbin
 
 # What Python 3.9 can have: so all versions of Python use the same.
-TOOLS = pytest>=8.3,<9 pytest-xdist>=3.6,<3.9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20
+TOOLS = pytest>=8.3,<9 pytest-xdist>=3.6,<3.9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20 pyseccomp>=0.1.2,<0.2
 SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.

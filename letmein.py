@@ -1083,11 +1083,11 @@ class Nft:
     path, or to be found in TRUSTED_PATH. Raises UserError."""
 
     def __init__(self, name: str) -> None:
-        import shutil
         from collections import deque
-        self.path = shutil.which(name, path=TRUSTED_PATH) or ""
+        places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
+        self.path = next((path for path in places if os.access(path, os.X_OK)), "")
         self.process_ids: deque[int] = deque(maxlen=16)
-        if not os.path.isabs(self.path):
+        if not self.path:
             hint = f"install nftables (looked in {TRUSTED_PATH}), or set exe to an absolute path"
             raise UserError(f"cannot find the program {shown(name)}", hint)
 
@@ -1583,6 +1583,20 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
     return sockets
 
 
+def activated_sockets() -> ControlSockets:
+    """The control sockets that systemd has opened for us, if it has; see sd_listen_fds(3)."""
+    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
+    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=LISTENERS_LIMIT) if mine else 0
+    sockets: ControlSockets = {}
+    for descriptor in range(3, 3 + number):
+        control = socket.socket(fileno=descriptor)
+        control.set_inheritable(False)
+        protocol = "tcp" if control.type == socket.SOCK_STREAM else "udp"
+        is_inet = control.family in (socket.AF_INET, socket.AF_INET6)
+        sockets[protocol, control.getsockname()[1] if is_inet else 0] = control
+    return sockets
+
+
 def set_receive_buffer(receiver: socket.socket, size: int) -> None:
     """Let a socket hold up to size bytes, or as much as our rights allow; see socket(7)."""
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
@@ -1616,15 +1630,21 @@ def lock_table(rundir: str, config: Config) -> int:
 
 class Monitor:
     """The privileged process. run() returns when it was told to stop. Args: arguments, of
-    the command line: rundir, user, num_connections, num_ip_connections."""
+    the command line: rundir, user, num_connections, num_ip_connections; activated, of
+    activated_sockets()."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, config: Config, arguments: argparse.Namespace, activated: ControlSockets
+    ) -> None:
         os.umask(0o077)
         self.config = config
         self.arguments = arguments
         self.log = Log()
         self.lock = lock_table(arguments.rundir, config)
-        self.sockets = control_sockets(config, {})
+        self.sockets = control_sockets(config, activated)
+        for protocol, port in activated.keys() - self.sockets.keys():
+            problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
+            raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
@@ -1736,6 +1756,8 @@ class Monitor:
             config = read_config(old.path, server=True)
             for warning in config.warnings:
                 self.log("warning", reason=warning)
+            if self.arguments.seccomp:
+                config = config._replace(seccomp=self.arguments.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
                     self.log("restart-wanted", option=name, reason="it cannot change while running")
@@ -1774,7 +1796,7 @@ class Monitor:
     def _send_settings(self) -> None:
         limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
         payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout, *limits)
-        payload += self.arguments.user.encode()
+        payload += f"{self.arguments.user} {self.config.seccomp}".encode()
         descriptors = [control.fileno() for control in self.sockets.values()]
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
@@ -2215,25 +2237,103 @@ class Network:
 # ============================================================================
 # 7  Sandbox
 #
-# What the network process gives up before it reads a byte from the internet.
+# What each process gives up for good before it hears a word from the internet. What the
+# monitor gives up is inherited by all that it starts; the network process goes on from there.
+
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
+CAPABILITY_VERSION = 0x20080522  # linux/capability.h
+# What the monitor keeps (linux/capability.h): KILL, SETGID, SETUID and SYS_CHROOT for its network
+# process, NET_BIND_SERVICE for a control port below 1024, NET_ADMIN for nft.
+MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
+
+MEMORY_LIMIT = 128 << 20  # bytes of data of the network process,
+MEMORY_PER_CONNECTION = 16 << 10  # and these
+
+# The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
+# or aarch64. A name that an architecture does not have stands for nothing there.
+NETWORK_CALLS = """
+    accept accept4 brk clock_gettime close epoll_create1 epoll_ctl epoll_pwait epoll_wait exit
+    exit_group fcntl fstat futex getpeername getpid getrandom getsockname getsockopt ioctl
+    madvise mmap mprotect mremap munmap poll ppoll pselect6 read recvfrom recvmsg
+    restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto setitimer
+    setsockopt sigaltstack write writev"""
+CLIENT_CALLS = NETWORK_CALLS + """
+    access bind clone clone3 connect dup faccessat faccessat2 fstatfs getcwd getdents64 getegid
+    geteuid getgid gettid getuid lseek lstat membarrier newfstatat open openat pread64 prlimit64
+    readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg set_robust_list
+    shutdown socket stat statfs statx sysinfo uname"""
+# A filter is inherited: this one has to let Python start, and nft work.
+MONITOR_CALLS = CLIENT_CALLS + """
+    arch_prctl capget capset chdir chroot close_range dup2 dup3 execve flock fork getppid
+    getresgid getresuid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir
+    seccomp set_tid_address setgroups setresgid setresuid setrlimit setuid socketpair umask
+    unlink unlinkat vfork wait4 waitid"""
+
+
+def system_call_filter(mode: str, names: str) -> Callable[[], None]:
+    """What has the kernel allow only these system calls, from then on, to this process and all
+    that it starts: others end it (mode "kill"), or are told to the kernel's log ("log"). See
+    seccomp(2). Raises UserError where that cannot be had."""
+    if mode == "off":
+        return lambda: None
+    try:
+        import pyseccomp  # type: ignore
+        action = pyseccomp.KILL_PROCESS if mode == "kill" else pyseccomp.LOG
+        allowed = pyseccomp.SyscallFilter(action)
+        for name in names.split():
+            allowed.add_rule(pyseccomp.ALLOW, name)
+        load: Callable[[], None] = allowed.load
+        return load
+    except (ImportError, OSError, RuntimeError) as error:
+        hint = "install pyseccomp (Debian: python3-pyseccomp), or set seccomp = off"
+        raise UserError(f"seccomp = {mode} cannot be had: {error}", hint) from None
+
+
+def give_up_rights() -> tuple[str, ...]:
+    """Keep keys out of core dumps and other programs' reach; give up what rights the server does
+    not need, and the way to get them back by running a program (no_new_privs). Holds for all
+    that is started later. Returns warnings. Raises OSError. See prctl(2), capabilities(7)."""
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        import ctypes
+    except ImportError:
+        return ("Python has no ctypes: the server keeps its capabilities, and no_new_privs is off",)
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("=Ii", CAPABILITY_VERSION, 0)  # of this process
+    sets = ctypes.create_string_buffer(24)
+    failed = libc.capget(header, sets)
+    lower = [bits & MONITOR_CAPABILITIES for bits in struct.unpack("=3I", sets.raw[:12])]
+    failed |= libc.capset(header, struct.pack("=6I", *lower, 0, 0, 0))
+    failed |= libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) | libc.prctl(PR_SET_DUMPABLE, 0)
+    if failed:
+        raise OSError(ctypes.get_errno(), "cannot give up rights")
+    return ()
 
 
 def find_account(name: str) -> tuple[int, int]:
     """User and group id of an account; "none" has none. Raises UserError."""
     import pwd
+    if name == "none":
+        return 0, 0
     try:
-        return pwd.getpwnam(name)[2:4] if name != "none" else (0, 0)
+        user, group = pwd.getpwnam(name)[2:4]
     except KeyError:
         hint = f"useradd --system {name} makes one; --user names another, or none"
         raise UserError(f"there is no account {name} for the network process", hint) from None
+    if not user or not group:
+        hint = "name one without rights; useradd --system makes it"
+        raise UserError(f"{name} is root, or of root's group: no account for the internet", hint)
+    return user, group
 
 
-def enter_sandbox(account: str, connections: int) -> None:
+def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
     """Become account (a user's name, or "none" to stay what we are), in an empty root
     directory, with no way to get more. Raises UserError naming the step that failed."""
     import resource
     user, group = find_account(account)
-    step = "limit the number of descriptors"
+    filter_system_calls = system_call_filter(seccomp, NETWORK_CALLS)
+    step = "limit descriptors and memory"
     try:
         # Beside the slots: link, listeners, selectors, and peers that wait for nft, of which
         # there are no more than records that fit into the link.
@@ -2241,22 +2341,30 @@ def enter_sandbox(account: str, connections: int) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = files if most == resource.RLIM_INFINITY else min(files, most)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        if account == "none":
-            return
-        import tempfile
-        # A directory that has been removed is empty and stays so, and nothing is left of it.
-        step = "make an empty root directory"
-        path = tempfile.mkdtemp(prefix="letmeind-")
-        os.chdir(path)
-        os.rmdir(path)
-        step = "change the root directory"
-        os.chroot(".")
-        step = f"become the user {account}"
-        os.setgroups([])
-        os.setresgid(group, group, group)
-        os.setresuid(user, user, user)
-        step = "give up making processes"
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        memory = MEMORY_LIMIT + MEMORY_PER_CONNECTION * connections
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        if account != "none":
+            # A directory that has been removed is empty and stays so, and nothing is left of it.
+            step = "make an empty root directory in /tmp"
+            path = f"/tmp/letmeind-{os.urandom(8).hex()}"
+            os.mkdir(path, 0o700)
+            os.chdir(path)
+            os.rmdir(path)
+            step = "change the root directory"
+            os.chroot(".")
+            step = f"become the user {account}"
+            os.setgroups([])
+            os.setresgid(group, group, group)
+            os.setresuid(user, user, user)  # takes root's capabilities, too: capabilities(7)
+            step = "give up making processes and files"
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            step = "give up its capabilities"  # which somebody other than root may have kept
+            with contextlib.suppress(PermissionError):
+                os.setuid(0)
+                raise OSError(0, "it can still become root")
+        step = f"filter system calls (seccomp = {seccomp})"
+        filter_system_calls()
     except OSError as error:
         hint = "run the server as root, or give --user none"
         raise UserError(f"the network process cannot {step}: {error.strerror}", hint) from None
@@ -2269,9 +2377,9 @@ def network_process() -> None:
     link = socket.socket(fileno=0)
     data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
     payload = Record(*RECORD.unpack(data)).payload
-    account = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode()
+    account, seccomp = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode().split()
     try:
-        enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1])
+        enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1], seccomp)
         Network(link, payload, [socket.socket(fileno=fd) for fd in descriptors]).run()
     except Exception as error:
         what = "" if isinstance(error, UserError) else f"it failed with {type(error).__name__}: "
@@ -2337,6 +2445,22 @@ def check(config: Config) -> int:
         may = ", ".join(f"{r} for {timedelta(seconds=r.timeout)}" for r in mine)
         print(f"# user {user:08X} may open: {may or 'nothing'}")
     print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
+    return 0
+
+
+def serve(config: Config, arguments: argparse.Namespace) -> int:
+    """Run the server until it is told to stop, or with --check only try whether it could."""
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass  # or the next file opened would be our standard error
+    given = activated_sockets()
+    os.closerange(3 + len(given), 1 << 16)  # what else our parent has left open is for nobody
+    find_account(arguments.user)
+    filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
+    if arguments.check:
+        return check(config)
+    warnings = config.warnings + give_up_rights()
+    filter_system_calls()
+    Monitor(config._replace(warnings=warnings), arguments, given).run()
     return 0
 
 
@@ -2451,21 +2575,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         warn(warning)
     if arguments.dns or arguments.dns_crypt:
         warn("--dns and --dns-crypt are obsolete; the system resolves names")
-    seccomp = arguments.seccomp or config.seccomp
-    if seccomp != "off" and arguments.command != "status":
-        hint = "set seccomp = off in [GENERAL], or --seccomp off"
-        raise UserError(f"seccomp={seccomp}: this version has no seccomp filter", hint)
+    config = config._replace(seccomp=arguments.seccomp or config.seccomp)
     if arguments.command == "server":
-        while os.open(os.devnull, os.O_RDWR) < 2:
-            pass  # or the next file opened would be our standard error
-        os.closerange(3, 1 << 16)  # what our parent has left open is for none of our processes
-        find_account(arguments.user)
-        if arguments.check:
-            return check(config)
-        Monitor(config, arguments).run()
-        return 0
+        return serve(config, arguments)
     if arguments.command == "status":
         return status(config, arguments.rundir, arguments.json)
+    system_call_filter(config.seccomp, CLIENT_CALLS)()
 
     def say(line: str) -> None:
         if arguments.verbose:
