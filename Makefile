@@ -124,17 +124,11 @@ disable_warnings = no-data-collected
 endef
 
 # A .pth file is read by every Python of the .venv. letmein's network process starts with an empty
-# environment; whether it counts is then said by its parent's, the server's.
+# environment; whether it counts is then said by a file that its parent, the server, has left.
 define COVERAGE_START
 import atexit
 import os
-
-
-def environment():
-    if "PATH" in os.environ:
-        return os.environ
-    with open(f"/proc/{os.getppid()}/environ", encoding="utf-8", errors="replace") as file:
-        return dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)
+import sys
 
 
 def save():
@@ -145,11 +139,14 @@ def save():
         pass  # a process that has given up the right to write files
 
 
-place = environment().get("COVERAGE_PROCESS_START")
-if place:
+directory = os.path.join(sys.prefix, "measured")
+if "COVERAGE_PROCESS_START" in os.environ or (
+    "PATH" not in os.environ and os.path.exists(f"{directory}/process-{os.getppid()}")
+):
     import coverage
 
-    measurement = coverage.Coverage(config_file=place)
+    open(f"{directory}/process-{os.getpid()}", "w").close()
+    measurement = coverage.Coverage(config_file=os.path.join(sys.prefix, "coverage.ini"))
     measurement.start()
     atexit.register(save)
 endef

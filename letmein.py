@@ -2285,7 +2285,7 @@ def system_call_filter(mode: str, names: str) -> Callable[[], None]:
         load: Callable[[], None] = allowed.load
         return load
     except (ImportError, OSError, RuntimeError) as error:
-        hint = "install pyseccomp (Debian: python3-pyseccomp), or set seccomp = off"
+        hint = "install it (pip install pyseccomp; it needs libseccomp), or set seccomp = off"
         raise UserError(f"seccomp = {mode} cannot be had: {error}", hint) from None
 
 
