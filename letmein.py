@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import select
@@ -36,9 +37,12 @@ if TYPE_CHECKING:
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Identities = dict[str, tuple[int, int]]  # of sets: by name the handles of table and set
+    Handshake = Generator[bytes, bytes, None]  # of a client
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
+    NewHandshake = Callable[[], Handshake]
+    Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
     Tokens = Iterable[tuple[int, bytes]]  # of challenges: for KNOCK or REVOKE, 32 bytes
 else:
 
@@ -66,6 +70,14 @@ class UserError(Exception):
 def warn(text: str) -> None:
     """Tell the user of something that is not right, but no reason to stop."""
     print(f"letmein: warning: {text}", file=sys.stderr, flush=True)
+
+
+def tell_error(error: Exception) -> None:
+    """Tell the user what went wrong and, on a second line, what to do."""
+    print(f"letmein: error: {error}", file=sys.stderr)
+    hint = getattr(error, "hint", "")
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
 
 
 # ============================================================================
@@ -170,7 +182,7 @@ def unsigned(operation: int, user: int, resource: int, auth: bytes = bytes(32)) 
 
 def client_handshake(
     operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
-) -> Generator[bytes, bytes, None]:
+) -> Handshake:
     """The client's side of one knock or revocation: yields the 56 bytes to send, wants those
     that come back, and ends when the server has done what was asked for. Foreign ids are only
     worth a warning: a wrong token leads nowhere anyway. Raises Refused on GOAWAY,
@@ -272,7 +284,7 @@ class ServerHandshake:
 # expected there. The text of a key never gets into a message.
 
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes
-CONFIG_PLACES = ("/opt/letmein/etc", "/etc")
+CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -674,7 +686,7 @@ def read_config(path: str, server: bool) -> Config:
 
     warnings = []
     if os.name == "posix":
-        mask, safe = (0o026, "640") if server else (0o022, "600")
+        mask, safe = (0o026, "640") if server else (0o066, "600")
         if server and status.st_uid != 0:
             warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
         if status.st_mode & mask:
@@ -686,50 +698,141 @@ def read_config(path: str, server: bool) -> Config:
 # ============================================================================
 # 3  Client
 #
-# Resolve the host, connect, and pump one handshake for each address family,
-# all at the same time: a family that does not answer costs its own deadline
-# and not the other's time.
+# Resolve the host, and shake hands with its IPv6 and its IPv4 address at the same time: one
+# that does not answer costs its own deadline, and not the other's time. `connect` and COMMAND
+# hold open what was opened for as long as they use it.
+
+UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
+OTHER_ADDRESS_S = 0.25  # where one address is open, the other is not waited for any longer
+CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
+CHUNK = 1 << 16  # bytes
 
 
-def receive(peer: socket.socket, protocol: str, timeout: float) -> bytes:
-    """The next 56 bytes from a peer. Over UDP what has another size is no answer. Raises
-    socket.timeout after timeout (in seconds), ProtocolError if the peer closes."""
-    deadline = time.monotonic() + timeout
-    received = b""
-    while len(received) < MESSAGE_SIZE:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout
-        peer.settimeout(left)
-        data = peer.recv(MESSAGE_SIZE - len(received) + (protocol == "udp"))
-        if protocol == "udp":
-            received = data if len(data) == MESSAGE_SIZE else b""
-        elif data:
-            received += data
-        else:
-            raise ProtocolError("the server closed the connection without an answer")
-    return received
+class Aim(NamedTuple):
+    """What to knock for: user and resource by number, the user's key, how long the lease
+    lasts (in seconds, as far as the client knows), and how people call it."""
+
+    user: int
+    resource: int
+    key: bytes
+    timeout: float
+    name: str
 
 
-def exchange(
-    handshake: Generator[bytes, bytes, None],
-    family: int, sockaddr: Any, protocol: str, timeout: float,
-) -> UserError | None:
-    """One handshake with one address; returns what went wrong, None for success. Args: family
-    and sockaddr, as of socket.getaddrinfo; protocol, "tcp" or "udp"; timeout, in seconds,
-    for each message."""
-    where = str(sockaddr[0])
+def find_aims(config: Config, arguments: argparse.Namespace) -> list[Aim]:
+    """What the command line wants opened or closed. Raises UserError."""
+    user = config.default_user if arguments.user is None else arguments.user
+    key = config.keys.get(user)
+    if key is None:
+        hint = "copy its line from the server's [KEYS], or name another user with --user"
+        raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
+    ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
+    default = OPTIONS["NFTABLES"]["timeout"][1]
+    aims = []
+    for resource in arguments.resources:
+        known = config.resources.get(resource)
+        timeout = known.timeout if known else default
+        aims.append(Aim(user, resource, key, timeout, f"resource {resource:08X}"))
+    for port in () if arguments.resources else arguments.ports:
+        if port not in ports:
+            known_ports = ", ".join(str(port) for port in sorted(ports) if port)
+            problem = f"[RESOURCES] has no port {port} for user {user:08X}"
+            hint = f"it has: {known_ports or 'none'}; or name a --resource"
+            raise UserError(f"{config.path}: {problem}", hint)
+        aims.append(Aim(user, ports[port].identifier, key, ports[port].timeout, f"port {port}"))
+    return aims
+
+
+def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
+    """The first address of host in each family (socket.AF_INET, AF_INET6). families are
+    those that must be there; empty for what host has. Raises UserError."""
     try:
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(family, kind) as peer:
-            peer.settimeout(timeout)
-            if protocol == "tcp":
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer.connect(sockaddr)
-            message = next(handshake)
-            while True:
-                peer.sendall(message)
-                message = handshake.send(receive(peer, protocol, timeout))
+        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
+        name = host.encode("ascii") if host.isascii() else host
+        family = families[0] if len(families) == 1 else socket.AF_UNSPEC
+        found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError, LookupError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        hint = "check the name, and that this machine can resolve names"
+        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+    addresses: dict[int, Any] = {entry[0]: entry[4] for entry in reversed(found)}
+    for family in families:
+        if family not in addresses:
+            name = "IPv4" if family == socket.AF_INET else "IPv6"
+            raise UserError(f"{host!a} has no {name} address", "leave out -4 or -6")
+    wanted = families or (socket.AF_INET6, socket.AF_INET)
+    return {str(addresses[f][0]): (f, addresses[f]) for f in wanted if f in addresses}
+
+
+def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> None:
+    """One handshake over TCP, timeout (in seconds) for each message. Raises StopIteration when
+    it is done, OSError, ProtocolError."""
+    with socket.socket(target[0], socket.SOCK_STREAM) as peer:
+        peer.settimeout(timeout)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.connect(target[1])
+        handshake = new_handshake()
+        message = next(handshake)
+        while True:
+            peer.sendall(message)
+            end = time.monotonic() + timeout
+            received = b""
+            while len(received) < MESSAGE_SIZE:
+                peer.settimeout(max(end - time.monotonic(), 0.001))
+                data = peer.recv(MESSAGE_SIZE - len(received))
+                if not data:
+                    raise ProtocolError("the server closed the connection without an answer")
+                received += data
+            message = handshake.send(received)
+
+
+def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) -> None:
+    """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
+    a port of its own, and each RESPONSE is sent again, while the older ones may still be
+    answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
+    handshakes: dict[socket.socket, Handshake] = {}
+    responses: dict[socket.socket, bytes] = {}
+    repeated: set[socket.socket] = set()
+    start = again = time.monotonic()
+    end = start + timeout
+    with contextlib.ExitStack() as sockets:
+        while (now := time.monotonic()) < end:
+            if now >= again:
+                again = now + UDP_REPEAT_S
+                repeated.update(responses)
+                for peer, response in responses.items():
+                    peer.send(response)
+                if now < start + timeout:
+                    peer = sockets.enter_context(socket.socket(target[0], socket.SOCK_DGRAM))
+                    peer.setblocking(False)
+                    peer.connect(target[1])
+                    handshakes[peer] = new_handshake()
+                    peer.send(next(handshakes[peer]))
+            for peer in select.select(list(handshakes), [], [], min(again, end) - now)[0]:
+                with contextlib.suppress(BlockingIOError):  # a broken datagram: select(2), BUGS
+                    data = peer.recv(MESSAGE_SIZE + 1)
+                    if len(data) != MESSAGE_SIZE:
+                        continue
+                    try:
+                        responses[peer] = handshakes[peer].send(data)
+                    except ProtocolError:
+                        if peer not in repeated:
+                            raise
+                        # The reference's server takes a second RESPONSE amiss, even a good one.
+                        del handshakes[peer], responses[peer]
+                    else:
+                        peer.send(responses[peer])
+                        end = time.monotonic() + timeout
+    raise socket.timeout
+
+
+def attempt(
+    new_handshake: NewHandshake, target: Target, protocol: str, timeout: float
+) -> UserError | None:
+    """One knock or revocation at one address; returns what went wrong, None for success."""
+    where = str(target[1][0])
+    try:
+        (exchange_tcp if protocol == "tcp" else exchange_udp)(new_handshake, target, timeout)
     except StopIteration:
         return None
     except (socket.timeout, TimeoutError):
@@ -745,77 +848,197 @@ def exchange(
     return UserError(problem, hint)
 
 
-def resolve(host: str, port: int, families: Sequence[int]) -> dict[int, tuple[Any, ...]]:
-    """The first address of host in each family (socket.AF_INET, AF_INET6). families are
-    those that must be there; empty for what host has. Raises UserError."""
-    try:
-        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
-        name = host.encode("ascii") if host.isascii() else host
-        family = families[0] if len(families) == 1 else socket.AF_UNSPEC
-        found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError, LookupError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
-        hint = "check the name, and that this machine can resolve names"
-        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
-    wanted = families or (socket.AF_INET6, socket.AF_INET)
-    addresses: dict[int, tuple[Any, ...]] = {}
-    for entry in found:
-        if entry[0] in wanted:
-            addresses.setdefault(entry[0], entry[4])
-    for family in families:
-        if family not in addresses:
-            name = "IPv4" if family == socket.AF_INET else "IPv6"
-            raise UserError(f"{host!a} has no {name} address", "leave out -4 or -6")
-    return addresses
+class Client:
+    """One run of the client. Args: arguments, of the command line. Raises UserError."""
+
+    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.aims = find_aims(config, arguments)
+        self.protocol = arguments.protocol or config.protocols[0]
+        self.timeout = config.control_timeout
+        port = arguments.server_port or config.port
+        self.targets = resolve(arguments.host, port, arguments.families)
+        self.is_quiet = arguments.quiet or arguments.command == "connect"
+        self.opened: list[str] = []  # the addresses where the last knock worked, the first first
+        self.say(f"configuration: {config.path}")
+        self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
+
+    def say(self, line: str) -> None:
+        """For --verbose."""
+        if self.arguments.verbose:
+            print(f"letmein: {line}", file=sys.stderr)
+
+    def ask(self, operation: int, aim: Aim) -> list[str]:
+        """Knock or revoke at all addresses at the same time; returns those where it worked, in
+        the order of their answers. If the user leaves the choice to us, one is enough, and the
+        other is not waited for much longer. Raises UserError."""
+        import threading
+        results: dict[str, UserError | None] = {}
+        news = threading.Semaphore(0)
+
+        def run(where: str, target: Target) -> None:
+            def new_handshake() -> Handshake:
+                ids = operation, aim.user, aim.resource, aim.key
+                return client_handshake(*ids, lambda line: warn(f"{where}: {line}"))
+
+            results[where] = attempt(new_handshake, target, self.protocol, self.timeout)
+            news.release()
+
+        for item in self.targets.items():
+            threading.Thread(target=run, args=item, daemon=True).start()
+        wait = None
+        while len(results) < len(self.targets) and news.acquire(timeout=wait):
+            if None in results.values() and not self.arguments.families:
+                wait = OTHER_ADDRESS_S
+        for where in self.targets:
+            error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
+            self.say(f"{aim.name}: {where}: {error.problem if error else 'COMEIN'}")
+        good = [where for where, error in results.items() if not error]
+        errors = [error for error in map(results.get, self.targets) if error]
+        if errors and (self.arguments.families or not good):
+            raise errors[0]
+        return good
+
+    def ask_all(self, operation: int) -> bool:
+        """Knock or revoke for all that was asked for, and tell the user of each; whether all
+        went well."""
+        what = "opened" if operation == KNOCK else "closed"
+        good = True
+        for aim in self.aims:
+            try:
+                where = self.ask(operation, aim)
+            except UserError as error:
+                tell_error(error)
+                good = False
+                continue
+            self.opened = where
+            line = f"{what} {aim.name} on {self.arguments.host} ({', '.join(where)})"
+            if not self.is_quiet:
+                # Standard output is COMMAND's.
+                print(line, file=sys.stderr if self.arguments.to_run else sys.stdout, flush=True)
+        return good
+
+    def hold(self) -> int:
+        """Open all, run COMMAND or carry a connection, and close all, whatever happens."""
+        import signal
+
+        def stop(number: int, _: object) -> None:
+            catch_signals(signal.SIG_IGN)  # what follows is the end
+            raise SystemExit(128 + number)
+
+        catch_signals(stop)
+        try:
+            if not self.ask_all(KNOCK):
+                return 1
+            return self.run_command() if self.arguments.to_run else self.carry()
+        finally:
+            catch_signals(signal.SIG_IGN)
+            if not self.arguments.keep:
+                self.ask_all(REVOKE)
+
+    def renew(self) -> None:
+        """Knock again, so that the leases do not end before we do."""
+        for aim in self.aims:
+            try:
+                self.ask(KNOCK, aim)
+            except UserError as error:
+                warn(f"cannot renew {aim.name}: {error.problem}")
+
+    @property
+    def pause(self) -> float:
+        """How long to wait before the leases are renewed, in seconds."""
+        return max(min(aim.timeout for aim in self.aims) / 2, 1)
+
+    def run_command(self) -> int:
+        """Run COMMAND to its end; returns its exit status, as a shell would."""
+        import signal
+        import subprocess
+        command = self.arguments.to_run
+        try:
+            process = subprocess.Popen(command)
+        except OSError as error:
+            hint = "what stands behind -- is a program and its arguments"
+            raise UserError(f"cannot run {command[0]!a}: {error.strerror}", hint) from None
+
+        def pass_on(number: int, _: object) -> None:
+            # A terminal sends its Ctrl-C to COMMAND itself.
+            if number != signal.SIGINT or not os.isatty(0):
+                process.send_signal(number)
+
+        catch_signals(pass_on)
+        while True:
+            try:
+                status = process.wait(self.pause)
+                return status if status >= 0 else 128 - status
+            except subprocess.TimeoutExpired:
+                self.renew()
+
+    def connect(self) -> socket.socket:
+        """A connection to the port that is open now. Somebody else behind our address may have
+        closed it again, for the lease is shared: then knock once more. Raises UserError."""
+        port = self.arguments.ports[0]
+        targets = [self.targets[where] for where in self.opened]
+        for patience, (family, sockaddr) in itertools.product((CONNECT_S, self.timeout), targets):
+            peer = socket.socket(family, socket.SOCK_STREAM)
+            peer.settimeout(patience)
+            try:
+                peer.connect((sockaddr[0], port, *sockaddr[2:]))
+            except OSError as error:
+                peer.close()
+                reason = error.strerror or "it does not answer"
+                self.renew()
+            else:
+                peer.settimeout(None)
+                return peer
+        problem = f"port {port} was opened, but cannot be reached: {reason}"
+        raise UserError(problem, "does the service run there?")
+
+    def carry(self) -> int:
+        """Connect, and carry standard input there, and what comes from there to standard output,
+        until both have come to their ends."""
+        import threading
+        peer = self.connect()
+        ended = threading.Semaphore(0)
+
+        def upload() -> None:
+            while data := os.read(0, CHUNK):
+                peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+
+        def download() -> None:
+            while data := peer.recv(CHUNK):
+                while data:
+                    data = data[os.write(1, data) :]
+            drop_output()
+
+        def run(direction: Callable[[], None]) -> None:
+            try:
+                direction()
+                ended.release()
+            except OSError:
+                ended.release(2)  # the other direction is of no use any more
+
+        for direction in (upload, download):
+            threading.Thread(target=run, args=(direction,), daemon=True).start()
+        for _ in range(2):
+            while not ended.acquire(timeout=self.pause):
+                self.renew()
+        return 0
 
 
-def knock(config: Config, arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
-    """Knock, or revoke, at a server; returns a line for the user. Args: arguments, of the
-    command line; say, takes lines for --verbose. Raises UserError."""
-    import threading
-    operation = KNOCK if arguments.command == "knock" else REVOKE
-    user = config.default_user if arguments.user is None else arguments.user
-    key = config.keys.get(user)
-    if key is None:
-        hint = "copy its line from the server's [KEYS], or name another user with --user"
-        raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
-    resource = arguments.resource
-    if resource is None:
-        ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
-        if arguments.port not in ports:
-            known = ", ".join(str(port) for port in sorted(ports) if port)
-            problem = f"[RESOURCES] has no port {arguments.port} for user {user:08X}"
-            hint = f"it has: {known or 'none'}; or name a --resource"
-            raise UserError(f"{config.path}: {problem}", hint)
-        resource = ports[arguments.port].identifier
-    port = arguments.server_port or config.port
-    protocol = arguments.protocol or config.protocols[0]
+def drop_output() -> None:
+    """Close standard output, in a way that leaves Python nothing to complain of."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
-    addresses = resolve(arguments.host, port, arguments.families)
-    texts = [str(sockaddr[0]) for sockaddr in addresses.values()]
-    say(f"{OPERATIONS[operation]} to {' and '.join(texts)}, port {port}/{protocol}")
 
-    results: dict[str, UserError | None] = {}
-
-    def attempt(family: int, sockaddr: tuple[Any, ...]) -> None:
-        text = str(sockaddr[0])
-        ids = (operation, user, resource, key)
-        handshake = client_handshake(*ids, lambda line: warn(f"{text}: {line}"))
-        error = exchange(handshake, family, sockaddr, protocol, config.control_timeout)
-        say(f"{text}: {error.problem if error else 'COMEIN'}")
-        results[text] = error
-
-    threads = [threading.Thread(target=attempt, args=a, daemon=True) for a in addresses.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    errors = [error for error in map(results.__getitem__, texts) if error]
-    if errors and (arguments.families or len(errors) == len(results)):
-        raise errors[0]
-    what = f"resource {resource:08X}" if arguments.port is None else f"port {arguments.port}"
-    where = ", ".join(text for text in texts if not results[text])
-    return f"{'opened' if operation == KNOCK else 'closed'} {what} on {arguments.host} ({where})"
+def catch_signals(handler: Any) -> None:
+    """Have what would end this program go to handler, as of signal.signal()."""
+    import signal
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 # ============================================================================
@@ -2495,16 +2718,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dns-crypt", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    for name, aliases, text in (
-        ("knock", [], "open a port for this address"),
-        ("revoke", ["close"], "close it again"),
+    for name, aliases, what, text in (
+        ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
+        ("revoke", ["close"], "(PORT... | -r ID...)", "close it again"),
+        ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
     ):
-        usage = f"letmein {name} [OPTION...] HOST (PORT | -r ID)"
+        usage = f"letmein {name} [OPTION...] HOST {what}"
         command = commands.add_parser(name, aliases=aliases, help=text, usage=usage)
-        # PORT may stand behind an option, where argparse loses an optional argument:
-        # parse_words() finds it among the rest.
+        # Each PORT may stand behind an option, where argparse loses optional arguments:
+        # parse_words() finds them among the rest.
         command.add_argument("host", metavar="HOST")
-        command.add_argument("-r", "--resource", metavar="ID", type=identifier)
+        repeated: dict[str, Any] = {"action": "append", "dest": "resources", "default": []}
+        command.add_argument("-r", "--resource", metavar="ID", type=identifier, **repeated)
+        command.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
+        command.add_argument("--keep", action="store_true", help="do not close at the end")
         command.add_argument("-u", "--user", metavar="ID", type=identifier)
         command.add_argument("-P", "--server-port", metavar="PORT", type=port)
         for letter, protocol in (("-T", "tcp"), ("-U", "udp")):
@@ -2539,26 +2766,45 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(words)
+    at = words.index("--") if "--" in words else len(words)
+    arguments, rest = parser.parse_known_args(words[:at])
     options = [word for word in rest if word.startswith("-")]
-    if arguments.command in ("knock", "revoke", "close") and not options:
-        port = rest.pop(0) if rest else None
-        if (port is None) == (arguments.resource is None):
-            parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
+    if arguments.command in ("knock", "revoke", "close", "connect") and not options:
         try:
-            arguments.port = port and parse_port(port)
+            arguments.ports = [parse_port(word) for word in rest]
         except Unfit as unfit:
             parser.error(f"PORT: {unfit.problem}; expected: {unfit.hint}")
+        rest = []
+        if arguments.command == "connect":
+            if len(arguments.ports) != 1:
+                parser.error("give one PORT to connect to")
+        elif bool(arguments.ports) == bool(arguments.resources):
+            parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
+    arguments.to_run = words[at + 1 :]
+    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
+        parser.error("-- stands behind 'knock HOST PORT', and in front of a COMMAND")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def new_key() -> bytes:
+    """A random key, by the cryptography package where it is installed."""
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
+    except ImportError:
+        import secrets
+        return secrets.token_bytes(KEY_SIZE)
+    return bytes(AESGCM.generate_key(8 * KEY_SIZE))
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
     is_server = arguments.command in ("server", "status")
     name = "letmeind.conf" if is_server else "letmein.conf"
-    places = [f"{place}/{name}" for place in CONFIG_PLACES]
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    homes = () if is_server else (f"{home}/letmein",)
+    places = [f"{place}/{name}" for place in (*homes, *CONFIG_PLACES)]
     path = arguments.config or next(filter(os.path.exists, places), places[-1])
     if arguments.command == "gen-key":
         try:
@@ -2566,7 +2812,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         except ConfigError:
             user = 0  # a key is what one needs before there is a configuration
         user = user if arguments.user is None else arguments.user
-        print(f"{user:08X} = {os.urandom(KEY_SIZE).hex().upper()}")
+        print(f"{user:08X} = {new_key().hex().upper()}")
         return 0
 
     config = read_config(path, is_server)
@@ -2580,15 +2826,14 @@ def run_command(arguments: argparse.Namespace) -> int:
         return serve(config, arguments)
     if arguments.command == "status":
         return status(config, arguments.rundir, arguments.json)
+    if arguments.to_run and config.seccomp != "off":
+        hint = "use connect, or --seccomp off"
+        raise UserError("COMMAND would run with the filter that seccomp gives the client", hint)
     system_call_filter(config.seccomp, CLIENT_CALLS)()
-
-    def say(line: str) -> None:
-        if arguments.verbose:
-            print(f"letmein: {line}", file=sys.stderr)
-
-    say(f"configuration: {config.path}")
-    print(knock(config, arguments, say))
-    return 0
+    client = Client(config, arguments)
+    if arguments.to_run or arguments.command == "connect":
+        return client.hold()
+    return 0 if client.ask_all(KNOCK if arguments.command == "knock" else REVOKE) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2600,16 +2845,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")
-        return run_command(parse_words(words))
-    except (UserError, OSError) as error:
-        print(f"letmein: error: {error}", file=sys.stderr)
-        hint = getattr(error, "hint", "")
-        if hint:
-            print(f"  {hint}", file=sys.stderr)
+        status = run_command(parse_words(words))
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:
+        drop_output()  # or Python tries again at its end, and says so
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except (UserError, OSError) as error:
+        tell_error(error)
+        return 1
 
 
 if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us without a traceback
     sys.exit(main())
