@@ -2687,6 +2687,15 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
+EXAMPLES = """\
+examples:
+  letmein knock server 22                       open port 22 there, for this address
+  letmein knock server 22 -- ssh server         open it, log in, close it again
+  letmein revoke server 22                      close it
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein server --check                        would the server start?"""
+
+
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser of option values as argparse wants it."""
 
@@ -2711,7 +2720,10 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--seccomp", metavar="off|log|kill", type=seccomp, default=default)
         parser.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
 
-    parser = argparse.ArgumentParser(prog="letmein", description="An authenticated port knocker.")
+    parser = argparse.ArgumentParser(
+        prog="letmein", description="An authenticated port knocker.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     common(parser, None)
     parser.add_argument("--verbose", action="store_true", help="say what is going on")
     parser.add_argument("--dns", help=argparse.SUPPRESS)
