@@ -2613,48 +2613,34 @@ def network_process() -> None:
 # 8  Command line
 
 
-def ask_server(path: str) -> Any:
-    """What a running server says of itself; None if none runs."""
-    import json
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-            peer.settimeout(2 * NFT_LIMIT_S)
-            peer.connect(path)
-            return json.loads(peer.makefile("rb").read(1 << 20))
-    except (OSError, ValueError):
-        return None
-
-
 def status(config: Config, rundir: str, as_json: bool) -> int:
     """Print who holds what, as the kernel has it, and what a running server has counted."""
     import json
-    from datetime import timedelta
-    server = ask_server(run_path(rundir, config) + ".status")
-    rows = []
+    server: Any = None
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(2 * NFT_LIMIT_S)
+        peer.connect(run_path(rundir, config) + ".status")
+        server = json.load(peer.makefile("rb"))
+    leases = []
     for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
         address, protocol, port = (*key.split(" . "), None, None)[:3]
         comment = COMMENT.fullmatch(str(element.get("comment"))) or (None, None, None)
         place = {"address": address, "protocol": protocol, "port": port and int(port)}
         lease = {"resource": comment[2], "user": comment[1], "seconds_left": element.get("expires")}
         if not name.endswith("-gate"):
-            rows.append({**place, **lease, **element.get("counter", {})})
+            leases.append({**place, **lease, **element.get("counter", {})})
     if as_json:
-        table = {"family": config.family, "table": config.table, "leases": rows, "server": server}
-        print(json.dumps(table, indent=1))
+        table = {"family": config.family, "table": config.table}
+        print(json.dumps({**table, "leases": leases, "server": server}, indent=1))
         return 0
-    header = f"{'ADDRESS':<39} {'OPEN':<9} {'USER':<8} {'LEFT':>8} {'PACKETS':>10}"
-    print(header if rows else "nobody holds a lease")
-    for row in rows:
-        what = f"{row['port']}/{row['protocol']}" if row["port"] else row["resource"] or "?"
-        seconds = row["seconds_left"]
-        left = "for ever" if seconds is None else timedelta(seconds=seconds)
-        user, packets = row["user"] or "?", row.get("packets", "-")
-        print(f"{row['address']:<39} {what:<9} {user:<8} {left!s:>8} {packets:>10}")
+    for lease in leases:
+        print(*(f"{name}={value}" for name, value in lease.items() if value is not None))
+    if not leases:
+        print("nobody holds a lease")
     print("since the server's start:" if server else "no server runs")
-    for title, counts in server.items() if server else ():
-        if isinstance(counts, dict):
-            text = ", ".join(f"{name} {number}" for name, number in counts.items())
-            print(f"  {title}: {text or 'none'}")
+    for title in ("refused", "counts") if server else ():
+        counts = [f"{name} {number}" for name, number in server[title].items()]
+        print(f"  {title}: {', '.join(counts) or 'none'}")
     return 0
 
 
