@@ -150,34 +150,28 @@ class Message(NamedTuple):
             raise ProtocolError(f"unknown operation {message.operation}")
         return message
 
+    def authenticate(self, key: bytes, token: bytes) -> bytes:
+        """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over all from operation to salt
+        and a token: the CHALLENGE's auth field in RESPONSE, 32 zero bytes in KNOCK and REVOKE
+        ("basic auth": whoever saw one can send it again)."""
+        import hmac  # here, for the network process needs none
+        return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
+
     def proves(self, key: bytes, token: bytes) -> bool:
         """Whether auth shows that the sender holds key. Takes the same time for any auth."""
         import hmac
-        expected = authenticate(key, *self[:4], token)
-        return hmac.compare_digest(expected, self.auth)
+        return hmac.compare_digest(self.authenticate(key, token), self.auth)
 
 
-def authenticate(
-    key: bytes, operation: int, user: int, resource: int, salt: bytes, token: bytes
-) -> bytes:
-    """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message and a token: the
-    CHALLENGE's auth field in RESPONSE, 32 zero bytes in KNOCK and REVOKE ("basic auth":
-    whoever saw one can send it again)."""
-    import hmac  # here, for the network process needs none
-    text = struct.pack("!III", operation, user, resource) + salt + token
-    return hmac.digest(key, text, "sha3_256")
+def unsigned(operation: int, user: int, resource: int, auth: bytes = NO_TOKEN) -> bytes:
+    """A new CHALLENGE (auth is its token), COMEIN or GOAWAY, as 56 bytes."""
+    return Message(operation, user, resource, os.urandom(8), auth).encode()
 
 
 def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -> bytes:
     """A new KNOCK, REVOKE or RESPONSE, as 56 bytes."""
-    salt = os.urandom(8)
-    auth = authenticate(key, operation, user, resource, salt, token)
-    return Message(operation, user, resource, salt, auth).encode()
-
-
-def unsigned(operation: int, user: int, resource: int, auth: bytes = bytes(32)) -> bytes:
-    """A new CHALLENGE (auth is its token), COMEIN or GOAWAY, as 56 bytes."""
-    return Message(operation, user, resource, os.urandom(8), auth).encode()
+    message = Message(operation, user, resource, os.urandom(8), NO_TOKEN)
+    return message._replace(auth=message.authenticate(key, token)).encode()
 
 
 def client_handshake(
@@ -187,23 +181,20 @@ def client_handshake(
     that come back, and ends when the server has done what was asked for. Foreign ids are only
     worth a warning: a wrong token leads nowhere anyway. Raises Refused on GOAWAY,
     ProtocolError on anything else that is not due."""
-
-    def expect(expected: int, data: bytes) -> bytes:
-        message = Message.decode(data)
-        if message.operation == GOAWAY:
+    token = NO_TOKEN
+    for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
+        answer = Message.decode((yield signed(said, user, resource, key, token)))
+        if answer.operation == GOAWAY:
             raise Refused("the server rejected the request")
-        if message.operation != expected:
-            names = OPERATIONS[message.operation], OPERATIONS[expected]
+        if answer.operation != due:
+            names = OPERATIONS[answer.operation], OPERATIONS[due]
             raise ProtocolError("the server sent {}, not {}".format(*names))
-        if message[1:3] != (user, resource):
+        if answer[1:3] != (user, resource):
             warn(
-                f"the server speaks of user {message.user:08X}, resource {message.resource:08X}; "
+                f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}; "
                 f"asked was user {user:08X}, resource {resource:08X}"
             )
-        return message.auth
-
-    token = expect(CHALLENGE, (yield signed(operation, user, resource, key, NO_TOKEN)))
-    expect(COMEIN, (yield signed(RESPONSE, user, resource, key, token)))
+        token = answer.auth
 
 
 # What a peer has proved, in the order of the proofs. An error policy is the

@@ -5156,7 +5156,7 @@ def test_vector(
     assert Message(*fields).encode() == wire
     assert Message.decode(wire) == fields
     if key:
-        made = letmein.authenticate(bytes.fromhex(key), *fields[:4], bytes.fromhex(token))
+        made = Message(*fields).authenticate(bytes.fromhex(key), bytes.fromhex(token))
         assert made.hex() == auth
 
 
@@ -5225,9 +5225,8 @@ def sealed(
     resource: int = RESOURCE,
 ) -> bytes:
     """A message whose AUTH is right for key and token."""
-    salt = os.urandom(8)
-    auth = letmein.authenticate(key, operation, user, resource, salt, token)
-    return Message(operation, user, resource, salt, auth).encode()
+    message = Message(operation, user, resource, os.urandom(8), NO_TOKEN)
+    return message._replace(auth=message.authenticate(key, token)).encode()
 
 
 def plain(operation: int, user: int = USER, resource: int = RESOURCE) -> bytes:
@@ -5445,11 +5444,11 @@ def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
 def test_client_proves_the_key_for_the_servers_token() -> None:
     client = new_client()
     request = Message.decode(next(client))
-    assert request.auth == letmein.authenticate(KEY, *request[:4], NO_TOKEN)
+    assert request.auth == request.authenticate(KEY, NO_TOKEN)
     challenge = Message(CHALLENGE, USER, RESOURCE, bytes(8), THE_TOKEN)
     response = Message.decode(client.send(challenge.encode()))
     assert response[:3] == (RESPONSE, USER, RESOURCE)
-    assert response.auth == letmein.authenticate(KEY, *response[:4], THE_TOKEN)
+    assert response.auth == response.authenticate(KEY, THE_TOKEN)
 
 
 @pytest.mark.parametrize("ids", [(7, RESOURCE), (USER, 7), NOBODY])
