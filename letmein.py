@@ -212,23 +212,20 @@ class Verdict(NamedTuple):
     granted: int | None = None
 
 
-class ServerHandshake:
+# An unknown user's knock is checked against a key that nobody knows, so that
+# it takes as long, and looks the same, as one with a wrong key.
+NOBODYS_KEY = os.urandom(KEY_SIZE)
+
+
+class ServerHandshake(NamedTuple):
     """The server's side: judges each message by itself and keeps nothing of its peer, so there
-    is nothing to fill. Args: policy, what a peer must have proved for its errors to be
-    answered; key_of, gives a user's key, None for no such user; objection, says why a user
-    may not have a resource, "" if they may."""
+    is nothing to fill. policy is what a peer must have proved for its errors to be answered;
+    key_of gives a user's key, None for no such user; objection says why a user may not have
+    a resource, "" if they may."""
 
-    # An unknown user's knock is checked against a key that nobody knows, so
-    # that it takes as long, and looks the same, as one with a wrong key.
-    NOBODYS_KEY = os.urandom(KEY_SIZE)
-
-    def __init__(
-        self, policy: int, key_of: Callable[[int], bytes | None],
-        objection: Callable[[int, int], str],
-    ) -> None:
-        self.policy = policy
-        self.key_of = key_of
-        self.objection = objection
+    policy: int
+    key_of: Callable[[int], bytes | None]
+    objection: Callable[[int, int], str]
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
         """Judge a peer's first message. new_token gives the 32 bytes to challenge with, for
@@ -237,7 +234,7 @@ class ServerHandshake:
         if operation not in (KNOCK, REVOKE):
             return self.refuse(NO_AUTH, ANYBODY, ANYBODY, f"unexpected {OPERATIONS[operation]}")
         key = self.key_of(user)
-        if not message.proves(key or self.NOBODYS_KEY, NO_TOKEN) or key is None:
+        if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
             return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
         objection = self.objection(user, resource)
         if objection:
@@ -247,14 +244,13 @@ class ServerHandshake:
     def on_response(self, message: Message, proved: int, tokens: Tokens) -> Verdict:
         """Judge what should be the RESPONSE of a peer that has proved so much before. tokens
         are those that a request of this peer for the same user and resource may have got."""
-        user, resource = message[1:3]
-        if message.operation != RESPONSE:
-            reason = f"unexpected {OPERATIONS[message.operation]}"
-            return self.refuse(proved, user, resource, reason)
+        operation, user, resource = message[:3]
+        if operation != RESPONSE:
+            return self.refuse(proved, user, resource, f"unexpected {OPERATIONS[operation]}")
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(user) or self.NOBODYS_KEY
+        key = self.key_of(user) or NOBODYS_KEY
         asked = next((asked for asked, token in tokens if message.proves(key, token)), None)
-        if key == self.NOBODYS_KEY or asked is None:
+        if key == NOBODYS_KEY or asked is None:
             return self.refuse(proved, user, resource, "wrong RESPONSE")
         objection = self.objection(user, resource)
         if objection:
@@ -2094,7 +2090,7 @@ class Monitor:
         config, (operation, user, resource, *_) = self.config, message
         # What a token is for: this peer and connection, these ids, and what the configuration
         # says of them, where a change ends the handshake.
-        key = config.keys.get(user, ServerHandshake.NOBODYS_KEY)
+        key = config.keys.get(user, NOBODYS_KEY)
         text = repr((record[1:5], user, resource, key, config.resources.get(resource))).encode()
 
         def token(asked: int, age: int = 0) -> bytes:

@@ -5295,8 +5295,8 @@ def right_taken_away(server: Conversation) -> bytes:
 
 def key_taken_away(server: Conversation) -> bytes:
     server.receive(FIRST)
-    server.handshake.key_of = lambda user: None
-    verdict = server.receive(sealed(RESPONSE, THE_TOKEN, server.handshake.NOBODYS_KEY))
+    server.handshake = server.handshake._replace(key_of=lambda user: None)
+    verdict = server.receive(sealed(RESPONSE, THE_TOKEN, letmein.NOBODYS_KEY))
     assert verdict.reason and verdict.granted is None
     return verdict.reply
 
