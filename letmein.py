@@ -397,6 +397,7 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
 
 
 parse_port = functools.partial(parse_number, least=1, limit=65535)
+parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
 NAME = "1 to 64 of A-Z a-z 0-9 _ - ."  # of an nftables table or chain
 parse_name = functools.partial(matched, pattern=r"[A-Za-z0-9_.-]{1,64}", expected=NAME)
 
@@ -419,24 +420,19 @@ def parse_identifier(text: str) -> int:
 
 
 def parse_key(text: str) -> bytes:
-    """A shared secret: 64 hex digits, not all 0 and not all F."""
-    expected = "64 hex digits, such as 'letmein.py gen-key' prints"
-    if not re.fullmatch(r"[0-9A-Fa-f]{64}", text.strip()):
+    """A shared secret. What is wrong with one is not shown."""
+    if not re.fullmatch("(?!0+$|[Ff]+$)[0-9A-Fa-f]{64}", text.strip()):
+        expected = "64 hex digits, not all 0 or all F, such as 'letmein.py gen-key' prints"
         raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
-    key = bytes.fromhex(text.strip())
-    if key in (bytes(KEY_SIZE), b"\xff" * KEY_SIZE):
-        raise Unfit("this key is all zeros or all ones", expected)
-    return key
+    return bytes.fromhex(text.strip())
 
 
-def parse_choice(*choices: str, fold: bool = True) -> Callable[[str], str]:
-    """A parser for one of some words, in any case if fold."""
+def parse_word(text: str, words: Iterable[str]) -> str:
+    """One of some words, in any case."""
+    return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
-    def parse(text: str) -> str:
-        text = text.lower() if fold else text
-        return matched(text, "|".join(choices), f"one of: {', '.join(choices)}")
 
-    return parse
+parse_seccomp = functools.partial(parse_word, words=("off", "log", "kill"))
 
 
 def parse_items(text: str) -> list[tuple[str, list[str]]]:
@@ -510,18 +506,18 @@ def parse_resource(identifier: int, text: str) -> Resource:
 # have names of their own.
 OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
     "GENERAL": {
-        "debug": ("debug", False, lambda text: parse_choice(*YES, *NO)(text) in YES),
+        "debug": ("debug", False, lambda text: parse_word(text, YES + NO) in YES),
         "port": ("control", (5800, ("tcp",)), parse_control_port),
         "control-timeout": ("control_timeout", 5.0, parse_duration),
         "control-error-policy": (
-            "error_policy", NO_AUTH, lambda text: POLICIES[parse_choice(*POLICIES)(text)],
+            "error_policy", NO_AUTH, lambda text: POLICIES[parse_word(text, POLICIES)],
         ),
-        "seccomp": ("seccomp", "off", parse_choice("off", "log", "kill")),
+        "seccomp": ("seccomp", "off", parse_seccomp),
     },
     "CLIENT": {"default-user": ("default_user", 0, parse_identifier)},
     "NFTABLES": {
         "exe": ("nft", "nft", str.strip),
-        "family": ("family", "", parse_choice("inet", "ip", "ip6", fold=False)),
+        "family": ("family", "", parse_family),
         "table": ("table", "", parse_name),
         "chain-input": ("input", "", parse_name),
         "chain-forward": ("forward", "", parse_name),
@@ -2686,7 +2682,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, as README's tables have it."""
     import argparse
     identifier, port = argument_type(parse_identifier), argument_type(parse_port)
-    seccomp = argument_type(parse_choice("off", "log", "kill"))
+    seccomp = argument_type(parse_seccomp)
 
     def common(parser: argparse.ArgumentParser, default: Any) -> None:
         parser.add_argument("-c", "--config", metavar="FILE", default=default)
