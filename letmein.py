@@ -435,71 +435,63 @@ def parse_word(text: str, words: Iterable[str]) -> str:
 parse_seccomp = functools.partial(parse_word, words=("off", "log", "kill"))
 
 
-def parse_items(text: str) -> list[tuple[str, list[str]]]:
-    """A value of items such as `port: 22 / tcp, udp`: (key, list), the key "" for flags."""
-    items = []
-    for item in text.split("/"):
-        key, colon, values = item.partition(":") if ":" in item else ("", "", item)
-        if colon and not key.strip():
-            raise Unfit("an item has no key in front of its ':'", "items such as 'port: 22 / tcp'")
-        items.append((key.strip(), [value.strip() for value in values.split(",")]))
-    return items
+def parse_protocols(text: str, expected: str) -> set[str]:
+    """`tcp`, `udp` or both, with commas between them."""
+    text = matched(text.lower(), r"(tcp|udp)(\s*,\s*(tcp|udp))*", expected)
+    return set(re.findall("tcp|udp", text))
 
 
 def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     """`5800`, `5800/udp`, `5800 / tcp, udp`: the port, and "tcp", "udp" or both."""
-    expected = "such as '5800', '5800/udp' or '5800 / tcp, udp'"
-    port, flags = 5800, set()
-    for key, values in parse_items(text):
-        if key:
-            raise Unfit(f"{shown(key)} is not known here", expected)
-        if len(values) == 1 and re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", values[0]):
-            port = parse_port(values[0])
+    port, protocols = 5800, set()
+    for item in text.split("/"):
+        if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item.strip()):
+            port = parse_port(item)
         else:
-            flags |= {value.lower() for value in values}
-    for flag in flags - {"tcp", "udp"}:
-        raise Unfit(f"{shown(flag)} is not known here", expected)
-    return port, tuple(sorted(flags)) or ("tcp",)
+            protocols |= parse_protocols(item, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
+    return port, tuple(sorted(protocols or {"tcp"}))
+
+
+RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
+parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
+ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
+    "port": parse_port,
+    "timeout": parse_duration,
+    "users": lambda text: frozenset(map(parse_identifier, text.split(","))),
+    **{hook: parse_name for hook in HOOKS},
+    **{f"{hook}-match": parse_match for hook in HOOKS},
+}
 
 
 def parse_resource(identifier: int, text: str) -> Resource:
     """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. A timeout
     below 0 stands for the default."""
-    expected = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
-    items = parse_items(text)
-    keys = [key for key, _ in items if key]
-    lists = dict(items)
-    is_port = "port" in keys
-    if is_port == (("", ["jump"]) in items):
-        raise Unfit("neither a port nor a jump resource, or both", expected)
-    known = {"port"} if is_port else {name for hook in HOOKS for name in (hook, hook + "-match")}
-    flags: set[str] = set()
-    for key, values in items:
-        words = {word.lower() for word in values}
-        if key not in ("", "timeout", "users", *known):
-            raise Unfit(f"{shown(key)} is not known here", expected)
-        if not key and (not words <= {"tcp", "udp"} if is_port else values != ["jump"]):
-            raise Unfit(f"{shown(', '.join(values))} is not known here", expected)
-        if key not in ("", "users") and len(values) != 1:
-            raise Unfit(f"{key} takes one value", expected)
-        if key.endswith("-match") and values != ["saddr"]:
-            raise Unfit(f"{key} takes saddr alone", f"'{key}: saddr', or nothing")
-        if key in ("port", "timeout", "users") and keys.count(key) > 1:
-            raise Unfit(f"{key} stands there twice", expected)
-        flags |= set() if key else words
+    values: dict[str, Any] = {}
+    flags = []
+    for item in text.split("/"):
+        key, colon, value = (part.strip() for part in item.partition(":"))
+        if not colon:
+            flags.append(key)
+        elif key not in ITEMS:
+            raise Unfit(f"{shown(key)} is not known here", RESOURCE)
+        elif key in values and key in ("port", "timeout", "users"):
+            raise Unfit(f"{key} stands there twice", RESOURCE)
+        else:
+            values[key] = ITEMS[key](value)
 
-    hooks = [hook for hook in HOOKS if hook in lists]
-    jumps = [(hook, parse_name(lists[hook][0]), hook + "-match" in lists) for hook in hooks]
-    if not is_port and not jumps:
-        raise Unfit("a jump resource without a chain to jump to", expected)
-    return Resource(
-        identifier,
-        parse_port(lists["port"][0]) if is_port else 0,
-        tuple(sorted(flags or {"tcp"})) if is_port else (),
-        tuple(jumps),
-        parse_duration(lists["timeout"][0]) if "timeout" in lists else -1,
-        frozenset(parse_identifier(user) for user in lists.get("users", [])),
-    )
+    protocols: set[str] = set()
+    hooks = [hook for hook in HOOKS if hook in values]
+    jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
+    if "port" in values:
+        protocols = parse_protocols(", ".join(flags or ["tcp"]), RESOURCE)
+        good = values.keys() <= {"port", "timeout", "users"}
+    else:
+        good = set(flags) == {"jump"} and bool(hooks)
+    if not good:
+        raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
+    port, timeout = values.get("port", 0), values.get("timeout", -1)
+    users = values.get("users", frozenset())
+    return Resource(identifier, port, tuple(sorted(protocols)), jumps, timeout, users)
 
 
 # By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
