@@ -274,6 +274,7 @@ CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+SECCOMP = ("off", "log", "kill")
 
 
 class ConfigError(UserError):
@@ -432,9 +433,6 @@ def parse_word(text: str, words: Iterable[str]) -> str:
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
 
-parse_seccomp = functools.partial(parse_word, words=("off", "log", "kill"))
-
-
 def parse_protocols(text: str, expected: str) -> set[str]:
     """`tcp`, `udp` or both, with commas between them."""
     text = matched(text.lower(), r"(tcp|udp)(\s*,\s*(tcp|udp))*", expected)
@@ -504,7 +502,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
         "control-error-policy": (
             "error_policy", NO_AUTH, lambda text: POLICIES[parse_word(text, POLICIES)],
         ),
-        "seccomp": ("seccomp", "off", parse_seccomp),
+        "seccomp": ("seccomp", "off", lambda text: parse_word(text, SECCOMP)),
     },
     "CLIENT": {"default-user": ("default_user", 0, parse_identifier)},
     "NFTABLES": {
@@ -2674,11 +2672,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, as README's tables have it."""
     import argparse
     identifier, port = argument_type(parse_identifier), argument_type(parse_port)
-    seccomp = argument_type(parse_seccomp)
 
     def common(parser: argparse.ArgumentParser, default: Any) -> None:
         parser.add_argument("-c", "--config", metavar="FILE", default=default)
-        parser.add_argument("--seccomp", metavar="off|log|kill", type=seccomp, default=default)
+        parser.add_argument("--seccomp", choices=SECCOMP, type=str.lower, default=default)
         parser.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
 
     parser = argparse.ArgumentParser(
