@@ -348,10 +348,10 @@ class Config(NamedTuple):
     def allowed(self, lease: Lease, meaning: str) -> Lease | None:
         """The lease with at most the time that its resource gives now; None if its user may
         not have it any more, or if it was given when the resource had another meaning."""
-        resource = self.resources.get(lease.resource)
         if lease.user not in self.keys or self.objection(lease.user, lease.resource):
             return None
-        if resource is None or resource.meaning != meaning:
+        resource = self.resources[lease.resource]
+        if resource.meaning != meaning:
             return None
         return lease._replace(ends=min(lease.ends, time.monotonic() + resource.timeout))
 
@@ -461,9 +461,9 @@ ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
 }
 
 
-def parse_resource(identifier: int, text: str) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. A timeout
-    below 0 stands for the default."""
+def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. timeout is
+    the default."""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
@@ -487,13 +487,13 @@ def parse_resource(identifier: int, text: str) -> Resource:
         good = set(flags) == {"jump"} and bool(hooks)
     if not good:
         raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
-    port, timeout = values.get("port", 0), values.get("timeout", -1)
-    users = values.get("users", frozenset())
+    users, timeout = values.get("users", frozenset()), values.get("timeout", timeout)
+    port = values.get("port", 0)
     return Resource(identifier, port, tuple(sorted(protocols)), jumps, timeout, users)
 
 
 # By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
-# have names of their own.
+# have names of their own. Resources come last, for they depend on the rest.
 OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
     "GENERAL": {
         "debug": ("debug", False, lambda text: parse_word(text, YES + NO) in YES),
@@ -509,9 +509,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
         "exe": ("nft", "nft", str.strip),
         "family": ("family", "", parse_family),
         "table": ("table", "", parse_name),
-        "chain-input": ("input", "", parse_name),
-        "chain-forward": ("forward", "", parse_name),
-        "chain-output": ("output", "", parse_name),
+        **{f"chain-{hook}": (hook, "", parse_name) for hook in HOOKS},
         "timeout": ("timeout", 600.0, parse_duration),
         "max-nr-rules": ("max_nr_rules", 100, lambda text: min(parse_number(text), 1_000_000)),
     },
@@ -520,118 +518,104 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
 }
 
 
-def parse_entries(text: str, path: str) -> list[tuple[int, str, str, str]]:
-    """The file as it is written: (line, section, name, value), without a name for the line
-    that begins a section. Raises ConfigError."""
+# What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
+NO_TEXT = re.compile("[\0\x1c-\x1f\udc80-\udcff]")
+# A line that begins a section, or an option.
+ENTRY = re.compile(r"\[(?P<section>.+)\]\s*|(?P<name>[^=\[][^=]*)=(?P<value>.*)")
 
-    def wrong(problem: str, expected: str) -> ConfigError:
-        place = f"[{shown(section)[1:-1]}] " if section else ""
-        return ConfigError(f"{path}:{number}: {place}{problem}", f"expected: {expected}")
 
-    entries: list[tuple[int, str, str, str]] = []
-    lines: dict[tuple[str, str], int] = {}
+def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]]:
+    """The file as it is written: by section and name where it stands, for messages, and the
+    value. The name "" is the section's own line. Raises ConfigError."""
+    sections: dict[str, dict[str, tuple[str, str]]] = {}
     section = name = ""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if NO_TEXT.search(line):
+            hint = "expected: UTF-8, without control characters"
+            raise ConfigError(f"{path}:{number}: this is no text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
-            first, _, _, value = entries.pop()
-            entries.append((first, section, name, f"{value} {line.lstrip()}".rstrip("\r")))
+            place, value = sections[section][name]
+            sections[section][name] = (place, f"{value} {line.lstrip()}")
             continue
-        name = value = ""
+        name = ""
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
-        if line.startswith("["):
-            if not re.fullmatch(r"\[.+\]", line.rstrip()):
-                raise wrong(f"{shown(line.rstrip())} is no section", "a line such as [GENERAL]")
-            section = line.rstrip()[1:-1]
-        else:
-            name, equals, value = line.partition("=")
-            name = name.rstrip()
-            if not section:
-                raise wrong("an option outside of a section", "a line such as [GENERAL] above it")
-            if not equals or not name:
-                raise wrong("not an option", "a line such as NAME = VALUE")
-        first = lines.setdefault((section, name), number)
-        if first != number:
-            what = f"{shown(name)[1:-1]}: " if name else "this section "
-            raise wrong(f"{what}stands in line {first} already", "each name once")
-        entries.append((number, section, name, value.rstrip("\r")))
-    return entries
+        found = ENTRY.fullmatch(line)
+        section = (found and found["section"]) or section
+        place = f"{path}:{number}: " + (f"[{shown(section)[1:-1]}] " if section else "")
+        if not found or not section:
+            hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
+            raise ConfigError(f"{place}neither a section nor an option in one", hint)
+        if found["name"]:
+            name = found["name"].rstrip()
+            place += f"{shown(name)[1:-1]}: "
+        if name in sections.setdefault(section, {}):
+            raise ConfigError(f"{place}stands above already", "expected: each name once")
+        sections[section][name] = (place, found["value"] or "")
+    return sections
+
+
+def unknown(name: str, names: Iterable[str]) -> str:
+    """What to say of an unknown name, with the known one that is most like it."""
+    import difflib
+    found = difflib.get_close_matches(name, names, 1)
+    return "is unknown and ignored" + "".join(f"; did you mean {known}?" for known in found)
 
 
 def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. [NFTABLES] is for
     the server only, [CLIENT] for the client only. Raises ConfigError."""
+    sections = parse_sections(text, path)
     warnings = []
+    for section, options in sections.items():
+        place, _ = options.pop("")
+        if section not in OPTIONS:
+            warnings.append(place + unknown(section.upper(), OPTIONS))
+
+    values = {field: value for known in OPTIONS.values() for field, value, _ in known.values()}
     keys: dict[int, bytes] = {}
     resources: dict[int, Resource] = {}
-    places: dict[int, str] = {}  # of resources
     ports: set[int] = set()
-    nftables = 1  # the line of that section
-    values = {field: value for known in OPTIONS.values() for field, value, _ in known.values()}
-
-    def new(identifier: int, others: Mapping[int, object]) -> int:
-        if identifier in others:
-            raise Unfit(f"{identifier:08X} is there already", "each id once")
-        return identifier
-
-    for line, section, name, value in parse_entries(text, path):
-        place = f"{path}:{line}: [{shown(section)[1:-1]}] {shown(name)[1:-1]}"
-        place += ": " if name else ""
-        nftables = line if (section, name) == ("NFTABLES", "") else nftables
-        known = OPTIONS.get(section, {})
-        try:
-            if name and section == "KEYS":
-                user = new(parse_identifier(name), keys)
-                keys[user] = parse_key(value)
-            elif name and section == "RESOURCES":
-                resource = parse_resource(new(parse_identifier(name), resources), value)
-                if resource.port in ports:
-                    raise Unfit(f"{resource} is a resource already", "each port once")
-                ports |= {resource.port} - {0}
-                resources[resource.identifier] = resource
-                places[resource.identifier] = place
-            elif name in known and section != ("CLIENT" if server else "NFTABLES"):
-                field, _, parse = known[name]
-                values[field] = parse(value)
-            elif section not in OPTIONS and not name:
-                warnings.append(f"{place}is unknown and ignored{nearest(section, OPTIONS)}")
-            elif name and section in OPTIONS and name not in known:
-                warnings.append(f"{place}is unknown and ignored{nearest(name, known)}")
-        except Unfit as unfit:
-            raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
+    for section, known in OPTIONS.items():
+        for name, (place, value) in sections.setdefault(section, {}).items():
+            try:
+                if section == "KEYS":
+                    user = parse_identifier(name)
+                    if user in keys:
+                        raise Unfit(f"{user:08X} has a key already", "each id once")
+                    keys[user] = parse_key(value)
+                elif section == "RESOURCES":
+                    resource = parse_resource(parse_identifier(name), value, values["timeout"])
+                    if resource.identifier in resources or resource.port in ports:
+                        raise Unfit("its id or port has a resource already", "each of them once")
+                    resources[resource.identifier] = resource
+                    ports |= {resource.port} - {0}
+                elif name not in known:
+                    warnings.append(place + unknown(name.lower(), known))
+                elif section != ("CLIENT" if server else "NFTABLES"):
+                    field, _, parse = known[name]
+                    values[field] = parse(value)
+            except Unfit as unfit:
+                raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
     for option in ("family", "table", "chain-input"):
-        if server and not values[OPTIONS["NFTABLES"][option][0]]:
-            raise ConfigError(
-                f"{path}:{nftables}: [NFTABLES] {option}: is not set",
-                "expected: family, table and chain-input, as in nftables.conf",
-            )
+        if server and option not in sections["NFTABLES"]:
+            hint = "expected: family, table and chain-input, as in nftables.conf"
+            raise ConfigError(f"{path}: [NFTABLES] {option}: is not set", hint)
 
-    timeout = values.pop("timeout")
-    for identifier, resource in resources.items():
-        if resource.timeout < 0:
-            resources[identifier] = resource._replace(timeout=timeout)
+    del values["timeout"]  # resources have it
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS}
     chains = {hook: chain for hook, chain in chains.items() if chain}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
-    if server:
-        if config.error_policy == NO_AUTH and "udp" in protocols:
-            text = "control-error-policy: 'always' over UDP answers forged senders"
-            warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
-        for resource in resources.values():
-            defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
-            if defect:
-                warnings.append(f"{places[resource.identifier]}cannot be had: {defect}")
+    if server and config.error_policy == NO_AUTH and "udp" in protocols:
+        text = "control-error-policy: 'always' over UDP answers forged senders"
+        warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
+        defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
+        if server and defect:
+            warnings.append(f"{place}cannot be had: {defect}")
     return config._replace(warnings=tuple(warnings))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the known name that is most like this one; "" if none is."""
-    import difflib
-    folded = {known.lower(): known for known in names}
-    found = difflib.get_close_matches(name.lower(), folded, 1)
-    return f"; did you mean {folded[found[0]]}?" if found else ""
 
 
 def read_config(path: str, server: bool) -> Config:
@@ -648,24 +632,14 @@ def read_config(path: str, server: bool) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
-    # What is not UTF-8 decodes to DC80 to DCFF here. 1C to 1F are white space for Python alone.
-    text = data.decode("utf-8", "surrogateescape")
-    bad = re.search("[\0\x1c-\x1f\udc80-\udcff]", text)
-    if bad:
-        line = text.count("\n", 0, bad.start()) + 1
-        hint = "expected: UTF-8, without control characters"
-        raise ConfigError(f"{path}:{line}: this is no text", hint)
-    config = parse_config(text, path, server)
-
-    warnings = []
-    if os.name == "posix":
-        mask, safe = (0o026, "640") if server else (0o066, "600")
-        if server and status.st_uid != 0:
-            warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
-        if status.st_mode & mask:
-            mode = f"{status.st_mode & 0o777:o}"
-            warnings.append(f"{path}: others have rights on it (mode {mode}); chmod {safe} {path}")
-    return config._replace(warnings=(*config.warnings, *warnings))
+    config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
+    warnings = list(config.warnings)
+    if os.name == "posix" and server and status.st_uid != 0:
+        warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
+    if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
+        mode = f"{status.st_mode & 0o777:o}"
+        warnings.append(f"{path}: others have rights on it (mode {mode}); chmod 600 {path}")
+    return config._replace(warnings=tuple(warnings))
 
 
 # ============================================================================
