@@ -236,8 +236,7 @@ class ServerHandshake(NamedTuple):
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
             return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
-        objection = self.objection(user, resource)
-        if objection:
+        if objection := self.objection(user, resource):
             return self.refuse(BASIC_AUTH, user, resource, objection)
         return Verdict(unsigned(CHALLENGE, user, resource, new_token(operation)))
 
@@ -252,8 +251,7 @@ class ServerHandshake(NamedTuple):
         asked = next((asked for asked, token in tokens if message.proves(key, token)), None)
         if key == NOBODYS_KEY or asked is None:
             return self.refuse(proved, user, resource, "wrong RESPONSE")
-        objection = self.objection(user, resource)
-        if objection:
+        if objection := self.objection(user, resource):
             return self.refuse(FULL_AUTH, user, resource, objection)
         return Verdict(b"", granted=asked)
 
