@@ -2138,13 +2138,12 @@ ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
 LISTENERS_LIMIT = 16
-ANSWER_LIMIT_S = 60.0  # a peer whose answer the monitor has is given up after this
 COUNTS_PAUSE_S = 1.0
 TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
 
 
 class Connection:
-    """One TCP connection: its peer, what has come of a message, and when its time is up."""
+    """One TCP connection. It competes for a slot until its second message has come."""
 
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
@@ -2152,10 +2151,8 @@ class Connection:
         self.address, self.route = split_name(name)
         # What counts as one peer: an IPv4 address, an IPv6 /56.
         self.prefix = self.address if self.address.startswith(IPV4_MAPPED) else self.address[:7]
-        self.received = b""
-        self.is_read = False  # whether the selector knows it
-        self.has_asked = False  # whether its first message has come
-        self.deadline = 0.0
+        self.since = time.monotonic()
+        self.next_kind = REQUEST  # of record, for its next message
 
 
 def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]:
@@ -2176,11 +2173,12 @@ class Network:
 
     def __init__(self, link: socket.socket, payload: bytes, listeners: list[socket.socket]) -> None:
         self.link = link
-        # By number, oldest first; those whose second message the monitor has wait apart: it
-        # answers a wrong one at once, and who sent the right one is not to be pushed out.
+        # By number, oldest first: those that compete for slots, and by prefix the same ones.
         self.connections: dict[int, Connection] = {}
-        self.answered: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
+        # Those whose second message the monitor has are not read, nor pushed out: it answers a
+        # wrong one at once, and a right one is worth waiting for.
+        self.answered: dict[int, Connection] = {}
         self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
         self.tell_at = 0.0
@@ -2202,6 +2200,9 @@ class Network:
             listener.setblocking(False)
             if listener.type == socket.SOCK_STREAM:
                 serve = functools.partial(self._accept, listener)
+                # Connections inherit these. What is less than a message stays in the kernel.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MESSAGE_SIZE)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             else:
                 serve = functools.partial(self._receive, listener, number)
                 # Hosts have more than one address: ask for the one that a datagram came to
@@ -2217,14 +2218,13 @@ class Network:
         while True:
             signal.setitimer(signal.ITIMER_PROF, TURN_LIMIT_S)  # its signal ends the process
             now = time.monotonic()
-            # Each group is in the order of its deadlines, for all have the same time.
-            groups = [group for group in (self.connections, self.answered) if group]
-            firsts = [next(iter(group.values())) for group in groups]
-            for connection in firsts:
-                if connection.deadline <= now:
-                    self.counts["late"] += 1
-                    self._close(connection)
-            ends = [min(connection.deadline, now + LONGEST_WAIT_S) for connection in firsts]
+            ends = []
+            if self.connections:
+                oldest = next(iter(self.connections.values()))
+                if oldest.since + self.timeout <= now:
+                    self._close(oldest, "late")
+                    continue
+                ends.append(min(oldest.since + self.timeout, now + LONGEST_WAIT_S))
             if any(self.counts.values()):
                 if self.tell_at <= now:
                     counts = COUNTS_PAYLOAD.pack(*self.counts.values())
@@ -2272,8 +2272,6 @@ class Network:
             sent = 0
         if record.kind == LAST or sent != MESSAGE_SIZE:
             self._close(connection)
-        else:
-            self._listen_to(connection)
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
@@ -2292,82 +2290,61 @@ class Network:
                     select.select([self.link], [], [], 0.1)
                 return
             peer.setblocking(False)
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.number = (self.number + 1) & 0xFFFFFFFF
             connection = Connection(self.number, peer, name)
             self._make_room(connection.prefix)
-            connection.deadline = time.monotonic() + self.timeout
-            self.connections[connection.number] = connection
-            self.prefixes.setdefault(connection.prefix, {})[connection.number] = connection
-            self._listen_to(connection)
+            self.connections[self.number] = connection
+            self.prefixes.setdefault(connection.prefix, {})[self.number] = connection
+            read = functools.partial(self._read, connection)
+            self.selector.register(peer, selectors.EVENT_READ, read)
 
     def _make_room(self, prefix: bytes) -> None:
         """Close the oldest connection of the newcomer's prefix if that has its share, or of
         the prefix that has the most if all slots are taken. Nobody is refused: a flood only
         ever pushes out itself, or the oldest of all where no prefix has more than another."""
         crowd = self.prefixes.get(prefix, {})
-        if len(self.connections) >= self.limit and len(crowd) < self.prefix_limit:
+        if len(crowd) < self.prefix_limit:
+            if len(self.connections) < self.limit:
+                return
             crowd = max(self.prefixes.values(), key=len)
-        if len(crowd) >= self.prefix_limit or len(self.connections) >= self.limit:
-            self._evict(crowd)
+        self._evict(crowd)
 
     def _evict(self, crowd: dict[int, Connection]) -> None:
         """Close the oldest of these."""
-        self.counts["evicted"] += 1
-        self._close(next(iter(crowd.values())))
-
-    def _listen_to(self, connection: Connection) -> None:
-        read = functools.partial(self._read, connection)
-        self.selector.register(connection.socket, selectors.EVENT_READ, read)
-        connection.is_read = True
-
-    def _pause(self, connection: Connection) -> None:
-        """Read no more until the monitor has answered: one message at a time."""
-        if connection.is_read:
-            self.selector.unregister(connection.socket)
-        connection.is_read = False
+        self._close(next(iter(crowd.values())), "evicted")
 
     def _read(self, connection: Connection) -> None:
         if connection.number not in self.connections:
             return  # closed earlier in this turn
         try:
-            data = connection.socket.recv(MESSAGE_SIZE - len(connection.received))
-        except BlockingIOError:
-            return
+            payload = connection.socket.recv(MESSAGE_SIZE)
+            Message.decode(payload)
         except OSError:
-            data = b""
-        connection.received += data
-        if not data:
-            self._close(connection)
-        elif len(connection.received) == MESSAGE_SIZE:
-            payload, connection.received = connection.received, b""
-            try:
-                Message.decode(payload)
-            except ProtocolError:
-                self.counts["garbage"] += 1
-                return self._close(connection)
-            self._pause(connection)
-            kind = ANSWER if connection.has_asked else REQUEST
-            if kind == ANSWER:
-                self._forget(connection)
-                connection.deadline = time.monotonic() + ANSWER_LIMIT_S
-                self.answered[connection.number] = connection
-            connection.has_asked = True
-            name = (connection.address, connection.route)
-            self._send(Record(kind, TCP, connection.number, *name, payload))
+            return self._close(connection)
+        except ProtocolError:
+            return self._close(connection, "garbage" if payload else "")
+        kind, connection.next_kind = connection.next_kind, ANSWER
+        if kind == ANSWER:
+            self._leave(connection)
+            self.answered[connection.number] = connection
+        name = (connection.address, connection.route)
+        self._send(Record(kind, TCP, connection.number, *name, payload))
 
-    def _forget(self, connection: Connection) -> None:
-        """Take a connection out of the competition for slots."""
-        self.answered.pop(connection.number, None)
-        if self.connections.pop(connection.number, None) is not None:
-            siblings = self.prefixes[connection.prefix]
-            del siblings[connection.number]
-            if not siblings:
-                del self.prefixes[connection.prefix]
+    def _leave(self, connection: Connection) -> None:
+        """Take a connection out of the competition for slots, and read it no more."""
+        self.selector.unregister(connection.socket)
+        del self.connections[connection.number]
+        siblings = self.prefixes[connection.prefix]
+        del siblings[connection.number]
+        if not siblings:
+            del self.prefixes[connection.prefix]
 
-    def _close(self, connection: Connection) -> None:
-        self._forget(connection)
-        self._pause(connection)
+    def _close(self, connection: Connection, why: str = "") -> None:
+        """Close a connection. Args: why, one of COUNTED, if the monitor does not know of it."""
+        if why:
+            self.counts[why] += 1
+        if self.answered.pop(connection.number, None) is None:
+            self._leave(connection)
         connection.socket.close()
 
     def _receive(self, listener: socket.socket, number: int) -> None:
