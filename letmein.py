@@ -2138,7 +2138,6 @@ ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 ACCEPTS_PER_TURN = 64
 LISTENERS_LIMIT = 16
-COUNTS_PAUSE_S = 1.0
 TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
 
 
@@ -2181,7 +2180,6 @@ class Network:
         self.answered: dict[int, Connection] = {}
         self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
-        self.tell_at = 0.0
         self.listeners: list[socket.socket] = []
         self.selector = selectors.DefaultSelector()
         self.selector.register(link, selectors.EVENT_READ, self._on_link)
@@ -2217,22 +2215,18 @@ class Network:
         import signal
         while True:
             signal.setitimer(signal.ITIMER_PROF, TURN_LIMIT_S)  # its signal ends the process
-            now = time.monotonic()
-            ends = []
+            if any(self.counts.values()):
+                self._send(Record(COUNTS, payload=COUNTS_PAYLOAD.pack(*self.counts.values())))
+                self.counts = dict.fromkeys(COUNTED, 0)
+            wait = None
             if self.connections:
                 oldest = next(iter(self.connections.values()))
-                if oldest.since + self.timeout <= now:
+                left = oldest.since + self.timeout - time.monotonic()
+                if left <= 0:
                     self._close(oldest, "late")
                     continue
-                ends.append(min(oldest.since + self.timeout, now + LONGEST_WAIT_S))
-            if any(self.counts.values()):
-                if self.tell_at <= now:
-                    counts = COUNTS_PAYLOAD.pack(*self.counts.values())
-                    self._send(Record(COUNTS, payload=counts))
-                    self.counts = dict.fromkeys(COUNTED, 0)
-                    self.tell_at = now + COUNTS_PAUSE_S
-                ends.append(self.tell_at)
-            for key, _ in self.selector.select(max(min(ends) - now, 0) if ends else None):
+                wait = min(left, LONGEST_WAIT_S)
+            for key, _ in self.selector.select(wait):
                 key.data()
 
     def _send(self, record: Record) -> None:
