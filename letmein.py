@@ -2019,10 +2019,7 @@ class Monitor:
         """The network process reads at once whatever it does, or is not to be trusted."""
         while self.link:
             try:
-                if descriptors:
-                    socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
-                else:
-                    self.link.send(RECORD.pack(*record))
+                socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
                 return
             except BlockingIOError:
                 if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
@@ -2231,16 +2228,12 @@ class Network:
 
     def _send(self, record: Record) -> None:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
-        while True:
-            try:
-                self.link.send(RECORD.pack(*record))
-                return
-            except BlockingIOError:
-                readable, _, _ = select.select([self.link], [self.link], [])
-                if readable:
-                    self._on_link()
-            except OSError:
-                raise SystemExit(0) from None  # the monitor is gone
+        while not select.select([self.link], [self.link], [])[1]:
+            self._on_link()
+        try:
+            self.link.send(RECORD.pack(*record))
+        except OSError:
+            raise SystemExit(0) from None  # the monitor is gone
 
     def _on_link(self) -> None:
         try:
