@@ -1816,7 +1816,7 @@ class Monitor:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
-        self.ready = self.stopping = self.reload_wanted = False
+        self.ready = self.stopping = False
 
         self.network = 0  # the network process, if there is one
         self.link: socket.socket | None = None  # to the network process
@@ -1893,9 +1893,12 @@ class Monitor:
         def on_signal() -> None:
             numbers = os.read(ours, 4096)
             self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
-            self.reload_wanted |= signal.SIGHUP in numbers
-            if signal.SIGCHLD in numbers:
-                self._look_after_network()
+            changes = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+            child = self.network and os.waitid(os.P_PID, self.network, changes)
+            if child and child.si_code == os.CLD_STOPPED:  # of its end the link tells
+                self._lose_network("it was stopped")
+            if signal.SIGHUP in numbers:
+                self._reload()
 
         self.selector.register(ours, selectors.EVENT_READ, on_signal)
 
@@ -1909,16 +1912,14 @@ class Monitor:
                 self._start_network()
             except OSError as error:
                 self._lose_network(error.strerror or "")
-        self.firewall.advance()  # before a reload: what has come in was checked by the old rules
+        self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
-        if self.reload_wanted:
-            self.reload_wanted = False
-            self._reload()
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.firewall.advance()  # what has come in until now was checked by the old rules
         old = self.config
         try:
             config = read_config(old.path, server=True)
@@ -1968,15 +1969,6 @@ class Monitor:
         descriptors = [control.fileno() for control in self.sockets.values()]
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
-    def _look_after_network(self) -> None:
-        """A child has ended or was stopped: nft, or the network process."""
-        self._on_link()  # it may have said why
-        changes = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-        change = self.network and os.waitid(os.P_PID, self.network, changes)
-        if change:
-            how = "was stopped" if change.si_code == os.CLD_STOPPED else "ended"
-            self._lose_network(f"it {how}, by signal or with status {change.si_status}")
-
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause.
         Raises UserError at the server's start."""
@@ -2008,12 +2000,13 @@ class Monitor:
                 data = self.link.recv(TEXT_LIMIT)
             except BlockingIOError:
                 return
-            except OSError as error:
-                return self._lose_network(error.strerror or "")
-            if len(data) != RECORD.size:
+            except OSError:
+                data = b""
+            if len(data) == RECORD.size:
+                self._receive(Record(*RECORD.unpack(data)))
+            else:
                 said = data.decode("utf-8", "replace")
-                return self._lose_network(said or "the network process has ended")
-            self._receive(Record(*RECORD.unpack(data)))
+                self._lose_network(said or "the network process has ended")
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""
