@@ -2137,11 +2137,10 @@ class Connection:
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
         self.socket = peer
-        self.address, self.route = split_name(name)
-        # What counts as one peer: an IPv4 address, an IPv6 /56.
-        self.prefix = self.address if self.address.startswith(IPV4_MAPPED) else self.address[:7]
         self.since = time.monotonic()
-        self.next_kind = REQUEST  # of record, for its next message
+        self.record = Record(REQUEST, TCP, number, *split_name(name))  # for its next message
+        # What counts as one peer: an IPv4 address, or the first 56 bits of an IPv6 address.
+        self.prefix = self.record.peer[:7]
 
 
 def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]:
@@ -2303,12 +2302,12 @@ class Network:
             return self._close(connection)
         except ProtocolError:
             return self._close(connection, "garbage" if payload else "")
-        kind, connection.next_kind = connection.next_kind, ANSWER
-        if kind == ANSWER:
+        record = connection.record._replace(payload=payload)
+        connection.record = record._replace(kind=ANSWER)
+        if record.kind == ANSWER:
             self._leave(connection)
             self.answered[connection.number] = connection
-        name = (connection.address, connection.route)
-        self._send(Record(kind, TCP, connection.number, *name, payload))
+        self._send(record)
 
     def _leave(self, connection: Connection) -> None:
         """Take a connection out of the competition for slots, and read it no more."""
