@@ -1095,34 +1095,31 @@ def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elemen
 
 
 def elements_script(
-    config: Config, removals: Iterable[tuple[str, str]], elements: Elements, now: float
+    config: Config, before: Elements, after: Elements, now: float, refreshes: bool = True
 ) -> str:
-    """The nft script that removes these (set, key), then puts these elements. Traps: `delete`
-    fails for an element that has just expired, and takes the whole transaction along, so each
-    is added first. An element that exists gets its full time anew by `timeout T expires T` only
-    from Linux 6.12 on, and never another comment: then it must be among removals."""
-    removed: dict[str, list[str]] = {}
-    added: dict[str, list[str]] = {}
-    for name, key in removals:
-        removed.setdefault(name, []).append(key)
-    for (name, key), (ends, comment) in elements.items():
-        # Rounded down, but never to 0. nft takes numbers of up to 8 digits.
-        time_left = int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
-        left = f"{time_left // 1000}s{time_left % 1000}ms"
-        text = f'{key} timeout {left} expires {left} comment "{comment}"'
-        added.setdefault(name, []).append(text)
+    """The nft script that makes of the elements before those after. Traps: `delete` fails for
+    an element that has just expired, and takes the whole transaction along, so it is added
+    first. An element that exists never gets another comment, and its full time anew by
+    `timeout T expires T` only where the kernel refreshes: otherwise it must be removed."""
     where = f"element {config.family} {config.table}"
     lines = []
-    for name, keys in removed.items():
-        lines.append(f"add {where} {name} {{ {', '.join(f'{key} timeout 1s' for key in keys)} }}")
-        lines.append(f"delete {where} {name} {{ {', '.join(keys)} }}")
-    lines += [f"add {where} {name} {{ {', '.join(texts)} }}" for name, texts in added.items()]
+    for name, key in {**before, **after}:
+        old, new = before.get((name, key)), after.get((name, key))
+        if old and old != new and not (refreshes and new and new[1] == old[1]):
+            lines.append(f"add {where} {name} {{ {key} timeout 1s }}")
+            lines.append(f"delete {where} {name} {{ {key} }}")
+        if new and new != old:
+            ends, comment = new
+            # Rounded down, but never to 0. nft takes numbers of up to 8 digits.
+            time_left = int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
+            left = f"{time_left // 1000}s{time_left % 1000}ms"
+            text = f'{key} timeout {left} expires {left} comment "{comment}"'
+            lines.append(f"add {where} {name} {{ {text} }}")
     return "".join(line + "\n" for line in lines)
 
 
-def ruleset_script(config: Config, elements: Elements, now: float) -> str:
-    """The nft script that makes everything as it should be, whatever is there: sets,
-    rules, and the elements with the time they have left."""
+def ruleset_script(config: Config) -> str:
+    """The nft script that makes sets and rules as they should be, whatever is there."""
     table = f"{config.family} {config.table}"
     lines = []
     for name, kind in set_types(config).items():
@@ -1130,7 +1127,7 @@ def ruleset_script(config: Config, elements: Elements, now: float) -> str:
         lines.append(f"flush set {table} {name}")
     lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
     lines += [f"add rule {table} {rule}" for rule in rule_texts(config)]
-    return "".join(line + "\n" for line in lines) + elements_script(config, (), elements, now)
+    return "".join(line + "\n" for line in lines)
 
 
 def read_listing(config: Config, printed: bytes) -> Listing:
@@ -1317,7 +1314,7 @@ def check_kernel(nft: Nft, config: Config) -> Listing:
             hint = f"remove it: nft delete set {config.family} {config.table} {name}"
             raise UserError(f"the set {name} {where} is not one of ours", hint)
     try:
-        nft.run(ruleset_script(config, {}, 0), "-c")
+        nft.run(ruleset_script(config), "-c")
     except NftError as error:
         hint = "do all chains that resources jump to exist, under names that nft takes?"
         raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
@@ -1356,9 +1353,9 @@ class Firewall:
         self.look_at = NEVER  # when to heal()
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
-        release = re.match(r"(\d+)\.(\d+)", os.uname().release)
         # Whether `timeout T expires T` restarts the time of an element that exists.
-        self.refreshes = release is not None and (int(release[1]), int(release[2])) >= (6, 12)
+        release = re.findall(r"\d+", os.uname().release)
+        self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
 
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
@@ -1390,7 +1387,8 @@ class Firewall:
         self.expire()
         self.installed = True
         elements = lease_elements(self.config, self.leases.values(), self.boot)
-        self._run(ruleset_script(self.config, elements, time.monotonic()))
+        script = elements_script(self.config, {}, elements, time.monotonic())
+        self._run(ruleset_script(self.config) + script)
         self._delete_sets(set(listing.types) - set(set_types(self.config)))
         self.identities = list_table(self.nft, self.config).identities
 
@@ -1496,17 +1494,10 @@ class Firewall:
         gates = {key[1] for key in planned if self.config.resources[key[1]].is_gate}
         if gates:
             old.update((key, lease) for key, lease in self.leases.items() if key[1] in gates)
-        new = [lease for lease in {**old, **planned}.values() if lease]
+        new = filter(None, {**old, **planned}.values())
         before = lease_elements(self.config, old.values(), self.boot)
         after = lease_elements(self.config, new, self.boot)
-        changed = {name: facts for name, facts in after.items() if before.get(name) != facts}
-        removals = [
-            name
-            for name, (_, comment) in before.items()
-            if name not in after or (name in changed and not self.refreshes)
-            or after[name][1] != comment
-        ]
-        return elements_script(self.config, removals, changed, now)
+        return elements_script(self.config, before, after, now, self.refreshes)
 
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
@@ -2549,7 +2540,7 @@ def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
     from datetime import timedelta
     check_kernel(Nft(config.nft), config)
-    print(ruleset_script(config, {}, 0), end="")
+    print(ruleset_script(config), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
         may = ", ".join(f"{r} for {timedelta(seconds=r.timeout)}" for r in mine)

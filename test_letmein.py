@@ -7200,6 +7200,7 @@ class Ours(NamedTuple):
     st.dictionaries(st.integers(0, 0xFFFFFFFF), RESOURCE_TEXTS, max_size=6),
     st.lists(LEASES, max_size=12),
     st.sampled_from(["tcp", "udp", "tcp, udp"]),
+    st.booleans(),
 )
 def test_nft_takes_all_that_is_ours(
     lab: Lab,
@@ -7209,6 +7210,7 @@ def test_nft_takes_all_that_is_ours(
     resources: dict[int, str],
     holders: list[tuple[bytes, int, int, float]],
     protocols: str,
+    refreshes: bool,
 ) -> None:
     """Whatever is configured and leased: nft takes the script, and it is about our names alone."""
     texts: dict[str, str] = {}  # by port, which may stand there once
@@ -7234,9 +7236,10 @@ def test_nft_takes_all_that_is_ours(
     there, gone, new = (
         letmein.lease_elements(config, leases[part::3], "01234567") for part in range(3)
     )
-    removed = letmein.owned({**there, **gone})  # of which some have just expired
-    script = letmein.ruleset_script(config, there, 1000.0)
-    script += letmein.elements_script(config, removed, new, 1000.0)
+    script = letmein.ruleset_script(config)
+    script += letmein.elements_script(config, {}, there, 1000.0)
+    # Of those before some have just expired.
+    script += letmein.elements_script(config, {**there, **gone}, new, 1000.0, refreshes)
     assert script.isascii()
     ours = Ours(config)
     for line in script.splitlines():
