@@ -1219,11 +1219,7 @@ def differences(
 
 
 class NftError(UserError):
-    """nft failed."""
-
-
-class NftHung(NftError):
-    """nft was killed, and may have done its work all the same."""
+    """nft failed, or was killed: then it may have done its work all the same."""
 
 
 class NoTable(NftError):
@@ -1258,7 +1254,7 @@ class Nft:
 
     def run(self, script: str, *arguments: str) -> bytes:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
-        NftError, with nft's first line, or NftHung after NFT_LIMIT_S."""
+        NftError, with nft's first line; after NFT_LIMIT_S nft is killed."""
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
@@ -1275,7 +1271,7 @@ class Nft:
             self.process_ids.append(process)
             status = await_end(process, NFT_LIMIT_S)
             if status == -9:
-                raise NftHung(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
+                raise NftError(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
             printed.seek(0)
             said.seek(0)
             if status:
@@ -1393,9 +1389,10 @@ class Firewall:
         self.identities = list_table(self.nft, self.config).identities
 
     def _run(self, script: str) -> None:
-        if self.config.debug:
+        if script and self.config.debug:
             self.log("nft", script=script)
-        self.nft.run(script)
+        if script:
+            self.nft.run(script)
 
     def close(self) -> None:
         """Remove all that was installed. Raises NftError if something stays."""
@@ -1421,32 +1418,25 @@ class Firewall:
                 self.log("set-stays", set=name, reason=error.problem)
 
     def advance(self) -> None:
-        """Do all that is due: heal, then the changes that have come in, in one transaction.
-        If that fails, the kernel may have been changed under us: heal, and try each change
-        alone, so that a bad one harms nobody else; but not after an nft that hung."""
+        """Do all that is due: heal, then the changes that have come in, in one transaction. If
+        that fails, the kernel may have been changed under us: heal, and try each change alone,
+        so that a bad one harms nobody else; but only as long as clients are patient."""
         if time.monotonic() >= self.look_at:
             self.heal()
         changes, self.queue = self.queue, []
-        try:
-            self._apply(changes)
-        except NftHung as error:
-            self.look_at = 0
-            for change in changes:
-                change.done(error.problem)
-        except NftError:
+        give_up = time.monotonic() + NFT_LIMIT_S
+        problem = self._apply(changes)
+        if problem and time.monotonic() < give_up:
             self.heal()
-            give_up = time.monotonic() + NFT_LIMIT_S
-            for change in changes:
-                try:
-                    if time.monotonic() > give_up:
-                        raise NftError("nft is too slow")
-                    self._apply([change])
-                except NftError as error:
-                    self.look_at = 0
-                    change.done(self.trouble or error.problem)
+        for change in changes if problem else ():
+            in_time = time.monotonic() < give_up
+            problem = self._apply([change]) if in_time else "nft is too slow"
+            if problem:
+                self.look_at = 0
+                change.done(self.trouble or problem)
 
-    def _apply(self, changes: list[Change]) -> None:
-        """Make these changes. Raises NftError, with no change done that needs nft."""
+    def _apply(self, changes: list[Change]) -> str:
+        """Make these changes. Returns what nft objects to, with none of them done, or ""."""
         self.expire()
         now = time.monotonic()
         rules = self.rules + len(self.config.protocols)
@@ -1454,35 +1444,33 @@ class Firewall:
         problems = []
         for change in changes:
             key = (change.address, change.resource)
-            resource = self.config.resources.get(change.resource)
-            held = planned[key] if key in planned else self.leases.get(key)
-            problem = "" if resource else "unknown resource"
-            if resource and change.operation == REVOKE and held:
-                planned[key] = None
-                rules -= resource.rules
-            elif resource and change.operation == KNOCK:
-                more = 0 if held else resource.rules
-                problem = self._objection(change, resource, rules + more)
-                if not problem:
-                    ends = now + min(resource.timeout, LONGEST_LEASE_S)
-                    planned[key] = Lease(*key, change.user, ends)
-                    rules += more
+            resource = self.config.resources[change.resource]
+            lease, problem = None, ""
+            standing = rules - (resource.rules if planned.get(key, self.leases.get(key)) else 0)
+            if change.operation == KNOCK:
+                lease = Lease(*key, change.user, now + min(resource.timeout, LONGEST_LEASE_S))
+                standing += resource.rules
+                problem = self._objection(lease, standing)
+            if not problem:
+                planned[key], rules = lease, standing
             problems.append(problem)
-        script = self._script(planned, now)
-        if script:
-            self._run(script)
+        try:
+            self._run(self._script(planned, now))
+        except NftError as error:
+            return error.problem
         # A lease's time counts from here: so the kernel's element never outlives ours.
         elapsed = time.monotonic() - now
         for key, lease in planned.items():
             self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
         for change, problem in zip(changes, problems):
             change.done(problem)
+        return ""
 
-    def _objection(self, change: Change, resource: Resource, rules: int) -> str:
+    def _objection(self, lease: Lease, rules: int) -> str:
         """Why this lease, with which these rules would stand, cannot be given; "" if it can."""
-        if (4 if len(change.address) == 4 else 6) not in VERSIONS[self.config.family]:
+        if (4 if len(lease.address) == 4 else 6) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
-        if resource.timeout < SHORTEST_LEASE_S:
+        if self.config.resources[lease.resource].timeout < SHORTEST_LEASE_S:
             return "the resource's timeout is 0"
         if rules > self.config.max_nr_rules:
             return f"max-nr-rules ({self.config.max_nr_rules}) is reached"
