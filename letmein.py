@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
-    Identities = dict[str, tuple[int, int]]  # of sets: by name the handles of table and set
     Handshake = Generator[bytes, bytes, None]  # of a client
+    Sets = dict[str, tuple[str, int, int]]  # by name the type, the handles of table and set
     LeaseKey = tuple[bytes, int]  # the client's address, the resource
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
@@ -1026,11 +1026,10 @@ class Lease(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Our part of the kernel's ruleset: by set its identity and its type, by
-    (set, key) the elements as JSON has them, the chains' names, how many rules are ours."""
+    """Our part of the kernel's ruleset: our sets, by (set, key) the elements as JSON has
+    them, the chains' names, how many rules are ours."""
 
-    identities: Identities
-    types: dict[str, str]
+    sets: Sets
     elements: dict[tuple[str, str], dict[str, Any]]
     chains: set[str]
     rules: int
@@ -1073,6 +1072,15 @@ def rule_texts(config: Config) -> list[str]:
     return [f'{rule} comment "letmein {digest(tuple(rules))}"' for rule in rules]
 
 
+def lease_names(config: Config, lease: Lease) -> set[tuple[str, str]]:
+    """The (set, key) of the elements that are this lease's alone. They are in one set."""
+    v, text = 4 if len(lease.address) == 4 else 6, address_text(lease.address)
+    resource = config.resources[lease.resource]
+    if resource.jumps:
+        return {(f"letmein-{lease.resource:08X}-{v}", text)}
+    return {(f"letmein-{v}", f"{text} . {proto} . {resource.port}") for proto in resource.protocols}
+
+
 def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elements:
     """The elements that make up these leases. Their comments explain them to people, and to a
     successor of this server: when they count (boot: the start of the kernel's boot id), and
@@ -1080,16 +1088,11 @@ def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elemen
     elements: Elements = {}
     for lease in leases:
         resource = config.resources[lease.resource]
-        name, text = f"letmein-{lease.resource:08X}", address_text(lease.address)
-        v = 4 if len(lease.address) == 4 else 6
         ids = f"user={lease.user:08X} resource={lease.resource:08X}"
         facts = lease.ends, f"{ids} boot={boot} means={resource.meaning}"
-        for protocol in resource.protocols:
-            elements[f"letmein-{v}", f"{text} . {protocol} . {resource.port}"] = facts
-        if resource.jumps:
-            elements[f"{name}-{v}", text] = facts
+        elements.update((name, facts) for name in lease_names(config, lease))
         for version in VERSIONS[config.family] if resource.is_gate else ():
-            gate = f"{name}-gate", IP[version]
+            gate = f"letmein-{lease.resource:08X}-gate", IP[version]
             elements[gate] = max(elements.get(gate, (0.0, "")), (lease.ends, "gate"))
     return elements
 
@@ -1131,10 +1134,10 @@ def ruleset_script(config: Config) -> str:
 
 
 def read_listing(config: Config, printed: bytes) -> Listing:
-    """Read what `nft -j list table` prints. A set's identity has the table's handle in it:
+    """Read what `nft -j list table` prints. The table's handle belongs to a set's facts, too:
     a new table counts its handles from the start."""
     import json
-    listing = Listing({}, {}, {}, set(), 0)
+    listing = Listing({}, {}, set(), 0)
     tag = rule_texts(config)[0]
     rules = table = 0
     for item in json.loads(printed)["nftables"]:
@@ -1149,8 +1152,7 @@ def read_listing(config: Config, printed: bytes) -> Listing:
         elif kind == "set" and OUR_SET.fullmatch(name):
             types = found["type"] if isinstance(found["type"], list) else [found["type"]]
             extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
-            listing.types[name] = " . ".join(types) + "".join(f" {flag}" for flag in extra)
-            listing.identities[name] = (table, found["handle"])
+            listing.sets[name] = " ".join([" . ".join(types), *extra]), table, found["handle"]
             for element in found.get("elem", []):
                 # One with nothing but a key comes as that key alone.
                 rich = isinstance(element, dict) and "elem" in element
@@ -1169,53 +1171,17 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[L
     leases: Leases = {}
     for (name, key), element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
-        left = element.get("expires") or 0
+        left = element.get("expires", 0)
         if comment is None or name.endswith("-gate") or comment[3] != boot or left <= 0:
             continue
         text = key.split(" ")[0]
         address = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
         found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
         lease = config.allowed(found, comment[4])
-        names = owned(lease_elements(config, [lease], boot)) if lease else set()
+        names = lease_names(config, lease) if lease else set()
         if lease and (name, key) in names and names <= listing.elements.keys():
             leases[lease[:2]] = lease
     return list(leases.values())
-
-
-def owned(elements: Elements) -> set[tuple[str, str]]:
-    """The (set, key) of those that are one lease's alone: gates are shared."""
-    return {name for name in elements if not name[0].endswith("-gate")}
-
-
-def differences(
-    config: Config, leases: Leases, listing: Listing, identities: Identities, now: float
-) -> tuple[str, list[LeaseKey]]:
-    """Compare the kernel with what should be: (what is damaged, "" for nothing; the leases
-    that an administrator has revoked). identities are those of our sets when all was in
-    order, {} if not known: an element missing from a set that stayed was deleted on
-    purpose, one that went with its set was not. In its last second a lease may be gone."""
-    found = listing.identities
-    names = [name for name in set_types(config) if name in found]
-    stayed = {name for name in names if identities.get(name, found[name]) == found[name]}
-    damage = "" if len(stayed) == len(set_types(config)) else "sets are missing"
-    if listing.rules != len(rule_texts(config)):
-        damage = "rules are missing"
-    revoked: list[Lease] = []
-    rest: list[Lease] = []
-    for lease in leases.values():
-        own = owned(lease_elements(config, [lease], ""))
-        gone = lease.ends - now > 1 and not own <= listing.elements.keys()
-        by_hand = identities and gone and all(name in stayed for name, _ in own)
-        (revoked if by_hand else rest).append(lease)
-    expected = lease_elements(config, rest, "")
-    for name, (ends, _) in expected.items():
-        if ends - now > 1 and name not in listing.elements:
-            damage = "leases are missing"
-    for name, element in listing.elements.items():
-        left = element.get("expires")
-        if left != 0 and (left is None or left > expected.get(name, (0.0, ""))[0] - now + 1):
-            damage = "there are foreign elements"
-    return damage, [lease[:2] for lease in revoked]
 
 
 class NftError(UserError):
@@ -1306,7 +1272,7 @@ def check_kernel(nft: Nft, config: Config) -> Listing:
             hint = "declare it in your ruleset, as nftables.conf does, and load that first"
             raise UserError(f"there is no chain {chain} (chain-{hook}) {where}", hint)
     for name, kind in set_types(config).items():
-        if listing.types.get(name, kind) != kind:
+        if name in listing.sets and listing.sets[name][0] != kind:
             hint = f"remove it: nft delete set {config.family} {config.table} {name}"
             raise UserError(f"the set {name} {where} is not one of ours", hint)
     try:
@@ -1344,8 +1310,7 @@ class Firewall:
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
         self.installed = False  # whether there is something to remove in the end
-        self.identities: Identities = {}  # of our sets, when last in order
-        self.missing: set[LeaseKey] = set()  # leases that the last listing lacked
+        self.sets: Sets = {}  # as installed
         self.look_at = NEVER  # when to heal()
         self.pause = RETRY_S[0]
         self.trouble = ""  # what keeps us from healing, once it was logged
@@ -1365,7 +1330,7 @@ class Firewall:
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        listing = check_kernel(self.nft, config)
+        check_kernel(self.nft, config)
         for key, lease in list(self.leases.items()):
             kept = config.allowed(lease, self.config.resources[key[1]].meaning)
             if kept:
@@ -1373,20 +1338,16 @@ class Firewall:
             else:
                 self._revoke(key, "configuration")
         self.config = config
-        try:
-            self._install(listing)
-        except NftError as error:
-            self._cannot_heal(error)
+        self.heal(reconfigured=True)
 
     def _install(self, listing: Listing) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
-        self.expire()
         self.installed = True
         elements = lease_elements(self.config, self.leases.values(), self.boot)
         script = elements_script(self.config, {}, elements, time.monotonic())
         self._run(ruleset_script(self.config) + script)
-        self._delete_sets(set(listing.types) - set(set_types(self.config)))
-        self.identities = list_table(self.nft, self.config).identities
+        self._delete_sets(listing.sets.keys() - set_types(self.config).keys())
+        self.sets = list_table(self.nft, self.config).sets
 
     def _run(self, script: str) -> None:
         if script and self.config.debug:
@@ -1403,7 +1364,7 @@ class Firewall:
         table = f"{self.config.family} {self.config.table}"
         chains = [chain for chain in self.config.chains.values() if chain in listing.chains]
         self.nft.run("".join(f"flush chain {table} {chain}\n" for chain in chains))
-        self._delete_sets(listing.types)
+        self._delete_sets(listing.sets)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -1547,40 +1508,62 @@ class Firewall:
                 return True
         return False
 
-    def heal(self) -> None:
-        """Compare the kernel with what should be, and install all anew if something is
-        missing or foreign. Where that cannot be done, try again after a growing pause."""
-        self.look_at = NEVER
+    def heal(self, reconfigured: bool = False) -> None:
+        """Compare the kernel with what should be, and install all anew if that has changed, or if
+        something is missing or foreign. Where that cannot be done, say so once. Then look again
+        after a pause, which grows as long as it helps nothing."""
+        self.expire()
+        now = time.monotonic()  # before the listing, which may take its time
+        damage = trouble = ""
         try:
-            self.expire()
-            now = time.monotonic()  # before the listing, which may take its time
             listing = list_table(self.nft, self.config)
-            damage, missing = differences(self.config, self.leases, listing, self.identities, now)
-            unsure, self.missing = set(missing) - self.missing, set(missing)
-            if unsure:  # a listing may lack elements while the kernel lets a set grow: look twice
-                self.look_at = now + RETRY_S[0] / 4
-                return
-            for key in missing:
+            deleted = self._deleted(listing, now)
+            if deleted:  # a listing may lack elements while the kernel lets a set grow: look twice
+                time.sleep(RETRY_S[0] / 4)
+                listing = list_table(self.nft, self.config)
+                deleted &= self._deleted(listing, now)
+            for key in deleted:
                 self._revoke(key, "by hand")
-            self.identities = listing.identities
-            if damage:
+            damage = self._damage(listing, now)
+            if damage or reconfigured:
                 self._install(listing)
+            if damage and not reconfigured:
                 self.log("healed", reason=damage, leases=len(self.leases))
-            # Look once more, but slower and slower where somebody keeps on breaking it.
-            self.look_at = time.monotonic() + self.pause / 4 if damage else NEVER
-            fight = damage and not self.trouble
-            self.pause = min(2 * self.pause, RETRY_S[1]) if fight else RETRY_S[0]
-            self.trouble = ""
         except NftError as error:
-            self._cannot_heal(error)
+            trouble = error.problem
+            if trouble != self.trouble:
+                self.log("cannot-heal", reason=trouble)
+        again = (damage or trouble) and trouble == self.trouble
+        self.pause = min(2 * self.pause, RETRY_S[2 if trouble else 1]) if again else RETRY_S[0]
+        self.look_at = time.monotonic() + self.pause if damage or trouble else NEVER
+        self.trouble = trouble
 
-    def _cannot_heal(self, error: NftError) -> None:
-        """Say so once, and try again after a pause, or sooner if the kernel tells of a change."""
-        if error.problem != self.trouble:
-            self.log("cannot-heal", reason=error.problem)
-        self.trouble = error.problem
-        self.look_at = time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, RETRY_S[2])
+    def _deleted(self, listing: Listing, now: float) -> set[LeaseKey]:
+        """The leases that an administrator has revoked: of which elements are missing though
+        their set is still the same. In its last second a lease may be gone."""
+        same = dict(listing.sets.items() & self.sets.items())
+        found = set()
+        for key, lease in self.leases.items():
+            missing = lease_names(self.config, lease) - listing.elements.keys()
+            if lease.ends - now > 1 and any(name in same for name, _ in missing):
+                found.add(key)
+        return found
+
+    def _damage(self, listing: Listing, now: float) -> str:
+        """What somebody else has done to the kernel's part; "" if it is as it should be."""
+        if set_types(self.config).keys() - dict(listing.sets.items() & self.sets.items()):
+            return "sets are missing"
+        if listing.rules != len(rule_texts(self.config)):
+            return "rules are missing"
+        expected = lease_elements(self.config, self.leases.values(), self.boot)
+        for name, (ends, _) in expected.items():
+            if ends - now > 1 and name not in listing.elements:
+                return "leases are missing"
+        for name, element in listing.elements.items():
+            left = element.get("expires", NEVER)
+            if left and left > expected.get(name, (0.0, ""))[0] - now + 1:
+                return "there are foreign elements"
+        return ""
 
 
 # ============================================================================
