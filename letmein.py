@@ -2545,6 +2545,73 @@ examples:
   letmein server --check                        would the server start?"""
 
 
+def service_file(kind: str, path: str, account: str) -> str:
+    """A file that starts this copy of the program with the system. Args: kind, "systemd" (its
+    unit, or "systemd-socket", an extra one) or "openwrt"; path, of letmeind.conf; account, of the
+    network process."""
+    import shlex
+    program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
+    command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
+    if kind == "openwrt":
+        return f"""\
+#!/bin/sh /etc/rc.common
+# The chain, and the jump to it, in the table that fw4 makes:
+#     echo 'chain LETMEIN-INPUT {{ }}' >/etc/nftables.d/letmein.nft
+#     mkdir -p /usr/share/nftables.d/chain-pre/input
+#     echo 'jump LETMEIN-INPUT' >/usr/share/nftables.d/chain-pre/input/letmein.nft
+START=95
+USE_PROCD=1
+start_service() {{
+    procd_open_instance
+    procd_set_param command {command}
+    procd_set_param respawn 3600 5 0
+    procd_set_param stderr 1
+    procd_close_instance
+}}
+reload_service() {{
+    procd_send_signal letmeind '*' HUP
+}}
+"""
+    if kind == "systemd-socket":
+        return """\
+# An extra. letmeind.service must be enabled as well: without it the firewall drops all knocks.
+[Socket]
+ListenStream=5800
+ListenDatagram=5800
+[Install]
+WantedBy=sockets.target
+"""
+    places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
+    places.update(map(os.path.dirname, (program, module, path)))
+    settings = """Type=notify Restart=on-failure RestartSec=5 SyslogIdentifier=letmeind UMask=0077
+        LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts
+        PrivateTmp ProtectClock ProtectControlGroups ProtectHome=tmpfs ProtectHostname
+        ProtectKernelLogs ProtectKernelModules ProtectKernelTunables ProtectProc=invisible
+        ProtectSystem=strict RestrictNamespaces RestrictRealtime RestrictSUIDSGID
+        SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+    lines = "\n".join(word if "=" in word else f"{word}=yes" for word in settings.split())
+    return f"""\
+[Unit]
+Description=letmein, an authenticated port knocker
+After=nftables.service network.target
+[Service]
+ExecStart={command} --rundir /run/letmeind
+ExecReload=/bin/kill -HUP $MAINPID
+{lines}
+# Not User=: what it gives is not lost by a change of user, so the network process would keep it.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SYS_CHROOT CAP_KILL
+RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX
+SystemCallFilter=@system-service chroot seccomp
+SystemCallFilter=~@aio @chown @keyring @memlock @resources
+# All that is there of the disk:
+RuntimeDirectory=letmeind letmeind/root
+RootDirectory=/run/letmeind/root
+BindReadOnlyPaths=-/bin -/lib -/lib64 -/sbin {shlex.join(sorted(places))}
+[Install]
+WantedBy=multi-user.target
+"""
+
+
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser of option values as argparse wants it."""
 
@@ -2616,6 +2683,11 @@ def build_parser() -> argparse.ArgumentParser:
     account = argument_type(lambda text: matched(text, name, "a user's name, or none"))
     command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
+    command = commands.add_parser("service", help="print what starts the server with the system")
+    common(command, argparse.SUPPRESS)
+    command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
+    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
+
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)
     command.add_argument("--rundir", metavar="DIR", default="/run")
@@ -2660,7 +2732,7 @@ def new_key() -> bytes:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
-    is_server = arguments.command in ("server", "status")
+    is_server = arguments.command in ("server", "service", "status")
     name = "letmeind.conf" if is_server else "letmein.conf"
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     homes = () if is_server else (f"{home}/letmein",)
@@ -2673,6 +2745,9 @@ def run_command(arguments: argparse.Namespace) -> int:
             user = 0  # a key is what one needs before there is a configuration
         user = user if arguments.user is None else arguments.user
         print(f"{user:08X} = {new_key().hex().upper()}")
+        return 0
+    if arguments.command == "service":
+        print(service_file(arguments.kind, path, arguments.user), end="")
         return 0
 
     config = read_config(path, is_server)
