@@ -4,6 +4,8 @@
 PYTHON = python3
 PYTEST_ARGS =
 BENCH_ARGS =
+PREFIX = /usr/local
+DESTDIR =
 
 # The tests work in network namespaces. To make one, an ordinary user needs a user namespace, and
 # to make that, a process must not have threads yet.
@@ -29,6 +31,7 @@ help:
 	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
 	@echo 'make lint    ruff, and mypy --strict'
 	@echo 'make clean   remove what these have made'
+	@echo 'make install, make uninstall    for this machine (PREFIX=/usr/local; DESTDIR=/tmp/package)'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
 
 demo: packages
@@ -72,7 +75,42 @@ lint: tools
 clean:
 	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
 
-.PHONY: help demo test soak fuzz bench lint clean packages test-packages tools
+# The module goes where Python keeps its bytecode, and two short programs import it from there: so a
+# knock need not compile it anew. The configuration in /etc is the owner's, and is not touched, nor is
+# a server that runs. The account comes with an installation by root for this very machine.
+MODULE = $(PREFIX)/lib/letmein
+UNITS = $(PREFIX)/lib/systemd/system
+DOC = $(PREFIX)/share/doc/letmein
+DOCUMENTS = README.md letmein.conf.example letmeind.conf.example nftables.conf
+FROM_MODULE = import sys; sys.path.insert(0, sys.argv.pop(1)); import letmein; \
+	del sys.argv[0]; sys.exit(letmein.main())
+
+install:
+	@umask 022; set -e; \
+	install -d $(addprefix $(DESTDIR),$(MODULE) $(PREFIX)/bin $(PREFIX)/sbin $(UNITS) $(DOC)); \
+	root=$$(cd '$(DESTDIR)/' && pwd -P); root=$${root%/}; \
+	install -p -m 644 letmein.py "$$root$(MODULE)"; \
+	install -p -m 644 $(DOCUMENTS) "$$root$(DOC)"; \
+	$(PYTHON) -m compileall -q -f -d '$(MODULE)' "$$root$(MODULE)"; \
+	for name in bin/letmein sbin/letmeind; do \
+		printf '%s\n' "#!$$($(PYTHON) -c 'import sys; print(sys.executable)') -I" \
+			'import sys; sys.path.insert(0, "$(MODULE)")' 'import letmein' \
+			'sys.exit(letmein.main())' | install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
+	done; \
+	unit=$$($(PYTHON) -I -c '$(FROM_MODULE)' \
+		"$$root$(MODULE)" "$$root$(PREFIX)/bin/letmein" service systemd); \
+	printf '%s\n' "$$unit" | sed "s|$$root/|/|g" | \
+		install -m 644 /dev/stdin "$$root$(UNITS)/letmeind.service"; \
+	if [ -z '$(DESTDIR)' ] && [ "$$(id -u)" = 0 ] && ! getent passwd letmeind >/dev/null; then \
+		useradd --system --no-create-home --shell /usr/sbin/nologin letmeind; \
+	fi
+
+# What a server should not be without stays: its configuration and its account.
+uninstall:
+	rm -rf $(addprefix $(DESTDIR),$(MODULE) $(DOC) $(UNITS)/letmeind.service)
+	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind)
+
+.PHONY: help demo test soak fuzz bench lint clean install uninstall packages test-packages tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
