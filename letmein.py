@@ -2629,6 +2629,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, as README's tables have it."""
     import argparse
     identifier, port = argument_type(parse_identifier), argument_type(parse_port)
+    # A server that runs by our systemd unit may write nowhere else.
+    rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
     def common(parser: argparse.ArgumentParser, default: Any) -> None:
         parser.add_argument("-c", "--config", metavar="FILE", default=default)
@@ -2673,7 +2675,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("server", help="run the server")
     common(command, argparse.SUPPRESS)
-    command.add_argument("--rundir", metavar="DIR", default="/run")
+    command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = argument_type(functools.partial(parse_number, least=1, limit=1_000_000))
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
@@ -2690,7 +2692,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("status", help="who holds what")
     common(command, argparse.SUPPRESS)
-    command.add_argument("--rundir", metavar="DIR", default="/run")
+    command.add_argument("--rundir", metavar="DIR", default=rundir)
     command.add_argument("--json", action="store_true")
     return parser
 
