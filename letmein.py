@@ -309,9 +309,10 @@ class Resource(NamedTuple):
         """Whether one holder's lease opens something for everybody."""
         return any(not match_saddr for _, _, match_saddr in self.jumps)
 
-    def __str__(self) -> str:
-        port = f"port {self.port}/{'+'.join(self.protocols)}"
-        return f"resource {self.identifier:08X}" if self.jumps else port
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"port {self.port}" if self.port else f"resource {self.identifier:08X}"
 
 
 class Config(NamedTuple):
@@ -653,39 +654,19 @@ CONNECT_S = 2.0  # a connect that takes longer may have met a port that was clos
 CHUNK = 1 << 16  # bytes
 
 
-class Aim(NamedTuple):
-    """What to knock for: user and resource by number, the user's key, how long the lease
-    lasts (in seconds, as far as the client knows), and how people call it."""
-
-    user: int
-    resource: int
-    key: bytes
-    timeout: float
-    name: str
-
-
-def find_aims(config: Config, arguments: argparse.Namespace) -> list[Aim]:
-    """What the command line wants opened or closed. Raises UserError."""
-    user = config.default_user if arguments.user is None else arguments.user
-    key = config.keys.get(user)
-    if key is None:
-        hint = "copy its line from the server's [KEYS], or name another user with --user"
-        raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
+def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
+    """What is to be opened or closed, as far as the client knows it. Raises UserError."""
+    if arguments.resources:
+        unknown = Resource(0, 0, (), (), OPTIONS["NFTABLES"]["timeout"][1], frozenset())
+        known = config.resources
+        return [known.get(i, unknown._replace(identifier=i)) for i in arguments.resources]
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
-    default = OPTIONS["NFTABLES"]["timeout"][1]
-    aims = []
-    for resource in arguments.resources:
-        known = config.resources.get(resource)
-        timeout = known.timeout if known else default
-        aims.append(Aim(user, resource, key, timeout, f"resource {resource:08X}"))
-    for port in () if arguments.resources else arguments.ports:
-        if port not in ports:
-            known_ports = ", ".join(str(port) for port in sorted(ports) if port)
-            problem = f"[RESOURCES] has no port {port} for user {user:08X}"
-            hint = f"it has: {known_ports or 'none'}; or name a --resource"
-            raise UserError(f"{config.path}: {problem}", hint)
-        aims.append(Aim(user, ports[port].identifier, key, ports[port].timeout, f"port {port}"))
-    return aims
+    for port in set(arguments.ports) - set(ports):
+        names = ", ".join(str(port) for port in sorted(ports) if port)
+        hint = f"it has: {names or 'none'}; or name a --resource"
+        problem = f"[RESOURCES] has no port {port} for user {user:08X}"
+        raise UserError(f"{config.path}: {problem}", hint)
+    return [ports[port] for port in arguments.ports]
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
@@ -737,14 +718,12 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
     answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
     handshakes: dict[socket.socket, Handshake] = {}
     responses: dict[socket.socket, bytes] = {}
-    repeated: set[socket.socket] = set()
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.ExitStack() as sockets:
         while (now := time.monotonic()) < end:
             if now >= again:
                 again = now + UDP_REPEAT_S
-                repeated.update(responses)
                 for peer, response in responses.items():
                     peer.send(response)
                 if now < start + timeout:
@@ -753,7 +732,7 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
                     peer.connect(target[1])
                     handshakes[peer] = new_handshake()
                     peer.send(next(handshakes[peer]))
-            for peer in select.select(list(handshakes), [], [], min(again, end) - now)[0]:
+            for peer in select.select(handshakes, [], [], min(again, end) - now)[0]:
                 with contextlib.suppress(BlockingIOError):  # a broken datagram: select(2), BUGS
                     data = peer.recv(MESSAGE_SIZE + 1)
                     if len(data) != MESSAGE_SIZE:
@@ -761,10 +740,11 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
                     try:
                         responses[peer] = handshakes[peer].send(data)
                     except ProtocolError:
-                        if peer not in repeated:
+                        # The reference's server rejects a RESPONSE that it has granted before.
+                        del handshakes[peer]
+                        responses.pop(peer, None)
+                        if not handshakes:
                             raise
-                        # The reference's server takes a second RESPONSE amiss, even a good one.
-                        del handshakes[peer], responses[peer]
                     else:
                         peer.send(responses[peer])
                         end = time.monotonic() + timeout
@@ -798,7 +778,12 @@ class Client:
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.aims = find_aims(config, arguments)
+        self.user = config.default_user if arguments.user is None else arguments.user
+        if self.user not in config.keys:
+            hint = "copy its line from the server's [KEYS], or name another user with --user"
+            raise UserError(f"{config.path}: [KEYS] has no key for user {self.user:08X}", hint)
+        self.key = config.keys[self.user]
+        self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
         self.timeout = config.control_timeout
         port = arguments.server_port or config.port
@@ -813,19 +798,17 @@ class Client:
         if self.arguments.verbose:
             print(f"letmein: {line}", file=sys.stderr)
 
-    def ask(self, operation: int, aim: Aim) -> list[str]:
+    def ask(self, operation: int, resource: Resource) -> list[str]:
         """Knock or revoke at all addresses at the same time; returns those where it worked, in
         the order of their answers. If the user leaves the choice to us, one is enough, and the
         other is not waited for much longer. Raises UserError."""
         import threading
+        ids = operation, self.user, resource.identifier, self.key
+        new_handshake = functools.partial(client_handshake, *ids, warn)
         results: dict[str, UserError | None] = {}
         news = threading.Semaphore(0)
 
         def run(where: str, target: Target) -> None:
-            def new_handshake() -> Handshake:
-                ids = operation, aim.user, aim.resource, aim.key
-                return client_handshake(*ids, lambda line: warn(f"{where}: {line}"))
-
             results[where] = attempt(new_handshake, target, self.protocol, self.timeout)
             news.release()
 
@@ -837,7 +820,7 @@ class Client:
                 wait = OTHER_ADDRESS_S
         for where in self.targets:
             error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
-            self.say(f"{aim.name}: {where}: {error.problem if error else 'COMEIN'}")
+            self.say(f"{where}: {error.problem if error else 'COMEIN'}")
         good = [where for where, error in results.items() if not error]
         errors = [error for error in map(results.get, self.targets) if error]
         if errors and (self.arguments.families or not good):
@@ -845,54 +828,51 @@ class Client:
         return good
 
     def ask_all(self, operation: int) -> bool:
-        """Knock or revoke for all that was asked for, and tell the user of each; whether all
-        went well."""
-        what = "opened" if operation == KNOCK else "closed"
-        good = True
-        for aim in self.aims:
+        """Knock or revoke for each resource, and tell the user; whether all went well."""
+        done, good = "opened" if operation == KNOCK else "closed", True
+        for resource in self.resources:
             try:
-                where = self.ask(operation, aim)
+                self.opened = self.ask(operation, resource)
             except UserError as error:
                 tell_error(error)
                 good = False
                 continue
-            self.opened = where
-            line = f"{what} {aim.name} on {self.arguments.host} ({', '.join(where)})"
             if not self.is_quiet:
+                place = f"{self.arguments.host} ({', '.join(self.opened)})"
                 # Standard output is COMMAND's.
-                print(line, file=sys.stderr if self.arguments.to_run else sys.stdout, flush=True)
+                file = sys.stderr if self.arguments.to_run else sys.stdout
+                print(f"{done} {resource.name} on {place}", file=file, flush=True)
         return good
 
     def hold(self) -> int:
-        """Open all, run COMMAND or carry a connection, and close all, whatever happens."""
+        """Open all, run COMMAND or carry a connection, and close all, whatever happens. Leases
+        that would end meanwhile are renewed. Returns the exit status."""
         import signal
+        import threading
+        asking = threading.Lock()
 
         def stop(number: int, _: object) -> None:
-            catch_signals(signal.SIG_IGN)  # what follows is the end
+            catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
+
+        def renew() -> None:
+            while True:
+                time.sleep(max(min(resource.timeout for resource in self.resources) / 2, 1))
+                with asking:
+                    self.ask_all(KNOCK)
 
         catch_signals(stop)
         try:
             if not self.ask_all(KNOCK):
                 return 1
+            self.is_quiet = True
+            threading.Thread(target=renew, daemon=True).start()
             return self.run_command() if self.arguments.to_run else self.carry()
         finally:
             catch_signals(signal.SIG_IGN)
+            asking.acquire()  # for good: nothing is renewed from here on
             if not self.arguments.keep:
                 self.ask_all(REVOKE)
-
-    def renew(self) -> None:
-        """Knock again, so that the leases do not end before we do."""
-        for aim in self.aims:
-            try:
-                self.ask(KNOCK, aim)
-            except UserError as error:
-                warn(f"cannot renew {aim.name}: {error.problem}")
-
-    @property
-    def pause(self) -> float:
-        """How long to wait before the leases are renewed, in seconds."""
-        return max(min(aim.timeout for aim in self.aims) / 2, 1)
 
     def run_command(self) -> int:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
@@ -911,12 +891,8 @@ class Client:
                 process.send_signal(number)
 
         catch_signals(pass_on)
-        while True:
-            try:
-                status = process.wait(self.pause)
-                return status if status >= 0 else 128 - status
-            except subprocess.TimeoutExpired:
-                self.renew()
+        status = process.wait()
+        return status if status >= 0 else 128 - status
 
     def connect(self) -> socket.socket:
         """A connection to the port that is open now. Somebody else behind our address may have
@@ -931,7 +907,7 @@ class Client:
             except OSError as error:
                 peer.close()
                 reason = error.strerror or "it does not answer"
-                self.renew()
+                self.ask_all(KNOCK)
             else:
                 peer.settimeout(None)
                 return peer
@@ -940,34 +916,24 @@ class Client:
 
     def carry(self) -> int:
         """Connect, and carry standard input there, and what comes from there to standard output,
-        until both have come to their ends."""
+        until both have come to their ends, or one has broken."""
         import threading
         peer = self.connect()
-        ended = threading.Semaphore(0)
 
         def upload() -> None:
-            while data := os.read(0, CHUNK):
-                peer.sendall(data)
-            peer.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the other direction will see it, too
+                while data := os.read(0, CHUNK):
+                    peer.sendall(data)
+                peer.shutdown(socket.SHUT_WR)
 
-        def download() -> None:
+        uploader = threading.Thread(target=upload, daemon=True)
+        uploader.start()
+        with contextlib.suppress(OSError):
             while data := peer.recv(CHUNK):
                 while data:
                     data = data[os.write(1, data) :]
             drop_output()
-
-        def run(direction: Callable[[], None]) -> None:
-            try:
-                direction()
-                ended.release()
-            except OSError:
-                ended.release(2)  # the other direction is of no use any more
-
-        for direction in (upload, download):
-            threading.Thread(target=run, args=(direction,), daemon=True).start()
-        for _ in range(2):
-            while not ended.acquire(timeout=self.pause):
-                self.renew()
+            uploader.join()
         return 0
 
 
@@ -2514,7 +2480,7 @@ def check(config: Config) -> int:
     print(ruleset_script(config), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
-        may = ", ".join(f"{r} for {timedelta(seconds=r.timeout)}" for r in mine)
+        may = ", ".join(f"{r.name} for {timedelta(seconds=r.timeout)}" for r in mine)
         print(f"# user {user:08X} may open: {may or 'nothing'}")
     print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
     return 0
