@@ -389,8 +389,7 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
     digits = matched(text, r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", expected)
-    base = 16 if digits.startswith("0x") else 10
-    number = int(digits.lstrip("0x+") or "0", base)
+    number = int(digits.lstrip("0x+") or "0", 16 if digits.startswith("0x") else 10)
     if not least <= number <= limit:
         raise Unfit(f"{number} is out of range", expected)
     return number
@@ -432,21 +431,19 @@ def parse_word(text: str, words: Iterable[str]) -> str:
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
 
-def parse_protocols(text: str, expected: str) -> set[str]:
-    """`tcp`, `udp` or both, with commas between them."""
-    text = matched(text.lower(), r"(tcp|udp)(\s*,\s*(tcp|udp))*", expected)
-    return set(re.findall("tcp|udp", text))
+def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
+    """Items such as `udp` or `tcp, udp`; without any it is tcp."""
+    text = matched(", ".join(flags or ["tcp"]).lower(), r"(tcp|udp)(\s*,\s*(tcp|udp))*", expected)
+    return tuple(sorted(set(re.findall("tcp|udp", text))))
 
 
 def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     """`5800`, `5800/udp`, `5800 / tcp, udp`: the port, and "tcp", "udp" or both."""
-    port, protocols = 5800, set()
-    for item in text.split("/"):
-        if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item.strip()):
-            port = parse_port(item)
-        else:
-            protocols |= parse_protocols(item, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
-    return port, tuple(sorted(protocols or {"tcp"}))
+    items = [item.strip() for item in text.split("/")]
+    numbers = [item for item in items if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item)]
+    flags = [item for item in items if item not in numbers]
+    protocols = parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
+    return [5800, *map(parse_port, numbers)][-1], protocols
 
 
 RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
@@ -476,19 +473,19 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
         else:
             values[key] = ITEMS[key](value)
 
-    protocols: set[str] = set()
+    protocols: tuple[str, ...] = ()
     hooks = [hook for hook in HOOKS if hook in values]
     jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
     if "port" in values:
-        protocols = parse_protocols(", ".join(flags or ["tcp"]), RESOURCE)
+        protocols = parse_protocols(flags, RESOURCE)
         good = values.keys() <= {"port", "timeout", "users"}
     else:
         good = set(flags) == {"jump"} and bool(hooks)
     if not good:
         raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
-    users, timeout = values.get("users", frozenset()), values.get("timeout", timeout)
-    port = values.get("port", 0)
-    return Resource(identifier, port, tuple(sorted(protocols)), jumps, timeout, users)
+    port, timeout = values.get("port", 0), values.get("timeout", timeout)
+    users = values.get("users", frozenset())
+    return Resource(identifier, port, protocols, jumps, timeout, users)
 
 
 # By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
