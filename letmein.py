@@ -538,14 +538,12 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
         if not line or line.startswith("#"):
             continue
         found = ENTRY.fullmatch(line)
-        section = (found and found["section"]) or section
-        place = f"{path}:{number}: " + (f"[{shown(section)[1:-1]}] " if section else "")
-        if not found or not section:
+        if not found or not (section or found["section"]):
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
-            raise ConfigError(f"{place}neither a section nor an option in one", hint)
-        if found["name"]:
-            name = found["name"].rstrip()
-            place += f"{shown(name)[1:-1]}: "
+            raise ConfigError(f"{path}:{number}: neither a section nor an option in one", hint)
+        section, name = found["section"] or section, (found["name"] or "").rstrip()
+        place = f"{path}:{number}: [{shown(section)[1:-1]}] "
+        place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
             raise ConfigError(f"{place}stands above already", "expected: each name once")
         sections[section][name] = (place, found["value"] or "")

@@ -5765,10 +5765,10 @@ K1 = f"1 = {KEY_TEXT}"
         pytest.param("[", "1: ", "[GENERAL]", id="section that only begins"),
         pytest.param("[GENERAL] # x", "1: ", "[GENERAL]", id="comment behind a section"),
         pytest.param("[A]\n[B]\n [A]", "3: ", "once", id="section twice"),
-        pytest.param("[GENERAL]\ndebug", "2: [GENERAL] ", "=", id="no ="),
-        pytest.param("[GENERAL]\n\n  debug", "3: [GENERAL] ", "=", id="indented, no ="),
-        pytest.param("[GENERAL]\n= yes", "2: [GENERAL] ", "=", id="no name"),
-        pytest.param("[A]\n  = yes", "2: [A] ", "=", id="indented, no name"),
+        pytest.param("[GENERAL]\ndebug", "2: ", "=", id="no ="),
+        pytest.param("[GENERAL]\n\n  debug", "3: ", "=", id="indented, no ="),
+        pytest.param("[GENERAL]\n= yes", "2: ", "=", id="no name"),
+        pytest.param("[A]\n  = yes", "2: ", "=", id="indented, no name"),
         pytest.param(
             "[GENERAL]\ndebug = 1\ndebug=1", "3: [GENERAL] debug: ", "once", id="option twice"
         ),
