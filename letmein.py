@@ -190,10 +190,7 @@ def client_handshake(
             names = OPERATIONS[answer.operation], OPERATIONS[due]
             raise ProtocolError("the server sent {}, not {}".format(*names))
         if answer[1:3] != (user, resource):
-            warn(
-                f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}; "
-                f"asked was user {user:08X}, resource {resource:08X}"
-            )
+            warn(f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}")
         token = answer.auth
 
 
