@@ -339,7 +339,12 @@ class Config(NamedTuple):
             return "unknown resource"
         if found.users and user not in found.users:
             return "resource not allowed for this user"
-        return self.defect(found)
+        if found.port == self.port:
+            return "it is the control port"
+        for hook, *_ in found.jumps:
+            if hook not in self.chains:
+                return f"chain-{hook} is not set in [NFTABLES]"
+        return ""
 
     def allowed(self, lease: Lease, meaning: str) -> Lease | None:
         """The lease with at most the time that its resource gives now; None if its user may
@@ -350,15 +355,6 @@ class Config(NamedTuple):
         if resource.meaning != meaning:
             return None
         return lease._replace(ends=min(lease.ends, time.monotonic() + resource.timeout))
-
-    def defect(self, resource: Resource) -> str:
-        """Why nobody can have this resource; "" if all is well."""
-        if resource.port == self.port:
-            return "it is the control port"
-        for hook, *_ in resource.jumps:
-            if hook not in self.chains:
-                return f"chain-{hook} is not set in [NFTABLES]"
-        return ""
 
 
 @functools.lru_cache(1000)
@@ -603,9 +599,10 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         text = "control-error-policy: 'always' over UDP answers forged senders"
         warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
     for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
-        defect = config.defect(resource) or ("" if resource.timeout else "its timeout is 0")
-        if server and defect:
-            warnings.append(f"{place}cannot be had: {defect}")
+        somebody = min(resource.users, default=0)  # who may have it, if anybody can
+        objection = config.objection(somebody, resource.identifier)
+        if server and (objection or not resource.timeout):
+            warnings.append(f"{place}cannot be had: {objection or 'its timeout is 0'}")
     return config._replace(warnings=tuple(warnings))
 
 
