@@ -2464,13 +2464,12 @@ def status(config: Config, rundir: str, as_json: bool) -> int:
 
 def check(config: Config) -> int:
     """Say what the server would do, having tried it with `nft -c`."""
-    from datetime import timedelta
     check_kernel(Nft(config.nft), config)
     print(ruleset_script(config), end="")
     for user in config.keys:
         mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
-        may = ", ".join(f"{r.name} for {timedelta(seconds=r.timeout)}" for r in mine)
-        print(f"# user {user:08X} may open: {may or 'nothing'}")
+        may = ", ".join(f"{r.identifier:08X} for {r.timeout:g} s" for r in mine)
+        print(f"# user {user:08X} may have: {may or 'nothing'}")
     print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
     return 0
 
