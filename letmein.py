@@ -1555,7 +1555,6 @@ DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some
 TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
 TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
 ACCEPTED_LIMIT = 1 << 17  # handshakes remembered for a repeated RESPONSE
-REFUSED = "refused"  # the log's event for a peer that has not proved what it should
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
@@ -1586,7 +1585,8 @@ class Log:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        self.untold: Counter[str] = Counter()  # for the next summary; below 0: lines that may be
+        self.told: Counter[str] = Counter()  # lines on refused peers since the last summary
+        self.untold: Counter[str] = Counter()  # for the next summary
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
         self.torn = b""  # the rest of a line that was written in part
@@ -1611,28 +1611,28 @@ class Log:
         lost = len(data) >= len(line)
         self.torn = data[: -len(line)] if lost else data
         if lost:
-            self.sum_up("lines-lost")
+            self.sum_up("lines-lost", 1)
 
     def refusal(self, event: str, **fields: str) -> None:
-        """A peer was refused, or has failed for another reason."""
+        """A peer was refused, or has failed for another reason: a line, or one to sum up."""
         kind = f"{event}-{fields['proto']}"
-        self.untold.setdefault(kind, -LINES_LIMIT)
-        self.sum_up(kind)
-        if self.untold[kind] <= 0:
+        if self.told[kind] < LINES_LIMIT:
             self(event, **fields)
+            self.told[kind] += 1
+            self.sum_up(kind, 0)  # after which there may be as many lines again
         else:
             self.counts[event] += 1
-        if event == REFUSED:
-            self.refusals[fields["reason"]] += 1
+            self.sum_up(kind, 1)
 
-    def sum_up(self, name: str, number: int = 1) -> None:
-        """Have so many of these in the next summary, and the next summary soon."""
+    def sum_up(self, name: str, number: int) -> None:
+        """Have so many more of these in the next summary, and the next summary soon."""
         self.untold[name] += number
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
 
     def summary(self) -> None:
         """Write what was kept back since the last one."""
-        untold = {name: number for name, number in self.untold.items() if number > 0}
+        untold = +self.untold  # those above 0
+        self.told.clear()
         self.untold.clear()
         self.sum_up_at = NEVER
         if untold:
@@ -1977,7 +1977,8 @@ class Monitor:
         if verdict.granted is not None:
             self._grant(verdict.granted, message, record)
         elif verdict.reason:
-            self._log_peer(REFUSED, message, record, verdict.reason)
+            self.log.refusals[verdict.reason] += 1
+            self._log_peer("refused", message, record, verdict.reason)
             self._end(record, verdict.reply)
         else:
             self._send(record._replace(kind=REPLY, payload=verdict.reply))
