@@ -1543,7 +1543,7 @@ class Firewall:
 RECORD = struct.Struct("!BBI16s26s56s")
 READY, REQUEST, ANSWER, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
-SETTINGS_PAYLOAD = struct.Struct("!dII")  # control-timeout in s, connections, per prefix
+SETTINGS_PAYLOAD = struct.Struct("!d")  # control-timeout in s
 COUNTS_PAYLOAD = struct.Struct("!3I")  # how many peers the network process has closed by itself:
 COUNTED = ("evicted", "late", "garbage")  # in favour of another, out of time, or no letmein client
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
@@ -1872,7 +1872,9 @@ class Monitor:
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
-            command = [sys.executable, "-I", "-c", start, NETWORK_COMMAND]
+            limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
+            words = (NETWORK_COMMAND, self.arguments.user, self.config.seccomp, *map(str, limits))
+            command = [sys.executable, "-I", "-c", start, *words]
             dup = os.POSIX_SPAWN_DUP2
             streams: list[Any] = [(dup, theirs.fileno(), 0), (dup, program.fileno(), 1)]
             streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
@@ -1880,9 +1882,7 @@ class Monitor:
         self._send_settings()
 
     def _send_settings(self) -> None:
-        limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
-        payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout, *limits)
-        payload += f"{self.arguments.user} {self.config.seccomp}".encode()
+        payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout)
         descriptors = [control.fileno() for control in self.sockets.values()]
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
@@ -2075,10 +2075,12 @@ def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]
 
 class Network:
     """The network process's loop, after it has given up its privileges. Args: link, the
-    socketpair to the monitor; payload and listeners, of SETTINGS."""
+    socketpair to the monitor; limit, to connections, and prefix_limit, to one peer's."""
 
-    def __init__(self, link: socket.socket, payload: bytes, listeners: list[socket.socket]) -> None:
+    def __init__(self, link: socket.socket, limit: int, prefix_limit: int) -> None:
         self.link = link
+        self.limit = limit
+        self.prefix_limit = prefix_limit
         # By number, oldest first: those that compete for slots, and by prefix the same ones.
         self.connections: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
@@ -2091,16 +2093,14 @@ class Network:
         self.selector = selectors.DefaultSelector()
         self.selector.register(link, selectors.EVENT_READ, self._on_link)
         link.setblocking(False)
-        self._settle(payload, listeners)
-        self._send(Record(READY))
 
     def _settle(self, payload: bytes, listeners: list[socket.socket]) -> None:
-        """Go on with new settings and sockets; connections stay."""
+        """Begin, or go on, with these settings and sockets; connections stay."""
         for listener in self.listeners:
             self.selector.unregister(listener)
             listener.close()
         self.listeners = listeners
-        self.timeout, self.limit, self.prefix_limit = SETTINGS_PAYLOAD.unpack_from(payload)
+        (self.timeout,) = SETTINGS_PAYLOAD.unpack_from(payload)
         for number, listener in enumerate(listeners):
             listener.setblocking(False)
             if listener.type == socket.SOCK_STREAM:
@@ -2116,6 +2116,7 @@ class Network:
                 level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
                 listener.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
             self.selector.register(listener, selectors.EVENT_READ, serve)
+        self._send(Record(READY))
 
     def run(self) -> None:
         """Serve until the monitor is gone."""
@@ -2412,17 +2413,14 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
         raise UserError(f"the network process cannot {step}: {error.strerror}", hint) from None
 
 
-def network_process() -> None:
+def network_process(account: str, seccomp: str, limit: str, prefix_limit: str) -> None:
     """The whole life of the network process; its standard input is the link to the monitor."""
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
     link = socket.socket(fileno=0)
-    data, descriptors, _, _ = socket.recv_fds(link, RECORD.size, LISTENERS_LIMIT)
-    payload = Record(*RECORD.unpack(data)).payload
-    account, seccomp = payload[SETTINGS_PAYLOAD.size :].rstrip(b"\0").decode().split()
     try:
-        enter_sandbox(account, SETTINGS_PAYLOAD.unpack_from(payload)[1], seccomp)
-        Network(link, payload, [socket.socket(fileno=fd) for fd in descriptors]).run()
+        enter_sandbox(account, int(limit), seccomp)
+        Network(link, int(limit), int(prefix_limit)).run()
     except Exception as error:
         what = "" if isinstance(error, UserError) else f"it failed with {type(error).__name__}: "
         link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
@@ -2732,8 +2730,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program: returns the exit status, 0 for success, 1 for failure (2: bad usage)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words == [NETWORK_COMMAND]:
-            network_process()
+        if words[:1] == [NETWORK_COMMAND]:
+            network_process(*words[1:])
             return 0
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")

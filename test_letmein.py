@@ -6933,9 +6933,8 @@ class BothProcesses:
         self.listeners.append(socket.socket(type=socket.SOCK_DGRAM))
         self.listeners[1].bind(("127.0.0.1", 0))
         self.names = [listener.getsockname() for listener in self.listeners]
-        payload = letmein.SETTINGS_PAYLOAD.pack(60.0, 1000, 1000)
-        theirs = self.monitor.theirs
-        self.network = letmein.Network(theirs, payload.ljust(56, b"\0"), self.listeners)
+        self.network = letmein.Network(self.monitor.theirs, 1000, 1000)
+        self.network._settle(letmein.SETTINGS_PAYLOAD.pack(60.0), self.listeners)
         self.talkers: list[Talker] = []
 
     @property
