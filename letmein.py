@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
     Sets = dict[str, tuple[str, int, int]]  # by name the type, the handles of table and set
-    LeaseKey = tuple[bytes, int]  # the client's address, the resource
+    LeaseKey = tuple[str, int]  # the client's address, the resource
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
     NewHandshake = Callable[[], Handshake]
@@ -972,9 +972,9 @@ COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) me
 
 
 class Lease(NamedTuple):
-    """That an address (4 or 16 bytes) may use a resource, until ends (time.monotonic())."""
+    """That an address (as nft writes it) may use a resource, until ends (time.monotonic())."""
 
-    address: bytes
+    address: str
     resource: int
     user: int
     ends: float
@@ -988,11 +988,6 @@ class Listing(NamedTuple):
     elements: dict[tuple[str, str], dict[str, Any]]
     chains: set[str]
     rules: int
-
-
-def address_text(address: bytes) -> str:
-    """4 or 16 bytes as an IP address is written. Nothing but 0-9 a-f : . can come out."""
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
 def set_types(config: Config) -> dict[str, str]:
@@ -1029,11 +1024,11 @@ def rule_texts(config: Config) -> list[str]:
 
 def lease_names(config: Config, lease: Lease) -> set[tuple[str, str]]:
     """The (set, key) of the elements that are this lease's alone. They are in one set."""
-    v, text = 4 if len(lease.address) == 4 else 6, address_text(lease.address)
+    address, v = lease.address, 6 if ":" in lease.address else 4
     resource = config.resources[lease.resource]
     if resource.jumps:
-        return {(f"letmein-{lease.resource:08X}-{v}", text)}
-    return {(f"letmein-{v}", f"{text} . {proto} . {resource.port}") for proto in resource.protocols}
+        return {(f"letmein-{lease.resource:08X}-{v}", address)}
+    return {(f"letmein-{v}", f"{address} . {p} . {resource.port}") for p in resource.protocols}
 
 
 def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elements:
@@ -1120,23 +1115,21 @@ def read_listing(config: Config, printed: bytes) -> Listing:
     return listing._replace(rules=rules)
 
 
-def adoptable(config: Config, listing: Listing, now: float, boot: str) -> list[Lease]:
+def adoptable(config: Config, listing: Listing, now: float, boot: str) -> Leases:
     """The leases in a listing that a server of this boot gave (an administrator may have
     saved the ruleset and loaded it again), and that this configuration still allows."""
     leases: Leases = {}
-    for (name, key), element in listing.elements.items():
+    for name, element in listing.elements.items():
         comment = COMMENT.fullmatch(str(element.get("comment")))
         left = element.get("expires", 0)
-        if comment is None or name.endswith("-gate") or comment[3] != boot or left <= 0:
-            continue
-        text = key.split(" ")[0]
-        address = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-        found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
-        lease = config.allowed(found, comment[4])
-        names = lease_names(config, lease) if lease else set()
-        if lease and (name, key) in names and names <= listing.elements.keys():
-            leases[lease[:2]] = lease
-    return list(leases.values())
+        if comment and comment[3] == boot and left:
+            address = name[1].split(" ")[0]
+            found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
+            lease = config.allowed(found, comment[4])
+            names = lease_names(config, lease) if lease else set()
+            if lease and name in names and names <= listing.elements.keys():
+                leases[lease[:2]] = lease
+    return leases
 
 
 class NftError(UserError):
@@ -1243,7 +1236,7 @@ class Change(NamedTuple):
     "" when the change is in force, else with the reason why it is not."""
 
     operation: int
-    address: bytes
+    address: str
     resource: int
     user: int
     done: Callable[[str], None]
@@ -1276,8 +1269,9 @@ class Firewall:
     def open(self) -> None:
         """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
-        for lease in adoptable(self.config, listing, time.monotonic(), self.boot):
-            self._keep(lease[:2], lease)
+        adopted = adoptable(self.config, listing, time.monotonic(), self.boot)
+        for key, lease in adopted.items():
+            self._keep(key, lease)
         self._install(listing)
         if self.leases:
             self.log("adopted", leases=len(self.leases))
@@ -1384,7 +1378,7 @@ class Firewall:
 
     def _objection(self, lease: Lease, rules: int) -> str:
         """Why this lease, with which these rules would stand, cannot be given; "" if it can."""
-        if (4 if len(lease.address) == 4 else 6) not in VERSIONS[self.config.family]:
+        if (6 if ":" in lease.address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
         if self.config.resources[lease.resource].timeout < SHORTEST_LEASE_S:
             return "the resource's timeout is 0"
@@ -1415,7 +1409,7 @@ class Firewall:
     def _revoke(self, key: LeaseKey, reason: str) -> None:
         """Forget a lease that is to end, or has been ended, without its client's asking."""
         self._keep(key, None)
-        self.log("revoked", peer=address_text(key[0]), resource=f"{key[1]:08X}", reason=reason)
+        self.log("revoked", peer=key[0], resource=f"{key[1]:08X}", reason=reason)
 
     def expire(self) -> None:
         """Forget the leases that have ended: the kernel sends no word of it."""
@@ -1571,9 +1565,12 @@ class Record(NamedTuple):
     payload: bytes = bytes(MESSAGE_SIZE)
 
     @property
-    def peer(self) -> bytes:
-        """The peer's address in 4 or 16 bytes: an IPv4-mapped peer is an IPv4 client."""
-        return self.address[12:] if self.address.startswith(IPV4_MAPPED) else self.address
+    def peer(self) -> str:
+        """The peer's address as text: an IPv4-mapped peer is an IPv4 client. Nothing but
+        0-9 a-f : . can come out."""
+        if self.address.startswith(IPV4_MAPPED):
+            return socket.inet_ntoa(self.address[12:])
+        return socket.inet_ntop(socket.AF_INET6, self.address)
 
 
 class Log:
@@ -2015,7 +2012,7 @@ class Monitor:
     def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
         fields = {
-            "peer": address_text(record.peer),
+            "peer": record.peer,
             "proto": "tcp" if record.protocol == TCP else "udp",
             "user": f"{message.user:08X}",
             "resource": f"{message.resource:08X}",
@@ -2269,7 +2266,7 @@ class Network:
             name = (socket.inet_ntop(socket.AF_INET6, record.address), port, 0, scope)
             extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local)
         else:
-            name = (socket.inet_ntoa(record.peer), port)
+            name = (record.peer, port)
             extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
         try:
             listener.sendmsg([record.payload], [extra] if any(local) else [], 0, name)
