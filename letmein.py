@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     LeaseKey = tuple[str, int]  # the client's address, the resource
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
+    Plan = dict[LeaseKey, "Lease | None"]  # leases that are to be, or, with None, to end
     NewHandshake = Callable[[], Handshake]
     Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
     Tokens = Iterable[tuple[int, bytes]]  # of challenges: for KNOCK or REVOKE, 32 bytes
@@ -1349,45 +1350,7 @@ class Firewall:
         """Make these changes. Returns what nft objects to, with none of them done, or ""."""
         self.expire()
         now = time.monotonic()
-        rules = self.rules + len(self.config.protocols)
-        planned: dict[LeaseKey, Lease | None] = {}
-        problems = []
-        for change in changes:
-            key = (change.address, change.resource)
-            resource = self.config.resources[change.resource]
-            lease, problem = None, ""
-            standing = rules - (resource.rules if planned.get(key, self.leases.get(key)) else 0)
-            if change.operation == KNOCK:
-                lease = Lease(*key, change.user, now + min(resource.timeout, LONGEST_LEASE_S))
-                standing += resource.rules
-                problem = self._objection(lease, standing)
-            if not problem:
-                planned[key], rules = lease, standing
-            problems.append(problem)
-        try:
-            self._run(self._script(planned, now))
-        except NftError as error:
-            return error.problem
-        # A lease's time counts from here: so the kernel's element never outlives ours.
-        elapsed = time.monotonic() - now
-        for key, lease in planned.items():
-            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
-        for change, problem in zip(changes, problems):
-            change.done(problem)
-        return ""
-
-    def _objection(self, lease: Lease, rules: int) -> str:
-        """Why this lease, with which these rules would stand, cannot be given; "" if it can."""
-        if (6 if ":" in lease.address else 4) not in VERSIONS[self.config.family]:
-            return f"a table of family {self.config.family} has no place for this address"
-        if self.config.resources[lease.resource].timeout < SHORTEST_LEASE_S:
-            return "the resource's timeout is 0"
-        if rules > self.config.max_nr_rules:
-            return f"max-nr-rules ({self.config.max_nr_rules}) is reached"
-        return ""
-
-    def _script(self, planned: Mapping[LeaseKey, Lease | None], now: float) -> str:
-        """The nft script that turns the leases that are into those that are planned."""
+        planned, objections = self._plan(changes, now)
         old = {key: self.leases[key] for key in planned if key in self.leases}
         gates = {key[1] for key in planned if self.config.resources[key[1]].is_gate}
         if gates:
@@ -1395,7 +1358,42 @@ class Firewall:
         new = filter(None, {**old, **planned}.values())
         before = lease_elements(self.config, old.values(), self.boot)
         after = lease_elements(self.config, new, self.boot)
-        return elements_script(self.config, before, after, now, self.refreshes)
+        try:
+            self._run(elements_script(self.config, before, after, now, self.refreshes))
+        except NftError as error:
+            return error.problem
+        # A lease's time counts from here: so the kernel's element never outlives ours.
+        elapsed = time.monotonic() - now
+        for key, lease in planned.items():
+            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
+        for change, objection in zip(changes, objections):
+            change.done(objection)
+        return ""
+
+    def _plan(self, changes: list[Change], now: float) -> tuple[Plan, list[str]]:
+        """What these changes make of the leases, and for each why it cannot be; "" if it can."""
+        config = self.config
+        planned: Plan = {}
+        objections = []
+        rules = self.rules + len(config.protocols)
+        for change in changes:
+            key = (change.address, change.resource)
+            resource = config.resources[change.resource]
+            standing = rules - (resource.rules if planned.get(key, self.leases.get(key)) else 0)
+            lease, objection = None, ""
+            if change.operation == KNOCK:
+                lease = Lease(*key, change.user, now + min(resource.timeout, LONGEST_LEASE_S))
+                standing += resource.rules
+                if (6 if ":" in change.address else 4) not in VERSIONS[config.family]:
+                    objection = f"a table of family {config.family} has no place for this address"
+                elif resource.timeout < SHORTEST_LEASE_S:
+                    objection = "the resource's timeout is 0"
+                elif standing > config.max_nr_rules:
+                    objection = f"max-nr-rules ({config.max_nr_rules}) is reached"
+            if not objection:
+                planned[key], rules = lease, standing
+            objections.append(objection)
+        return planned, objections
 
     def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
         """Note a lease, or with None its end, in the table."""
