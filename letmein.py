@@ -965,7 +965,6 @@ IP = {4: "ip", 6: "ip6"}
 NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
 NETLINK_NETFILTER = 12  # linux/netlink.h
 NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
-NFT_TABLE_MESSAGES = (0, 2)  # NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE: linux/netfilter/nf_tables.h
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
@@ -1024,12 +1023,16 @@ def rule_texts(config: Config) -> list[str]:
 
 
 def lease_names(config: Config, lease: Lease) -> set[tuple[str, str]]:
-    """The (set, key) of the elements that are this lease's alone. They are in one set."""
-    address, v = lease.address, 6 if ":" in lease.address else 4
+    """The (set, key) of the elements that make up a lease; a gate is one of all its leases."""
+    name, v = f"letmein-{lease.resource:08X}", 6 if ":" in lease.address else 4
     resource = config.resources[lease.resource]
+    port = resource.port
+    names = {(f"letmein-{v}", f"{lease.address} . {p} . {port}") for p in resource.protocols}
     if resource.jumps:
-        return {(f"letmein-{lease.resource:08X}-{v}", address)}
-    return {(f"letmein-{v}", f"{address} . {p} . {resource.port}") for p in resource.protocols}
+        names.add((f"{name}-{v}", lease.address))
+    if resource.is_gate:
+        names |= {(f"{name}-gate", IP[version]) for version in VERSIONS[config.family]}
+    return names
 
 
 def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elements:
@@ -1038,13 +1041,11 @@ def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elemen
     what the resource means. A gate is open until its last lease ends."""
     elements: Elements = {}
     for lease in leases:
-        resource = config.resources[lease.resource]
         ids = f"user={lease.user:08X} resource={lease.resource:08X}"
-        facts = lease.ends, f"{ids} boot={boot} means={resource.meaning}"
-        elements.update((name, facts) for name in lease_names(config, lease))
-        for version in VERSIONS[config.family] if resource.is_gate else ():
-            gate = f"letmein-{lease.resource:08X}-gate", IP[version]
-            elements[gate] = max(elements.get(gate, (0.0, "")), (lease.ends, "gate"))
+        comment = f"{ids} boot={boot} means={config.resources[lease.resource].meaning}"
+        for name in lease_names(config, lease):
+            facts = lease.ends, "gate" if name[0].endswith("-gate") else comment
+            elements[name] = max(elements.get(name, facts), facts)
     return elements
 
 
@@ -1185,12 +1186,12 @@ class Nft:
                 raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
             self.process_ids.append(process)
             status = await_end(process, NFT_LIMIT_S)
-            if status == -9:
-                raise NftError(f"nft did not end within {NFT_LIMIT_S:g} s", "what keeps it busy?")
             printed.seek(0)
             said.seek(0)
+            problem = said.read(4096).decode("utf-8", "replace").strip().split("\n")[0]
+            if status == -9:
+                problem = f"nft did not end within {NFT_LIMIT_S:g} s"
             if status:
-                problem = said.read(4096).decode("utf-8", "replace").strip().split("\n")[0]
                 hint = f"try it by hand: {self.path} list ruleset"
                 if "not permitted" in problem:
                     hint = "run it as root: nftables want CAP_NET_ADMIN"
@@ -1273,7 +1274,7 @@ class Firewall:
         adopted = adoptable(self.config, listing, time.monotonic(), self.boot)
         for key, lease in adopted.items():
             self._keep(key, lease)
-        self._install(listing)
+        self._install()
         if self.leases:
             self.log("adopted", leases=len(self.leases))
 
@@ -1290,14 +1291,14 @@ class Firewall:
         self.config = config
         self.heal(reconfigured=True)
 
-    def _install(self, listing: Listing) -> None:
+    def _install(self) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
         self.installed = True
         elements = lease_elements(self.config, self.leases.values(), self.boot)
         script = elements_script(self.config, {}, elements, time.monotonic())
         self._run(ruleset_script(self.config) + script)
-        self._delete_sets(listing.sets.keys() - set_types(self.config).keys())
         self.sets = list_table(self.nft, self.config).sets
+        self._delete_sets(self.sets.keys() - set_types(self.config).keys())
 
     def _run(self, script: str) -> None:
         if script and self.config.debug:
@@ -1311,21 +1312,19 @@ class Firewall:
             listing = list_table(self.nft, self.config)
         except NoTable:
             return
-        table = f"{self.config.family} {self.config.table}"
-        chains = [chain for chain in self.config.chains.values() if chain in listing.chains]
-        self.nft.run("".join(f"flush chain {table} {chain}\n" for chain in chains))
+        for chain in listing.chains.intersection(self.config.chains.values()):
+            self.nft.run(f"flush chain {self.config.family} {self.config.table} {chain}\n")
         self._delete_sets(listing.sets)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
-        transaction along: so they are emptied first, and deleted one by one."""
+        transaction along: so each has its own, and that one is emptied."""
         table = f"{self.config.family} {self.config.table}"
-        if names:
-            self.nft.run("".join(f"flush set {table} {name}\n" for name in names))
         for name in names:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
             except NftError as error:
+                self.nft.run(f"flush set {table} {name}\n")
                 self.log("set-stays", set=name, reason=error.problem)
 
     def advance(self) -> None:
@@ -1441,16 +1440,16 @@ class Firewall:
                 self.look_at = min(self.look_at, soon)
 
     def _is_foreign(self, data: bytes) -> bool:
-        """Whether these netlink messages (netlink(7)) tell of a change of something of ours
-        by another process: our table (attribute 1 everywhere), or in it our chains or sets."""
+        """Whether these netlink messages (netlink(7)) tell of a change by another process of
+        our chains or sets: those in our table, which is attribute 1 everywhere."""
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
         table = self.config.table.encode() + b"\0"
         table = struct.pack("=HH", 4 + len(table), 1) + table
         while len(data) >= 20:
-            length, kind, _, _, process_id, family = struct.unpack_from("=IHHIIB", data)
+            length, process_id, family = struct.unpack_from("=I8xIB", data)
             message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
-            ours = kind & 0xFF in NFT_TABLE_MESSAGES or any(name in message for name in names)
-            ours = ours and table in message and family == NFPROTO[self.config.family]
+            ours = table in message and any(name in message for name in names)
+            ours = ours and family == NFPROTO[self.config.family]
             if ours and process_id not in self.nft.process_ids:
                 return True
         return False
@@ -1469,11 +1468,12 @@ class Firewall:
                 time.sleep(RETRY_S[0] / 4)
                 listing = list_table(self.nft, self.config)
                 deleted &= self._deleted(listing, now)
-            for key in deleted:
-                self._revoke(key, "by hand")
+                for key, lease in list(self.leases.items()):
+                    if deleted & lease_names(self.config, lease):
+                        self._revoke(key, "by hand")
             damage = self._damage(listing, now)
             if damage or reconfigured:
-                self._install(listing)
+                self._install()
             if damage and not reconfigured:
                 self.log("healed", reason=damage, leases=len(self.leases))
         except NftError as error:
@@ -1485,16 +1485,13 @@ class Firewall:
         self.look_at = time.monotonic() + self.pause if damage or trouble else NEVER
         self.trouble = trouble
 
-    def _deleted(self, listing: Listing, now: float) -> set[LeaseKey]:
-        """The leases that an administrator has revoked: of which elements are missing though
-        their set is still the same. In its last second a lease may be gone."""
+    def _deleted(self, listing: Listing, now: float) -> set[tuple[str, str]]:
+        """The (set, key) that an administrator has deleted, to revoke leases: they are missing
+        though their set is still the same. In its last second one may be gone."""
+        elements = lease_elements(self.config, self.leases.values(), self.boot)
+        standing = {name for name, (ends, _) in elements.items() if ends - now > 1}
         same = dict(listing.sets.items() & self.sets.items())
-        found = set()
-        for key, lease in self.leases.items():
-            missing = lease_names(self.config, lease) - listing.elements.keys()
-            if lease.ends - now > 1 and any(name in same for name, _ in missing):
-                found.add(key)
-        return found
+        return {name for name in standing - listing.elements.keys() if name[0] in same}
 
     def _damage(self, listing: Listing, now: float) -> str:
         """What somebody else has done to the kernel's part; "" if it is as it should be."""
@@ -1502,13 +1499,10 @@ class Firewall:
             return "sets are missing"
         if listing.rules != len(rule_texts(self.config)):
             return "rules are missing"
-        expected = lease_elements(self.config, self.leases.values(), self.boot)
-        for name, (ends, _) in expected.items():
-            if ends - now > 1 and name not in listing.elements:
-                return "leases are missing"
+        elements = lease_elements(self.config, self.leases.values(), self.boot)
         for name, element in listing.elements.items():
             left = element.get("expires", NEVER)
-            if left and left > expected.get(name, (0.0, ""))[0] - now + 1:
+            if left and left > elements.get(name, (0.0, ""))[0] - now + 1:
                 return "there are foreign elements"
         return ""
 
