@@ -2488,9 +2488,8 @@ examples:
 
 
 def service_file(kind: str, path: str, account: str) -> str:
-    """A file that starts this copy of the program with the system. Args: kind, "systemd" (its
-    unit, or "systemd-socket", an extra one) or "openwrt"; path, of letmeind.conf; account, of the
-    network process."""
+    """A file that starts this copy of the program with the system. Args: kind, as on the command
+    line; path, of letmeind.conf; account, of the network process."""
     import shlex
     program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
     command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
@@ -2510,9 +2509,7 @@ start_service() {{
     procd_set_param stderr 1
     procd_close_instance
 }}
-reload_service() {{
-    procd_send_signal letmeind '*' HUP
-}}
+reload_service() {{ procd_send_signal letmeind '*' HUP; }}
 """
     if kind == "systemd-socket":
         return """\
