@@ -2047,7 +2047,8 @@ class Connection:
         self.since = time.monotonic()
         self.record = Record(REQUEST, TCP, number, *split_name(name))  # for its next message
         # What counts as one peer: an IPv4 address, or the first 56 bits of an IPv6 address.
-        self.prefix = self.record.peer[:7]
+        address = self.record.address
+        self.prefix = address if address.startswith(IPV4_MAPPED) else address[:7]
 
 
 def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]:
