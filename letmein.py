@@ -1878,24 +1878,26 @@ class Monitor:
     def _lose_network(self, reason: str) -> None:
         """The network process is gone or useless: end it, and start another after a pause.
         Raises UserError at the server's start."""
+        status = self._stop_network(0)
+        if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
+            reason += f", with status {status}"
         if not self.ready:
             raise UserError(*reason.split("\n")[:2])
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
         self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
-        self._stop_network(0)
         self.restart_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
-    def _stop_network(self, patience: float) -> None:
-        """It ends by itself when its link closes, or is killed after so many seconds."""
+    def _stop_network(self, patience: float) -> int:
+        """It ends by itself when its link closes, or is killed after so many seconds. Returns
+        its exit status."""
         if self.link is not None:
             self.selector.unregister(self.link)
             self.link.close()
             self.link = None
-        if self.network:
-            await_end(self.network, patience)
-            self.network = 0
+        process, self.network = self.network, 0
+        return await_end(process, patience) if process else 0
 
     def _on_link(self) -> None:
         """Take what the network process has sent, at most a batch's worth."""
@@ -1912,7 +1914,7 @@ class Monitor:
                 self._receive(Record(*RECORD.unpack(data)))
             else:
                 said = data.decode("utf-8", "replace")
-                self._lose_network(said or "the network process has ended")
+                self._lose_network(said or "it ended")
 
     def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
         """The network process reads at once whatever it does, or is not to be trusted."""

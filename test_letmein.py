@@ -5091,10 +5091,22 @@ class TestInstall:
 # A network process that somebody has taken over: at SIGUSR1 it does what the attack says, and
 # only this one does, which is the first. After it, if it still runs, it serves as before.
 HOSTILE = """
+# What an attack needs. From inside the sandbox nothing can be imported.
+import ctypes, errno, itertools, random, resource, select, signal, threading
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+MONITOR = os.getppid()
+
+
+def libc(name, *arguments):
+    result = getattr(LIBC, name)(*arguments)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), name)
+    return result
+
 
 class Hostile(Network):
     def __init__(self, *arguments):
-        import signal
         self.answer = None
         signal.signal(signal.SIGUSR1, lambda *_: self.attack())
         super().__init__(*arguments)
@@ -5127,8 +5139,6 @@ class Hostile(Network):
             pass
 
     def attack(self):
-        global select, signal
-        import random, select, signal
         @ATTACK@
 
 
@@ -5185,9 +5195,8 @@ NOT_READING = """
 SLOW_READER = """
             while select.select([], [self.link], [], 0.3)[1]:
                 self.say(REQUEST)
-            os.kill(os.getppid(), signal.SIGTERM)
-            monitor = os.getppid()
-            while os.getppid() == monitor:
+            os.kill(MONITOR, signal.SIGTERM)
+            while os.getppid() == MONITOR:
                 time.sleep(0.2)
                 self.link.recv(RECORD.size)
             raise SystemExit(0)
@@ -5310,7 +5319,7 @@ class TestNetworkProcess:
         """The administrator is heard all the same."""
         lab.load()
         program = with_attack(lab, FLOOD + SLOW_READER)
-        with Server(lab, server_conf(), program=program) as server:
+        with Server(lab, server_conf(), "--seccomp", "off", program=program) as server:
             assert handshake(lab) == COMEIN
             os.kill(server.network_process(), signal.SIGUSR1)
             assert server.wait() == 0
@@ -8225,6 +8234,400 @@ class TestFloods:
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+# ----------------------------------------------------------------------------
+# 10  The sandbox
+# ----------------------------------------------------------------------------
+
+SANDBOX_ACCOUNT = "nobody"  # every machine has it
+# The rights that the server keeps, as setpriv writes them and by their numbers in
+# linux/capability.h.
+KEPT_NAMES = "-all,+kill,+setgid,+setuid,+net_bind_service,+net_admin,+sys_chroot"
+KEPT_CAPABILITIES = f"{sum(1 << number for number in (5, 6, 7, 10, 12, 18)):016x}"
+LOUD = "--user none: the network process keeps the server's rights"
+SIGSYS = f"status -{signal.SIGSYS.value}"  # how the log says that a filter has ended a process
+
+
+def need_root(lab: Lab) -> None:
+    if not lab.real_root:
+        pytest.skip("only real root can become another user")
+
+
+def need_seccomp() -> None:
+    try:
+        import pyseccomp  # type: ignore  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"seccomp cannot be had here: {error}")
+
+
+def confined(lab: Lab, conf: str, *arguments: str, seccomp: str = "", **more: Any) -> Server:
+    """A server whose network process is in the whole sandbox, as far as we may make one. Who
+    measures coverage would want to open files in there."""
+    if seccomp == "kill":
+        need_seccomp()
+    account = SANDBOX_ACCOUNT if lab.real_root else "none"
+    words = ("--seccomp", seccomp) if seccomp else ()
+    return Server(lab, conf, *words, *arguments, account=account, env=unmeasured(), **more)
+
+
+def proc_status(pid: int) -> dict[str, str]:
+    """What the kernel says of a process, by name; numbers of a list are separated by a space."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name: " ".join(value.split()) for name, _, value in pairs}
+
+
+def proc_limit(pid: int, name: str) -> int:
+    """A limit that a process has, and can raise no more."""
+    text = Path(f"/proc/{pid}/limits").read_text(encoding="utf-8")
+    found = re.search(rf"(?m)^{name} +(\d+) +(\d+) ", text)
+    assert found, text
+    assert found[1] == found[2], found
+    return int(found[1])
+
+
+def memory_of(pid: int) -> bytes:
+    """All that a process has in its memory and could read there."""
+    found = []
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            if line.split()[1].startswith("r") and "[v" not in line:  # the kernel's own pages
+                with contextlib.suppress(OSError):  # behind the end of a file
+                    memory.seek(start)
+                    found.append(memory.read(end - start))
+    return b"\n".join(found)
+
+
+def keys_in(data: bytes) -> list[str]:
+    """Which configured keys are in there, as bytes or as hex digits."""
+    found = []
+    for user, key in KEYS.items():
+        for form in (key, key.hex().encode(), key.hex().upper().encode(), key[:16], key[16:]):
+            if form in data:
+                found.append(f"{user}: {form!r}")
+    return found
+
+
+# What somebody tries who has taken over the network process, and what each of it has to end with,
+# by the kernel's rules for accounts alone: without seccomp.
+ATTEMPTS = {
+    "open('/etc/passwd')": "EACCES",
+    "open('@CONF@')": "EACCES",
+    "open(f'/proc/{MONITOR}/mem', 'rb')": "EACCES",
+    "open('../../../../etc/passwd')": "EACCES",
+    "os.listdir('/')": "EACCES",
+    "os.listdir('.')": "EACCES",
+    "open('/x', 'w')": "EACCES",
+    "os.mkdir('/x')": "EACCES",
+    "os.write(os.memfd_create('x'), b'#!/bin/sh')": "EFBIG",
+    "os.execv('/bin/sh', ['sh'])": "EACCES",
+    "os.fork() or os._exit(0)": "EAGAIN",
+    "threading.Thread(target=print).start()": "RuntimeError",
+    "resource.setrlimit(resource.RLIMIT_NPROC, (9, 9))": "ValueError",
+    "os.kill(MONITOR, 0)": "EPERM",
+    "os.kill(MONITOR, signal.SIGKILL)": "EPERM",
+    "libc('ptrace', 16, MONITOR, 0, 0)": "EPERM",
+    "libc('process_vm_readv', MONITOR, VECTOR, 1, VECTOR, 1, 0)": "EPERM",
+    "libc('syscall', 438, libc('syscall', 434, MONITOR, 0), 0, 0)": "EPERM",  # pidfd_getfd
+    "os.setuid(0)": "EPERM",
+    "os.setgroups([0])": "EPERM",
+    "os.chroot('.')": "EACCES",
+    "libc('unshare', 0x10000000)": "EPERM",  # a user namespace
+    "libc('mount', b'/', b'/', None, 0x1000, None)": "EPERM",
+    "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)": "EPERM",
+    "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)": "EPERM",
+    "socket.socket(socket.AF_INET).bind(('', 81))": "EACCES",
+    "list_firewall()": "EPERM",
+}
+# And what the kernel does not refuse without seccomp. (An address of its own, a port of the lab.)
+POSSIBLE = {
+    "os.kill(os.getpid(), 0)": "done",
+    "socket.socket().connect(('127.0.0.1', 22))": "done",
+    "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0))": "done",
+    "socket.socket(socket.AF_UNIX).bind(b'\\0x' + os.urandom(8))": "done",
+}
+TRYING = """
+        vector = ctypes.create_string_buffer(8)
+        VECTOR = struct.pack("@PN", ctypes.addressof(vector), 8)
+
+        def list_firewall():
+            link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
+            link.send(struct.pack("=IHHIIBBH", 20, 10 << 8 | 1, 0x305, 1, 0, 1, 0, 0))
+            answer = struct.unpack_from("=IHHIIi", link.recv(8192))
+            if answer[1] == 2 and answer[5]:
+                raise OSError(-answer[5], "NLMSG_ERROR")
+
+        outcomes = []
+        for attempt in @ATTEMPTS@:
+            try:
+                exec(attempt, globals(), {"VECTOR": VECTOR, "list_firewall": list_firewall})
+                outcomes.append("done")
+            except OSError as error:
+                outcomes.append(errno.errorcode[error.errno])
+            except Exception as error:
+                outcomes.append(type(error).__name__)
+        self.tell(" ".join(outcomes).encode())
+"""
+# The first thing of each kind that a filter ends the process for. None of it needs another call.
+FORBIDDEN = {
+    "open": "open('/etc/passwd')",
+    "list": "os.listdir('/')",
+    "execve": "os.execv('/bin/sh', ['sh'])",
+    "fork": "os.fork()",
+    "thread": "threading.Thread(target=print).start()",
+    "socket": "socket.socket()",
+    "connect": "self.listeners[1].connect(('::1', 22))",
+    "bind": "self.listeners[1].bind(('::1', 0))",
+    "shutdown": "self.listeners[0].shutdown(socket.SHUT_RDWR)",
+    "kill": "os.kill(MONITOR, 0)",
+    "ptrace": "libc('ptrace', 16, MONITOR, 0, 0)",
+    "process_vm_readv": "libc('process_vm_readv', MONITOR, None, 0, None, 0, 0)",
+    "memfd_create": "os.memfd_create('x')",
+    "prctl": "libc('prctl', 38, 1, 0, 0, 0)",
+    "setuid": "os.setuid(os.getpid())",
+    "io_uring_setup": "libc('syscall', 425, 1, None)",
+}
+EVERY_RECORD = """
+        ids = itertools.product(range(6), (0, 1, 2, 0xFFFFFFFF), (0, 0x22, 0x23, 0x26, 0x99))
+        for operation, user, resource_id in ids:
+            payload = unsigned(operation, user, resource_id, os.urandom(32))
+            for kind, protocol in itertools.product((REQUEST, ANSWER), (TCP, UDP)):
+                self.say(kind, protocol, payload)
+                self.hear()
+        for kind in (READY, COUNTS):
+            self.say(kind, payload=os.urandom(56))
+        self.tell(b"these were all")
+"""
+DIVERT = """
+        Honest = Hostile.__mro__[1]
+        mine = IPV4_MAPPED + bytes([10, 77, 7, 7])
+        Hostile._send = lambda self, record: Honest._send(self, record._replace(address=mine))
+"""
+
+
+class TestTakeover:
+    """Somebody has taken over the process that faces the internet: nothing to steal in there, and
+    nothing to do."""
+
+    def test_no_key_is_in_its_reach(self, lab: Lab) -> None:
+        lab.load()
+        with confined(lab, server_conf(general="control-error-policy = always")) as server:
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                assert handshake(lab, 0x23, KNOCK, protocol, source) == COMEIN
+                assert handshake(lab, 0x23, REVOKE, protocol, source) == COMEIN
+                refused_knock(lab, protocol, source)
+            reconfigure(server, server_conf())
+            network = server.network_process()
+            memory = memory_of(network)
+            assert MAGIC in memory
+            assert keys_in(memory) == []
+            for name in ("cmdline", "environ"):
+                assert keys_in(Path(f"/proc/{network}/{name}").read_bytes()) == []
+            # That they would be found where they are.
+            assert len(keys_in(memory_of(server.process.pid))) >= len(KEYS)
+
+    def test_what_the_kernel_refuses_without_seccomp(self, lab: Lab) -> None:
+        """And what it does not: without seccomp the process can make sockets and connect them."""
+        need_root(lab)
+        lab.load()
+        conf = str(lab.file(server_conf()))
+        attempts = {text.replace("@CONF@", conf): end for text, end in ATTEMPTS.items()}
+        wanted = {**attempts, **POSSIBLE}
+        program = with_attack(lab, TRYING.replace("@ATTEMPTS@", repr(list(wanted))))
+        with confined(lab, server_conf(), seccomp="off", program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, rules = lab.elements(), our_rules()
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network)
+            (lost,) = server.events("network-process-lost")
+            assert dict(zip(wanted, lost["reason"].split())) == wanted
+            assert len(lost["reason"].split()) == len(wanted)
+            assert lab.elements() == leases
+            assert our_rules() == rules
+
+    @pytest.mark.parametrize("call", FORBIDDEN)
+    def test_what_ends_it_under_seccomp(self, lab: Lab, call: str) -> None:
+        lab.load()
+        program = with_attack(lab, f"exec({FORBIDDEN[call]!r})")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, rules, network = lab.elements(), our_rules(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, SIGSYS)
+            assert lab.elements() == leases
+            assert our_rules() == rules
+
+    def test_what_does_not_end_it(self, lab: Lab) -> None:
+        """That it was the call in the test above, and not the way to it."""
+        lab.load()
+        program = with_attack(lab, "exec('self.say(COUNTS)')")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            network = server.network_process()
+            for _ in range(3):
+                os.kill(network, signal.SIGUSR1)
+                assert handshake(lab) == COMEIN
+            assert server.network_process() == network
+            assert not server.events("network-process-lost")
+
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86_64 alone")
+    def test_no_call_by_another_door(self, lab: Lab) -> None:
+        """Linux for x86_64 has the calls of i386 as well, with other numbers: 20 is there getpid
+        and not writev."""
+        lab.load()
+        code = bytes.fromhex("b814000000cd80c3")  # mov $20, %eax; int $0x80; ret
+        attack = f"""
+        import mmap
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write({code!r})
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+        self.tell(b"it has called")
+"""
+        program = with_attack(lab, attack)
+        (path,) = (word for word in program if str(word).endswith(".py"))
+        text = Path(path).read_text(encoding="utf-8")
+        Path(path).write_text(text.replace("\nimport ctypes,", "\nimport mmap, ctypes,"), "utf-8")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            lost = server.wait_for("network-process-lost")
+            assert re.search(f"status -({signal.SIGSYS.value}|{signal.SIGSEGV.value})", str(lost))
+
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_no_record_opens_a_port(self, lab: Lab, seccomp: str) -> None:
+        lab.load()
+        program = with_attack(lab, EVERY_RECORD)
+        with confined(lab, server_conf(), seccomp=seccomp, program=program) as server:
+            rules, network = our_rules(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, "these were all")
+            assert lab.elements() == []
+            assert our_rules() == rules
+            assert not server.events("granted", resource="00000022")
+
+    def test_it_can_divert_a_lease_and_no_more(self, lab: Lab) -> None:
+        """What a man in the middle can do: one lease for one knock of somebody who has the key,
+        for what was knocked for."""
+        lab.load()
+        with confined(lab, server_conf(), program=with_attack(lab, DIVERT)) as server:
+            os.kill(server.network_process(), signal.SIGUSR1)
+            assert handshake(lab) == COMEIN
+            assert not lab.reaches(22, CLIENT_4)
+            assert lab.reaches(22, "10.77.7.7")
+            assert len(lab.elements()) == 1
+            assert [lease["peer"] for lease in server.events("granted")] == ["10.77.7.7"]
+
+
+class TestPrivileges:
+    """What the two processes may do, as the kernel has it."""
+
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_the_network_process(self, lab: Lab, seccomp: str) -> None:
+        need_root(lab)
+        lab.load()
+        account = pwd.getpwnam(SANDBOX_ACCOUNT)
+        with confined(lab, server_conf(), "-n", "100", seccomp=seccomp) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            status = proc_status(network)
+            assert status["Uid"].split() == [str(account.pw_uid)] * 4
+            assert status["Gid"].split() == [str(account.pw_gid)] * 4
+            assert status["Groups"] == ""
+            for name in ("CapEff", "CapPrm", "CapInh", "CapAmb"):
+                assert int(status[name], 16) == 0, name
+            assert status["NoNewPrivs"] == "1"
+            assert status["Seccomp"] == {"off": "0", "kill": "2"}[seccomp]
+            assert status["Threads"] == "1"
+
+            process = Path(f"/proc/{network}")
+            root = os.readlink(process / "root")
+            assert re.fullmatch(r"/tmp/letmeind-[0-9a-f]{16} \(deleted\)", root)
+            assert os.readlink(process / "cwd") == root
+            assert list((process / "root").iterdir()) == []
+            assert not Path(root.split()[0]).exists()
+            assert (process / "environ").read_bytes() == b""
+            assert (process / "fd").stat().st_uid == 0  # not dumpable: proc(5)
+
+            files = [re.sub(r"\d+", "", os.readlink(path)) for path in (process / "fd").iterdir()]
+            # Its sockets: the link, and the control port over TCP and over UDP.
+            assert sorted(files) == sorted(["/dev/null", "anon_inode:[eventpoll]"] + 3 * ["socket:[]"])
+
+            for name in ("Max processes", "Max file size", "Max core file size"):
+                assert proc_limit(network, name) == 0, name
+            assert proc_limit(network, "Max open files") == 1124
+            assert proc_limit(network, "Max data size") == (128 << 20) + 100 * (16 << 10)
+
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_the_monitor(self, lab: Lab, seccomp: str) -> None:
+        lab.load()
+        with confined(lab, server_conf(), seccomp=seccomp) as server:
+            monitor = server.process.pid
+            status = proc_status(monitor)
+            assert status["CapEff"] == status["CapPrm"] == KEPT_CAPABILITIES
+            assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+            assert status["NoNewPrivs"] == "1"
+            assert status["Seccomp"] == {"off": "0", "kill": "2"}[seccomp]
+            assert status["Umask"] == "0077"
+            assert proc_limit(monitor, "Max core file size") == 0
+            for path in server.rundir.iterdir():
+                assert path.stat().st_mode & 0o077 == 0, path
+
+            # Not dumpable: root with no more rights than it has cannot look into it.
+            words = ("setpriv", "--bounding-set", KEPT_NAMES)
+            with subprocess.Popen([*words, "sleep", "60"]) as other:
+                path = Path(f"/proc/{other.pid}/exe")
+                eventually(lambda: path.resolve().name != "setpriv", "it does not run")
+                assert run(*words, "cat", f"/proc/{other.pid}/environ")
+                other.kill()
+            denied = lab.command("cat", f"/proc/{monitor}/environ", program=words)
+            assert "Permission denied" in denied.err
+
+    def test_no_account_with_rights(self, lab: Lab) -> None:
+        """Neither root, nor root by another name, nor one of root's group."""
+        lab.load()
+        more = "toor:x:0:12345::/:/bin/sh\nrootgroup:x:12345:0::/:/bin/sh\n"
+        accounts = lab.file(Path("/etc/passwd").read_text(encoding="utf-8") + more, mode=0o644)
+        call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
+        try:
+            for name in ("root", "toor", "rootgroup"):
+                TestStart().fails(lab, f"{name} is root, or of root's group", user=name)
+        finally:
+            call_libc("umount", b"/etc/passwd")
+        TestStart().fails(lab, "no account rootgroup", "useradd --system", user="rootgroup")
+
+    def test_user_none_is_loud(self, lab: Lab) -> None:
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert [warning["reason"] for warning in server.events("warning")].count(LOUD) == 1
+            status = proc_status(server.network_process())
+            assert status["CapEff"] == KEPT_CAPABILITIES
+            assert status["NoNewPrivs"] == "1"
+        with confined(lab, server_conf()) as server:
+            assert bool(server.events("warning", reason=LOUD)) == (not lab.real_root)
+
+    @pytest.mark.parametrize(
+        "step, launcher",
+        [
+            ("make an empty root directory in /tmp", ("sh", "-c", "@READ-ONLY@", "sh")),
+            ("change the root directory", ("setpriv", "--bounding-set", "-sys_chroot")),
+            ("become the user nobody", ("setpriv", "--bounding-set", "-setgid")),
+            ("become the user nobody", ("setpriv", "--bounding-set", "-setuid")),
+            ("give up its capabilities", ("setpriv", "--securebits", "+no_setuid_fixup")),
+        ],
+    )
+    def test_no_step_is_left_out(self, lab: Lab, step: str, launcher: tuple[str, ...]) -> None:
+        """Where one cannot be made, there is no server."""
+        need_root(lab)
+        lab.load()
+        mounts = (
+            f"mount --bind {lab.directory} {lab.directory} && mount --rbind /tmp /tmp"
+            " && mount -o remount,bind,ro /tmp && exec \"$@\""
+        )
+        words = [word.replace("@READ-ONLY@", mounts) for word in launcher]
+        launcher = ("unshare", "--mount", *words)
+        TestStart().fails(lab, f"cannot {step}:", user=SANDBOX_ACCOUNT, launcher=launcher)
 
 
 if __name__ == "__main__":  # one of the processes of its own, see start_part()
