@@ -2372,12 +2372,12 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
     try:
         # Beside the slots: link, listeners, selectors, and peers that wait for nft, of which
         # there are no more than records that fit into the link.
-        files = connections + 1024
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files = files if most == resource.RLIM_INFINITY else min(files, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         memory = MEMORY_LIMIT + MEMORY_PER_CONNECTION * connections
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        wanted = ((resource.RLIMIT_NOFILE, connections + 1024), (resource.RLIMIT_DATA, memory))
+        for kind, limit in wanted:
+            _, most = resource.getrlimit(kind)
+            limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+            resource.setrlimit(kind, (limit, limit))
         if account != "none":
             # A directory that has been removed is empty and stays so, and nothing is left of it.
             step = "make an empty root directory in /tmp"

@@ -8584,6 +8584,15 @@ class TestPrivileges:
             denied = lab.command("cat", f"/proc/{monitor}/environ", program=words)
             assert "Permission denied" in denied.err
 
+    def test_a_memory_limit_of_the_system(self, lab: Lab) -> None:
+        """Where the server may have less than the network process is given, it has that."""
+        lab.load()
+        limit = 100 << 20
+        program = ("prlimit", f"--data={limit}:{limit}", sys.executable, LETMEIN, "server")
+        with confined(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            assert proc_limit(server.network_process(), "Max data size") == limit
+
     def test_no_account_with_rights(self, lab: Lab) -> None:
         """Neither root, nor root by another name, nor one of root's group."""
         lab.load()
