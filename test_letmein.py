@@ -8638,6 +8638,32 @@ class TestPrivileges:
         launcher = ("unshare", "--mount", *words)
         TestStart().fails(lab, f"cannot {step}:", user=SANDBOX_ACCOUNT, launcher=launcher)
 
+    @pytest.mark.parametrize("more", ["", ",+setuid"])
+    def test_rights_without_root(self, lab: Lab, more: str) -> None:
+        """Nobody's server that has what it needs as ambient capabilities: if its network process
+        is the same account, that keeps them."""
+        need_root(lab)
+        lab.load()
+        account = pwd.getpwnam(SANDBOX_ACCOUNT)
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        conf = lab.file(server_conf())
+        for path in (place, conf):
+            os.chown(path, account.pw_uid, account.pw_gid)
+        rights = f"+net_admin,+sys_chroot,+setgid{more}"
+        words = ["setpriv", "--reuid", str(account.pw_uid), "--regid", str(account.pw_gid)]
+        words += ["--clear-groups", "--inh-caps", rights, "--ambient-caps", rights]
+        # This Python may be in a directory of root's, and so may be the program.
+        pythons = (sys.executable, "/usr/bin/python3")
+        test = ("-c", "import os, sys; os.execv(sys.executable, ['python', '-V'])")
+        found = [name for name in pythons if not lab.command(name, *test, program=words).status]
+        if not found:
+            pytest.skip(f"{SANDBOX_ACCOUNT} has no Python")
+        program = lab.file(LETMEIN.read_text(encoding="utf-8"), mode=0o644)
+        words += [found[0], str(program), "server", "--rundir", str(place), "-c", str(conf)]
+        result = lab.command("--user", SANDBOX_ACCOUNT, program=words)
+        result.assert_error("the network process cannot give up its capabilities")
+        assert "letmein-4" not in lab.ruleset()
+
 
 if __name__ == "__main__":  # one of the processes of its own, see start_part()
     if sys.argv[1] == "flood":
