@@ -5092,7 +5092,7 @@ class TestInstall:
 # only this one does, which is the first. After it, if it still runs, it serves as before.
 HOSTILE = """
 # What an attack needs. From inside the sandbox nothing can be imported.
-import ctypes, errno, itertools, random, resource, select, signal, threading
+import ctypes, errno, itertools, mmap, random, resource, select, signal, threading
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MONITOR = os.getppid()
@@ -8240,6 +8240,7 @@ class TestFloods:
 # 10  The sandbox
 # ----------------------------------------------------------------------------
 
+KNOCKERS = list(itertools.product(("tcp", "udp"), (CLIENT_4, CLIENT_6)))
 SANDBOX_ACCOUNT = "nobody"  # every machine has it
 # The rights that the server keeps, as setpriv writes them and by their numbers in
 # linux/capability.h.
@@ -8479,16 +8480,12 @@ class TestTakeover:
         lab.load()
         code = bytes.fromhex("b814000000cd80c3")  # mov $20, %eax; int $0x80; ret
         attack = f"""
-        import mmap
         page = mmap.mmap(-1, 4096, prot=7)
         page.write({code!r})
         ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
         self.tell(b"it has called")
 """
         program = with_attack(lab, attack)
-        (path,) = (word for word in program if str(word).endswith(".py"))
-        text = Path(path).read_text(encoding="utf-8")
-        Path(path).write_text(text.replace("\nimport ctypes,", "\nimport mmap, ctypes,"), "utf-8")
         with confined(lab, server_conf(), seccomp="kill", program=program) as server:
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
@@ -8552,7 +8549,7 @@ class TestPrivileges:
 
             files = [re.sub(r"\d+", "", os.readlink(path)) for path in (process / "fd").iterdir()]
             # Its sockets: the link, and the control port over TCP and over UDP.
-            assert sorted(files) == sorted(["/dev/null", "anon_inode:[eventpoll]"] + 3 * ["socket:[]"])
+            assert sorted(files) == ["/dev/null", "anon_inode:[eventpoll]", *["socket:[]"] * 3]
 
             for name in ("Max processes", "Max file size", "Max core file size"):
                 assert proc_limit(network, name) == 0, name
@@ -8663,6 +8660,83 @@ class TestPrivileges:
         result = lab.command("--user", SANDBOX_ACCOUNT, program=words)
         result.assert_error("the network process cannot give up its capabilities")
         assert "letmein-4" not in lab.ruleset()
+
+
+# What goes out of a network process that was taken over: a connection, a datagram of a socket of
+# its own, and one of the control port's socket. In between it serves.
+CALL_OUT = """
+        outcomes = []
+        for host in ("10.1.0.2", "fd01::2"):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            calling = socket.socket(family)
+            calling.settimeout(0.5)
+            sending = socket.socket(family, socket.SOCK_DGRAM)
+            mapped = host if family == socket.AF_INET6 else f"::ffff:{host}"
+            for attempt in (
+                lambda: calling.connect((host, 9001)),
+                lambda: sending.sendto(b"own", (host, 9002)),
+                lambda: self.listeners[1].sendto(b"control port", (mapped, 9002)),
+            ):
+                try:
+                    attempt()
+                    outcomes.append("done")
+                except OSError:
+                    outcomes.append("refused")
+        self.tell(" ".join(outcomes).encode())
+"""
+
+
+def egress_rules(account: str) -> str:
+    """The chain for what goes out, which is a comment in nftables.conf."""
+    text = (HERE / "nftables.conf").read_text(encoding="utf-8")
+    found = re.search(r"(?m)^\t# chain output \{\n(?:\t# .*\n)*?\t# \}\n(?=\t# chain)", text)
+    assert found, "nftables.conf has no chain output"
+    chain = found[0].replace("\t# ", "\t").replace('"letmeind"', f'"{account}"')
+    return f"table inet filter {{\nchain LETMEIN-OUTPUT {{ }}\n{chain}}}\n"
+
+
+class TestEgress:
+    @pytest.mark.parametrize("guarded", [False, True])
+    def test_it_calls_nobody(self, lab: Lab, guarded: bool) -> None:
+        """The rule of nftables.conf: who took the network process over can call nobody, without
+        seccomp, and knocks are answered all the same."""
+        need_root(lab)
+        lab.load(more=egress_rules(SANDBOX_ACCOUNT) if guarded else "")
+        with contextlib.ExitStack() as stack:
+            called = []
+            with lab.client():
+                for kind, port in ((socket.SOCK_STREAM, 9001), (socket.SOCK_DGRAM, 9002)):
+                    called.append(stack.enter_context(socket.socket(socket.AF_INET6, kind)))
+                    called[-1].bind(("::", port))
+                    called[-1].settimeout(0.3 if guarded else 5)
+            called[0].listen()
+            program = with_attack(lab, CALL_OUT)
+            server = confined(lab, server_conf(), seccomp="off", program=program)
+            with server:
+                network = server.network_process()
+                for protocol, source in KNOCKERS:
+                    assert handshake(lab, 0x23, KNOCK, protocol, source) == COMEIN
+                    assert lab.reaches(23, source)
+                    assert handshake(lab, 0x23, REVOKE, protocol, source) == COMEIN
+                os.kill(network, signal.SIGUSR1)
+                outcome = server.wait_for("network-process-lost")["reason"]
+                came = set()
+                with contextlib.suppress(socket.timeout):
+                    for _ in range(2):
+                        came.add(("call", str(called[0].accept()[1][0])))
+                with contextlib.suppress(socket.timeout):
+                    for _ in range(4):
+                        data, name = called[1].recvfrom(100)
+                        came.add((data.decode(), str(name[0])))
+                if guarded:
+                    assert came == set()
+                    assert outcome.split() == ["refused"] * 6
+                else:
+                    whats = ("call", "own", "control port")
+                    hosts = (f"::ffff:{SERVER_4}", SERVER_6)
+                    assert came == set(itertools.product(whats, hosts))
+                    assert outcome.split() == ["done"] * 6
+                replaced(server, network)
 
 
 if __name__ == "__main__":  # one of the processes of its own, see start_part()
