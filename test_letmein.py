@@ -8662,6 +8662,168 @@ class TestPrivileges:
         assert "letmein-4" not in lab.ruleset()
 
 
+def forbidden_call_is_logged(pid: int, number: int) -> bool:
+    """Whether the kernel's log tells of this call: type 1326 is AUDIT_SECCOMP."""
+    text = subprocess.run(["dmesg"], capture_output=True, encoding="utf-8").stdout
+    return bool(re.search(rf"type=1326 .* pid={pid} .* syscall={number} .* code=0x7ffc0000", text))
+
+
+def run_python(lab: Lab, words: Sequence[str | Path], tries: int = 10) -> Iterator[int]:
+    """Run a program several times; yields how it was called by the kernel."""
+    for _ in range(tries):
+        with subprocess.Popen(
+            [str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.wait(LIMIT_S) == 0
+        yield process.pid
+
+
+# A call that no process of ours makes, harmless and on every machine: getpgid(2), and its number.
+GETPGID = {"x86_64": 121, "aarch64": 155}
+# What the monitor and the client never do.
+NEVER_CALLED = {
+    "getpgid": "os.getpgid(0)",
+    "sync": "os.sync()",
+    "ptrace": "__import__('ctypes').CDLL(None).ptrace(0, 0, 0, 0)",
+    "mount": "__import__('ctypes').CDLL(None).mount(None, None, None, 0, None)",
+    "unshare": "__import__('ctypes').CDLL(None).unshare(0)",
+    "init_module": "__import__('ctypes').CDLL(None).syscall(@NUMBER@, 0, 0, 0)",
+}
+
+
+CLIENT_STEP = '    operation = KNOCK if arguments.command == "knock" else REVOKE\n'
+
+
+def refused_burst(lab: Lab) -> None:
+    """More of what is no knock than the log has lines for."""
+    for number in range(30):
+        for protocol in ("tcp", "udp"):
+            with Peer(lab, protocol, f"10.77.4.{number}") as peer:
+                peer.send(message(KNOCK, 0x22, 9) if number % 2 else os.urandom(56))
+
+
+class TestSeccomp:
+    """`seccomp = kill` and `log`."""
+
+    def client(self, lab: Lab, *words: str, conf: str = CLIENT_CONF) -> Result:
+        with lab.client():
+            return lab.command("-c", lab.file(conf), "--seccomp", "kill", *words)
+
+    def test_everything_under_kill(self, lab: Lab) -> None:
+        """All that client and server can do, once."""
+        lab.load()
+        short = server_conf(RESOURCES.replace("timeout: 3", "timeout: 1"))
+        with confined(lab, short, seccomp="kill") as server:
+            pair = (server.process.pid, server.network_process())
+            for options in ("-T both.test 22", "-U both.test 23", "-4 both.test 24"):
+                self.client(lab, "--verbose", "knock", *options.split()).assert_good()
+            self.client(lab, "knock", "-6", "-U", "both.test", "25").assert_good()
+            for source in (CLIENT_4, CLIENT_6):
+                assert lab.reaches(22, source) and lab.reaches(23, source, "udp")
+            assert lab.reaches(24, CLIENT_4, "udp") and lab.reaches(25, CLIENT_6)
+
+            # Errors.
+            wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+            hurried = client_conf(timeout=0.5)
+            self.client(lab, "knock", "v4dead.test", "22", conf=hurried).assert_good()
+            self.client(lab, "knock", "dead.test", "22", conf=hurried).assert_error("dead")
+            self.client(lab, "knock", SERVER_4, "22", conf=wrong).assert_error("closed")
+            self.client(lab, "knock", SERVER_4, "27").assert_error("rejected")
+            self.client(lab, "knock", SERVER_4, "99").assert_error("no port 99")
+            self.client(lab, "knock", "nowhere.invalid", "22").assert_error("nowhere.invalid")
+            self.client(lab, "knock", "-P", "5801", SERVER_4, "22").assert_error("refused")
+            self.client(lab, "gen-key").assert_good()
+            refused_burst(lab)
+
+            # Somebody else's changes, the administrator's, and time.
+            leases = len(lab.elements())
+            lab.load()
+            server.wait_for("healed")
+            assert len(lab.elements()) >= leases - 1
+            self.client(lab, "revoke", "both.test", "22").assert_good()
+            eventually(lambda: not lab.reaches(25, CLIENT_6), "no lease ends")
+            reconfigure(server, server_conf(port="5801 / tcp, udp"))
+            reconfigure(server, "nonsense", good=False)
+            reconfigure(server, server_conf())
+            more = ("--rundir", server.rundir, "--seccomp", "kill", "-c", server.path)
+            for command in (("status",), ("server", "--check", "--user", SANDBOX_ACCOUNT)):
+                assert lab.command(*command, *more).status == 0
+            assert counted(server)["process"] == server.process.pid
+            storm(lab, [f"10.77.5.{number}" for number in range(50)], 20, KNOCK)
+            assert pair == (server.process.pid, server.network_process())
+
+            # Its network process again and again.
+            os.kill(pair[1], signal.SIGKILL)
+            replaced(server, pair[1])
+            assert handshake(lab) == COMEIN
+
+    @pytest.mark.parametrize("mode", ["log", "kill"])
+    @pytest.mark.parametrize("place", ["file", "option"])
+    def test_no_pyseccomp(self, lab: Lab, mode: str, place: str) -> None:
+        """Without it neither server nor client starts, and both say how to get it."""
+        lab.load()
+        program = (sys.executable, "-S", LETMEIN)  # -S: nothing but the standard library
+        words = ("--seccomp", mode) if place == "option" else ()
+        general = f"seccomp = {mode}" if place == "file" else ""
+        rules = lab.ruleset()
+        for command, conf in (
+            (("server", "--rundir", lab.directory, "--user", "none"), server_conf(general=general)),
+            (("knock", SERVER_4, "22"), CLIENT_CONF.replace("[GENERAL]", f"[GENERAL]\n{general}")),
+        ):
+            result = lab.command("-c", lab.file(conf), *words, *command, program=program)
+            result.assert_error(f"seccomp = {mode} cannot be had", "pip install pyseccomp")
+        assert lab.ruleset() == rules
+        # With it, or without seccomp, the same commands work.
+        lab.command("gen-key", program=program).assert_good()
+
+    def test_log(self, lab: Lab) -> None:
+        """`log` lets a call through, and tells the kernel's log of it."""
+        need_seccomp()
+        number = GETPGID.get(platform.machine())
+        if number is None:
+            pytest.skip(f"the number of getpgid is not known on {platform.machine()}")
+        script = (
+            "import os, pyseccomp; f = pyseccomp.SyscallFilter(pyseccomp.ALLOW);"
+            "f.add_rule(pyseccomp.LOG, 'getpgid'); f.load(); os.getpgid(0)"
+        )
+        control = run_python(lab, (sys.executable, "-c", script))
+        if not any(forbidden_call_is_logged(pid, number) for pid in control):
+            pytest.skip("here the kernel's log tells nobody, or nothing of filtered calls")
+        lab.load()
+        with confined(lab, server_conf(), seccomp="log") as server:
+            for pid in (server.process.pid, server.network_process()):
+                assert proc_status(pid)["Seccomp"] == "2"
+            program = altered(lab, (CLIENT_STEP, CLIENT_STEP + "    os.getpgid(0)\n"))[:2]
+            conf = lab.file(CLIENT_CONF)
+            words = (*program, "-c", conf, "--seccomp", "log", "knock", SERVER_4, "22")
+            with lab.client():
+                runs = run_python(lab, words)
+                assert any(forbidden_call_is_logged(pid, number) for pid in runs)
+            assert lab.reaches(22, CLIENT_4)
+            assert not server.events("network-process-lost")
+
+    @pytest.mark.parametrize("call", NEVER_CALLED)
+    def test_what_ends_monitor_and_client(self, lab: Lab, call: str) -> None:
+        need_seccomp()
+        lab.load()
+        number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
+        statement = NEVER_CALLED[call].replace("@NUMBER@", number)
+        changes = (CLIENT_STEP, f"{CLIENT_STEP}    {statement}\n")
+        hup = "        if self.reload_wanted:\n"
+        program = altered(lab, changes, (hup, f"{hup}            {statement}\n"))
+        client = (*program[:2], "-c", lab.file(CLIENT_CONF), "--seccomp")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            network = server.network_process()
+            with lab.client():
+                ended = lab.command("knock", SERVER_4, "22", program=(*client, "kill"))
+                assert ended.status == -signal.SIGSYS
+                lab.command("knock", SERVER_4, "22", program=(*client, "off")).assert_good()
+            assert len(server.events("granted")) == 1
+            server.process.send_signal(signal.SIGHUP)
+            assert server.wait() == -signal.SIGSYS
+            eventually(lambda: not alive(Path(f"/proc/{network}")), "the network process lives on")
+
+
 # What goes out of a network process that was taken over: a connection, a datagram of a socket of
 # its own, and one of the control port's socket. In between it serves.
 CALL_OUT = """
