@@ -8691,7 +8691,7 @@ NEVER_CALLED = {
 }
 
 
-CLIENT_STEP = '    operation = KNOCK if arguments.command == "knock" else REVOKE\n'
+CLIENT_STEP = "    client = Client(config, arguments)\n"
 
 
 def refused_burst(lab: Lab) -> None:
@@ -8726,7 +8726,7 @@ class TestSeccomp:
             wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
             hurried = client_conf(timeout=0.5)
             self.client(lab, "knock", "v4dead.test", "22", conf=hurried).assert_good()
-            self.client(lab, "knock", "dead.test", "22", conf=hurried).assert_error("dead")
+            self.client(lab, "knock", "dead.test", "22", conf=hurried).assert_error("no answer")
             self.client(lab, "knock", SERVER_4, "22", conf=wrong).assert_error("closed")
             self.client(lab, "knock", SERVER_4, "27").assert_error("rejected")
             self.client(lab, "knock", SERVER_4, "99").assert_error("no port 99")
@@ -8809,8 +8809,8 @@ class TestSeccomp:
         number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
         statement = NEVER_CALLED[call].replace("@NUMBER@", number)
         changes = (CLIENT_STEP, f"{CLIENT_STEP}    {statement}\n")
-        hup = "        if self.reload_wanted:\n"
-        program = altered(lab, changes, (hup, f"{hup}            {statement}\n"))
+        hup = "            if signal.SIGHUP in numbers:\n"
+        program = altered(lab, changes, (hup, f"{hup}                {statement}\n"))
         client = (*program[:2], "-c", lab.file(CLIENT_CONF), "--seccomp")
         with confined(lab, server_conf(), seccomp="kill", program=program) as server:
             network = server.network_process()
