@@ -555,12 +555,9 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. [NFTABLES] is for
     the server only, [CLIENT] for the client only. Raises ConfigError."""
     sections = parse_sections(text, path)
-    warnings = []
-    for section, options in sections.items():
-        place, _ = options.pop("")
-        if section not in OPTIONS:
-            warnings.append(place + unknown(section.upper(), OPTIONS))
-
+    begins = {section: options.pop("")[0] for section, options in sections.items()}
+    others = [section for section in sections if section not in OPTIONS]
+    warnings = [begins[section] + unknown(section.upper(), OPTIONS) for section in others]
     values = {field: value for known in OPTIONS.values() for field, value, _ in known.values()}
     keys: dict[int, bytes] = {}
     resources: dict[int, Resource] = {}
@@ -588,8 +585,9 @@ def parse_config(text: str, path: str, server: bool) -> Config:
                 raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
     for option in ("family", "table", "chain-input"):
         if server and option not in sections["NFTABLES"]:
+            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
             hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{path}: [NFTABLES] {option}: is not set", hint)
+            raise ConfigError(f"{place}{option}: is not set", hint)
 
     del values["timeout"]  # resources have it
     port, protocols = values.pop("control")

@@ -6123,7 +6123,7 @@ def test_default_user_must_be_an_id() -> None:
 def test_required(option: str) -> None:
     lines = [f"{name} = {value}" for name, value in NFTABLES.items() if name != option]
     error = rejection("\n".join(["[GENERAL]", "[NFTABLES]", *lines]))
-    assert error.problem.startswith(f"f.conf: [NFTABLES] {option}: ") and option in error.hint
+    assert error.problem.startswith(f"f.conf:2: [NFTABLES] {option}: ") and option in error.hint
 
 
 @pytest.mark.parametrize(
@@ -6185,7 +6185,7 @@ def test_any_text_is_a_config_or_a_config_error(text: str, server: bool) -> None
         try:
             config = parse(candidate, server)
         except letmein.ConfigError as error:
-            assert re.match(r"f\.conf:([0-9]+:)? ", error.problem) and error.hint
+            assert re.match(r"f\.conf:[0-9]+: ", error.problem) and error.hint
             assert (error.problem + error.hint).isprintable()
         else:
             assert all(warning.isprintable() for warning in config.warnings)
