@@ -1721,7 +1721,7 @@ class Monitor:
 
         self.network = 0  # the network process, if there is one
         self.link: socket.socket | None = None  # to the network process
-        self.restart_at = NEVER
+        self.start_at = 0.0  # when to start it
         self.pause = NETWORK_PAUSE_S[0]
 
         self.secret = os.urandom(32)  # of the challenge tokens of this run
@@ -1736,7 +1736,6 @@ class Monitor:
             self.log("warning", reason=warning)
         status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
-            self._start_network()
             while not (self.ready or self.stopping):
                 self._turn()
             self._open_status(status_path)
@@ -1805,10 +1804,10 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        wait = min(self.firewall.look_at, self.restart_at, self.log.sum_up_at) - time.monotonic()
+        wait = min(self.firewall.look_at, self.start_at, self.log.sum_up_at) - time.monotonic()
         for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
             key.data()
-        if time.monotonic() >= self.restart_at:
+        if time.monotonic() >= self.start_at:
             try:
                 self._start_network()
             except OSError as error:
@@ -1847,7 +1846,7 @@ class Monitor:
         program is the compiled form of this one: the same even if the file has been
         replaced, and it need not be compiled again (6 MB)."""
         import marshal
-        self.restart_at = NEVER
+        self.start_at = NEVER
         self.started = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
@@ -1881,7 +1880,7 @@ class Monitor:
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
         self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
-        self.restart_at = time.monotonic() + self.pause
+        self.start_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
     def _stop_network(self, patience: float) -> int:
@@ -2106,7 +2105,7 @@ class Network:
         self._send(Record(READY))
 
     def run(self) -> None:
-        """Serve until the monitor is gone."""
+        """Serve until the monitor is gone: then it raises ConnectionError."""
         import signal
         while True:
             signal.setitimer(signal.ITIMER_PROF, TURN_LIMIT_S)  # its signal ends the process
@@ -2128,20 +2127,15 @@ class Network:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
         while not select.select([self.link], [self.link], [])[1]:
             self._on_link()
-        try:
-            self.link.send(RECORD.pack(*record))
-        except OSError:
-            raise SystemExit(0) from None  # the monitor is gone
+        self.link.send(RECORD.pack(*record))
 
     def _on_link(self) -> None:
         try:
             data, descriptors, _, _ = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
         if not data:
-            raise SystemExit(0)  # the monitor is gone
+            raise ConnectionError("the monitor is gone")
         record = Record(*RECORD.unpack(data))
         if record.kind == SETTINGS:
             return self._settle(record.payload, [socket.socket(fileno=fd) for fd in descriptors])
@@ -2170,7 +2164,7 @@ class Network:
                 # Out of descriptors or memory (accept(2)): the oldest goes, or the next answer
                 # from the monitor lets somebody go.
                 if self.connections:
-                    self._evict(self.connections)
+                    self._close(next(iter(self.connections.values())), "evicted")
                 else:
                     select.select([self.link], [], [], 0.1)
                 return
@@ -2192,10 +2186,6 @@ class Network:
             if len(self.connections) < self.limit:
                 return
             crowd = max(self.prefixes.values(), key=len)
-        self._evict(crowd)
-
-    def _evict(self, crowd: dict[int, Connection]) -> None:
-        """Close the oldest of these."""
         self._close(next(iter(crowd.values())), "evicted")
 
     def _read(self, connection: Connection) -> None:
@@ -2247,21 +2237,18 @@ class Network:
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
-        if record.connection >= len(self.listeners):
-            return
-        listener = self.listeners[record.connection]
         port, scope, local = ROUTE.unpack(record.route)
         name: tuple[Any, ...]
-        if listener.family == socket.AF_INET6:
-            name = (socket.inet_ntop(socket.AF_INET6, record.address), port, 0, scope)
-            extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local)
-        else:
-            name = (record.peer, port)
-            extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
-        try:
+        # If it is lost, or its socket is no longer there: the client asks again.
+        with contextlib.suppress(IndexError, OSError):
+            listener = self.listeners[record.connection]
+            if listener.family == socket.AF_INET6:
+                name = (socket.inet_ntop(socket.AF_INET6, record.address), port, 0, scope)
+                extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local)
+            else:
+                name = (record.peer, port)
+                extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
             listener.sendmsg([record.payload], [extra] if any(local) else [], 0, name)
-        except OSError:
-            return  # a lost datagram: the client asks again
 
 
 # ============================================================================
@@ -2410,7 +2397,8 @@ def network_process(account: str, seccomp: str, limit: str, prefix_limit: str) -
         Network(link, int(limit), int(prefix_limit)).run()
     except Exception as error:
         what = "" if isinstance(error, UserError) else f"it failed with {type(error).__name__}: "
-        link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
+        with contextlib.suppress(OSError):  # the monitor may be gone
+            link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
 
 
 # ============================================================================
