@@ -985,62 +985,48 @@ class Listing(NamedTuple):
     rules: int
 
 
-def set_types(config: Config) -> dict[str, str]:
-    """All sets that a configuration needs: names and the types of their elements."""
-    versions = VERSIONS[config.family]
-    sets = {f"letmein-{v}": f"ipv{v}_addr . inet_proto . inet_service" for v in versions}
+def ruleset(config: Config) -> tuple[dict[str, str], list[str]]:
+    """Our sets, by name the types of their elements, and our rules, each behind its chain."""
+    chains, versions = config.chains, VERSIONS[config.family]
+    sets: dict[str, str] = {}
+    rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
+    for v in versions:
+        sets[f"letmein-{v}"] = f"ipv{v}_addr . inet_proto . inet_service"
+        key = f"{IP[v]} saddr . meta l4proto . th dport"
+        rules.append(f"{chains['input']} {key} @letmein-{v} accept")
     for resource in config.resources.values():
         name = f"letmein-{resource.identifier:08X}"
         if resource.jumps:
             sets.update({f"{name}-{v}": f"ipv{v}_addr" for v in versions})
         if resource.is_gate:
             sets[f"{name}-gate"] = "ether_type"
-    return sets
-
-
-def rule_texts(config: Config) -> list[str]:
-    """Our rules, each behind the chain it stands in."""
-    chains, versions = config.chains, VERSIONS[config.family]
-    rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
-    for v in versions:
-        key = f"{IP[v]} saddr . meta l4proto . th dport"
-        rules.append(f"{chains['input']} {key} @letmein-{v} accept")
-    for resource in config.resources.values():
-        name = f"@letmein-{resource.identifier:08X}"
         for hook, target, match_saddr in resource.jumps:
             # Families ip and ip6 take no `meta nfproto`; the ether type does in all three.
-            keys = [f"{IP[v]} saddr {name}-{v}" for v in versions]
-            keys = keys if match_saddr else [f"meta protocol {name}-gate"]
+            keys = [f"{IP[v]} saddr @{name}-{v}" for v in versions]
+            keys = keys if match_saddr else [f"meta protocol @{name}-gate"]
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
     # The comment tells our rules from others, and from those of another configuration.
-    return [f'{rule} comment "letmein {digest(tuple(rules))}"' for rule in rules]
+    return sets, [f'{rule} comment "letmein {digest(tuple(rules))}"' for rule in rules]
 
 
-def lease_names(config: Config, lease: Lease) -> set[tuple[str, str]]:
-    """The (set, key) of the elements that make up a lease; a gate is one of all its leases."""
-    name, v = f"letmein-{lease.resource:08X}", 6 if ":" in lease.address else 4
-    resource = config.resources[lease.resource]
-    port = resource.port
-    names = {(f"letmein-{v}", f"{lease.address} . {p} . {port}") for p in resource.protocols}
-    if resource.jumps:
-        names.add((f"{name}-{v}", lease.address))
-    if resource.is_gate:
-        names |= {(f"{name}-gate", IP[version]) for version in VERSIONS[config.family]}
-    return names
-
-
-def lease_elements(config: Config, leases: Iterable[Lease], boot: str) -> Elements:
+def lease_elements(config: Config, leases: Iterable[Lease], boot: str = "") -> Elements:
     """The elements that make up these leases. Their comments explain them to people, and to a
     successor of this server: when they count (boot: the start of the kernel's boot id), and
     what the resource means. A gate is open until its last lease ends."""
     elements: Elements = {}
     for lease in leases:
+        resource = config.resources[lease.resource]
+        name, v = f"letmein-{lease.resource:08X}", 6 if ":" in lease.address else 4
         ids = f"user={lease.user:08X} resource={lease.resource:08X}"
-        comment = f"{ids} boot={boot} means={config.resources[lease.resource].meaning}"
-        for name in lease_names(config, lease):
-            facts = lease.ends, "gate" if name[0].endswith("-gate") else comment
-            elements[name] = max(elements.get(name, facts), facts)
+        facts = lease.ends, f"{ids} boot={boot} means={resource.meaning}"
+        for protocol in resource.protocols:
+            elements[f"letmein-{v}", f"{lease.address} . {protocol} . {resource.port}"] = facts
+        if resource.jumps:
+            elements[f"{name}-{v}", lease.address] = facts
+        for version in VERSIONS[config.family] if resource.is_gate else ():
+            gate = f"{name}-gate", IP[version]
+            elements[gate] = max(elements.get(gate, (0.0, "")), (lease.ends, "gate"))
     return elements
 
 
@@ -1070,13 +1056,13 @@ def elements_script(
 
 def ruleset_script(config: Config) -> str:
     """The nft script that makes sets and rules as they should be, whatever is there."""
-    table = f"{config.family} {config.table}"
+    table, (sets, rules) = f"{config.family} {config.table}", ruleset(config)
     lines = []
-    for name, kind in set_types(config).items():
+    for name, kind in sets.items():
         lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
         lines.append(f"flush set {table} {name}")
     lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
-    lines += [f"add rule {table} {rule}" for rule in rule_texts(config)]
+    lines += [f"add rule {table} {rule}" for rule in rules]
     return "".join(line + "\n" for line in lines)
 
 
@@ -1085,7 +1071,7 @@ def read_listing(config: Config, printed: bytes) -> Listing:
     a new table counts its handles from the start."""
     import json
     listing = Listing({}, {}, set(), 0)
-    tag = rule_texts(config)[0]
+    tag = ruleset(config)[1][0]
     rules = table = 0
     for item in json.loads(printed)["nftables"]:
         kind, found = next(iter(item.items()))
@@ -1123,7 +1109,7 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> Leases
             address = name[1].split(" ")[0]
             found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
             lease = config.allowed(found, comment[4])
-            names = lease_names(config, lease) if lease else set()
+            names = lease_elements(config, [lease]).keys() if lease else set()
             if lease and name in names and names <= listing.elements.keys():
                 leases[lease[:2]] = lease
     return leases
@@ -1216,7 +1202,7 @@ def check_kernel(nft: Nft, config: Config) -> Listing:
         if chain not in listing.chains:
             hint = "declare it in your ruleset, as nftables.conf does, and load that first"
             raise UserError(f"there is no chain {chain} (chain-{hook}) {where}", hint)
-    for name, kind in set_types(config).items():
+    for name, kind in ruleset(config)[0].items():
         if name in listing.sets and listing.sets[name][0] != kind:
             hint = f"remove it: nft delete set {config.family} {config.table} {name}"
             raise UserError(f"the set {name} {where} is not one of ours", hint)
@@ -1263,15 +1249,20 @@ class Firewall:
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
 
-    def open(self) -> None:
-        """Install sets and rules, and take over the leases of a predecessor. Raises UserError."""
+    def open(self) -> socket.socket:
+        """Install sets and rules, and take over the leases of a predecessor. Returns a socket
+        that gets the kernel's nftables notifications, for on_notification(). Raises UserError."""
+        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        set_receive_buffer(netlink, NOTIFICATION_BUFFER)
+        netlink.setblocking(False)
+        netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         listing = check_kernel(self.nft, self.config)
-        adopted = adoptable(self.config, listing, time.monotonic(), self.boot)
-        for key, lease in adopted.items():
-            self._keep(key, lease)
+        for lease in adoptable(self.config, listing, time.monotonic(), self.boot).values():
+            self._keep(lease[:2], lease)
         self._install()
         if self.leases:
             self.log("adopted", leases=len(self.leases))
+        return netlink
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
@@ -1284,16 +1275,20 @@ class Firewall:
             else:
                 self._revoke(key, "configuration")
         self.config = config
-        self.heal(reconfigured=True)
+        try:
+            self._install()
+        except NftError:
+            self.look_at = 0
 
     def _install(self) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
+        self.expire()
         self.installed = True
         elements = lease_elements(self.config, self.leases.values(), self.boot)
         script = elements_script(self.config, {}, elements, time.monotonic())
         self._run(ruleset_script(self.config) + script)
         self.sets = list_table(self.nft, self.config).sets
-        self._delete_sets(self.sets.keys() - set_types(self.config).keys())
+        self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
 
     def _run(self, script: str) -> None:
         if script and self.config.debug:
@@ -1326,6 +1321,7 @@ class Firewall:
         """Do all that is due: heal, then the changes that have come in, in one transaction. If
         that fails, the kernel may have been changed under us: heal, and try each change alone,
         so that a bad one harms nobody else; but only as long as clients are patient."""
+        self.expire()
         if time.monotonic() >= self.look_at:
             self.heal()
         changes, self.queue = self.queue, []
@@ -1342,7 +1338,6 @@ class Firewall:
 
     def _apply(self, changes: list[Change]) -> str:
         """Make these changes. Returns what nft objects to, with none of them done, or ""."""
-        self.expire()
         now = time.monotonic()
         planned, objections = self._plan(changes, now)
         old = {key: self.leases[key] for key in planned if key in self.leases}
@@ -1412,14 +1407,6 @@ class Firewall:
             ends = [lease.ends for lease in self.leases.values()]
             self.next_end = min(ends, default=NEVER)
 
-    def watch(self) -> socket.socket:
-        """A socket that gets the kernel's nftables notifications; see on_notification()."""
-        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        set_receive_buffer(netlink, NOTIFICATION_BUFFER)
-        netlink.setblocking(False)
-        netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
-        return netlink
-
     def on_notification(self, netlink: socket.socket) -> None:
         """Read what waits, and want a look if somebody else changed something of ours."""
         while True:
@@ -1449,11 +1436,10 @@ class Firewall:
                 return True
         return False
 
-    def heal(self, reconfigured: bool = False) -> None:
-        """Compare the kernel with what should be, and install all anew if that has changed, or if
-        something is missing or foreign. Where that cannot be done, say so once. Then look again
-        after a pause, which grows as long as it helps nothing."""
-        self.expire()
+    def heal(self) -> None:
+        """Compare the kernel with what should be, and install all anew if something is missing or
+        foreign. Where that cannot be done, say so once. Then look again after a pause, which
+        grows as long as it helps nothing."""
         now = time.monotonic()  # before the listing, which may take its time
         damage = trouble = ""
         try:
@@ -1464,12 +1450,11 @@ class Firewall:
                 listing = list_table(self.nft, self.config)
                 deleted &= self._deleted(listing, now)
                 for key, lease in list(self.leases.items()):
-                    if deleted & lease_names(self.config, lease):
+                    if deleted & lease_elements(self.config, [lease]).keys():
                         self._revoke(key, "by hand")
             damage = self._damage(listing, now)
-            if damage or reconfigured:
+            if damage:
                 self._install()
-            if damage and not reconfigured:
                 self.log("healed", reason=damage, leases=len(self.leases))
         except NftError as error:
             trouble = error.problem
@@ -1483,18 +1468,19 @@ class Firewall:
     def _deleted(self, listing: Listing, now: float) -> set[tuple[str, str]]:
         """The (set, key) that an administrator has deleted, to revoke leases: they are missing
         though their set is still the same. In its last second one may be gone."""
-        elements = lease_elements(self.config, self.leases.values(), self.boot)
+        elements = lease_elements(self.config, self.leases.values())
         standing = {name for name, (ends, _) in elements.items() if ends - now > 1}
         same = dict(listing.sets.items() & self.sets.items())
         return {name for name in standing - listing.elements.keys() if name[0] in same}
 
     def _damage(self, listing: Listing, now: float) -> str:
         """What somebody else has done to the kernel's part; "" if it is as it should be."""
-        if set_types(self.config).keys() - dict(listing.sets.items() & self.sets.items()):
+        sets, rules = ruleset(self.config)
+        if sets.keys() - dict(listing.sets.items() & self.sets.items()):
             return "sets are missing"
-        if listing.rules != len(rule_texts(self.config)):
+        if listing.rules != len(rules):
             return "rules are missing"
-        elements = lease_elements(self.config, self.leases.values(), self.boot)
+        elements = lease_elements(self.config, self.leases.values())
         for name, element in listing.elements.items():
             left = element.get("expires", NEVER)
             if left and left > elements.get(name, (0.0, ""))[0] - now + 1:
@@ -1739,9 +1725,7 @@ class Monitor:
             while not (self.ready or self.stopping):
                 self._turn()
             self._open_status(status_path)
-            self.firewall.open()
-            netlink = self.firewall.watch()
-            self.firewall.look_at = 0  # at what happened until here
+            netlink = self.firewall.open()
             notified = functools.partial(self.firewall.on_notification, netlink)
             self.selector.register(netlink, selectors.EVENT_READ, notified)
             notify_systemd("READY=1")
