@@ -2492,12 +2492,12 @@ WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
-    settings = """Type=notify Restart=on-failure RestartSec=5 SyslogIdentifier=letmeind UMask=0077
-        LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts
-        PrivateTmp ProtectClock ProtectControlGroups ProtectHome=tmpfs ProtectHostname
-        ProtectKernelLogs ProtectKernelModules ProtectKernelTunables ProtectProc=invisible
-        ProtectSystem=strict RestrictNamespaces RestrictRealtime RestrictSUIDSGID
-        SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=5 UMask=0077
+        SyslogIdentifier=letmeind LockPersonality MemoryDenyWriteExecute NoNewPrivileges
+        PrivateDevices PrivateMounts PrivateTmp ProtectClock ProtectControlGroups ProtectHome=tmpfs
+        ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
+        ProtectProc=invisible ProtectSystem=strict RestrictNamespaces RestrictRealtime
+        RestrictSUIDSGID SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
     lines = "\n".join(word if "=" in word else f"{word}=yes" for word in settings.split())
     return f"""\
 [Unit]
