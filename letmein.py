@@ -2492,7 +2492,7 @@ WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
-    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=5 UMask=0077
+    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3 UMask=0077
         SyslogIdentifier=letmeind LockPersonality MemoryDenyWriteExecute NoNewPrivileges
         PrivateDevices PrivateMounts PrivateTmp ProtectClock ProtectControlGroups ProtectHome=tmpfs
         ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
