@@ -775,6 +775,8 @@ class Client:
         self.targets = resolve(arguments.host, port, arguments.families)
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         self.opened: list[str] = []  # the addresses where the last knock worked, the first first
+        self.failed: set[str] = set()  # those where it did not, even if it came out late
+        self.is_patient = bool(arguments.families)  # whether one address is not enough
         self.say(f"configuration: {config.path}")
         self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
 
@@ -785,8 +787,8 @@ class Client:
 
     def ask(self, operation: int, resource: Resource) -> list[str]:
         """Knock or revoke at all addresses at the same time; returns those where it worked, in
-        the order of their answers. If the user leaves the choice to us, one is enough, and the
-        other is not waited for much longer. Raises UserError."""
+        the order of their answers. Unless we are patient, one is enough, and the other is not
+        waited for much longer. Raises UserError."""
         import threading
         ids = operation, self.user, resource.identifier, self.key
         new_handshake = functools.partial(client_handshake, *ids, warn)
@@ -795,33 +797,35 @@ class Client:
 
         def run(where: str, target: Target) -> None:
             results[where] = attempt(new_handshake, target, self.protocol, self.timeout)
+            (self.failed.add if results[where] else self.failed.discard)(where)
             news.release()
 
         for item in self.targets.items():
             threading.Thread(target=run, args=item, daemon=True).start()
         wait = None
         while len(results) < len(self.targets) and news.acquire(timeout=wait):
-            if None in results.values() and not self.arguments.families:
+            if None in results.values() and not self.is_patient:
                 wait = OTHER_ADDRESS_S
         for where in self.targets:
             error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
             self.say(f"{where}: {error.problem if error else 'COMEIN'}")
         good = [where for where, error in results.items() if not error]
         errors = [error for error in map(results.get, self.targets) if error]
-        if errors and (self.arguments.families or not good):
+        if errors and (self.is_patient or not good):
             raise errors[0]
         return good
 
-    def ask_all(self, operation: int) -> bool:
-        """Knock or revoke for each resource, and tell the user; whether all went well."""
-        done, good = "opened" if operation == KNOCK else "closed", True
+    def ask_all(self, operation: int) -> list[Resource]:
+        """Knock or revoke for each resource, and tell the user; returns those that went well."""
+        done = "opened" if operation == KNOCK else "closed"
+        good = []
         for resource in self.resources:
             try:
                 self.opened = self.ask(operation, resource)
             except UserError as error:
                 tell_error(error)
-                good = False
                 continue
+            good.append(resource)
             if not self.is_quiet:
                 place = f"{self.arguments.host} ({', '.join(self.opened)})"
                 # Standard output is COMMAND's.
@@ -848,15 +852,19 @@ class Client:
 
         catch_signals(stop)
         try:
-            if not self.ask_all(KNOCK):
-                return 1
+            wanted, self.resources = self.resources, self.ask_all(KNOCK)
             self.is_quiet = True
+            if self.resources != wanted:
+                return 1
             threading.Thread(target=renew, daemon=True).start()
             return self.run_command() if self.arguments.to_run else self.carry()
         finally:
             catch_signals(signal.SIG_IGN)
             asking.acquire()  # for good: nothing is renewed from here on
             if not self.arguments.keep:
+                # A server that answers late may have opened the port all the same.
+                self.is_patient = True
+                self.targets = {w: t for w, t in self.targets.items() if w not in self.failed}
                 self.ask_all(REVOKE)
 
     def run_command(self) -> int:
@@ -2259,13 +2267,13 @@ NETWORK_CALLS = """
     restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto setitimer
     setsockopt sigaltstack write writev"""
 CLIENT_CALLS = NETWORK_CALLS + """
-    access bind clone clone3 connect dup faccessat faccessat2 fstatfs getcwd getdents64 getegid
-    geteuid getgid gettid getuid lseek lstat membarrier newfstatat open openat pread64 prlimit64
-    readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg set_robust_list
-    shutdown socket stat statfs statx sysinfo uname"""
+    access bind clone clone3 connect dup dup2 dup3 faccessat faccessat2 fstatfs getcwd getdents64
+    getegid geteuid getgid gettid getuid lseek lstat membarrier newfstatat open openat pread64
+    prlimit64 readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg
+    set_robust_list shutdown socket stat statfs statx sysinfo uname"""
 # A filter is inherited: this one has to let Python start, and nft work.
 MONITOR_CALLS = CLIENT_CALLS + """
-    arch_prctl capget capset chdir chroot close_range dup2 dup3 execve flock fork getppid
+    arch_prctl capget capset chdir chroot close_range execve flock fork getppid
     getresgid getresuid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir
     seccomp set_tid_address setgroups setresgid setresuid setrlimit setuid socketpair umask
     unlink unlinkat vfork wait4 waitid"""
@@ -2434,8 +2442,6 @@ def check(config: Config) -> int:
 
 def serve(config: Config, arguments: argparse.Namespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass  # or the next file opened would be our standard error
     given = activated_sockets()
     os.closerange(3 + len(given), 1 << 16)  # what else our parent has left open is for nobody
     find_account(arguments.user)
@@ -2679,7 +2685,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     client = Client(config, arguments)
     if arguments.to_run or arguments.command == "connect":
         return client.hold()
-    return 0 if client.ask_all(KNOCK if arguments.command == "knock" else REVOKE) else 1
+    done = client.ask_all(KNOCK if arguments.command == "knock" else REVOKE)
+    return 0 if done == client.resources else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2689,6 +2696,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [NETWORK_COMMAND]:
             network_process(*words[1:])
             return 0
+        for stream in ("stdin", "stdout", "stderr"):
+            if getattr(sys, stream) is None:  # it is closed: the next file would get its number
+                setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")
         status = run_command(parse_words(words))
