@@ -266,6 +266,7 @@ class ServerHandshake(NamedTuple):
 # out, or a ConfigError that names file, line and option and says what was
 # expected there. The text of a key never gets into a message.
 
+CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -610,12 +611,14 @@ def read_config(path: str, server: bool) -> Config:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            data = file.read()
+            data = file.read(CONFIG_SIZE_LIMIT + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
         hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
+    if len(data) > CONFIG_SIZE_LIMIT:
+        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
     config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
     warnings = list(config.warnings)
     if os.name == "posix" and server and status.st_uid != 0:
