@@ -2530,23 +2530,9 @@ WantedBy=multi-user.target
 """
 
 
-def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of option values as argparse wants it."""
-
-    def convert(text: str) -> Any:
-        import argparse
-        try:
-            return parse(text)
-        except Unfit as unfit:
-            raise argparse.ArgumentTypeError(f"{unfit.problem}; expected: {unfit.hint}") from None
-
-    return convert
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line, as README's tables have it."""
     import argparse
-    identifier, port = argument_type(parse_identifier), argument_type(parse_port)
     # A server that runs by our systemd unit may write nowhere else.
     rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
@@ -2575,32 +2561,32 @@ def build_parser() -> argparse.ArgumentParser:
         # Each PORT may stand behind an option, where argparse loses optional arguments:
         # parse_words() finds them among the rest.
         command.add_argument("host", metavar="HOST")
-        repeated: dict[str, Any] = {"action": "append", "dest": "resources", "default": []}
-        command.add_argument("-r", "--resource", metavar="ID", type=identifier, **repeated)
         command.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
         command.add_argument("--keep", action="store_true", help="do not close at the end")
-        command.add_argument("-u", "--user", metavar="ID", type=identifier)
-        command.add_argument("-P", "--server-port", metavar="PORT", type=port)
-        for letter, protocol in (("-T", "tcp"), ("-U", "udp")):
-            option: dict[str, Any] = {"action": "store_const", "dest": "protocol"}
-            command.add_argument(letter, f"--server-port-{protocol}", const=protocol, **option)
-        for letter, family in (("4", socket.AF_INET), ("6", socket.AF_INET6)):
-            option = {"action": "append_const", "dest": "families", "default": []}
-            command.add_argument(f"-{letter}", f"--ipv{letter}", const=family, **option)
+        command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
+        command.add_argument("-P", "--server-port", metavar="PORT", type=parse_port)
+        add = functools.partial(command.add_argument, dest="resources", action="append", default=[])
+        add("-r", "--resource", metavar="ID", type=parse_identifier)
+        add = functools.partial(command.add_argument, dest="protocol", action="store_const")
+        add("-T", "--server-port-tcp", const="tcp")
+        add("-U", "--server-port-udp", const="udp")
+        add = functools.partial(command.add_argument, dest="families", action="append_const")
+        add("-4", "--ipv4", const=socket.AF_INET, default=[])
+        add("-6", "--ipv6", const=socket.AF_INET6, default=[])
 
     command = commands.add_parser("gen-key", help="print a new key")
-    command.add_argument("-u", "--user", metavar="ID", type=identifier)
+    command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
 
     command = commands.add_parser("server", help="run the server")
     common(command, argparse.SUPPRESS)
     command.add_argument("--rundir", metavar="DIR", default=rundir)
-    slots = argument_type(functools.partial(parse_number, least=1, limit=1_000_000))
+    slots = functools.partial(parse_number, least=1, limit=1_000_000)
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
     command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
     name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
-    account = argument_type(lambda text: matched(text, name, "a user's name, or none"))
+    account = functools.partial(matched, pattern=name, expected="a user's name, or none")
     command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
     command = commands.add_parser("service", help="print what starts the server with the system")
@@ -2619,24 +2605,22 @@ def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
     parser = build_parser()
     at = words.index("--") if "--" in words else len(words)
-    arguments, rest = parser.parse_known_args(words[:at])
-    options = [word for word in rest if word.startswith("-")]
-    if arguments.command in ("knock", "revoke", "close", "connect") and not options:
-        try:
-            arguments.ports = [parse_port(word) for word in rest]
-        except Unfit as unfit:
-            parser.error(f"PORT: {unfit.problem}; expected: {unfit.hint}")
-        rest = []
-        if arguments.command == "connect":
-            if len(arguments.ports) != 1:
-                parser.error("give one PORT to connect to")
-        elif bool(arguments.ports) == bool(arguments.resources):
-            parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
-    arguments.to_run = words[at + 1 :]
-    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
-        parser.error("-- stands behind 'knock HOST PORT', and in front of a COMMAND")
+    try:
+        arguments, rest = parser.parse_known_args(words[:at])
+        if hasattr(arguments, "host") and not any(word.startswith("-") for word in rest):
+            arguments.ports, rest = [parse_port(word) for word in rest], []
+    except Unfit as unfit:
+        parser.error(f"{unfit.problem}; expected: {unfit.hint}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.to_run = words[at + 1 :]
+    if arguments.command == "connect":
+        if len(arguments.ports) != 1:
+            parser.error("give one PORT to connect to")
+    elif hasattr(arguments, "host") and bool(arguments.ports) == bool(arguments.resources):
+        parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
+    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
+        parser.error("-- stands behind 'knock HOST PORT', and in front of a COMMAND")
     return arguments
 
 
