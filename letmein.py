@@ -24,7 +24,7 @@ import socket
 import struct
 import sys
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 
 VERSION = "1.0.0"
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
@@ -1149,16 +1149,12 @@ def await_end(process: int, limit: float) -> int:
 class Nft:
     """The one place that runs nft: text on its standard input, no shell, a fixed
     environment. process_ids are those of its latest runs. Args: name, of the program; a
-    path, or to be found in TRUSTED_PATH. Raises UserError."""
+    path, or to be found in TRUSTED_PATH."""
 
     def __init__(self, name: str) -> None:
-        from collections import deque
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
-        self.path = next((path for path in places if os.access(path, os.X_OK)), "")
+        self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
         self.process_ids: deque[int] = deque(maxlen=16)
-        if not self.path:
-            hint = f"install nftables (looked in {TRUSTED_PATH}), or set exe to an absolute path"
-            raise UserError(f"cannot find the program {shown(name)}", hint)
 
     def run(self, script: str, *arguments: str) -> bytes:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
@@ -1174,8 +1170,8 @@ class Nft:
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
             except OSError as error:
-                hint = "install nftables, or set exe in [NFTABLES]"
-                raise NftError(f"cannot run {self.path}: {error.strerror}", hint) from None
+                hint = f"install nftables (to {TRUSTED_PATH}), or set exe to an absolute path"
+                raise NftError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             self.process_ids.append(process)
             status = await_end(process, NFT_LIMIT_S)
             printed.seek(0)
@@ -1198,7 +1194,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise NftError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
     except NftError as error:
-        if "No such file" not in error.problem:
+        if "Error: No such file" not in error.problem:
             raise
         hint = "load your ruleset first, such as nftables.conf: nft -f FILE"
         raise NoTable(f"there is no table {config.family} {config.table}", hint) from None
@@ -1263,11 +1259,11 @@ class Firewall:
     def open(self) -> socket.socket:
         """Install sets and rules, and take over the leases of a predecessor. Returns a socket
         that gets the kernel's nftables notifications, for on_notification(). Raises UserError."""
+        listing = check_kernel(self.nft, self.config)
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
-        listing = check_kernel(self.nft, self.config)
         for lease in adoptable(self.config, listing, time.monotonic(), self.boot).values():
             self._keep(lease[:2], lease)
         self._install()
@@ -1280,28 +1276,28 @@ class Firewall:
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
         check_kernel(self.nft, config)
         for key, lease in list(self.leases.items()):
-            kept = config.allowed(lease, self.config.resources[key[1]].meaning)
-            if kept:
-                self._keep(key, kept)
-            else:
-                self._revoke(key, "configuration")
+            meaning = self.config.resources[key[1]].meaning
+            self._keep(key, config.allowed(lease, meaning), "configuration")
         self.config = config
-        try:
+        self.look_at = 0  # to say so and to try again if this fails
+        with contextlib.suppress(NftError):
             self._install()
-        except NftError:
-            self.look_at = 0
 
     def _install(self) -> None:
         """Make the kernel's part of our table what it should be. Raises NftError."""
         self.expire()
         self.installed = True
-        elements = lease_elements(self.config, self.leases.values(), self.boot)
-        script = elements_script(self.config, {}, elements, time.monotonic())
-        self._run(ruleset_script(self.config) + script)
+        self._run((), self.leases.values(), time.monotonic(), ruleset_script(self.config))
         self.sets = list_table(self.nft, self.config).sets
         self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
 
-    def _run(self, script: str) -> None:
+    def _run(
+        self, old: Iterable[Lease], new: Iterable[Lease], now: float, script: str = ""
+    ) -> None:
+        """Run a script that also makes the new leases of the old ones. Raises NftError."""
+        before = lease_elements(self.config, old, self.boot)
+        after = lease_elements(self.config, new, self.boot)
+        script += elements_script(self.config, before, after, now, self.refreshes)
         if script and self.config.debug:
             self.log("nft", script=script)
         if script:
@@ -1309,13 +1305,12 @@ class Firewall:
 
     def close(self) -> None:
         """Remove all that was installed. Raises NftError if something stays."""
-        try:
+        table = f"{self.config.family} {self.config.table}"
+        with contextlib.suppress(NoTable):
             listing = list_table(self.nft, self.config)
-        except NoTable:
-            return
-        for chain in listing.chains.intersection(self.config.chains.values()):
-            self.nft.run(f"flush chain {self.config.family} {self.config.table} {chain}\n")
-        self._delete_sets(listing.sets)
+            for chain in listing.chains.intersection(self.config.chains.values()):
+                self.nft.run(f"flush chain {table} {chain}\n")
+            self._delete_sets(listing.sets)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -1356,10 +1351,8 @@ class Firewall:
         if gates:
             old.update((key, lease) for key, lease in self.leases.items() if key[1] in gates)
         new = filter(None, {**old, **planned}.values())
-        before = lease_elements(self.config, old.values(), self.boot)
-        after = lease_elements(self.config, new, self.boot)
         try:
-            self._run(elements_script(self.config, before, after, now, self.refreshes))
+            self._run(old.values(), new, now)
         except NftError as error:
             return error.problem
         # A lease's time counts from here: so the kernel's element never outlives ours.
@@ -1395,19 +1388,16 @@ class Firewall:
             objections.append(objection)
         return planned, objections
 
-    def _keep(self, key: LeaseKey, lease: Lease | None) -> None:
-        """Note a lease, or with None its end, in the table."""
+    def _keep(self, key: LeaseKey, lease: Lease | None, reason: str = "") -> None:
+        """Note a lease, or with None its end; for what reason, if its client has not asked."""
         rules = self.config.resources[key[1]].rules
         self.rules -= rules if self.leases.pop(key, None) else 0
-        if lease is not None:
+        if lease:
             self.leases[key] = lease
             self.rules += rules
             self.next_end = min(self.next_end, lease.ends)
-
-    def _revoke(self, key: LeaseKey, reason: str) -> None:
-        """Forget a lease that is to end, or has been ended, without its client's asking."""
-        self._keep(key, None)
-        self.log("revoked", peer=key[0], resource=f"{key[1]:08X}", reason=reason)
+        elif reason:
+            self.log("revoked", peer=key[0], resource=f"{key[1]:08X}", reason=reason)
 
     def expire(self) -> None:
         """Forget the leases that have ended: the kernel sends no word of it."""
@@ -1415,8 +1405,7 @@ class Firewall:
         if now >= self.next_end:
             for key in [key for key, lease in self.leases.items() if lease.ends <= now]:
                 self._keep(key, None)
-            ends = [lease.ends for lease in self.leases.values()]
-            self.next_end = min(ends, default=NEVER)
+            self.next_end = min((lease.ends for lease in self.leases.values()), default=NEVER)
 
     def on_notification(self, netlink: socket.socket) -> None:
         """Read what waits, and want a look if somebody else changed something of ours."""
@@ -1426,8 +1415,7 @@ class Firewall:
             except BlockingIOError:
                 return
             except OSError:
-                # ENOBUFS: the kernel has dropped some.
-                data = b""
+                data = b""  # ENOBUFS: the kernel has dropped some
             if not data or self._is_foreign(data):
                 soon = time.monotonic() + (RETRY_S[0] if self.trouble else self.pause) / 4
                 self.look_at = min(self.look_at, soon)
@@ -1462,7 +1450,7 @@ class Firewall:
                 deleted &= self._deleted(listing, now)
                 for key, lease in list(self.leases.items()):
                     if deleted & lease_elements(self.config, [lease]).keys():
-                        self._revoke(key, "by hand")
+                        self._keep(key, None, "by hand")
             damage = self._damage(listing, now)
             if damage:
                 self._install()
