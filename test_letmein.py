@@ -8522,7 +8522,7 @@ class TestTakeover:
             assert not lab.reaches(22, CLIENT_4)
             assert lab.reaches(22, "10.77.7.7")
             assert len(lab.elements()) == 1
-            assert [lease["peer"] for lease in server.events("granted")] == ["10.77.7.7"]
+            assert server.wait_for("granted")["peer"] == "10.77.7.7"
 
 
 class TestPrivileges:
@@ -8826,6 +8826,7 @@ class TestSeccomp:
                 ended = lab.command("knock", SERVER_4, "22", program=(*client, "kill"))
                 assert ended.status == -signal.SIGSYS
                 lab.command("knock", SERVER_4, "22", program=(*client, "off")).assert_good()
+            server.wait_for("granted")
             assert len(server.events("granted")) == 1
             server.process.send_signal(signal.SIGHUP)
             assert server.wait() == -signal.SIGSYS
