@@ -8732,7 +8732,7 @@ class TestSeccomp:
 
             # Errors.
             wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
-            hurried = client_conf(timeout=0.5)
+            hurried = client_conf(timeout=1.5)
             self.client(lab, "knock", "v4dead.test", "22", conf=hurried).assert_good()
             self.client(lab, "knock", "dead.test", "22", conf=hurried).assert_error("no answer")
             self.client(lab, "knock", SERVER_4, "22", conf=wrong).assert_error("closed")
@@ -8908,6 +8908,53 @@ class TestEgress:
                     assert came == set(itertools.product(whats, hosts))
                     assert outcome.split() == ["done"] * 6
                 replaced(server, network)
+
+
+class TestThreats:
+    """The README's threat model: what it admits, and that its table is of this file."""
+
+    def test_who_relays_a_knock_gets_its_lease(self, lab: Lab) -> None:
+        """A man in the middle: one lease, for what was knocked for, and no second one."""
+        lab.load()
+        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
+            with lab.client():
+                trap = stack.enter_context(socket.create_server((CLIENT_4, 5802)))
+            onward = stack.enter_context(Peer(lab, source=OTHER_4))
+            heard: list[bytes] = []
+
+            def relay() -> None:
+                victim, _ = trap.accept()
+                with victim:
+                    for _ in range(2):
+                        heard.append(victim.recv(56, socket.MSG_WAITALL))
+                        onward.send(heard[-1])
+                        victim.sendall(onward.socket.recv(56, socket.MSG_WAITALL))
+
+            thread = threading.Thread(target=relay, daemon=True)
+            thread.start()
+            lab.letmein("knock", "-P", "5802", CLIENT_4, "22").assert_good()
+            thread.join(LIMIT_S)
+            assert lab.reaches(22, OTHER_4)
+            assert not lab.reaches(22, CLIENT_4)
+            # The same messages once more, and for another resource.
+            for knock in (heard[0], heard[0][:15] + b"\x23" + heard[0][16:]):
+                with Peer(lab, source=OTHER_6) as again, contextlib.suppress(ConnectionError):
+                    again.send(knock)
+                    again.send(heard[1])
+                    while data := again.socket.recv(56, socket.MSG_WAITALL):
+                        assert data[7] in (CHALLENGE, GOAWAY)
+            server.wait_for("granted")
+            assert len(server.events("granted")) == len(lab.elements()) == 1
+
+    def test_the_table_names_tests_of_this_file(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        names = re.findall(r"`((?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+)`", text)
+        assert len(names) > 20
+        for name in names:
+            place: Any = sys.modules[__name__]
+            for part in name.split("."):
+                place = getattr(place, part)
+            assert callable(place), name
 
 
 if __name__ == "__main__":  # one of the processes of its own, see start_part()
