@@ -13,6 +13,10 @@ time goes into starting Python. The rest is imported by the room that needs it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal  # before all else: Ctrl-C ends us without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import itertools
@@ -855,14 +859,16 @@ class Client:
 
         catch_signals(stop)
         try:
-            wanted, self.resources = self.resources, self.ask_all(KNOCK)
-            self.is_quiet = True
-            if self.resources != wanted:
-                return 1
-            threading.Thread(target=renew, daemon=True).start()
-            return self.run_command() if self.arguments.to_run else self.carry()
-        finally:
-            catch_signals(signal.SIG_IGN)
+            try:
+                wanted, self.resources = self.resources, self.ask_all(KNOCK)
+                self.is_quiet = True
+                if self.resources != wanted:
+                    return 1
+                threading.Thread(target=renew, daemon=True).start()
+                return self.run_command() if self.arguments.to_run else self.carry()
+            finally:
+                catch_signals(signal.SIG_IGN)
+        finally:  # of its own: a signal may have come before it was ignored
             asking.acquire()  # for good: nothing is renewed from here on
             if not self.arguments.keep:
                 # A server that answers late may have opened the port all the same.
@@ -875,6 +881,8 @@ class Client:
         import signal
         import subprocess
         command = self.arguments.to_run
+        early: list[int] = []
+        catch_signals(lambda number, _: early.append(number))
         try:
             process = subprocess.Popen(command)
         except OSError as error:
@@ -887,6 +895,8 @@ class Client:
                 process.send_signal(number)
 
         catch_signals(pass_on)
+        for number in early:
+            pass_on(number, None)
         status = process.wait()
         return status if status >= 0 else 128 - status
 
@@ -2688,6 +2698,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us without a traceback
     sys.exit(main())
