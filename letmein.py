@@ -1896,7 +1896,7 @@ class Monitor:
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
+                continue  # it has not read all: what it has said comes after the error
             if len(data) == RECORD.size:
                 self._receive(Record(*RECORD.unpack(data)))
             else:
