@@ -1844,6 +1844,7 @@ class Monitor:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
         self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
+        self._send_settings()  # before it may have gone, having said why
         with theirs, os.fdopen(os.memfd_create("letmein-program"), "w+b") as program:
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
@@ -1855,7 +1856,6 @@ class Monitor:
             streams: list[Any] = [(dup, theirs.fileno(), 0), (dup, program.fileno(), 1)]
             streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
             self.network = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
-        self._send_settings()
 
     def _send_settings(self) -> None:
         payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout)
