@@ -1469,10 +1469,11 @@ class Firewall:
             trouble = error.problem
             if trouble != self.trouble:
                 self.log("cannot-heal", reason=trouble)
-        again = (damage or trouble) and trouble == self.trouble
-        self.pause = min(2 * self.pause, RETRY_S[2 if trouble else 1]) if again else RETRY_S[0]
-        self.look_at = time.monotonic() + self.pause if damage or trouble else NEVER
-        self.trouble = trouble
+        pause = self.pause if trouble == self.trouble else RETRY_S[0]
+        self.look_at, self.pause, self.trouble = NEVER, RETRY_S[0], trouble
+        if damage or trouble:
+            self.look_at = time.monotonic() + pause
+            self.pause = min(2 * pause, RETRY_S[2 if trouble else 1])
 
     def _deleted(self, listing: Listing, now: float) -> set[tuple[str, str]]:
         """The (set, key) that an administrator has deleted, to revoke leases: they are missing
