@@ -1337,7 +1337,6 @@ class Firewall:
         """Do all that is due: heal, then the changes that have come in, in one transaction. If
         that fails, the kernel may have been changed under us: heal, and try each change alone,
         so that a bad one harms nobody else; but only as long as clients are patient."""
-        self.expire()
         if time.monotonic() >= self.look_at:
             self.heal()
         changes, self.queue = self.queue, []
@@ -1347,13 +1346,14 @@ class Firewall:
             self.heal()
         for change in changes if problem else ():
             in_time = time.monotonic() < give_up
-            problem = self._apply([change]) if in_time else "nft is too slow"
+            problem = self._apply([change]) if in_time else problem or "nft is too slow"
             if problem:
                 self.look_at = 0
                 change.done(self.trouble or problem)
 
     def _apply(self, changes: list[Change]) -> str:
         """Make these changes. Returns what nft objects to, with none of them done, or ""."""
+        self.expire()
         now = time.monotonic()
         planned, objections = self._plan(changes, now)
         old = {key: self.leases[key] for key in planned if key in self.leases}

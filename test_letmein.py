@@ -2914,6 +2914,14 @@ class TestHeal:
         knock_all(lab, *HOLDERS)
         agree(lab, guarded, *HOLDERS)
 
+    def test_a_gate_shut_by_hand(self, lab: Lab, guarded: Server) -> None:
+        """All those who hold it have lost it."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x41, 1))
+        nft_do("delete element inet filter letmein-00000041-gate { ip }")
+        guarded.wait_for("revoked", 2, reason="by hand", resource="00000041")
+        agree(lab, guarded, *HOLDERS[:4])
+        assert kernel().gates == {}
+
     def test_a_set_flushed_by_hand_is_revoked(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
         nft_do("flush set inet filter letmein-4")
