@@ -1180,7 +1180,7 @@ class Nft:
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
             except OSError as error:
-                hint = f"install nftables (to {TRUSTED_PATH}), or set exe to an absolute path"
+                hint = "install nftables, or set exe in [NFTABLES] to an absolute path"
                 raise NftError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             self.process_ids.append(process)
             status = await_end(process, NFT_LIMIT_S)
