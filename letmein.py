@@ -1301,13 +1301,11 @@ class Firewall:
         self.sets = list_table(self.nft, self.config).sets
         self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
 
-    def _run(
-        self, old: Iterable[Lease], new: Iterable[Lease], now: float, script: str = ""
-    ) -> None:
-        """Run a script that also makes the new leases of the old ones. Raises NftError."""
+    def _run(self, old: Iterable[Lease], new: Iterable[Lease], now: float, first: str = "") -> None:
+        """Run a first script, and what makes the new leases of the old ones. Raises NftError."""
         before = lease_elements(self.config, old, self.boot)
         after = lease_elements(self.config, new, self.boot)
-        script += elements_script(self.config, before, after, now, self.refreshes)
+        script = first + elements_script(self.config, before, after, now, self.refreshes)
         if script and self.config.debug:
             self.log("nft", script=script)
         if script:
