@@ -781,9 +781,8 @@ class Client:
         port = arguments.server_port or config.port
         self.targets = resolve(arguments.host, port, arguments.families)
         self.is_quiet = arguments.quiet or arguments.command == "connect"
-        self.opened: list[str] = []  # the addresses where the last knock worked, the first first
-        self.failed: set[str] = set()  # those where it did not, even if it came out late
-        self.is_patient = bool(arguments.families)  # whether one address is not enough
+        # Where each resource was opened, even if the answer came late: the first first.
+        self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.say(f"configuration: {config.path}")
         self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
 
@@ -794,31 +793,33 @@ class Client:
 
     def ask(self, operation: int, resource: Resource) -> list[str]:
         """Knock or revoke at all addresses at the same time; returns those where it worked, in
-        the order of their answers. Unless we are patient, one is enough, and the other is not
-        waited for much longer. Raises UserError."""
+        the order of their answers. If the user leaves the choice to us, one is enough, and the
+        other is not waited for much longer, unless it is open. Raises UserError."""
         import threading
         ids = operation, self.user, resource.identifier, self.key
         new_handshake = functools.partial(client_handshake, *ids, warn)
         results: dict[str, UserError | None] = {}
+        opened = self.opened[resource]
         news = threading.Semaphore(0)
 
         def run(where: str, target: Target) -> None:
             results[where] = attempt(new_handshake, target, self.protocol, self.timeout)
-            (self.failed.add if results[where] else self.failed.discard)(where)
+            if operation == KNOCK and not results[where] and where not in opened:
+                opened.append(where)
             news.release()
 
         for item in self.targets.items():
             threading.Thread(target=run, args=item, daemon=True).start()
         wait = None
         while len(results) < len(self.targets) and news.acquire(timeout=wait):
-            if None in results.values() and not self.is_patient:
-                wait = OTHER_ADDRESS_S
+            is_enough = None in results.values() and results.keys() >= set(opened)
+            wait = OTHER_ADDRESS_S if is_enough and not self.arguments.families else None
         for where in self.targets:
             error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
             self.say(f"{where}: {error.problem if error else 'COMEIN'}")
         good = [where for where, error in results.items() if not error]
         errors = [error for error in map(results.get, self.targets) if error]
-        if errors and (self.is_patient or not good):
+        if errors and (self.arguments.families or not good):
             raise errors[0]
         return good
 
@@ -828,13 +829,13 @@ class Client:
         good = []
         for resource in self.resources:
             try:
-                self.opened = self.ask(operation, resource)
+                where = self.ask(operation, resource)
             except UserError as error:
                 tell_error(error)
                 continue
             good.append(resource)
             if not self.is_quiet:
-                place = f"{self.arguments.host} ({', '.join(self.opened)})"
+                place = f"{self.arguments.host} ({', '.join(where)})"
                 # Standard output is COMMAND's.
                 file = sys.stderr if self.arguments.to_run else sys.stdout
                 print(f"{done} {resource.name} on {place}", file=file, flush=True)
@@ -871,9 +872,6 @@ class Client:
         finally:  # of its own: a signal may have come before it was ignored
             asking.acquire()  # for good: nothing is renewed from here on
             if not self.arguments.keep:
-                # A server that answers late may have opened the port all the same.
-                self.is_patient = True
-                self.targets = {w: t for w, t in self.targets.items() if w not in self.failed}
                 self.ask_all(REVOKE)
 
     def run_command(self) -> int:
@@ -904,7 +902,7 @@ class Client:
         """A connection to the port that is open now. Somebody else behind our address may have
         closed it again, for the lease is shared: then knock once more. Raises UserError."""
         port = self.arguments.ports[0]
-        targets = [self.targets[where] for where in self.opened]
+        targets = [self.targets[where] for where in self.opened[self.resources[0]]]
         for patience, (family, sockaddr) in itertools.product((CONNECT_S, self.timeout), targets):
             peer = socket.socket(family, socket.SOCK_STREAM)
             peer.settimeout(patience)
@@ -2267,10 +2265,10 @@ NETWORK_CALLS = """
     restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto setitimer
     setsockopt sigaltstack write writev"""
 CLIENT_CALLS = NETWORK_CALLS + """
-    access bind clone clone3 connect dup dup2 dup3 faccessat faccessat2 fstatfs getcwd getdents64
-    getegid geteuid getgid gettid getuid lseek lstat membarrier newfstatat open openat pread64
-    prlimit64 readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg
-    set_robust_list shutdown socket stat statfs statx sysinfo uname"""
+    access bind clock_nanosleep clone clone3 connect dup dup2 dup3 faccessat faccessat2 fstatfs
+    getcwd getdents64 getegid geteuid getgid gettid getuid lseek lstat membarrier newfstatat open
+    openat pread64 prlimit64 readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield
+    sendmmsg set_robust_list shutdown socket stat statfs statx sysinfo uname"""
 # A filter is inherited: this one has to let Python start, and nft work.
 MONITOR_CALLS = CLIENT_CALLS + """
     arch_prctl capget capset chdir chroot close_range execve flock fork getppid
