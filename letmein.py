@@ -2544,7 +2544,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="say what is going on")
     parser.add_argument("--dns", help=argparse.SUPPRESS)
     parser.add_argument("--dns-crypt", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Without prog it would import shutil, to find out what to call itself in a usage line.
+    add_subparsers = functools.partial(parser.add_subparsers, prog="letmein")
+    commands = add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     for name, aliases, what, text in (
         ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
