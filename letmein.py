@@ -2269,12 +2269,12 @@ CLIENT_CALLS = NETWORK_CALLS + """
     getcwd getdents64 getegid geteuid getgid gettid getuid lseek lstat membarrier newfstatat open
     openat pread64 prlimit64 readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield
     sendmmsg set_robust_list shutdown socket stat statfs statx sysinfo uname"""
-# A filter is inherited: this one has to let Python start, and nft work.
+# A filter is inherited: this one has to let Python start, and nft work, or a script around it.
 MONITOR_CALLS = CLIENT_CALLS + """
-    arch_prctl capget capset chdir chroot close_range execve flock fork getppid
-    getresgid getresuid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir
-    seccomp set_tid_address setgroups setresgid setresuid setrlimit setuid socketpair umask
-    unlink unlinkat vfork wait4 waitid"""
+    arch_prctl capget capset chdir chroot close_range copy_file_range execve fadvise64 flock fork
+    getppid getresgid getresuid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl
+    rmdir seccomp set_tid_address setgroups setresgid setresuid setrlimit socketpair umask unlink
+    unlinkat vfork wait4 waitid"""
 
 
 def system_call_filter(mode: str, names: str) -> Callable[[], None]:

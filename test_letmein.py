@@ -2313,7 +2313,7 @@ class TestMany:
             assert lab.reaches(22, addresses[0])
             assert lab.reaches(22, addresses[-1])
             assert not lab.reaches(22, str(first + count))
-            assert memory < 40 * 1024
+            assert memory < (40 if SECCOMP == "off" else 48) * 1024  # pyseccomp has its own
             assert rate >= 3 * single
 
 
