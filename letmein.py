@@ -1848,7 +1848,7 @@ class Monitor:
             start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
             limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
             words = (NETWORK_COMMAND, self.arguments.user, self.config.seccomp, *map(str, limits))
-            command = [sys.executable, "-I", "-c", start, *words]
+            command = [sys.executable, "-IB", "-c", start, *words]
             dup = os.POSIX_SPAWN_DUP2
             streams: list[Any] = [(dup, theirs.fileno(), 0), (dup, program.fileno(), 1)]
             streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
@@ -2284,6 +2284,7 @@ def system_call_filter(mode: str, names: str) -> Callable[[], None]:
     if mode == "off":
         return lambda: None
     try:
+        sys.dont_write_bytecode = True  # of modules that are imported behind the filter
         import pyseccomp  # type: ignore
         action = pyseccomp.KILL_PROCESS if mode == "kill" else pyseccomp.LOG
         allowed = pyseccomp.SyscallFilter(action)

@@ -8784,6 +8784,22 @@ class TestSeccomp:
             replaced(server, pair[1])
             assert handshake(lab) == COMEIN
 
+    def test_nothing_is_compiled(self, lab: Lab) -> None:
+        """A Python that has compiled none of its modules would write them down as it goes."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        words = ("env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPYCACHEPREFIX={place}")
+        python = (*words, sys.executable, LETMEIN)
+        with confined(lab, server_conf(), seccomp="kill", program=(*python, "server")) as server:
+            call = ("-c", lab.file(CLIENT_CONF), "--seccomp", "kill", "knock", "both.test", "22")
+            with lab.client():
+                lab.command(*call, program=python).assert_good()
+            server.wait_for("granted")
+            assert counted(server)["process"] == server.process.pid
+            reconfigure(server, server_conf())
+            command = Path(f"/proc/{server.network_process()}/cmdline").read_bytes()
+            assert b"-IB" in command.split(b"\0")
+
     @pytest.mark.parametrize("mode", ["log", "kill"])
     @pytest.mark.parametrize("place", ["file", "option"])
     def test_no_pyseccomp(self, lab: Lab, mode: str, place: str) -> None:
