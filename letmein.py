@@ -2427,18 +2427,6 @@ def status(config: Config, rundir: str, as_json: bool) -> int:
     return 0
 
 
-def check(config: Config) -> int:
-    """Say what the server would do, having tried it with `nft -c`."""
-    check_kernel(Nft(config.nft), config)
-    print(ruleset_script(config), end="")
-    for user in config.keys:
-        mine = [r for r in config.resources.values() if not config.objection(user, r.identifier)]
-        may = ", ".join(f"{r.identifier:08X} for {r.timeout:g} s" for r in mine)
-        print(f"# user {user:08X} may have: {may or 'nothing'}")
-    print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
-    return 0
-
-
 def serve(config: Config, arguments: argparse.Namespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
     given = activated_sockets()
@@ -2446,7 +2434,10 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
-        return check(config)
+        check_kernel(Nft(config.nft), config)
+        print(ruleset_script(config), end="")
+        print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
+        return 0
     warnings = config.warnings + give_up_rights()
     filter_system_calls()
     Monitor(config._replace(warnings=warnings), arguments, given).run()
