@@ -37,7 +37,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import Any, NamedTuple
+    from typing import Any, NamedTuple, NoReturn
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
@@ -126,10 +126,6 @@ class ProtocolError(Exception):
     """The peer said something that the protocol does not allow here."""
 
 
-class Refused(ProtocolError):
-    """The server answered GOAWAY."""
-
-
 class Message(NamedTuple):
     """One message: operation, user and resource are numbers below 2**32,
     salt is 8 bytes, auth 32 bytes."""
@@ -184,13 +180,13 @@ def client_handshake(
 ) -> Handshake:
     """The client's side of one knock or revocation: yields the 56 bytes to send, wants those
     that come back, and ends when the server has done what was asked for. Foreign ids are only
-    worth a warning: a wrong token leads nowhere anyway. Raises Refused on GOAWAY,
-    ProtocolError on anything else that is not due."""
+    worth a warning: a wrong token leads nowhere anyway. Raises ProtocolError on GOAWAY, and on
+    anything else that is not due."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         answer = Message.decode((yield signed(said, user, resource, key, token)))
         if answer.operation == GOAWAY:
-            raise Refused("the server rejected the request")
+            raise ProtocolError("the server rejected the request")
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
             raise ProtocolError("the server sent {}, not {}".format(*names))
@@ -682,7 +678,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     return {str(addresses[f][0]): (f, addresses[f]) for f in wanted if f in addresses}
 
 
-def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> None:
+def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
     """One handshake over TCP, timeout (in seconds) for each message. Raises StopIteration when
     it is done, OSError, ProtocolError."""
     with socket.socket(target[0], socket.SOCK_STREAM) as peer:
@@ -704,7 +700,7 @@ def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) ->
             message = handshake.send(received)
 
 
-def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) -> None:
+def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
     """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
     a port of its own, and each RESPONSE is sent again, while the older ones may still be
     answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
@@ -747,22 +743,18 @@ def attempt(
     new_handshake: NewHandshake, target: Target, protocol: str, timeout: float
 ) -> UserError | None:
     """One knock or revocation at one address; returns what went wrong, None for success."""
-    where = str(target[1][0])
+    where = target[1][0]
     try:
         (exchange_tcp if protocol == "tcp" else exchange_udp)(new_handshake, target, timeout)
     except StopIteration:
         return None
-    except (socket.timeout, TimeoutError):
-        problem = f"no answer from {where} over {protocol} within {timeout:g} s"
-        hint = "is the server running, and is the control port right and open (-P, -T, -U)?"
     except ProtocolError as error:
-        problem = f"{where}: {error}"
-        hint = "are key, user and resource the same there? the server's log says more"
-        hint = hint if isinstance(error, Refused) else "is a letmein server there?"
+        hint = "are key, user and resource the same there? the log of that server says more"
+        return UserError(f"{where}: {error}", hint)
     except OSError as error:
-        problem = f"cannot talk to {where}: {error.strerror}"
-        hint = "is the server running, and is its control port open for everybody?"
-    return UserError(problem, hint)
+        reason = error.strerror or f"no answer over {protocol} within {timeout:g} s"
+        hint = "is the server running, and is its control port right and open (-P, -T, -U)?"
+        return UserError(f"{where}: {reason}", hint)
 
 
 class Client:

@@ -5799,7 +5799,7 @@ def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None
         return
     with pytest.raises(letmein.ProtocolError) as error:
         client.send(plain(operation))
-    assert isinstance(error.value, letmein.Refused) == (operation == GOAWAY)
+    assert ("rejected" in str(error.value)) == (operation == GOAWAY)
 
 
 @PROPERTY
