@@ -2514,52 +2514,50 @@ def build_parser() -> argparse.ArgumentParser:
     import argparse
     # A server that runs by our systemd unit may write nowhere else.
     rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
-
-    def common(parser: argparse.ArgumentParser, default: Any) -> None:
-        parser.add_argument("-c", "--config", metavar="FILE", default=default)
-        parser.add_argument("--seccomp", choices=SECCOMP, type=str.lower, default=default)
-        parser.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
-
+    # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-c", "--config", metavar="FILE")
+    common.add_argument("--verbose", action="store_true", help="say what is going on")
+    common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
+    common.add_argument("--dns", "--dns-crypt", help=argparse.SUPPRESS)
+    common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
     parser = argparse.ArgumentParser(
         prog="letmein", description="An authenticated port knocker.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common],
     )
-    common(parser, None)
-    parser.add_argument("--verbose", action="store_true", help="say what is going on")
-    parser.add_argument("--dns", help=argparse.SUPPRESS)
-    parser.add_argument("--dns-crypt", help=argparse.SUPPRESS)
     # Without prog it would import shutil, to find out what to call itself in a usage line.
     add_subparsers = functools.partial(parser.add_subparsers, prog="letmein")
     commands = add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_command = functools.partial(commands.add_parser, parents=[common])
 
+    # Each PORT may stand behind an option, where argparse loses optional arguments: parse_words()
+    # finds them among the rest.
+    client = argparse.ArgumentParser(add_help=False)
+    client.add_argument("host", metavar="HOST")
+    client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
+    client.add_argument("--keep", action="store_true", help="do not close at the end")
+    client.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
+    client.add_argument("-P", "--server-port", metavar="PORT", type=parse_port)
+    add = functools.partial(client.add_argument, dest="resources", action="append", default=[])
+    add("-r", "--resource", metavar="ID", type=parse_identifier)
+    add = functools.partial(client.add_argument, dest="protocol", action="store_const")
+    add("-T", "--server-port-tcp", const="tcp")
+    add("-U", "--server-port-udp", const="udp")
+    add = functools.partial(client.add_argument, dest="families", action="append_const")
+    add("-4", "--ipv4", const=socket.AF_INET, default=[])
+    add("-6", "--ipv6", const=socket.AF_INET6, default=[])
     for name, aliases, what, text in (
         ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
         ("revoke", ["close"], "(PORT... | -r ID...)", "close it again"),
         ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
     ):
         usage = f"letmein {name} [OPTION...] HOST {what}"
-        command = commands.add_parser(name, aliases=aliases, help=text, usage=usage)
-        # Each PORT may stand behind an option, where argparse loses optional arguments:
-        # parse_words() finds them among the rest.
-        command.add_argument("host", metavar="HOST")
-        command.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
-        command.add_argument("--keep", action="store_true", help="do not close at the end")
-        command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
-        command.add_argument("-P", "--server-port", metavar="PORT", type=parse_port)
-        add = functools.partial(command.add_argument, dest="resources", action="append", default=[])
-        add("-r", "--resource", metavar="ID", type=parse_identifier)
-        add = functools.partial(command.add_argument, dest="protocol", action="store_const")
-        add("-T", "--server-port-tcp", const="tcp")
-        add("-U", "--server-port-udp", const="udp")
-        add = functools.partial(command.add_argument, dest="families", action="append_const")
-        add("-4", "--ipv4", const=socket.AF_INET, default=[])
-        add("-6", "--ipv6", const=socket.AF_INET6, default=[])
+        add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
 
-    command = commands.add_parser("gen-key", help="print a new key")
+    command = add_command("gen-key", help="print a new key")
     command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
 
-    command = commands.add_parser("server", help="run the server")
-    common(command, argparse.SUPPRESS)
+    command = add_command("server", help="run the server")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = functools.partial(parse_number, least=1, limit=1_000_000)
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
@@ -2570,13 +2568,11 @@ def build_parser() -> argparse.ArgumentParser:
     account = functools.partial(matched, pattern=name, expected="a user's name, or none")
     command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
-    command = commands.add_parser("service", help="print what starts the server with the system")
-    common(command, argparse.SUPPRESS)
+    command = add_command("service", help="print what starts the server with the system")
     command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
     command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
 
-    command = commands.add_parser("status", help="who holds what")
-    common(command, argparse.SUPPRESS)
+    command = add_command("status", help="who holds what")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     command.add_argument("--json", action="store_true")
     return parser
@@ -2584,10 +2580,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
+    import argparse
     parser = build_parser()
+    arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
     at = words.index("--") if "--" in words else len(words)
     try:
-        arguments, rest = parser.parse_known_args(words[:at])
+        _, rest = parser.parse_known_args(words[:at], arguments)
         if hasattr(arguments, "host") and not any(word.startswith("-") for word in rest):
             arguments.ports, rest = [parse_port(word) for word in rest], []
     except Unfit as unfit:
@@ -2639,7 +2637,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     serving = arguments.command == "server" and not arguments.check
     for warning in () if serving else config.warnings:
         warn(warning)
-    if arguments.dns or arguments.dns_crypt:
+    if arguments.dns:
         warn("--dns and --dns-crypt are obsolete; the system resolves names")
     config = config._replace(seccomp=arguments.seccomp or config.seccomp)
     if arguments.command == "server":

@@ -6556,6 +6556,7 @@ def good_server(log: list[tuple[int, int, int]]) -> Answer:
         pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
         pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
         pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
+        pytest.param("knock --seccomp off -u a423dda7 127.0.0.1 22 -P PORT", KNOCK, id="of all"),
         pytest.param("knock 127.0.0.1 -r BC5D8077 -u A423DDA7 -P PORT", KNOCK, id="resource"),
         pytest.param("knock 127.0.0.1 22 -4 -u A423DDA7 -T -P PORT", KNOCK, id="-4 -T"),
         pytest.param("knock 127.0.0.1 22 -u A423DDA7 -U -P PORT", KNOCK, id="UDP"),
