@@ -2509,13 +2509,18 @@ WantedBy=multi-user.target
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, as README's tables have it."""
+def build_parser(first: str) -> argparse.ArgumentParser:
+    """The command line, as README's tables have it. A knock has no time for what is other
+    commands': if its first word is one of the client's commands, there is that one alone."""
     import argparse
     # A server that runs by our systemd unit may write nowhere else.
     rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
+    # Without a width argparse would import shutil, to ask for the terminal's.
+    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
     # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = argparse.ArgumentParser(
+        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=form
+    )
     common.add_argument("-c", "--config", metavar="FILE")
     common.add_argument("--verbose", action="store_true", help="say what is going on")
     common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
@@ -2523,16 +2528,14 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
     parser = argparse.ArgumentParser(
         prog="letmein", description="An authenticated port knocker.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, parents=[common],
+        formatter_class=form, parents=[common],
     )
-    # Without prog it would import shutil, to find out what to call itself in a usage line.
-    add_subparsers = functools.partial(parser.add_subparsers, prog="letmein")
-    commands = add_subparsers(dest="command", metavar="COMMAND", required=True)
-    add_command = functools.partial(commands.add_parser, parents=[common])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_command = functools.partial(commands.add_parser, parents=[common], formatter_class=form)
 
     # Each PORT may stand behind an option, where argparse loses optional arguments: parse_words()
     # finds them among the rest.
-    client = argparse.ArgumentParser(add_help=False)
+    client = argparse.ArgumentParser(add_help=False, formatter_class=form)
     client.add_argument("host", metavar="HOST")
     client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
     client.add_argument("--keep", action="store_true", help="do not close at the end")
@@ -2552,7 +2555,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
     ):
         usage = f"letmein {name} [OPTION...] HOST {what}"
-        add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
+        if name == first or first not in ("knock", "revoke", "connect"):
+            add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
+    if first in ("knock", "revoke", "connect"):
+        return parser
 
     command = add_command("gen-key", help="print a new key")
     command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
@@ -2581,7 +2587,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
     import argparse
-    parser = build_parser()
+    parser = build_parser(words[0] if words else "")
     arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
     at = words.index("--") if "--" in words else len(words)
     try:
