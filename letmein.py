@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import itertools
 import os
 import re
 import select
@@ -72,17 +71,21 @@ class UserError(Exception):
         self.hint = hint
 
 
+def tell(text: str) -> None:
+    """Tell the user. If nobody reads it any more, that is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(f"letmein: {text}", file=sys.stderr, flush=True)
+
+
 def warn(text: str) -> None:
     """Tell the user of something that is not right, but no reason to stop."""
-    print(f"letmein: warning: {text}", file=sys.stderr, flush=True)
+    tell(f"warning: {text}")
 
 
 def tell_error(error: Exception) -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
-    print(f"letmein: error: {error}", file=sys.stderr)
     hint = getattr(error, "hint", "")
-    if hint:
-        print(f"  {hint}", file=sys.stderr)
+    tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 # ============================================================================
@@ -706,6 +709,7 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
     answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
     handshakes: dict[socket.socket, Handshake] = {}
     responses: dict[socket.socket, bytes] = {}
+    heard: dict[socket.socket, bytes] = {}
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.ExitStack() as sockets:
@@ -723,8 +727,9 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
             for peer in select.select(handshakes, [], [], min(again, end) - now)[0]:
                 with contextlib.suppress(BlockingIOError):  # a broken datagram: select(2), BUGS
                     data = peer.recv(MESSAGE_SIZE + 1)
-                    if len(data) != MESSAGE_SIZE:
-                        continue
+                    facts = data[:16] + data[24:]  # all but the salt
+                    if len(data) != MESSAGE_SIZE or facts == heard.get(peer):
+                        continue  # no message, or a CHALLENGE that the network brought twice
                     try:
                         responses[peer] = handshakes[peer].send(data)
                     except ProtocolError:
@@ -734,6 +739,7 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
                         if not handshakes:
                             raise
                     else:
+                        heard[peer] = facts
                         peer.send(responses[peer])
                         end = time.monotonic() + timeout
     raise socket.timeout
@@ -753,7 +759,7 @@ def attempt(
         return UserError(f"{where}: {error}", hint)
     except OSError as error:
         reason = error.strerror or f"no answer over {protocol} within {timeout:g} s"
-        hint = "is the server running, and is its control port right and open (-P, -T, -U)?"
+        hint = "does a server run there, is its control port right (-P, -T, -U), and the key?"
         return UserError(f"{where}: {reason}", hint)
 
 
@@ -769,7 +775,7 @@ class Client:
         self.key = config.keys[self.user]
         self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
-        self.timeout = config.control_timeout
+        self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
         port = arguments.server_port or config.port
         self.targets = resolve(arguments.host, port, arguments.families)
         self.is_quiet = arguments.quiet or arguments.command == "connect"
@@ -781,7 +787,7 @@ class Client:
     def say(self, line: str) -> None:
         """For --verbose."""
         if self.arguments.verbose:
-            print(f"letmein: {line}", file=sys.stderr)
+            tell(line)
 
     def ask(self, operation: int, resource: Resource) -> list[str]:
         """Knock or revoke at all addresses at the same time; returns those where it worked, in
@@ -826,11 +832,11 @@ class Client:
                 tell_error(error)
                 continue
             good.append(resource)
-            if not self.is_quiet:
-                place = f"{self.arguments.host} ({', '.join(where)})"
-                # Standard output is COMMAND's.
-                file = sys.stderr if self.arguments.to_run else sys.stdout
-                print(f"{done} {resource.name} on {place}", file=file, flush=True)
+            line = f"{done} {resource.name} on {self.arguments.host} ({', '.join(where)})"
+            if self.arguments.to_run and not self.is_quiet:
+                tell(line)  # standard output is COMMAND's
+            elif not self.is_quiet:
+                print(line, flush=True)
         return good
 
     def hold(self) -> int:
@@ -895,18 +901,20 @@ class Client:
         closed it again, for the lease is shared: then knock once more. Raises UserError."""
         port = self.arguments.ports[0]
         targets = [self.targets[where] for where in self.opened[self.resources[0]]]
-        for patience, (family, sockaddr) in itertools.product((CONNECT_S, self.timeout), targets):
-            peer = socket.socket(family, socket.SOCK_STREAM)
-            peer.settimeout(patience)
-            try:
-                peer.connect((sockaddr[0], port, *sockaddr[2:]))
-            except OSError as error:
-                peer.close()
-                reason = error.strerror or "it does not answer"
+        for patience in (CONNECT_S, self.timeout):
+            for family, sockaddr in targets:
+                peer = socket.socket(family, socket.SOCK_STREAM)
+                peer.settimeout(patience)
+                try:
+                    peer.connect((sockaddr[0], port, *sockaddr[2:]))
+                except OSError as error:
+                    peer.close()
+                    reason = error.strerror or "it does not answer"
+                else:
+                    peer.settimeout(None)
+                    return peer
+            if patience == CONNECT_S:
                 self.ask_all(KNOCK)
-            else:
-                peer.settimeout(None)
-                return peer
         problem = f"port {port} was opened, but cannot be reached: {reason}"
         raise UserError(problem, "does the service run there?")
 
@@ -2671,16 +2679,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in ("stdin", "stdout", "stderr"):
             if getattr(sys, stream) is None:  # it is closed: the next file would get its number
                 setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
+        output: Any = sys.stdout
+        output.reconfigure(errors="backslashreplace")  # a host's name may be in any alphabet
         if os.path.basename(sys.argv[0]) == "letmeind":
             words.insert(0, "server")
         status = run_command(parse_words(words))
         print(end="", flush=True)
         return status
-    except BrokenPipeError:
-        drop_output()  # or Python tries again at its end, and says so
-        return 1
     except (UserError, OSError) as error:
-        tell_error(error)
+        if isinstance(error, OSError):
+            drop_output()  # or Python tries again at its end to write what is left, and says so
+        if not isinstance(error, BrokenPipeError):
+            tell_error(error)
         return 1
 
 
