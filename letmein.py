@@ -444,6 +444,7 @@ def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
 
 
 RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
+PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
 parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
@@ -463,25 +464,20 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS:
-            raise Unfit(f"{shown(key)} is not known here", RESOURCE)
-        elif key in values and key in ("port", "timeout", "users"):
-            raise Unfit(f"{key} stands there twice", RESOURCE)
+        elif key not in ITEMS or (key in values and key in PORT_ITEMS):
+            raise Unfit(f"{shown(key)} is not known here, or stands there twice", RESOURCE)
         else:
             values[key] = ITEMS[key](value)
 
-    protocols: tuple[str, ...] = ()
+    port = values.get("port", 0)
+    protocols = parse_protocols(flags, RESOURCE) if port else ()
     hooks = [hook for hook in HOOKS if hook in values]
     jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
-    if "port" in values:
-        protocols = parse_protocols(flags, RESOURCE)
-        good = values.keys() <= {"port", "timeout", "users"}
-    else:
-        good = set(flags) == {"jump"} and bool(hooks)
-    if not good:
+    is_port = port and values.keys() <= PORT_ITEMS
+    is_jump = not port and hooks and set(flags) == {"jump"}
+    if not (is_port or is_jump):
         raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
-    port, timeout = values.get("port", 0), values.get("timeout", timeout)
-    users = values.get("users", frozenset())
+    timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
     return Resource(identifier, port, protocols, jumps, timeout, users)
 
 
