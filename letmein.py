@@ -785,10 +785,10 @@ class Client:
         if self.arguments.verbose:
             tell(line)
 
-    def ask(self, operation: int, resource: Resource) -> list[str]:
-        """Knock or revoke at all addresses at the same time; returns those where it worked, in
-        the order of their answers. If the user leaves the choice to us, one is enough, and the
-        other is not waited for much longer, unless it is open. Raises UserError."""
+    def ask(self, operation: int, resource: Resource) -> bool:
+        """Knock or revoke at all addresses at the same time, and tell the user; returns whether
+        it worked. If the user leaves the choice to us, one address is enough, and the other is
+        not waited for much longer, unless it is open."""
         import threading
         ids = operation, self.user, resource.identifier, self.key
         new_handshake = functools.partial(client_handshake, *ids, warn)
@@ -814,26 +814,19 @@ class Client:
         good = [where for where, error in results.items() if not error]
         errors = [error for error in map(results.get, self.targets) if error]
         if errors and (self.arguments.families or not good):
-            raise errors[0]
-        return good
+            tell_error(errors[0])
+            return False
+        done = "opened" if operation == KNOCK else "closed"
+        line = f"{done} {resource.name} on {self.arguments.host} ({', '.join(good)})"
+        if self.arguments.to_run and not self.is_quiet:
+            tell(line)  # standard output is COMMAND's
+        elif not self.is_quiet:
+            print(line, flush=True)
+        return True
 
     def ask_all(self, operation: int) -> list[Resource]:
-        """Knock or revoke for each resource, and tell the user; returns those that went well."""
-        done = "opened" if operation == KNOCK else "closed"
-        good = []
-        for resource in self.resources:
-            try:
-                where = self.ask(operation, resource)
-            except UserError as error:
-                tell_error(error)
-                continue
-            good.append(resource)
-            line = f"{done} {resource.name} on {self.arguments.host} ({', '.join(where)})"
-            if self.arguments.to_run and not self.is_quiet:
-                tell(line)  # standard output is COMMAND's
-            elif not self.is_quiet:
-                print(line, flush=True)
-        return good
+        """Knock or revoke for each resource; returns those where it worked."""
+        return [resource for resource in self.resources if self.ask(operation, resource)]
 
     def hold(self) -> int:
         """Open all, run COMMAND or carry a connection, and close all, whatever happens. Leases
