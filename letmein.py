@@ -1065,45 +1065,12 @@ def elements_script(
 def ruleset_script(config: Config) -> str:
     """The nft script that makes sets and rules as they should be, whatever is there."""
     table, (sets, rules) = f"{config.family} {config.table}", ruleset(config)
-    lines = []
+    lines = [f"flush chain {table} {chain}" for chain in config.chains.values()]
     for name, kind in sets.items():
         lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
         lines.append(f"flush set {table} {name}")
-    lines += [f"flush chain {table} {chain}" for chain in config.chains.values()]
     lines += [f"add rule {table} {rule}" for rule in rules]
     return "".join(line + "\n" for line in lines)
-
-
-def read_listing(config: Config, printed: bytes) -> Listing:
-    """Read what `nft -j list table` prints. The table's handle belongs to a set's facts, too:
-    a new table counts its handles from the start."""
-    import json
-    listing = Listing({}, {}, set(), 0)
-    tag = ruleset(config)[1][0]
-    rules = table = 0
-    for item in json.loads(printed)["nftables"]:
-        kind, found = next(iter(item.items()))
-        name = found.get("name", "")
-        if kind == "table":
-            table = found["handle"]
-        elif kind == "chain":
-            listing.chains.add(name)
-        elif kind == "rule":
-            rules += f'comment "{found.get("comment")}"' in tag
-        elif kind == "set" and OUR_SET.fullmatch(name):
-            types = found["type"] if isinstance(found["type"], list) else [found["type"]]
-            extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
-            listing.sets[name] = " ".join([" . ".join(types), *extra]), table, found["handle"]
-            for element in found.get("elem", []):
-                # One with nothing but a key comes as that key alone.
-                rich = isinstance(element, dict) and "elem" in element
-                facts = element["elem"] if rich else {"val": element}
-                value = facts["val"]
-                parts = value.get("concat", [value]) if isinstance(value, dict) else [value]
-                key = " . ".join(map(str, parts))  # with numbers if there is no /etc/protocols
-                key = key.replace(" . 6 . ", " . tcp . ").replace(" . 17 . ", " . udp . ")
-                listing.elements[name, key] = facts
-    return listing._replace(rules=rules)
 
 
 def adoptable(config: Config, listing: Listing, now: float, boot: str) -> Leases:
@@ -1121,14 +1088,6 @@ def adoptable(config: Config, listing: Listing, now: float, boot: str) -> Leases
             if lease and name in names and names <= listing.elements.keys():
                 leases[lease[:2]] = lease
     return leases
-
-
-class NftError(UserError):
-    """nft failed, or was killed: then it may have done its work all the same."""
-
-
-class NoTable(NftError):
-    """Our table is not there."""
 
 
 def await_end(process: int, limit: float) -> int:
@@ -1155,7 +1114,8 @@ class Nft:
 
     def run(self, script: str, *arguments: str) -> bytes:
         """Run a script, or with "" the arguments alone; returns what nft printed. Raises
-        NftError, with nft's first line; after NFT_LIMIT_S nft is killed."""
+        UserError, with nft's first lines. After NFT_LIMIT_S nft is killed, and may have done its
+        work all the same."""
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
@@ -1168,52 +1128,71 @@ class Nft:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
             except OSError as error:
                 hint = "install nftables, or set exe in [NFTABLES] to an absolute path"
-                raise NftError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
+                raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             self.process_ids.append(process)
             status = await_end(process, NFT_LIMIT_S)
             printed.seek(0)
             said.seek(0)
-            problem = said.read(4096).decode("utf-8", "replace").strip().split("\n")[0]
+            # What is wrong, and the statement, up to where there may be times in it.
+            lines = said.read(4096).decode("utf-8", "replace").strip().split("\n")[:2]
+            problem = ": ".join(line.partition(" {")[0] for line in lines)
             if status == -9:
                 problem = f"nft did not end within {NFT_LIMIT_S:g} s"
             if status:
-                hint = f"try it by hand: {self.path} list ruleset"
-                if "not permitted" in problem:
-                    hint = "run it as root: nftables want CAP_NET_ADMIN"
-                raise NftError(problem or f"nft ended with status {status}", hint)
+                hint = f"are you root, and your ruleset loaded? {self.path} list ruleset"
+                raise UserError(problem or f"nft ended with status {status}", hint)
             return printed.read()
 
 
 def list_table(nft: Nft, config: Config) -> Listing:
-    """Our table as the kernel has it. Raises NftError, naming the table if it is missing."""
+    """Our part of our table, as the kernel has it. The table's handle belongs to a set's facts,
+    too: a new table counts its handles from the start. Raises UserError."""
+    import json
+    listing = Listing({}, {}, set(), 0)
+    tag = ruleset(config)[1][0]
+    rules = table = 0
+    printed = nft.run("", "-j", "list", "table", config.family, config.table)
     try:
-        return read_listing(config, nft.run("", "-j", "list", "table", config.family, config.table))
+        for item in json.loads(printed)["nftables"]:
+            kind, found = next(iter(item.items()))
+            name = found.get("name", "")
+            if kind == "table":
+                table = found["handle"]
+            elif kind == "chain":
+                listing.chains.add(name)
+            elif kind == "rule":
+                rules += f'comment "{found.get("comment")}"' in tag
+            elif kind == "set" and OUR_SET.fullmatch(name):
+                types = found["type"] if isinstance(found["type"], list) else [found["type"]]
+                extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
+                listing.sets[name] = " ".join([" . ".join(types), *extra]), table, found["handle"]
+                for element in found.get("elem", []):
+                    # One with nothing but a key comes as that key alone.
+                    rich = isinstance(element, dict) and "elem" in element
+                    facts = element["elem"] if rich else {"val": element}
+                    value = facts["val"]
+                    parts = value.get("concat", [value]) if isinstance(value, dict) else [value]
+                    key = " . ".join(map(str, parts))  # with numbers if there is no /etc/protocols
+                    key = key.replace(" . 6 . ", " . tcp . ").replace(" . 17 . ", " . udp . ")
+                    listing.elements[name, key] = facts
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        raise NftError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
-    except NftError as error:
-        if "Error: No such file" not in error.problem:
-            raise
-        hint = "load your ruleset first, such as nftables.conf: nft -f FILE"
-        raise NoTable(f"there is no table {config.family} {config.table}", hint) from None
+        raise UserError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
+    return listing._replace(rules=rules)
 
 
 def check_kernel(nft: Nft, config: Config) -> Listing:
     """Look whether the kernel would take our ruleset; returns what is there now. Raises
-    UserError naming the chain or set that stands in the way, or with what nft says."""
+    UserError naming the set that stands in the way, or with what nft says."""
     listing = list_table(nft, config)
-    where = f"in table {config.family} {config.table}"
-    for hook, chain in config.chains.items():
-        if chain not in listing.chains:
-            hint = "declare it in your ruleset, as nftables.conf does, and load that first"
-            raise UserError(f"there is no chain {chain} (chain-{hook}) {where}", hint)
+    table = f"{config.family} {config.table}"
     for name, kind in ruleset(config)[0].items():
         if name in listing.sets and listing.sets[name][0] != kind:
-            hint = f"remove it: nft delete set {config.family} {config.table} {name}"
-            raise UserError(f"the set {name} {where} is not one of ours", hint)
+            hint = f"remove it: nft delete set {table} {name}"
+            raise UserError(f"the set {name} in table {table} is not one of ours", hint)
     try:
         nft.run(ruleset_script(config), "-c")
-    except NftError as error:
-        hint = "do all chains that resources jump to exist, under names that nft takes?"
+    except UserError as error:
+        hint = "does your ruleset declare all chains of this file, under names that nft takes?"
         raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
     return listing
 
@@ -1277,11 +1256,11 @@ class Firewall:
             self._keep(key, config.allowed(lease, meaning), "configuration")
         self.config = config
         self.look_at = 0  # to say so and to try again if this fails
-        with contextlib.suppress(NftError):
+        with contextlib.suppress(UserError):
             self._install()
 
     def _install(self) -> None:
-        """Make the kernel's part of our table what it should be. Raises NftError."""
+        """Make the kernel's part of our table what it should be. Raises UserError."""
         self.expire()
         self.installed = True
         self._run((), self.leases.values(), time.monotonic(), ruleset_script(self.config))
@@ -1289,7 +1268,7 @@ class Firewall:
         self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
 
     def _run(self, old: Iterable[Lease], new: Iterable[Lease], now: float, first: str = "") -> None:
-        """Run a first script, and what makes the new leases of the old ones. Raises NftError."""
+        """Run a first script, and what makes the new leases of the old ones. Raises UserError."""
         before = lease_elements(self.config, old, self.boot)
         after = lease_elements(self.config, new, self.boot)
         script = first + elements_script(self.config, before, after, now, self.refreshes)
@@ -1299,13 +1278,17 @@ class Firewall:
             self.nft.run(script)
 
     def close(self) -> None:
-        """Remove all that was installed. Raises NftError if something stays."""
+        """Remove all that was installed. Raises UserError if something stays."""
         table = f"{self.config.family} {self.config.table}"
-        with contextlib.suppress(NoTable):
+        try:
             listing = list_table(self.nft, self.config)
-            for chain in listing.chains.intersection(self.config.chains.values()):
-                self.nft.run(f"flush chain {table} {chain}\n")
-            self._delete_sets(listing.sets)
+        except UserError as error:
+            if "No such file" in error.problem:
+                return  # the table is gone, and all that was in it
+            raise
+        for chain in listing.chains.intersection(self.config.chains.values()):
+            self.nft.run(f"flush chain {table} {chain}\n")
+        self._delete_sets(listing.sets)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -1314,7 +1297,7 @@ class Firewall:
         for name in names:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
-            except NftError as error:
+            except UserError as error:
                 self.nft.run(f"flush set {table} {name}\n")
                 self.log("set-stays", set=name, reason=error.problem)
 
@@ -1348,7 +1331,7 @@ class Firewall:
         new = filter(None, {**old, **planned}.values())
         try:
             self._run(old.values(), new, now)
-        except NftError as error:
+        except UserError as error:
             return error.problem
         # A lease's time counts from here: so the kernel's element never outlives ours.
         elapsed = time.monotonic() - now
@@ -1450,7 +1433,7 @@ class Firewall:
             if damage:
                 self._install()
                 self.log("healed", reason=damage, leases=len(self.leases))
-        except NftError as error:
+        except UserError as error:
             trouble = error.problem
             if trouble != self.trouble:
                 self.log("cannot-heal", reason=trouble)
