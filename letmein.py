@@ -1073,23 +1073,6 @@ def ruleset_script(config: Config) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def adoptable(config: Config, listing: Listing, now: float, boot: str) -> Leases:
-    """The leases in a listing that a server of this boot gave (an administrator may have
-    saved the ruleset and loaded it again), and that this configuration still allows."""
-    leases: Leases = {}
-    for name, element in listing.elements.items():
-        comment = COMMENT.fullmatch(str(element.get("comment")))
-        left = element.get("expires", 0)
-        if comment and comment[3] == boot and left:
-            address = name[1].split(" ")[0]
-            found = Lease(address, int(comment[2], 16), int(comment[1], 16), now + left)
-            lease = config.allowed(found, comment[4])
-            names = lease_elements(config, [lease]).keys() if lease else set()
-            if lease and name in names and names <= listing.elements.keys():
-                leases[lease[:2]] = lease
-    return leases
-
-
 def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit (in seconds). Returns its exit status,
     the negative number of a signal that ended it. (The subprocess module would do such a wait
@@ -1240,12 +1223,26 @@ class Firewall:
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
-        for lease in adoptable(self.config, listing, time.monotonic(), self.boot).values():
-            self._keep(lease[:2], lease)
+        self._adopt(listing)
         self._install()
         if self.leases:
             self.log("adopted", leases=len(self.leases))
         return netlink
+
+    def _adopt(self, listing: Listing) -> None:
+        """Take over the leases in a listing that a server of this boot gave (an administrator may
+        have saved the ruleset and loaded it again), and that this configuration still allows."""
+        now = time.monotonic()
+        for name, element in listing.elements.items():
+            comment = COMMENT.fullmatch(str(element.get("comment")))
+            left = element.get("expires", 0)
+            if comment and comment[3] == self.boot and left:
+                user, resource = int(comment[1], 16), int(comment[2], 16)
+                found = Lease(name[1].split(" ")[0], resource, user, now + left)
+                lease = self.config.allowed(found, comment[4])
+                names = lease_elements(self.config, [lease]).keys() if lease else set()
+                if lease and name in names and names <= listing.elements.keys():
+                    self._keep(lease[:2], lease)
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
