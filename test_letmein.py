@@ -5213,7 +5213,7 @@ SLOW_READER = """
 
 def with_attack(lab: Lab, attack: str) -> tuple[str | Path, ...]:
     """How to run a server with a network process that turns hostile at SIGUSR1."""
-    end = '\nif __name__ == "__main__":\n'
+    end = '\nif __name__ == "__main__":\n    sys.exit'
     return altered(lab, (end, HOSTILE.replace("@ATTACK@", attack.strip()) + end))
 
 
