@@ -26,6 +26,7 @@ SITE = $(VENV)/lib/python$(VERSION)/site-packages
 help:
 	@echo 'make demo    letmein from the first knock to the last, on two throwaway hosts'
 	@echo 'make test    the whole test suite, and its coverage (PYTEST_ARGS="-k udp": a part of it)'
+	@echo 'make matrix  make test for each Python: 3.9 to 3.13 of PATH, or PYTHONS="python3.9 ..."'
 	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
 	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
 	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
@@ -48,6 +49,18 @@ test: tools
 		-n 6 --dist worksteal -o cache_dir=$(VENV)/pytest test_letmein.py $(PYTEST_ARGS)
 	@$(VENV)/bin/coverage combine --quiet --rcfile=$(VENV)/coverage.ini
 	@$(VENV)/bin/coverage report --rcfile=$(VENV)/coverage.ini $(if $(PYTEST_ARGS),|| true,--fail-under=90)
+
+# Each Python in turn, whatever becomes of the others. It fails if one did, or if none was found.
+PYTHONS = python3.9 python3.10 python3.11 python3.12 python3.13
+matrix:
+	@good=; bad=; absent=; for python in $(PYTHONS); do \
+		if ! command -v $$python >/dev/null; then absent="$$absent $$python"; continue; fi; \
+		echo "== $$python"; \
+		if $(MAKE) --no-print-directory test PYTHON=$$python; \
+		then good="$$good $$python"; else bad="$$bad $$python"; fi; \
+	done; \
+	echo "passed:$${good:- none}; failed:$${bad:- none}; not found:$${absent:- none}"; \
+	[ -n "$$good" ] && [ -z "$$bad" ]
 
 soak: tools
 	SOAK=500 $(ROOTLESS) $(VENV)/bin/python -m pytest -o cache_dir=$(VENV)/pytest test_letmein.py \
@@ -110,7 +123,7 @@ uninstall:
 	rm -rf $(addprefix $(DESTDIR),$(MODULE) $(DOC) $(UNITS)/letmeind.service)
 	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind)
 
-.PHONY: help demo test soak fuzz bench lint clean install uninstall packages test-packages tools
+.PHONY: help demo test matrix soak fuzz bench lint clean install uninstall packages test-packages tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \

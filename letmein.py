@@ -821,7 +821,10 @@ class Client:
         if self.arguments.to_run and not self.is_quiet:
             tell(line)  # standard output is COMMAND's
         elif not self.is_quiet:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except OSError:  # the user will not know; the other resources are to be seen to
+                return False
         return True
 
     def ask_all(self, operation: int) -> list[Resource]:

@@ -45,6 +45,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,7 @@ LAB_HOSTS = """
 127.0.0.1 localhost
 10.1.0.1  both.test v4dead.test.not
 fd01::1   both.test
-10.1.0.1  v6dead.test
+10.1.0.1  v6dead.test xn--bcher-kva.test xn--fsq.test
 fd01::99  v6dead.test
 10.1.0.99 v4dead.test
 fd01::1   v4dead.test
@@ -1936,7 +1937,8 @@ LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
     ("closed at once", TCP, [], ""),
     ("closed after the KNOCK", TCP, [None], "closed"),
     ("closed after the RESPONSE", TCP, CHALLENGED, "closed"),
-    ("CHALLENGE twice", BOTH, [*CHALLENGED, reply(CHALLENGE)], "CHALLENGE"),
+    ("CHALLENGE twice", TCP, [*CHALLENGED, reply(CHALLENGE)], "CHALLENGE"),
+    ("another CHALLENGE", BOTH, [*CHALLENGED, reply(CHALLENGE, auth=TOKEN)], "CHALLENGE"),
     ("COMEIN at once", TCP, [None, reply(COMEIN)], "COMEIN"),
     ("KNOCK", UDP, [None, reply(KNOCK)], "KNOCK"),
     ("operation 6", TCP, [None, reply(6)], "6"),
@@ -7374,7 +7376,7 @@ class Feeder:
         else:
             raise socket.timeout
 
-    def select(self, readers: list[socket.socket], *_: object) -> tuple[list[socket.socket], ...]:
+    def select(self, readers: list[socket.socket], *_: object) -> Any:
         """In place of select.select(): the next piece comes when the client waits for it."""
         if not select.select(readers, [], [], 0)[0]:
             self.feed()
@@ -7433,7 +7435,13 @@ def test_client_survives_any_bytes(
     said: list[bytes], cuts: list[int], udp: bool, hangs_up: bool
 ) -> None:
     """In whatever pieces they come: the client ends, with COMEIN or with an error in words."""
-    heard = b"".join(data for data in said if len(data) == 56 or not udp)
+    messages = [data for data in said if len(data) == 56 or not udp]
+    if udp:  # the same CHALLENGE again is passed over
+        first = (messages or [b""])[0]
+        is_new = [m[:16] + m[24:] != first[:16] + first[24:] for m in messages[1:]]
+        if first[:8] == plain(CHALLENGE)[:8]:
+            messages[1:] = itertools.compress(messages[1:], is_new)
+    heard = b"".join(messages)
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
     client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
@@ -8991,6 +8999,1300 @@ class TestThreats:
             for part in name.split("."):
                 place = getattr(place, part)
             assert callable(place), name
+
+
+# ----------------------------------------------------------------------------
+# A client's whole way: connect, COMMAND, lossy paths, words, files, other systems
+# ----------------------------------------------------------------------------
+
+HOLD_RESOURCES = """
+22 = port: 22
+23 = port: 23
+26 = port: 26 / users: USERS
+90 = port: 9000
+91 = port: 9001 / timeout: 2
+"""
+HOLD_CONF = client_conf(resources=HOLD_RESOURCES.replace("USERS", "1"))  # but the server:
+HOLD_SERVER = server_conf(HOLD_RESOURCES.replace("USERS", "2"))
+ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+class Running:
+    """A program on the client's host, of which a test holds standard input and output. Args:
+    words, of letmein.py's command line, or of a whole one with program=().
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        *words: str | Path,
+        conf: str = HOLD_CONF,
+        program: Sequence[str | Path] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        if program is None:
+            program = (sys.executable, LETMEIN, "-c", lab.file(conf), "--seccomp", SECCOMP)
+        with lab.client():
+            self.process = subprocess.Popen(
+                [str(word) for word in (*program, *words)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**unmeasured(), **(env or {})},
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+
+    def say(self, data: bytes) -> None:
+        self.stdin.write(data)
+        self.stdin.flush()
+
+    def end_input(self) -> None:
+        self.stdin.close()
+        self.process.stdin = None
+
+    def hear(self, size: int) -> bytes:
+        """So many bytes, or all until the end."""
+        return self.stdout.read(size)
+
+    def end(self, number: int = 0) -> Result:
+        """Wait for its end, after a signal if one is given. What it said goes with it."""
+        if number:
+            self.process.send_signal(number)
+        out, err = b"", b""
+        if not self.stdout.closed:
+            out, err = self.process.communicate(timeout=30)
+        took = time.monotonic() - self.started
+        return Result(self.process.returncode, out.decode(), err.decode(), took)
+
+
+def patched(lab: Lab, code: str, *words: str, conf: str = HOLD_CONF) -> list[str | Path]:
+    """A command line that runs letmein.py as a program, in a Python that ran this code before."""
+    lines = f"import runpy\n{textwrap.dedent(code)}\n" + (
+        "import sys; sys.argv = sys.argv[1:]"
+        "\nsys.path[0] = ''; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return [sys.executable, lab.file(lines), LETMEIN, "-c", lab.file(conf), *words]
+
+
+def assert_no_traceback(result: Result) -> None:
+    """But for one from the interpreter's own start, until our first statement is done."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    first = text[: text.index("\nimport contextlib\n")].count("\n")
+    lines = re.findall(r'letmein.py", line ([0-9]+)', result.err)
+    assert all(int(line) <= first for line in lines), result
+
+
+class Service:
+    """A TCP service on the server's host: each connection goes to a function, in a thread."""
+
+    def __init__(self, port: int, serve: Callable[[socket.socket], object]) -> None:
+        self.listener = socket.create_server(
+            ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64
+        )
+        self.serve = serve
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            self.serve(connection)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def echo(connection: socket.socket) -> None:
+    while data := connection.recv(1 << 16):
+        connection.sendall(data)
+
+
+def shut_within(lab: Lab, seconds: float = 1.0) -> None:
+    """All leases end in this time, without waiting for their own."""
+    end = time.monotonic() + seconds
+    while elements := lab.elements():
+        assert time.monotonic() < end, elements
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="class")
+def shared_hold(lab: Lab) -> Iterator[Shared]:
+    shared = Shared(lab, HOLD_SERVER)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def hold(shared_hold: Shared) -> Iterator[Server]:
+    """A server with HOLD_RESOURCES, with nothing open."""
+    yield shared_hold.get()
+    shared_hold.renew()
+
+
+class Sshd:
+    """A real sshd on the server's host, and the way to log in to it through the firewall."""
+
+    def __init__(self, lab: Lab) -> None:
+        for name in ("sshd", "ssh", "ssh-keygen"):
+            if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
+                pytest.skip(f"{name} is not installed")
+        if not lab.real_root:
+            pytest.skip("sshd takes real root")
+        self.lab = lab
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for name in ("host", "user"):
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name)
+        conf = directory / "sshd_config"
+        conf.write_text(
+            f"Port 9000\nPidFile none\nHostKey {directory}/host\nUsePAM no\nStrictModes no\n"
+            f"AuthorizedKeysFile {directory}/user.pub\nPermitRootLogin yes\n",
+            encoding="utf-8",
+        )
+        # sshd wants to find this directory.
+        script = f"mount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -Def {conf}"
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script], stderr=subprocess.PIPE, encoding="utf-8"
+        )
+        lab.processes.append(self.process)
+        assert self.process.stderr is not None
+        while "listening" not in (line := self.process.stderr.readline()):
+            assert line, "sshd does not start"
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        options = f"-F none -i {directory}/user -p 9000 -l root -o BatchMode=yes -o LogLevel=ERROR"
+        self.command = [
+            "ssh", *options.split(), "-o", f"UserKnownHostsFile={directory}/known",
+            "-o", "StrictHostKeyChecking=accept-new",
+        ]  # fmt: skip
+        self.proxy = f"{sys.executable} {LETMEIN} -c {lab.file(HOLD_CONF)} connect %h %p"
+
+    def log_in(self, *words: str, host: str = SERVER_4) -> Running:
+        """ssh to the server by `letmein connect`, to run this."""
+        proxy = f"ProxyCommand={self.proxy}"
+        return Running(self.lab, *self.command, "-o", proxy, host, *words, program=())
+
+
+@pytest.fixture(scope="class")
+def sshd(lab: Lab) -> Iterator[Sshd]:
+    made = Sshd(lab)
+    yield made
+    made.process.kill()
+
+
+def child_of(process: subprocess.Popen[bytes]) -> int:
+    """The pid of its only child."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    (child,) = path.read_text(encoding="ascii").split()
+    return int(child)
+
+
+@pytest.mark.usefixtures("hold")
+class TestSsh:
+    """`ssh -o ProxyCommand='letmein connect %h %p'`."""
+
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test"])
+    def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
+        with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
+            assert ssh.end()[:3] == (5, "42\n", "")
+        shut_within(lab)
+        assert not lab.reaches(9000, CLIENT_4)
+
+    def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
+        data = os.urandom(20_000_000)
+        path = lab.directory / "copied"
+        with sshd.log_in(f"cat >{path}") as ssh:
+            ssh.say(data)
+            assert ssh.end()[:3] == (0, "", "")
+        assert path.read_bytes() == data
+        with sshd.log_in(f"cat {path}") as ssh:
+            assert ssh.hear(-1) == data
+            assert ssh.process.wait(LIMIT_S) == 0
+        path.unlink()
+        shut_within(lab)
+
+    @pytest.mark.parametrize("whom", ["ssh", "letmein"])
+    @pytest.mark.parametrize("name", [*ENDINGS, "SIGKILL"])
+    def test_a_signal_in_the_middle(self, lab: Lab, sshd: Sshd, whom: str, name: str) -> None:
+        """(Nothing of ours can be done when SIGKILL ends our client: the kernel's timeout does.)"""
+        with sshd.log_in("echo here; sleep 60") as ssh:
+            assert ssh.hear(5) == b"here\n"
+            pid = ssh.process.pid if whom == "ssh" else child_of(ssh.process)
+            assert len(lab.elements()) == 1
+            os.kill(pid, getattr(signal, name))
+            assert ssh.end().status != 0
+        if (whom, name) != ("letmein", "SIGKILL"):
+            shut_within(lab)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
+        with sshd.log_in("cat") as one, sshd.log_in("cat") as other:
+            sessions = [one, other]
+            for ssh in sessions:
+                ssh.say(b"here\n")
+                assert ssh.hear(5) == b"here\n"
+            assert sessions[first].end()[:3] == (0, "", "")
+            shut_within(lab)
+            sessions[1 - first].say(b"still here\n")
+            assert sessions[1 - first].end()[:3] == (0, "still here\n", "")
+        assert lab.elements() == []
+
+
+def shell(redirection: str, *words: str | Path, conf: str = HOLD_CONF, lab: Lab) -> list[str]:
+    """A command line by which a shell starts our client with some redirection."""
+    program = [sys.executable, LETMEIN, "-c", lab.file(conf), "--seccomp", SECCOMP, *words]
+    return ["sh", "-c", f"{shlex.join(map(str, program))} {redirection}"]
+
+
+class Heard:
+    """What a service has heard on its connections; it says `greeting` first."""
+
+    def __init__(self, greeting: bytes = b"") -> None:
+        self.greeting = greeting
+        self.data = b""
+        self.ended = threading.Event()
+
+    def __call__(self, connection: socket.socket) -> None:
+        if self.greeting:
+            connection.sendall(self.greeting)
+        connection.settimeout(LIMIT_S)
+        while data := connection.recv(1 << 16):
+            self.data += data
+        self.ended.set()
+
+
+@pytest.mark.usefixtures("hold")
+class TestConnect:
+    """`connect HOST PORT`, without ssh."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
+    def test_any_bytes_there_and_back(self, lab: Lab, host: str, control: str) -> None:
+        data = bytes(range(256)) * 8000
+
+        def give() -> None:
+            client.say(data)
+            client.end_input()
+
+        with Service(9000, echo), Running(lab, "connect", control, host, "9000") as client:
+            threading.Thread(target=give).start()
+            assert client.hear(-1) == data
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_input_ends_first(self, lab: Lab) -> None:
+        """The service hears the end, and can answer still."""
+
+        def count(connection: socket.socket) -> None:
+            heard = Heard()
+            heard(connection)
+            time.sleep(0.3)
+            connection.sendall(b"%d" % len(heard.data))
+
+        with Service(9000, count), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(bytes(100_000))
+            client.end_input()
+            assert client.hear(-1) == b"100000"
+            assert client.process.wait(LIMIT_S) == 0
+
+    def test_output_ends_first(self, lab: Lab) -> None:
+        """Who reads our output hears the end, and what still comes in is carried."""
+        heard = Heard(b"that is all")
+
+        def half(connection: socket.socket) -> None:
+            connection.sendall(heard.greeting)
+            connection.shutdown(socket.SHUT_WR)
+            heard.greeting = b""
+            heard(connection)
+
+        with Service(9000, half), Running(lab, "connect", SERVER_4, "9000") as client:
+            assert client.hear(-1) == b"that is all"
+            assert client.process.poll() is None
+            client.say(b"one more thing")
+            client.end_input()
+            assert client.process.wait(LIMIT_S) == 0
+            assert heard.ended.wait(LIMIT_S)
+        assert heard.data == b"one more thing"
+
+    def test_nobody_reads_our_output(self, lab: Lab) -> None:
+        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.stdout.close()
+            client.say(b"here")
+            assert client.process.wait(LIMIT_S) == 0
+            assert lab.elements() == []
+
+    def test_the_service_breaks_off(self, lab: Lab) -> None:
+        def reset(connection: socket.socket) -> None:
+            connection.recv(4)
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        with Service(9000, reset), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(b"here")
+            assert client.process.wait(LIMIT_S) == 0  # though our input has not ended
+            assert lab.elements() == []
+
+    @pytest.mark.parametrize("name", ENDINGS)
+    def test_a_signal(self, lab: Lab, name: str) -> None:
+        number = getattr(signal, name)
+        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert client.end(number)[:3] == (128 + number, "", "")
+            assert lab.elements() == []
+
+    def test_a_signal_just_before_signals_are_ignored(self, lab: Lab) -> None:
+        """Such as that by which ssh ends who carries its connection."""
+        patch = """
+            import os, signal
+            set_handler = signal.signal
+            def new_signal(number, handler):
+                if handler == signal.SIG_IGN:
+                    signal.signal = set_handler
+                    os.kill(os.getpid(), signal.SIGTERM)
+                set_handler(number, handler)
+            signal.signal = new_signal
+        """
+        words = patched(lab, patch, "connect", SERVER_4, "9000")
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("words", [["connect", "9000"], ["knock", "9000"]])
+    def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
+        with Service(9000, echo):
+            for step in range(30):
+                with Running(lab, words[0], "both.test", words[1]) as client:
+                    time.sleep(0.03 + 0.01 * step)
+                    result = client.end(signal.SIGINT)
+                    assert_no_traceback(result)
+                    assert result.status in (-signal.SIGINT, 128 + signal.SIGINT, 0, 1)
+                if words[0] == "connect":
+                    assert lab.elements() == []
+
+    def test_a_lease_that_would_end_is_renewed(self, lab: Lab, hold: Server) -> None:
+        with Service(9001, echo), Running(lab, "connect", SERVER_4, "9001") as client:
+            for _ in range(5):
+                client.say(b"here")
+                assert client.hear(4) == b"here"
+                assert len(lab.elements()) == 1
+                time.sleep(0.8)
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_keep(self, lab: Lab) -> None:
+        with Service(9000, echo), Running(lab, "connect", "--keep", SERVER_4, "9000") as client:
+            assert client.end()[:3] == (0, "", "")
+        assert len(lab.elements()) == 1
+
+    def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        pytest.importorskip("pyseccomp")
+        words = ["--seccomp", "kill", "connect", "both.test", "9001"]
+        with Service(9001, echo), Running(lab, *words) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            time.sleep(1.5)  # so that it knocks again
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_another_resource_opens_the_port(self, lab: Lab) -> None:
+        with Service(9001, echo), Running(
+            lab, "connect", "-r", "90", "-r", "91", SERVER_4, "9001"
+        ) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert len(lab.elements()) == 2
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    @pytest.mark.parametrize(
+        "redirection, heard",
+        [(">&-", b"in"), ("2>&-", b"in"), ("<&-", b""), ("<&- >&- 2>&-", b"")],
+    )
+    def test_closed_streams(self, lab: Lab, redirection: str, heard: bytes) -> None:
+        """The connection does not get the number of one, and no warning gets into the output."""
+        service = Heard(b"greeting")
+        conf = f"{HOLD_CONF}\n[UNKNOWN]\n"
+        words = shell(redirection, "connect", SERVER_4, "9000", conf=conf, lab=lab)
+        with Service(9000, service), Running(lab, *words, program=()) as client:
+            client.say(b"in")
+            result = client.end()
+            assert service.ended.wait(LIMIT_S)
+        assert service.data == heard
+        assert result.out in ("", "greeting")
+        assert ("warning" in result.err) == ("2>" not in redirection)
+        shut_within(lab)
+
+
+class Door:
+    """A server in this process without a firewall behind it, over TCP and UDP, so that a test
+    says how it behaves. Args: delays, by protocol and IP version (such as "tcp6"), of each
+    answer; granted, called with KNOCK or REVOKE and the address asked, before a COMEIN."""
+
+    def __init__(
+        self,
+        delays: Mapping[str, float] | None = None,
+        granted: Callable[[int, str], object] = lambda operation, where: None,
+        udp_copies: int = 1,
+    ) -> None:
+        self.delays = delays or {}
+        self.granted = granted
+        self.udp_copies = udp_copies
+        self.grants: list[tuple[int, str]] = []  # KNOCK or REVOKE, and the address
+        self.sockets = []
+        for address, protocol in itertools.product((SERVER_4, SERVER_6), ("tcp", "udp")):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+            listener = socket.socket(family, kind)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, 5800))
+            if protocol == "tcp":
+                listener.listen()
+            self.sockets.append(listener)
+            serve = self._serve_tcp if protocol == "tcp" else self._serve_udp
+            arguments = listener, address, self.delays.get(protocol + "46"[":" in address], 0)
+            threading.Thread(target=serve, args=arguments, daemon=True).start()
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for listener in self.sockets:
+            with contextlib.suppress(OSError):  # a UDP socket wakes up, and says ENOTCONN
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def _answer(self, data: bytes, asked: dict[int, int], where: str) -> bytes:
+        """asked: KNOCK or REVOKE, by the user."""
+        operation, user, resource = struct.unpack(">III", data[4:16])
+        if operation in (KNOCK, REVOKE):
+            asked[user] = operation
+            return reply(CHALLENGE, user, resource, TOKEN)
+        assert data[24:] == hmac.digest(KEYS[user], data[4:24] + TOKEN, "sha3_256")
+        self.granted(asked[user], where)
+        self.grants.append((asked[user], where))
+        return reply(COMEIN, user, resource)
+
+    def _serve_tcp(self, listener: socket.socket, where: str, delay: float) -> None:
+        def talk(connection: socket.socket) -> None:
+            asked: dict[int, int] = {}
+            with connection, contextlib.suppress(OSError):
+                for _ in range(2):
+                    data = connection.recv(56, socket.MSG_WAITALL)
+                    if data:
+                        time.sleep(delay)
+                        connection.sendall(self._answer(data, asked, where))
+
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+    def _serve_udp(self, listener: socket.socket, where: str, delay: float) -> None:
+        asked: dict[object, dict[int, int]] = {}
+        with contextlib.suppress(OSError):
+            while True:
+                data, peer = listener.recvfrom(100)
+                if not data:  # the end, see __exit__()
+                    return
+                time.sleep(delay)
+                answer = self._answer(data, asked.setdefault(peer, {}), where)
+                for _ in range(self.udp_copies):
+                    listener.sendto(answer, peer)
+
+
+@pytest.mark.usefixtures("no_firewall")
+class TestDoor:
+    """What the client makes of a server that is good, but slow, or in a bad place."""
+
+    def test_the_slow_address_is_closed_as_well(self, lab: Lab) -> None:
+        """Its knock came to an end while COMMAND ran already."""
+        with Door({"tcp6": 0.4}) as door:
+            result = lab.letmein("knock", "both.test", "22", "--", "sleep", "1.5", conf=HOLD_CONF)
+        assert result.status == 0, result
+        assert result.took < 4, result
+        assert "opened port 22 on both.test (10.1.0.1)\n" in result.err
+        assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
+
+    def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
+        with Door({"tcp6": 1}) as door:
+            result = lab.letmein("knock", "both.test", "22", conf=HOLD_CONF)
+        assert result[:3] == (0, "opened port 22 on both.test (10.1.0.1)\n", "")
+        assert result.took < 1
+        assert door.grants == [(KNOCK, SERVER_4)]
+
+    def test_datagrams_that_come_twice(self, lab: Lab) -> None:
+        """As of networks that mean it too well."""
+        with Door(udp_copies=2) as door:
+            result = lab.letmein("knock", "-U", SERVER_4, "22", conf=HOLD_CONF)
+        assert result[:3] == (0, f"opened port 22 on {SERVER_4} ({SERVER_4})\n", "")
+        assert door.grants == [(KNOCK, SERVER_4)]
+
+    def test_what_failed_is_not_asked_to_close(self, lab: Lab) -> None:
+        """One error, and the time of one."""
+        conf = client_conf(timeout=1)
+        result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
+        result.assert_error("no answer from fd01::98 over tcp within 1 s")
+        assert result.took < 1.8
+
+    @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
+    @pytest.mark.parametrize("opens", [True, False])
+    def test_shut_out_between_knock_and_connect(self, lab: Lab, opens: bool, host: str) -> None:
+        """Somebody behind the same address has closed the port meanwhile: knock again, once."""
+        services: list[Service] = []
+        one_at_a_time = threading.Lock()
+
+        def granted(operation: int, where: str) -> None:
+            """The first knock does not open it, the second one does."""
+            with one_at_a_time:
+                is_second = operation == KNOCK and (KNOCK, where) in door.grants
+                if opens and is_second and not services:
+                    services.append(Service(9000, echo))
+
+        with Door(granted=granted) as door, Running(lab, "connect", host, "9000") as client:
+            client.say(b"here")
+            result = client.end()
+        for service in services:
+            service.__exit__()
+        if opens:
+            assert result[:3] == (0, "here", "")
+        else:
+            problem = "port 9000 was opened, but cannot be reached: Connection refused"
+            result.assert_error(f"error: {problem}\n  does the service run there?\n")
+        addresses = [SERVER_4] if host == SERVER_4 else [SERVER_4, SERVER_6]
+        for where in addresses:
+            assert [operation for operation, at in door.grants if at == where] == [
+                KNOCK, KNOCK, REVOKE,
+            ]  # fmt: skip
+
+    def test_a_firewall_that_drops_the_first_connection(self, lab: Lab) -> None:
+        """Shut means silence there, and a client is not to wait for its kernel's patience."""
+        lab.load("""
+            table inet filter {
+                chain input {
+                    type filter hook input priority 0
+                    tcp dport 9000 tcp flags syn counter meta mark 0 drop
+                }
+            }
+        """)
+
+        def granted(operation: int, where: str) -> None:
+            if operation == KNOCK and (KNOCK, where) in door.grants:
+                run(NFT, "flush", "chain", "inet", "filter", "input")
+
+        try:
+            words = ["connect", SERVER_4, "9000"]
+            with Service(9000, echo), Door(granted=granted) as door, Running(lab, *words) as client:
+                client.say(b"here")
+                result = client.end()
+        finally:
+            lab.load("")
+        assert result[:3] == (0, "here", "")
+        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + 1.5
+
+
+REACH = f"import socket; socket.create_connection(('{SERVER_4}', PORT)).recv(4)"
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-S", "-c", text]
+
+
+@pytest.mark.usefixtures("hold")
+class TestCommand:
+    """`knock HOST PORT... -- COMMAND`."""
+
+    @pytest.mark.parametrize(
+        "script, status",
+        [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill $$", 143)],
+    )
+    def test_its_exit_status_is_ours(self, lab: Lab, script: str, status: int) -> None:
+        words = ["knock", SERVER_4, "22", "--", "sh", "-c", f"echo heard; {script}"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        where = f"port 22 on {SERVER_4} ({SERVER_4})"
+        said = f"letmein: opened {where}\n"
+        assert result[:3] == (status, "heard\n", said)
+        assert lab.elements() == []
+
+    def test_all_is_open_meanwhile(self, lab: Lab) -> None:
+        check = python("; ".join(REACH.replace("PORT", str(port)) for port in (22, 23)))
+        result = lab.letmein("knock", SERVER_4, "22", "23", "-q", "--", *check, conf=HOLD_CONF)
+        assert result[:3] == (0, "", "")
+        assert not lab.reaches(22, CLIENT_4)
+        assert not lab.reaches(23, CLIENT_4)
+
+    @pytest.mark.parametrize(
+        "words, status",
+        [
+            (["22"], 0),
+            (["22", "23"], 0),
+            (["-r", "22", "-r", "23"], 0),
+            (["22", "26", "23"], 1),
+            (["-r", "99", "-r", "22"], 1),
+        ],
+    )
+    def test_a_line_for_each(self, lab: Lab, words: list[str], status: int) -> None:
+        """Without COMMAND: what can be opened is, and it is success if all were."""
+        for word in ("knock", "revoke"):
+            result = lab.letmein(word, SERVER_4, *words, conf=HOLD_CONF)
+            assert result.status == status, result
+            assert result.err.count("error: ") == status
+            wanted = [f"{w} on {SERVER_4} ({SERVER_4})" for w in words if w in ("22", "23")]
+            assert [line.split(" ", 2)[2].lstrip("0") for line in result.out.splitlines()] == wanted
+            assert len(lab.elements()) == (len(wanted) if word == "knock" else 0)
+
+    @pytest.mark.parametrize("words", [["26", "22"], ["22", "26"], ["-r", "22", "-r", "99"]])
+    def test_not_run_if_one_fails(self, lab: Lab, words: list[str]) -> None:
+        command = ["--", "echo", "run"]
+        result = lab.letmein("knock", SERVER_4, *words, *command, conf=HOLD_CONF)
+        assert (result.status, result.out) == (1, "")
+        assert result.err.count("error") == 1
+        assert result.err.count("opened ") == 1
+        assert lab.elements() == []
+
+    def test_a_command_that_is_missing(self, lab: Lab) -> None:
+        result = lab.letmein("knock", SERVER_4, "22", "--", "no-such-thing", conf=HOLD_CONF)
+        result.assert_error("cannot run 'no-such-thing': No such file or directory")
+        assert lab.elements() == []
+
+    def test_keep(self, lab: Lab) -> None:
+        result = lab.letmein("knock", "--keep", SERVER_4, "22", "--", "true", conf=HOLD_CONF)
+        assert result.status == 0, result
+        assert "closed" not in result.err
+        assert lab.reaches(22, CLIENT_4)
+
+    def test_a_lease_that_would_end_is_renewed(self, lab: Lab) -> None:
+        check = f"import time; time.sleep(4.5); {REACH.replace('PORT', '22')}"
+        conf = HOLD_CONF.replace("port: 22", "port: 22 / timeout: 3")
+        words = ["knock", "-q", SERVER_4, "9001", "22", "--"]
+        result = lab.letmein(*words, *python(check), conf=conf)
+        assert result[:3] == (0, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("name", ENDINGS)
+    def test_a_signal_ends_command_too(self, lab: Lab, name: str) -> None:
+        words = ["-q", "knock", SERVER_4, "22", "--", "sh", "-c", "echo $$; exec sleep 60"]
+        number = getattr(signal, name)
+        with Running(lab, *words[1:3], "-q", *words[3:]) as client:
+            pid = int(client.stdout.readline())
+            assert len(lab.elements()) == 1
+            assert client.end(number)[:3] == (128 + number, "", "")
+        assert not Path(f"/proc/{pid}").exists()
+        assert lab.elements() == []
+
+    def test_a_command_that_takes_a_signal_well(self, lab: Lab) -> None:
+        """It ends when it wants to, and what it opened stays until then."""
+        script = "trap 'echo caught' TERM; echo here; while ! read line; do :; done; exit 3"
+        with Running(lab, "knock", "-q", SERVER_4, "22", "--", "sh", "-c", script) as client:
+            assert client.hear(5) == b"here\n"
+            client.process.terminate()
+            time.sleep(0.3)
+            assert len(lab.elements()) == 1
+            client.say(b"go\n")
+            assert client.end()[:3] == (3, "caught\n", "")
+        assert lab.elements() == []
+
+    def test_a_signal_at_any_moment(self, lab: Lab) -> None:
+        """Nothing stays open, and COMMAND does not stay behind."""
+        mark = f"60.{os.getpid()}"
+        for step in range(25):
+            with Running(lab, "knock", SERVER_4, "22", "--", "sleep", mark) as client:
+                time.sleep(0.04 + step * 0.02)
+                name = ENDINGS[step % 3]
+                result = client.end(getattr(signal, name))
+                assert_no_traceback(result)
+                assert result.status in (-getattr(signal, name), 128 + getattr(signal, name), 1)
+            assert lab.elements() == []
+            assert run("pgrep", "-f", f"^sleep {mark}", check=False) == ""
+
+    @pytest.mark.parametrize("where", ["before", "after"])
+    def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
+        patch = f"""
+            import os, signal, subprocess
+            class Popen(subprocess.Popen):
+                def __init__(self, command):
+                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "before" else None
+                    super().__init__(command)
+                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "after" else None
+            subprocess.Popen = Popen
+        """
+        seconds = f"60.{os.getpid()}"
+        words = patched(lab, patch, "knock", "-q", SERVER_4, "22", "--", "sleep", seconds)
+        with Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
+        assert lab.elements() == []
+        assert run("pgrep", "-f", f"^sleep {seconds}", check=False) == ""
+
+    def test_not_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        words = ["--seccomp", "kill", "knock", SERVER_4, "22", "--", "echo", "run"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        result.assert_error("COMMAND would run with the filter", "use connect, or --seccomp off")
+        assert lab.elements() == []
+
+
+REJECTED = "are key, user and resource the same there? the log of that server says more"
+UNANSWERED = "does a server run there, is its control port right (-P, -T, -U), and the key?"
+NO_NAME = "check the name, and that this machine can resolve names"
+FAILURES = {  # by the command line the error and its hint, word for word
+    "knock SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
+    "knock SERVER 26": ("SERVER: the server rejected the request", REJECTED),
+    "knock SERVER 26 -U": ("SERVER: the server rejected the request", REJECTED),
+    "revoke SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
+    "knock SERVER 22 -u 2": (
+        "SERVER: the server closed the connection without an answer", REJECTED,
+    ),
+    "knock SERVER 22 -u 3": (
+        "SERVER: the server closed the connection without an answer", REJECTED,
+    ),
+    "knock SERVER 22 -U -u 3": ("SERVER: no answer over udp within 0.4 s", UNANSWERED),
+    "knock 10.1.0.99 22": ("10.1.0.99: no answer over tcp within 0.4 s", UNANSWERED),
+    "knock 10.1.0.99 22 -U": ("10.1.0.99: no answer over udp within 0.4 s", UNANSWERED),
+    "revoke fd01::99 22": ("fd01::99: no answer over tcp within 0.4 s", UNANSWERED),
+    "knock SERVER 22 -P 5801": ("SERVER: Connection refused", UNANSWERED),
+    "knock SERVER 22 -P 5801 -U": ("SERVER: Connection refused", UNANSWERED),
+    "knock 10.9.9.9 22": ("10.9.9.9: Network is unreachable", UNANSWERED),
+    "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
+    "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
+    "knock b\xfccher.invalid 22": (
+        r"cannot find the address of 'b\xfccher.invalid': NO_NAME", NO_NAME,
+    ),
+    "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", NO_NAME),
+    "knock v4dead.test.not 22 -4 -6": (
+        "'v4dead.test.not' has no IPv6 address", "leave out -4 or -6",
+    ),
+    "knock SERVER 80": (
+        "CONF: [RESOURCES] has no port 80 for user 00000001",
+        "it has: 22, 23, 26, 9000, 9001; or name a --resource",
+    ),
+    "knock SERVER 26 -u 2": (
+        "CONF: [RESOURCES] has no port 26 for user 00000002",
+        "it has: 22, 23, 9000, 9001; or name a --resource",
+    ),
+    "connect SERVER 80": (
+        "CONF: [RESOURCES] has no port 80 for user 00000001",
+        "it has: 22, 23, 26, 9000, 9001; or name a --resource",
+    ),
+    "knock SERVER 22 -u 9": (
+        "CONF: [KEYS] has no key for user 00000009",
+        "copy its line from the server's [KEYS], or name another user with --user",
+    ),
+    "knock -q SERVER 22 -- no-such-thing": (
+        "cannot run 'no-such-thing': No such file or directory",
+        "what stands behind -- is a program and its arguments",
+    ),
+    "knock -q SERVER 22 -- /etc": (
+        "cannot run '/etc': Permission denied",
+        "what stands behind -- is a program and its arguments",
+    ),
+    "connect SERVER 9000": (
+        "port 9000 was opened, but cannot be reached: Connection refused",
+        "does the service run there?",
+    ),
+}  # fmt: skip
+NAME_ERRORS = {  # they differ between systems, and with the network
+    "Name or service not known", "Temporary failure in name resolution", "it is no host name",
+    "No address associated with hostname",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("hold")
+class TestWords:
+    """What people read when it does not work, and how little when it does."""
+
+    @pytest.mark.parametrize("words", FAILURES)
+    def test_a_failure_in_two_lines(self, lab: Lab, words: str) -> None:
+        problem, hint = FAILURES[words]
+        wrong = "".join(f"{user} = {os.urandom(32).hex()}\n" for user in (2, 3))
+        conf = client_conf(timeout=0.4, resources=HOLD_RESOURCES.replace("USERS", "1"))
+        path = lab.file(conf.replace(f"2 = {KEYS[2].hex()}\n", wrong))
+        with lab.client():
+            options = ["--seccomp", SECCOMP if "--" not in words else "off"]
+            result = lab.command("-c", path, *options, *words.replace("SERVER", SERVER_4).split())
+        for reason in NAME_ERRORS:
+            if words.split()[1] in ("no.invalid", "b\xfccher.invalid", "both..test"):
+                result = result._replace(err=result.err.replace(f": {reason}\n", ": NO_NAME\n"))
+        wanted = f"letmein: error: {problem}\n  {hint}\n"
+        wanted = wanted.replace("SERVER", SERVER_4).replace("CONF", str(path))
+        assert result[:3] == (1, "", wanted)
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_success(self, lab: Lab, control: str) -> None:
+        words = [control, "both.test", "22"]
+        for word, done in (("knock", "opened"), ("revoke", "closed")):
+            result = lab.letmein(word, *words, conf=HOLD_CONF)
+            first, second = sorted([SERVER_4, SERVER_6])
+            orders = [f"({first}, {second})", f"({second}, {first})"]
+            assert result.out in [f"{done} port 22 on both.test {order}\n" for order in orders]
+            assert (result.status, result.err) == (0, "")
+            assert lab.letmein(word, "-q", *words, conf=HOLD_CONF)[:3] == (0, "", "")
+
+    def test_verbose(self, lab: Lab) -> None:
+        result = lab.letmein("--verbose", "knock", "v6dead.test", "22", conf=HOLD_CONF)
+        assert result.status == 0
+        for line in (
+            f"letmein: server: fd01::99 and {SERVER_4}, port 5800/tcp\n",
+            "letmein: fd01::99: no answer within 0.25 s more\n",
+            f"letmein: {SERVER_4}: COMEIN\n",
+        ):
+            assert line in result.err
+        assert KEYS[1].hex() not in result.err.lower()
+
+    @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
+    def test_nobody_reads_our_errors(self, lab: Lab, redirection: str) -> None:
+        """What is done is the same: COMMAND runs, and all is closed."""
+        path = lab.directory / "ran"
+        words = ["knock", SERVER_4, "22", "23", "--", "sh", "-c", f"sleep 0.5; echo >>{path}"]
+        with lab.client():
+            lab.command(program=shell(redirection, *words, lab=lab))
+        eventually(path.exists, "COMMAND ran")
+        shut_within(lab)
+        path.unlink()
+
+    @pytest.mark.parametrize("word", ["knock", "revoke"])
+    def test_nobody_reads_our_output(self, lab: Lab, word: str) -> None:
+        """All is done, but it is no success."""
+        for end, unbuffered in itertools.product(("| true", ">/dev/full"), ("", "1")):
+            words = shell("", word, SERVER_4, "22", "23", lab=lab)[2]
+            script = f"{{ sleep 0.2; {words}; }} {end}; echo ${{PIPESTATUS[0]}}"
+            env = {"PYTHONUNBUFFERED": unbuffered}
+            with Running(lab, "bash", "-c", script, program=(), env=env) as client:
+                result = client.end()
+            assert result.out == "1\n", result
+            assert result.err in ("", "letmein: error: [Errno 28] No space left on device\n")
+            assert len(lab.elements()) == (2 if word == "knock" else 0)
+
+    def test_closed_output(self, lab: Lab) -> None:
+        for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+            with lab.client():
+                words = shell(redirection, "knock", SERVER_4, "22", lab=lab)
+                result = lab.command(program=words)
+            assert (result.status, result.err) == (0, "")
+            words = shell(redirection, "knock", SERVER_4, lab=lab)
+            assert lab.command(program=words).status == 2
+
+    @pytest.mark.parametrize("timeout, status", [("0", 1), ("4294967295", 0), ("1e7", 0)])
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_any_control_timeout(
+        self, lab: Lab, timeout: str, status: int, control: str
+    ) -> None:
+        conf = HOLD_CONF.replace("control-timeout = 5", f"control-timeout = {timeout}")
+        target = "10.1.0.99" if status else SERVER_4
+        result = lab.letmein("knock", control, target, "22", conf=conf)
+        assert result.status == status
+        assert "10.1.0.99: no answer" in result.err or not status
+
+    @pytest.mark.parametrize("timeout", ["0", "0.001", "4294967295"])
+    def test_any_timeout_of_a_lease(self, lab: Lab, timeout: str) -> None:
+        conf = HOLD_CONF.replace("port: 22", f"port: 22 / timeout: {timeout}")
+        result = lab.letmein("knock", "-q", SERVER_4, "22", "--", "sleep", "1.2", conf=conf)
+        assert result[:3] == (0, "", "")
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+    @pytest.mark.parametrize("name", ["b\xfccher.test", "\u4f8b.test"])
+    def test_a_name_in_any_alphabet(self, lab: Lab, name: str, encoding: str) -> None:
+        words = ["knock", name, "22"]
+        with Running(lab, *words, env={"PYTHONIOENCODING": encoding}) as client:
+            out = client.hear(-1)
+            assert client.process.wait(LIMIT_S) == 0
+        said = name.encode(encoding, "backslashreplace")
+        assert out == b"opened port 22 on %s (10.1.0.1)\n" % said
+
+
+LOSSY = """
+table ip lossy {
+    chain prerouting {
+        type filter hook prerouting priority raw
+        udp dport 5800 numgen random mod 100 < 30 drop
+        udp sport 5800 numgen random mod 100 < 30 drop
+    }
+}
+"""
+LOSSY_KNOCKS = int(os.environ.get("LOSSY_KNOCKS", "5"))
+
+
+@pytest.fixture
+def lossy(lab: Lab) -> Iterator[None]:
+    """30 of 100 datagrams to and from the control port get lost, each way."""
+    with lab.client():
+        run(NFT, "-f", "-", text=LOSSY)
+    yield
+    with lab.client():
+        run(NFT, "flush", "ruleset")
+
+
+def knock_lossily(lab: Lab, knocks: int) -> list[float]:
+    """How long each knock took, infinite for one that failed."""
+    times = []
+    for _ in range(knocks):
+        result = lab.letmein("knock", "-U", SERVER_4, "22", conf=HOLD_CONF)
+        times.append(result.took if result.status == 0 else float("inf"))
+    print(" ".join(f"{took:.2f}" for took in sorted(times)))
+    return times
+
+
+@pytest.mark.usefixtures("lossy")
+class TestLossyPath:
+    """Over UDP. (TCP sees to lost packets by itself.)"""
+
+    def test_our_server(self, lab: Lab) -> None:
+        lab.load(more=LOSSY)
+        with Server(lab, HOLD_SERVER):
+            times = knock_lossily(lab, LOSSY_KNOCKS)
+            assert max(times) < 10
+            run(NFT, "delete", "table", "ip", "lossy")
+
+    def test_revoke(self, lab: Lab) -> None:
+        lab.load(more=LOSSY)
+        with Server(lab, HOLD_SERVER):
+            for word in ("knock", "revoke"):
+                lab.letmein(word, "-U", SERVER_4, "22", conf=HOLD_CONF).assert_good()
+            run(NFT, "delete", "table", "ip", "lossy")
+
+    def test_the_reference_server(self, lab: Lab) -> None:
+        programs = reference("letmeinfwd", "letmeind")
+        if not lab.real_root:
+            pytest.skip("letmeind runs as an account of its own: that takes real root")
+        if REFERENCE_ACCOUNT not in {account.pw_name for account in pwd.getpwall()}:
+            pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
+        lab.load(more=LOSSY)
+        with ReferenceServer(lab, programs, server_conf("22 = port: 22", general="")):
+            times = knock_lossily(lab, LOSSY_KNOCKS)
+            assert sum(took < 10 for took in times) >= LOSSY_KNOCKS * 13 // 15
+
+
+class TestDeadAddress:
+    """Of a name with two addresses, one leads nowhere."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host, option", [("v6dead.test", "-4"), ("v4dead.test", "-6")])
+    def test_costs_little(
+        self, lab: Lab, hold: Server, host: str, option: str, control: str
+    ) -> None:
+        times: dict[str, list[float]] = {"": [], option: []}
+        for _, words in itertools.product(range(3), times):
+            options = [words] if words else []
+            result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
+            result.assert_good()
+            times[words].append(result.took)
+        extra = min(times[""]) - min(times[option])
+        print(f"{extra:.3f} s more")
+        assert extra < 0.3
+
+    def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
+        """-4 and -6: what one address has opened does not stay open without the other."""
+        conf = client_conf(timeout=0.5)
+        words = ["-4", "-6", "v6dead.test", "22"]
+        result = lab.letmein("knock", *words, "--", "echo", "run", conf=conf)
+        assert (result.status, result.out) == (1, "")
+        assert "no answer from fd01::99" in result.err
+        assert lab.elements() == []
+
+
+class TestConfigurationPlaces:
+    """Which file the client reads. (The places in /opt and /etc are others here.)"""
+
+    @pytest.fixture
+    def homes(self, lab: Lab) -> Path:
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for place in ("xdg/letmein", "home/.config/letmein", "opt/letmein/etc", "etc"):
+            (directory / place).mkdir(parents=True)
+        return directory
+
+    def write(self, directory: Path, place: str, mode: int = 0o600) -> Path:
+        """A file of which an error tells that it was the one."""
+        path = directory / place / "letmein.conf"
+        path.write_text("[CLIENT]\ndefault-user = BAD0\n", encoding="utf-8")
+        path.chmod(mode)
+        return path
+
+    def run(self, directory: Path, *words: str | Path, xdg: str | None = "xdg") -> str:
+        """What the client says of a knock with the files there are."""
+        env = {name: text for name, text in unmeasured().items() if name != "XDG_CONFIG_HOME"}
+        env["HOME"] = str(directory / "home")
+        if xdg is not None:
+            env["XDG_CONFIG_HOME"] = str(directory / xdg) if xdg else ""
+        script = (
+            "import sys, letmein; letmein.CONFIG_PLACES = sys.argv[1:3]; sys.argv[1:3] = [];"
+            "sys.exit(letmein.main())"
+        )
+        places = [str(directory / place) for place in ("opt/letmein/etc", "etc")]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *places, *map(str, words), "knock", "::1", "22"],
+            capture_output=True, encoding="utf-8", timeout=30, env=env, cwd=HERE,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr
+
+    def test_their_order(self, homes: Path) -> None:
+        """From the last to the first, each wins over all before it."""
+        places = [
+            ("etc", "xdg"), ("opt/letmein/etc", "xdg"), ("home/.config/letmein", None),
+            ("home/.config/letmein", ""), ("xdg/letmein", "xdg"),
+        ]  # fmt: skip
+        for place, xdg in places:
+            path = self.write(homes, place)
+            problem = f"letmein: error: {path}: [KEYS] has no key for user 0000BAD0\n"
+            assert problem in self.run(homes, xdg=xdg)
+        other = self.write(homes, "home")
+        assert f"{other}: [KEYS]" in self.run(homes, "-c", other)
+
+    def test_none_is_there(self, homes: Path) -> None:
+        said = self.run(homes)
+        assert f"{homes}/etc/letmein.conf: [KEYS] has no key for user 00000000\n" in said
+
+    def test_verbose_says_which(self, lab: Lab, homes: Path) -> None:
+        path = homes / "xdg/letmein/letmein.conf"
+        path.write_text(client_conf(timeout=0.1), encoding="utf-8")
+        path.chmod(0o600)
+        assert f"letmein: configuration: {path}\n" in self.run(homes, "--verbose")
+
+    @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
+    def test_others_may_read_it(self, homes: Path, mode: int) -> None:
+        path = self.write(homes, "xdg/letmein", mode)
+        rights = f"{path}: others have rights on it (mode {mode:o}); chmod 600 {path}"
+        assert (f"letmein: warning: {rights}\n" in self.run(homes)) == (mode != 0o600)
+
+
+class TestGenKey:
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_cryptography(self, tmp_path: Path, is_there: bool) -> None:
+        """Keys come from that package if it is installed."""
+        names = ["cryptography", "hazmat", "primitives", "ciphers", "aead"]
+        for count in range(1, len(names) + 1):
+            (tmp_path / "/".join(names[:count])).mkdir()
+            (tmp_path / "/".join(names[:count]) / "__init__.py").touch()
+        fake = """
+            class AESGCM:
+                @classmethod
+                def generate_key(cls, bit_length):
+                    assert bit_length == 256
+                    return bytes(range(32))
+        """
+        text = textwrap.dedent(fake) if is_there else "raise ImportError"
+        (tmp_path / "/".join(names) / "__init__.py").write_text(text, encoding="utf-8")
+        words = [sys.executable, PROGRAM, "-c", f"{tmp_path}/none", "gen-key", "-u", "2a"]
+        said = [
+            subprocess.run(
+                words, env={**unmeasured(), "PYTHONPATH": str(tmp_path)}, check=True,
+                stdout=subprocess.PIPE, encoding="utf-8",
+            ).stdout
+            for _ in range(2)
+        ]  # fmt: skip
+        known = f"0000002A = {bytes(range(32)).hex().upper()}\n"
+        assert (said == [known] * 2) == is_there
+        assert (said[0] != said[1]) == (not is_there)
+        assert all(re.fullmatch("0000002A = [0-9A-F]{64}\n", line) for line in said)
+
+
+# What Windows or macOS lacks (or both), and what the OpenWrt package python3-light does. In
+# such a Python our client has to work; in OpenWrt's the server, too.
+ELSEWHERE = """
+    import os, select, selectors, shutil, signal, socket, subprocess, sys
+    for name in (
+        "crypt curses fcntl grp nis pty pwd readline resource spwd syslog termios tty _curses"
+    ).split():
+        sys.modules[name] = None
+    socket.socket.recvmsg = socket.socket.sendmsg = property()
+    for module, names in {
+        os: "chroot confstr fork forkpty get_blocking getegid geteuid getgid getgroups getloadavg"
+        " getresuid getuid initgroups memfd_create mkfifo nice openpty pidfd_open pipe2"
+        " posix_fadvise posix_spawn posix_spawnp pread prlimit sched_getaffinity sendfile"
+        " set_blocking setgid setgroups setresuid setsid setuid splice statvfs sysconf uname",
+        select: "PIPE_BUF epoll poll",
+        selectors: "EpollSelector PollSelector",
+        signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 SIGUSR2 pthread_kill"
+        " pthread_sigmask setitimer sigwait",
+        socket: "AF_NETLINK AF_PACKET AF_UNIX CMSG_LEN CMSG_SPACE IPV6_PKTINFO IPV6_RECVPKTINFO"
+        " MSG_DONTWAIT MSG_NOSIGNAL SCM_RIGHTS SOCK_CLOEXEC SOCK_NONBLOCK SO_BINDTODEVICE"
+        " SO_REUSEPORT recv_fds send_fds",
+    }.items():
+        for name in names.split():
+            if hasattr(module, name):
+                delattr(module, name)
+    selectors.DefaultSelector = selectors.SelectSelector
+    os.name = "nt"
+"""
+PYTHON3_LIGHT = """
+    import sys
+    for name in (
+        "asyncio bz2 cgi concurrent ctypes curses dbm decimal distutils email encodings.idna"
+        " ensurepip http idlelib lib2to3 logging lzma multiprocessing pydoc readline sqlite3 ssl"
+        " stringprep turtle unicodedata unittest urllib uuid venv xml xmlrpc _asyncio _ctypes"
+        " _decimal _hashlib _multiprocessing _sqlite3 _ssl _uuid"
+    ).split():
+        sys.modules[name] = None
+"""
+CLIENT_ELSEWHERE = {"Windows and macOS": ELSEWHERE, "python3-light": PYTHON3_LIGHT}
+
+
+@pytest.mark.parametrize("system", CLIENT_ELSEWHERE)
+@pytest.mark.usefixtures("hold")
+class TestElsewhere:
+    """The client in a Python that lacks what other systems' Pythons lack."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
+    def test_knock_and_revoke(self, lab: Lab, system: str, host: str, control: str) -> None:
+        for word, done in (("knock", "opened"), ("revoke", "closed")):
+            words = patched(lab, CLIENT_ELSEWHERE[system], word, control, host, "22")
+            with Running(lab, *words, program=()) as client:
+                result = client.end()
+            assert (result.status, result.err) == (0, "")
+            assert result.out.startswith(f"{done} port 22 on {host} (")
+            assert bool(lab.elements()) == (word == "knock")
+
+    def test_connect(self, lab: Lab, system: str) -> None:
+        words = patched(lab, CLIENT_ELSEWHERE[system], "connect", "both.test", "9001")
+        with Service(9001, echo), Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            time.sleep(1.2)  # so that it knocks again
+            assert client.end()[:3] == (0, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+    def test_a_signal(self, lab: Lab, system: str, name: str) -> None:
+        words = patched(lab, CLIENT_ELSEWHERE[system], "connect", "both.test", "9000")
+        number = getattr(signal, name)
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert client.end(number)[:3] == (128 + number, "", "")
+        assert lab.elements() == []
+
+    def test_command(self, lab: Lab, system: str) -> None:
+        command = ["-q", "both.test", "22", "--", "sh", "-c", "echo here; exit 7"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command)
+        with Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (7, "here\n", "")
+        assert lab.elements() == []
+
+    def test_errors(self, lab: Lab, system: str) -> None:
+        for word, problem in (
+            ("no.invalid", "cannot find the address of 'no.invalid': "),
+            ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
+            ("dead.test", "no answer from fd01::98 over tcp within 0.2 s"),
+        ):
+            conf = client_conf(timeout=0.2)
+            words = patched(lab, CLIENT_ELSEWHERE[system], "knock", word, "22", conf=conf)
+            with Running(lab, *words, program=()) as client:
+                client.end().assert_error(f"letmein: error: {problem}")
+
+    def test_gen_key(self, lab: Lab, system: str) -> None:
+        words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
+        with Running(lab, *words, program=()) as client:
+            assert re.fullmatch("00000001 = [0-9A-F]{64}\n", client.end().out)
+
+
+class TestLightServer:
+    def test_both_processes_without_what_openwrt_leaves_out(self, lab: Lab) -> None:
+        lab.load()
+        block = textwrap.dedent(PYTHON3_LIGHT)
+        python = lab.file(
+            f"#!/bin/sh\nexec {sys.executable} -I -c '{block}'\"$3\" \"$4\"\n", mode=0o755
+        )
+        words = patched(lab, f"{block}\nsys.executable = {str(python)!r}", "")[:3]
+        with Server(lab, HOLD_SERVER, program=[*words, "server"]) as server:
+            for control, source in itertools.product(("-T", "-U"), (SERVER_4, SERVER_6)):
+                for word in ("knock", "revoke"):
+                    lab.letmein(word, control, source, "22", conf=HOLD_CONF).assert_good()
+                    assert bool(lab.elements()) == (word == "knock")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("reloaded")
+            result = lab.command("status", "-c", server.path, "--rundir", server.rundir)
+            assert "nobody holds a lease\nsince the server's start:" in result.out
+
+
+class TestNames:
+    """What a host may be called, and where."""
+
+    def test_an_address_with_a_zone(self, lab: Lab, hold: Server) -> None:
+        said = run("ip", "-6", "addr", "show", "dev", "lan", "scope", "link")
+        (address,) = re.findall("inet6 (fe80:[0-9a-f:]+)/", said)
+        host = f"{address}%wan"
+        for control in ("-T", "-U"):
+            for word in ("knock", "revoke"):
+                result = lab.letmein(word, control, host, "22", conf=HOLD_CONF)
+                result.assert_good()
+                assert host in result.out
+                assert bool(lab.elements()) == (word == "knock")
+        with Service(9000, echo), Running(lab, "connect", host, "9000") as client:
+            client.say(b"here")
+            assert client.end()[:3] == (0, "here", "")
+
+    def test_no_ipv6(self, lab: Lab, hold: Server) -> None:
+        """An IPv6 address that a name has costs nothing where no packet can go there."""
+        with lab.without_ipv6():
+            for host in (SERVER_4, "both.test", "v6dead.test"):
+                result = lab.letmein("knock", host, "22", conf=HOLD_CONF)
+                result.assert_good()
+                assert result.took < 1
+            lab.letmein("knock", SERVER_6, "22").assert_error("Cannot assign", SERVER_6)
+            words = ["connect", "both.test", "9000"]
+            with Service(9000, echo), Running(lab, *words) as client:
+                client.say(b"here")
+                assert client.end()[:3] == (0, "here", "")
+
+    def test_no_localhost(self, lab: Lab, hold: Server) -> None:
+        """/etc/hosts does not even have that name, and is no concern of ours."""
+        hosts = Path("/etc/hosts")
+        before = hosts.read_text(encoding="ascii")
+        try:
+            hosts.write_text(before.replace("127.0.0.1 localhost\n", ""), encoding="ascii")
+            for host in (SERVER_4, SERVER_6, "both.test"):
+                lab.letmein("knock", host, "22", conf=HOLD_CONF).assert_good()
+        finally:
+            hosts.write_text(before, encoding="ascii")
+
+
+# What a knock imports beyond a bare Python: ours, what those need, and what argparse needs.
+KNOCK_IMPORTS = """
+    argparse collections contextlib errno functools hmac itertools letmein os re select selectors
+    socket struct sys threading time
+    __future__ array copyreg enum grp hashlib heapq keyword locale math operator pwd reprlib
+    sre_compile sre_constants sre_parse types warnings
+    bz2 fnmatch gettext lzma shutil zlib
+"""
+
+
+class TestImports:
+    def test_a_knock_imports_no_more_than_it_needs(self, lab: Lab, hold: Server) -> None:
+        """Each module costs time between Enter and the open port."""
+        knock = """
+            sys.path.insert(0, sys.argv[1])
+            import letmein
+            assert letmein.main(["-c", sys.argv[2], "knock", "both.test", "22"]) == 0
+        """
+        seen = []
+        for code in ("", textwrap.dedent(knock)):
+            script = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+            with lab.client():
+                done = subprocess.run(
+                    [sys.executable, "-I", "-c", script, HERE, lab.file(HOLD_CONF)],
+                    capture_output=True, encoding="utf-8", timeout=30, env=unmeasured(),
+                )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            seen.append({name.split(".")[0] for name in done.stderr.split()})
+        found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
+        assert found - set(KNOCK_IMPORTS.split()) == set()
 
 
 if __name__ == "__main__":  # one of the processes of its own, see start_part()
