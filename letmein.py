@@ -1533,11 +1533,9 @@ class Log:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        self.told: Counter[str] = Counter()  # lines on refused peers since the last summary
-        self.untold: Counter[str] = Counter()  # for the next summary
+        self.failures: Counter[str] = Counter()  # of peers, since the last summary
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
-        self.torn = b""  # the rest of a line that was written in part
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
@@ -1547,44 +1545,33 @@ class Log:
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
-        line = " ".join(words).encode() + b"\n"
-        data = self.torn + line
+        # A pipe that is ready takes so much at once, and without blocking: pipe(7).
+        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
         try:
-            # A pipe takes PIPE_BUF bytes without blocking when it is ready: pipe(7).
-            while data and select.select([], [2], [], self.patience)[1]:
-                data = data[os.write(2, data[: select.PIPE_BUF]) :]
+            written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
         except OSError:
-            pass
-        self.patience = 0 if data else LOG_PATIENCE_S
-        lost = len(data) >= len(line)
-        self.torn = data[: -len(line)] if lost else data
-        if lost:
-            self.sum_up("lines-lost", 1)
+            written = 0
+        self.patience = LOG_PATIENCE_S if written else 0
+        if not written:
+            self.counts["lines-lost"] += 1
 
-    def refusal(self, event: str, **fields: str) -> None:
+    def failure(self, event: str, **fields: str) -> None:
         """A peer was refused, or has failed for another reason: a line, or one to sum up."""
         kind = f"{event}-{fields['proto']}"
-        if self.told[kind] < LINES_LIMIT:
+        self.failures[kind] += 1
+        self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
+        if self.failures[kind] <= LINES_LIMIT:
             self(event, **fields)
-            self.told[kind] += 1
-            self.sum_up(kind, 0)  # after which there may be as many lines again
         else:
             self.counts[event] += 1
-            self.sum_up(kind, 1)
-
-    def sum_up(self, name: str, number: int) -> None:
-        """Have so many more of these in the next summary, and the next summary soon."""
-        self.untold[name] += number
-        self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
 
     def summary(self) -> None:
-        """Write what was kept back since the last one."""
-        untold = +self.untold  # those above 0
-        self.told.clear()
-        self.untold.clear()
+        """Write how many got no line since the last one."""
+        more = {kind: n - LINES_LIMIT for kind, n in self.failures.items() if n > LINES_LIMIT}
+        self.failures.clear()
         self.sum_up_at = NEVER
-        if untold:
-            self("summary", seconds=f"{SUMMARY_S:g}", **untold)
+        if more:
+            self("summary", seconds=f"{SUMMARY_S:g}", **more)
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -1887,9 +1874,8 @@ class Monitor:
     def _receive(self, record: Record) -> None:
         """See to one record from the network process, which is not trusted."""
         if record.kind == COUNTS:
-            counts = dict(zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload)))
-            self.log.counts.update(counts)
-            self.log.sum_up("evicted", counts["evicted"])
+            counts = zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload))
+            self.log.counts.update(dict(counts))
         self.ready |= record.kind == READY
         if record.kind in (READY, COUNTS):
             return
@@ -1968,7 +1954,7 @@ class Monitor:
             "resource": f"{message.resource:08X}",
         }
         if reason:
-            self.log.refusal(event, **fields, reason=reason)
+            self.log.failure(event, **fields, reason=reason)
         else:
             self.log(event, **fields)
 
