@@ -1218,19 +1218,20 @@ class Firewall:
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
 
-    def open(self) -> socket.socket:
-        """Install sets and rules, and take over the leases of a predecessor. Returns a socket
-        that gets the kernel's nftables notifications, for on_notification(). Raises UserError."""
+    def open(self, selector: selectors.BaseSelector) -> None:
+        """Install sets and rules, take over the leases of a predecessor, and have selector listen
+        to the kernel's nftables notifications. Raises UserError."""
         listing = check_kernel(self.nft, self.config)
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
+        notified = functools.partial(self._on_notification, netlink)
+        selector.register(netlink, selectors.EVENT_READ, notified)
         self._adopt(listing)
         self._install()
         if self.leases:
             self.log("adopted", leases=len(self.leases))
-        return netlink
 
     def _adopt(self, listing: Listing) -> None:
         """Take over the leases in a listing that a server of this boot gave (an administrator may
@@ -1385,7 +1386,7 @@ class Firewall:
                 self._keep(key, None)
             self.next_end = min((lease.ends for lease in self.leases.values()), default=NEVER)
 
-    def on_notification(self, netlink: socket.socket) -> None:
+    def _on_notification(self, netlink: socket.socket) -> None:
         """Read what waits, and want a look if somebody else changed something of ours."""
         while True:
             try:
@@ -1685,22 +1686,17 @@ class Monitor:
             self.log("warning", reason="--user none: the network process keeps the server's rights")
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
-        status_path = run_path(self.arguments.rundir, self.config) + ".status"
         try:
             while not (self.ready or self.stopping):
                 self._turn()
-            self._open_status(status_path)
-            netlink = self.firewall.open()
-            notified = functools.partial(self.firewall.on_notification, netlink)
-            self.selector.register(netlink, selectors.EVENT_READ, notified)
+            self._open_status()
+            self.firewall.open(self.selector)
             notify_systemd("READY=1")
             self._log_ready("ready")
             while not self.stopping:
                 self._turn()
         finally:
             self._stop_network(1)
-            with contextlib.suppress(OSError):
-                os.unlink(status_path)
             if self.firewall.installed:
                 notify_systemd("STOPPING=1")
                 self.firewall.close()
@@ -1712,12 +1708,13 @@ class Monitor:
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
-    def _open_status(self, path: str) -> None:
+    def _open_status(self) -> None:
         """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
         import json
+        path = run_path(self.arguments.rundir, self.config) + ".status"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # a killed predecessor's: we hold the lock
+            os.unlink(path)  # a predecessor's: we hold the lock
         listener.bind(path)
         listener.listen()
         listener.setblocking(False)
@@ -1947,12 +1944,9 @@ class Monitor:
 
     def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
-        fields = {
-            "peer": record.peer,
-            "proto": "tcp" if record.protocol == TCP else "udp",
-            "user": f"{message.user:08X}",
-            "resource": f"{message.resource:08X}",
-        }
+        protocol = "tcp" if record.protocol == TCP else "udp"
+        ids = {"user": f"{message.user:08X}", "resource": f"{message.resource:08X}"}
+        fields = {"peer": record.peer, "proto": protocol, **ids}
         if reason:
             self.log.failure(event, **fields, reason=reason)
         else:

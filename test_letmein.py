@@ -4677,7 +4677,8 @@ class TestCounters:
                     assert (result.status == 0) == good, result
                     assert good or "PermissionError" in result.err, result
             server.stop()
-            assert not path.exists()
+            with socket.socket(socket.AF_UNIX) as peer, pytest.raises(ConnectionRefusedError):
+                peer.connect(str(path))
 
     def test_a_successor(self, lab: Lab) -> None:
         """What a killed server left behind is in nobody's way."""
