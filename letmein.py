@@ -1640,12 +1640,9 @@ def lock_table(rundir: str, config: Config) -> int:
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = f"another server works on the table {config.family} {config.table} already"
-        raise UserError(problem, f"stop that one first; its lock is {path}") from None
     except OSError as error:
-        hint = "run the server as root, or name a directory of yours with --rundir"
-        raise UserError(f"cannot write {path}: {error.strerror}", hint) from None
+        hint = "does a server for this table run already? or it takes root, or a --rundir of yours"
+        raise UserError(f"cannot lock {path}: {error.strerror}", hint) from None
     return lock
 
 
@@ -2276,14 +2273,12 @@ def find_account(name: str) -> tuple[int, int]:
     import pwd
     if name == "none":
         return 0, 0
-    try:
+    user = group = 0
+    with contextlib.suppress(KeyError):
         user, group = pwd.getpwnam(name)[2:4]
-    except KeyError:
-        hint = f"useradd --system {name} makes one; --user names another, or none"
-        raise UserError(f"there is no account {name} for the network process", hint) from None
     if not user or not group:
-        hint = "name one without rights; useradd --system makes it"
-        raise UserError(f"{name} is root, or of root's group: no account for the internet", hint)
+        hint = f"useradd --system {name} makes one; --user names another, or none"
+        raise UserError(f"there is no account {name} without root's rights", hint)
     return user, group
 
 
@@ -2305,12 +2300,11 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
             resource.setrlimit(kind, (limit, limit))
         if account != "none":
             # A directory that has been removed is empty and stays so, and nothing is left of it.
-            step = "make an empty root directory in /tmp"
+            step = "enter an empty root directory in /tmp"
             path = f"/tmp/letmeind-{os.urandom(8).hex()}"
             os.mkdir(path, 0o700)
             os.chdir(path)
             os.rmdir(path)
-            step = "change the root directory"
             with open("/proc/self/status", "rb") as status:
                 os.chroot(".")
                 step = f"become the user {account}"

@@ -3333,7 +3333,7 @@ class TestAdopt:
         path = lab.file(server_conf(TRUTH_RESOURCES, port="5900"))
         arguments = ["server", "-c", str(path), "--rundir", str(guarded.rundir), "--user", "none"]
         result = lab.command(*arguments)
-        result.assert_error("already", "inet filter")
+        result.assert_error("already", "inet-filter")
         assert lab.ruleset() == before
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         # A server for another table is welcome.
@@ -8606,7 +8606,7 @@ class TestPrivileges:
         call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
         try:
             for name in ("root", "toor", "rootgroup"):
-                TestStart().fails(lab, f"{name} is root, or of root's group", user=name)
+                TestStart().fails(lab, f"no account {name} without root's", user=name)
         finally:
             call_libc("umount", b"/etc/passwd")
         TestStart().fails(lab, "no account rootgroup", "useradd --system", user="rootgroup")
@@ -8624,8 +8624,8 @@ class TestPrivileges:
     @pytest.mark.parametrize(
         "step, launcher",
         [
-            ("make an empty root directory in /tmp", ("sh", "-c", "@READ-ONLY@", "sh")),
-            ("change the root directory", ("setpriv", "--bounding-set", "-sys_chroot")),
+            ("enter an empty root directory in /tmp", ("sh", "-c", "@READ-ONLY@", "sh")),
+            ("enter an empty root directory in /tmp", ("setpriv", "--bounding-set", "-sys_chroot")),
             ("become the user nobody", ("setpriv", "--bounding-set", "-setgid")),
             ("become the user nobody", ("setpriv", "--bounding-set", "-setuid")),
             ("give up its capabilities", ("setpriv", "--securebits", "+no_setuid_fixup")),
