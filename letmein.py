@@ -35,6 +35,7 @@ PROGRAM = sys._getframe().f_code  # this module, compiled, for the network proce
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
     import argparse
+    import threading
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple, NoReturn
 
@@ -309,11 +310,6 @@ class Resource(NamedTuple):
     def is_gate(self) -> bool:
         """Whether one holder's lease opens something for everybody."""
         return any(not match_saddr for _, _, match_saddr in self.jumps)
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"port {self.port}" if self.port else f"resource {self.identifier:08X}"
 
 
 class Config(NamedTuple):
@@ -777,6 +773,7 @@ class Client:
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
+        self.asking: list[threading.Thread] = []  # those of the last question
         self.say(f"configuration: {config.path}")
         self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
 
@@ -802,8 +799,10 @@ class Client:
                 opened.append(where)
             news.release()
 
-        for item in self.targets.items():
-            threading.Thread(target=run, args=item, daemon=True).start()
+        targets = self.targets.items()
+        self.asking = [threading.Thread(target=run, args=item, daemon=True) for item in targets]
+        for thread in self.asking:
+            thread.start()
         wait = None
         while len(results) < len(self.targets) and news.acquire(timeout=wait):
             is_enough = None in results.values() and results.keys() >= set(opened)
@@ -817,7 +816,8 @@ class Client:
             tell_error(errors[0])
             return False
         done = "opened" if operation == KNOCK else "closed"
-        line = f"{done} {resource.name} on {self.arguments.host} ({', '.join(good)})"
+        what = f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+        line = f"{done} {what} on {self.arguments.host} ({', '.join(good)})"
         if self.arguments.to_run and not self.is_quiet:
             tell(line)  # standard output is COMMAND's
         elif not self.is_quiet:
@@ -836,7 +836,7 @@ class Client:
         that would end meanwhile are renewed. Returns the exit status."""
         import signal
         import threading
-        asking = threading.Lock()
+        turn = threading.Lock()
 
         def stop(number: int, _: object) -> None:
             catch_signals(signal.SIG_IGN)
@@ -845,7 +845,7 @@ class Client:
         def renew() -> None:
             while True:
                 time.sleep(max(min(resource.timeout for resource in self.resources) / 2, 1))
-                with asking:
+                with turn:
                     self.ask_all(KNOCK)
 
         catch_signals(stop)
@@ -860,22 +860,19 @@ class Client:
             finally:
                 catch_signals(signal.SIG_IGN)
         finally:  # of its own: a signal may have come before it was ignored
-            asking.acquire()  # for good: nothing is renewed from here on
+            turn.acquire()  # for good: nothing is renewed from here on
+            for thread in self.asking:
+                thread.join(OTHER_ADDRESS_S)  # or it may open what was closed just before
             if not self.arguments.keep:
                 self.ask_all(REVOKE)
 
     def run_command(self) -> int:
-        """Run COMMAND to its end; returns its exit status, as a shell would."""
+        """Run COMMAND to its end; returns its exit status, as a shell would. Raises OSError."""
         import signal
         import subprocess
-        command = self.arguments.to_run
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
-        try:
-            process = subprocess.Popen(command)
-        except OSError as error:
-            hint = "what stands behind -- is a program and its arguments"
-            raise UserError(f"cannot run {command[0]!a}: {error.strerror}", hint) from None
+        process = subprocess.Popen(self.arguments.to_run)
 
         def pass_on(number: int, _: object) -> None:
             # A terminal sends its Ctrl-C to COMMAND itself.
@@ -1694,6 +1691,8 @@ class Monitor:
                 self._turn()
         finally:
             self._stop_network(1)
+            with contextlib.suppress(OSError):
+                os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
             if self.firewall.installed:
                 notify_systemd("STOPPING=1")
                 self.firewall.close()
