@@ -322,15 +322,16 @@ class Config(NamedTuple):
     keys: Mapping[int, bytes]
     resources: Mapping[int, Resource]
     chains: Mapping[str, str]  # by hook; chains that are not named are absent
-    debug: bool
-    control_timeout: float
-    error_policy: int
-    seccomp: str
-    default_user: int
-    nft: str
-    family: str
-    table: str
-    max_nr_rules: int
+    debug: bool = False
+    control_timeout: float = 5.0
+    error_policy: int = NO_AUTH
+    seccomp: str = "off"
+    default_user: int = 0
+    nft: str = "nft"
+    family: str = ""
+    table: str = ""
+    timeout: float = 600.0  # of resources that have none of their own
+    max_nr_rules: int = 100
 
     def objection(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
@@ -477,26 +478,24 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     return Resource(identifier, port, protocols, jumps, timeout, users)
 
 
-# By section and option: the field of Config, the default and the parser. [KEYS] and [RESOURCES]
-# have names of their own. Resources come last, for they depend on the rest.
-OPTIONS: Mapping[str, Mapping[str, tuple[str, Any, Callable[[str], Any]]]] = {
+# By section and option: the field of Config, and the parser. [KEYS] and [RESOURCES] have names
+# of their own. Resources come last, for they depend on the rest.
+OPTIONS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "GENERAL": {
-        "debug": ("debug", False, lambda text: parse_word(text, YES + NO) in YES),
-        "port": ("control", (5800, ("tcp",)), parse_control_port),
-        "control-timeout": ("control_timeout", 5.0, parse_duration),
-        "control-error-policy": (
-            "error_policy", NO_AUTH, lambda text: POLICIES[parse_word(text, POLICIES)],
-        ),
-        "seccomp": ("seccomp", "off", lambda text: parse_word(text, SECCOMP)),
+        "debug": ("debug", lambda text: parse_word(text, YES + NO) in YES),
+        "port": ("control", parse_control_port),
+        "control-timeout": ("control_timeout", parse_duration),
+        "control-error-policy": ("error_policy", lambda text: POLICIES[parse_word(text, POLICIES)]),
+        "seccomp": ("seccomp", lambda text: parse_word(text, SECCOMP)),
     },
-    "CLIENT": {"default-user": ("default_user", 0, parse_identifier)},
+    "CLIENT": {"default-user": ("default_user", parse_identifier)},
     "NFTABLES": {
-        "exe": ("nft", "nft", str.strip),
-        "family": ("family", "", parse_family),
-        "table": ("table", "", parse_name),
-        **{f"chain-{hook}": (hook, "", parse_name) for hook in HOOKS},
-        "timeout": ("timeout", 600.0, parse_duration),
-        "max-nr-rules": ("max_nr_rules", 100, lambda text: min(parse_number(text), 1_000_000)),
+        "exe": ("nft", str.strip),
+        "family": ("family", parse_family),
+        "table": ("table", parse_name),
+        **{f"chain-{hook}": (hook, parse_name) for hook in HOOKS},
+        "timeout": ("timeout", parse_duration),
+        "max-nr-rules": ("max_nr_rules", lambda text: min(parse_number(text), 1_000_000)),
     },
     "KEYS": {},
     "RESOURCES": {},
@@ -553,7 +552,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     begins = {section: options.pop("")[0] for section, options in sections.items()}
     others = [section for section in sections if section not in OPTIONS]
     warnings = [begins[section] + unknown(section.upper(), OPTIONS) for section in others]
-    values = {field: value for known in OPTIONS.values() for field, value, _ in known.values()}
+    values: dict[str, Any] = {"control": (5800, ("tcp",)), **Config._field_defaults}
     keys: dict[int, bytes] = {}
     resources: dict[int, Resource] = {}
     ports: set[int] = set()
@@ -574,7 +573,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
                 elif name not in known:
                     warnings.append(place + unknown(name.lower(), known))
                 elif section != ("CLIENT" if server else "NFTABLES"):
-                    field, _, parse = known[name]
+                    field, parse = known[name]
                     values[field] = parse(value)
             except Unfit as unfit:
                 raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
@@ -584,10 +583,8 @@ def parse_config(text: str, path: str, server: bool) -> Config:
             hint = "expected: family, table and chain-input, as in nftables.conf"
             raise ConfigError(f"{place}{option}: is not set", hint)
 
-    del values["timeout"]  # resources have it
     port, protocols = values.pop("control")
-    chains = {hook: values.pop(hook) for hook in HOOKS}
-    chains = {hook: chain for hook, chain in chains.items() if chain}
+    chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server and config.error_policy == NO_AUTH and "udp" in protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
@@ -640,7 +637,7 @@ CHUNK = 1 << 16  # bytes
 def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
     """What is to be opened or closed, as far as the client knows it. Raises UserError."""
     if arguments.resources:
-        unknown = Resource(0, 0, (), (), OPTIONS["NFTABLES"]["timeout"][1], frozenset())
+        unknown = Resource(0, 0, (), (), config.timeout, frozenset())
         known = config.resources
         return [known.get(i, unknown._replace(identifier=i)) for i in arguments.resources]
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
