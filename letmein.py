@@ -662,10 +662,8 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
         hint = "check the name, and that this machine can resolve names"
         raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
     addresses: dict[int, Any] = {entry[0]: entry[4] for entry in reversed(found)}
-    for family in families:
-        if family not in addresses:
-            name = "IPv4" if family == socket.AF_INET else "IPv6"
-            raise UserError(f"{host!a} has no {name} address", "leave out -4 or -6")
+    if not addresses.keys() >= set(families):
+        raise UserError(f"{host!a} has no IPv6 address, or no IPv4 address", "leave out -4 or -6")
     wanted = families or (socket.AF_INET6, socket.AF_INET)
     return {str(addresses[f][0]): (f, addresses[f]) for f in wanted if f in addresses}
 
