@@ -664,8 +664,13 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     addresses: dict[int, Any] = {entry[0]: entry[4] for entry in reversed(found)}
     if not addresses.keys() >= set(families):
         raise UserError(f"{host!a} has no IPv6 address, or no IPv4 address", "leave out -4 or -6")
-    wanted = families or (socket.AF_INET6, socket.AF_INET)
-    return {str(addresses[f][0]): (f, addresses[f]) for f in wanted if f in addresses}
+    targets = {}
+    for family in families or (socket.AF_INET6, socket.AF_INET):
+        if family in addresses:
+            text, _, *more = addresses[family]
+            zone = f"%{more[1]}" if any(more[1:]) else ""
+            targets[f"{text}{zone}"] = (family, addresses[family])
+    return targets
 
 
 def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
@@ -732,24 +737,6 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) ->
     raise socket.timeout
 
 
-def attempt(
-    new_handshake: NewHandshake, target: Target, protocol: str, timeout: float
-) -> UserError | None:
-    """One knock or revocation at one address; returns what went wrong, None for success."""
-    where = target[1][0]
-    try:
-        (exchange_tcp if protocol == "tcp" else exchange_udp)(new_handshake, target, timeout)
-    except StopIteration:
-        return None
-    except ProtocolError as error:
-        hint = "are key, user and resource the same there? the log of that server says more"
-        return UserError(f"{where}: {error}", hint)
-    except OSError as error:
-        reason = error.strerror or f"no answer over {protocol} within {timeout:g} s"
-        hint = "does a server run there, is its control port right (-P, -T, -U), and the key?"
-        return UserError(f"{where}: {reason}", hint)
-
-
 class Client:
     """One run of the client. Args: arguments, of the command line. Raises UserError."""
 
@@ -769,13 +756,24 @@ class Client:
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.asking: list[threading.Thread] = []  # those of the last question
+        self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
         self.say(f"configuration: {config.path}")
         self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
 
-    def say(self, line: str) -> None:
-        """For --verbose."""
-        if self.arguments.verbose:
-            tell(line)
+    def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
+        """Knock or revoke at one address; returns what went wrong, None for success."""
+        exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
+        try:
+            exchange(new_handshake, self.targets[where], self.timeout)
+        except StopIteration:
+            return None
+        except ProtocolError as error:
+            hint = "are key, user and resource the same there? the log of that server says more"
+            return UserError(f"{where}: {error}", hint)
+        except OSError as error:
+            reason = error.strerror or f"no answer over {self.protocol} within {self.timeout:g} s"
+            hint = "does a server run there, is its control port right (-P, -T, -U), and the key?"
+            return UserError(f"{where}: {reason}", hint)
 
     def ask(self, operation: int, resource: Resource) -> bool:
         """Knock or revoke at all addresses at the same time, and tell the user; returns whether
@@ -788,14 +786,13 @@ class Client:
         opened = self.opened[resource]
         news = threading.Semaphore(0)
 
-        def run(where: str, target: Target) -> None:
-            results[where] = attempt(new_handshake, target, self.protocol, self.timeout)
+        def run(where: str) -> None:
+            results[where] = self.attempt(new_handshake, where)
             if operation == KNOCK and not results[where] and where not in opened:
                 opened.append(where)
             news.release()
 
-        targets = self.targets.items()
-        self.asking = [threading.Thread(target=run, args=item, daemon=True) for item in targets]
+        self.asking = [threading.Thread(target=run, args=[w], daemon=True) for w in self.targets]
         for thread in self.asking:
             thread.start()
         wait = None
@@ -884,15 +881,12 @@ class Client:
         """A connection to the port that is open now. Somebody else behind our address may have
         closed it again, for the lease is shared: then knock once more. Raises UserError."""
         port = self.arguments.ports[0]
-        targets = [self.targets[where] for where in self.opened[self.resources[0]]]
         for patience in (CONNECT_S, self.timeout):
-            for family, sockaddr in targets:
-                peer = socket.socket(family, socket.SOCK_STREAM)
-                peer.settimeout(patience)
+            for where in self.opened[self.resources[0]]:
+                address: Any = (where.encode(), port)  # as bytes: see resolve()
                 try:
-                    peer.connect((sockaddr[0], port, *sockaddr[2:]))
+                    peer = socket.create_connection(address, patience)
                 except OSError as error:
-                    peer.close()
                     reason = error.strerror or "it does not answer"
                 else:
                     peer.settimeout(None)
