@@ -89,9 +89,7 @@ def tell_error(error: Exception) -> None:
     tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
 
 
-# ============================================================================
-# 1  Protocol
-#
+# ==== 1  Protocol ============================================================
 # Every message, in both directions, over TCP and UDP, is 56 bytes:
 #
 #     offset  size  field
@@ -263,9 +261,7 @@ class ServerHandshake(NamedTuple):
         return Verdict(reply, reason)
 
 
-# ============================================================================
-# 2  Configuration
-#
+# ==== 2  Configuration =======================================================
 # letmeind.conf (server) and letmein.conf (client): text in, a frozen Config
 # out, or a ConfigError that names file, line and option and says what was
 # expected there. The text of a key never gets into a message.
@@ -621,9 +617,7 @@ def read_config(path: str, server: bool) -> Config:
     return config._replace(warnings=tuple(warnings))
 
 
-# ============================================================================
-# 3  Client
-#
+# ==== 3  Client ==============================================================
 # Resolve the host, and shake hands with its IPv6 and its IPv4 address at the same time: one
 # that does not answer costs its own deadline, and not the other's time. `connect` and COMMAND
 # hold open what was opened for as long as they use it.
@@ -934,9 +928,7 @@ def catch_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-# ============================================================================
-# 4  Firewall
-#
+# ==== 4  Firewall ============================================================
 # A lease is an element with a timeout in an nftables set: the kernel ends it,
 # to the second, whatever becomes of this program.
 #
@@ -1453,9 +1445,7 @@ class Firewall:
         return ""
 
 
-# ============================================================================
-# 5  Monitor
-#
+# ==== 5  Monitor =============================================================
 # The privileged process: it owns keys, handshakes and leases, and is the only
 # one that runs nft and writes the log. It opens the control sockets and hands
 # them to the network process, which it starts by executing this program anew,
@@ -1947,12 +1937,9 @@ def notify_systemd(state: str) -> None:
             notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
-# ============================================================================
-# 6  Network
-#
-# The process that faces the internet. It owns sockets, deadlines and limits,
-# and forwards messages between peers and the monitor. It knows no key, and
-# could not run a program.
+# ==== 6  Network =============================================================
+# The process that faces the internet. It owns sockets, deadlines and limits, and forwards messages
+# between peers and the monitor. It knows no key, and could not run a program.
 
 ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct in6_pktinfo, ipv6(7)
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
@@ -2178,9 +2165,7 @@ class Network:
             listener.sendmsg([record.payload], [extra] if any(local) else [], 0, name)
 
 
-# ============================================================================
-# 7  Sandbox
-#
+# ==== 7  Sandbox =============================================================
 # What each process gives up for good before it hears a word from the internet. What the
 # monitor gives up is inherited by all that it starts; the network process goes on from there.
 
@@ -2326,8 +2311,7 @@ def network_process(account: str, seccomp: str, limit: str, prefix_limit: str) -
             link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
 
 
-# ============================================================================
-# 8  Command line
+# ==== 8  Command line ========================================================
 
 
 def status(config: Config, rundir: str, as_json: bool) -> int:
