@@ -781,6 +781,8 @@ class Client:
         news = threading.Semaphore(0)
 
         def run(where: str) -> None:
+            if threading.current_thread() not in self.asking:
+                return  # it was interrupted while it started: hold() is at its end
             results[where] = self.attempt(new_handshake, where)
             if operation == KNOCK and not results[where] and where not in opened:
                 opened.append(where)
@@ -793,11 +795,12 @@ class Client:
         while len(results) < len(self.targets) and news.acquire(timeout=wait):
             is_enough = None in results.values() and results.keys() >= set(opened)
             wait = OTHER_ADDRESS_S if is_enough and not self.arguments.families else None
+        answers = results.copy()  # for another may still come
         for where in self.targets:
-            error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
+            error = answers.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
             self.say(f"{where}: {error.problem if error else 'COMEIN'}")
-        good = [where for where, error in results.items() if not error]
-        errors = [error for error in map(results.get, self.targets) if error]
+        good = [where for where, error in answers.items() if not error]
+        errors = [error for error in map(answers.get, self.targets) if error]
         if errors and (self.arguments.families or not good):
             tell_error(errors[0])
             return False
@@ -837,9 +840,11 @@ class Client:
         catch_signals(stop)
         try:
             try:
-                wanted, self.resources = self.resources, self.ask_all(KNOCK)
+                is_good = self.ask_all(KNOCK) == self.resources
+                # What was not opened is not closed; with -4 -6 one address may be open alone.
+                self.resources = [resource for resource in self.resources if self.opened[resource]]
                 self.is_quiet = True
-                if self.resources != wanted:
+                if not is_good:
                     return 1
                 threading.Thread(target=renew, daemon=True).start()
                 return self.run_command() if self.arguments.to_run else self.carry()
@@ -847,8 +852,10 @@ class Client:
                 catch_signals(signal.SIG_IGN)
         finally:  # of its own: a signal may have come before it was ignored
             turn.acquire()  # for good: nothing is renewed from here on
-            for thread in self.asking:
-                thread.join(OTHER_ADDRESS_S)  # or it may open what was closed just before
+            asking, self.asking = self.asking, []
+            for thread in asking:
+                if thread.is_alive():
+                    thread.join(OTHER_ADDRESS_S)  # or it may open what was closed just before
             if not self.arguments.keep:
                 self.ask_all(REVOKE)
 
