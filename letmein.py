@@ -1406,16 +1406,14 @@ class Firewall:
         now = time.monotonic()  # before the listing, which may take its time
         damage = trouble = ""
         try:
-            listing = list_table(self.nft, self.config)
-            deleted = self._deleted(listing, now)
+            deleted, damage = self._compare(now)
             if deleted:  # a listing may lack elements while the kernel lets a set grow: look twice
                 time.sleep(RETRY_S[0] / 4)
-                listing = list_table(self.nft, self.config)
-                deleted &= self._deleted(listing, now)
+                deleted &= self._compare(now)[0]
                 for key, lease in list(self.leases.items()):
                     if deleted & lease_elements(self.config, [lease]).keys():
                         self._keep(key, None, "by hand")
-            damage = self._damage(listing, now)
+                damage = self._compare(now)[1]
             if damage:
                 self._install()
                 self.log("healed", reason=damage, leases=len(self.leases))
@@ -1429,27 +1427,25 @@ class Firewall:
             self.look_at = time.monotonic() + pause
             self.pause = min(2 * pause, RETRY_S[2 if trouble else 1])
 
-    def _deleted(self, listing: Listing, now: float) -> set[tuple[str, str]]:
-        """The (set, key) that an administrator has deleted, to revoke leases: they are missing
-        though their set is still the same. In its last second one may be gone."""
+    def _compare(self, now: float) -> tuple[set[tuple[str, str]], str]:
+        """Compare the kernel with what should be. Returns the (set, key) that an administrator has
+        deleted: they are missing though their set is still the same, and not in their last second;
+        and what else somebody has done to our part, "" if it is as it should be."""
+        listing = list_table(self.nft, self.config)
+        sets, rules = ruleset(self.config)
+        same = dict(listing.sets.items() & self.sets.items())
         elements = lease_elements(self.config, self.leases.values())
         standing = {name for name, (ends, _) in elements.items() if ends - now > 1}
-        same = dict(listing.sets.items() & self.sets.items())
-        return {name for name in standing - listing.elements.keys() if name[0] in same}
-
-    def _damage(self, listing: Listing, now: float) -> str:
-        """What somebody else has done to the kernel's part; "" if it is as it should be."""
-        sets, rules = ruleset(self.config)
-        if sets.keys() - dict(listing.sets.items() & self.sets.items()):
-            return "sets are missing"
+        deleted = {name for name in standing - listing.elements.keys() if name[0] in same}
+        if sets.keys() - same:
+            return deleted, "sets are missing"
         if listing.rules != len(rules):
-            return "rules are missing"
-        elements = lease_elements(self.config, self.leases.values())
+            return deleted, "rules are missing"
         for name, element in listing.elements.items():
             left = element.get("expires", NEVER)
             if left and left > elements.get(name, (0.0, ""))[0] - now + 1:
-                return "there are foreign elements"
-        return ""
+                return deleted, "there are foreign elements"
+        return deleted, ""
 
 
 # ==== 5  Monitor =============================================================
