@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
-    Sets = dict[str, tuple[str, int, int]]  # by name the type, the handles of table and set
+    Sets = dict[str, tuple[int, int]]  # by name the handles of table and set
     LeaseKey = tuple[str, int]  # the client's address, the resource
     Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
     Leases = dict[LeaseKey, "Lease"]
@@ -1134,9 +1134,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
             elif kind == "rule":
                 rules += f'comment "{found.get("comment")}"' in tag
             elif kind == "set" and OUR_SET.fullmatch(name):
-                types = found["type"] if isinstance(found["type"], list) else [found["type"]]
-                extra = sorted(set(found.get("flags", [])) ^ {"timeout"})
-                listing.sets[name] = " ".join([" . ".join(types), *extra]), table, found["handle"]
+                listing.sets[name] = table, found["handle"]
                 for element in found.get("elem", []):
                     # One with nothing but a key comes as that key alone.
                     rich = isinstance(element, dict) and "elem" in element
@@ -1153,17 +1151,12 @@ def list_table(nft: Nft, config: Config) -> Listing:
 
 def check_kernel(nft: Nft, config: Config) -> Listing:
     """Look whether the kernel would take our ruleset; returns what is there now. Raises
-    UserError naming the set that stands in the way, or with what nft says."""
+    UserError with the statement that nft does not take."""
     listing = list_table(nft, config)
-    table = f"{config.family} {config.table}"
-    for name, kind in ruleset(config)[0].items():
-        if name in listing.sets and listing.sets[name][0] != kind:
-            hint = f"remove it: nft delete set {table} {name}"
-            raise UserError(f"the set {name} in table {table} is not one of ours", hint)
     try:
         nft.run(ruleset_script(config), "-c")
     except UserError as error:
-        hint = "does your ruleset declare all chains of this file, under names that nft takes?"
+        hint = "has your ruleset all chains of this file, and no set letmein-... of its own?"
         raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
     return listing
 

@@ -2054,6 +2054,13 @@ class TestStart:
         lab.load()
         self.fails(lab, "nft", conf=server_conf("30 = jump / input: MISSING"))
 
+    @pytest.mark.parametrize(
+        "kind", ["ipv4_addr; flags timeout", "ipv4_addr . inet_proto . inet_service"]
+    )
+    def test_a_foreign_set(self, lab: Lab, kind: str) -> None:
+        lab.load(more=f"add set inet filter letmein-4 {{ type {kind}; counter; }}")
+        self.fails(lab, "inet filter", "letmein-4")
+
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     @pytest.mark.parametrize("address", ["::", "0.0.0.0"])
     def test_control_port_in_use(self, lab: Lab, protocol: str, address: str) -> None:
