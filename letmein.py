@@ -973,11 +973,10 @@ class Lease(NamedTuple):
 
 class Listing(NamedTuple):
     """Our part of the kernel's ruleset: our sets, by (set, key) the elements as JSON has
-    them, the chains' names, how many rules are ours."""
+    them, how many rules are ours."""
 
     sets: Sets
     elements: dict[tuple[str, str], dict[str, Any]]
-    chains: set[str]
     rules: int
 
 
@@ -1119,7 +1118,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
     """Our part of our table, as the kernel has it. The table's handle belongs to a set's facts,
     too: a new table counts its handles from the start. Raises UserError."""
     import json
-    listing = Listing({}, {}, set(), 0)
+    listing = Listing({}, {}, 0)
     tag = ruleset(config)[1][0]
     rules = table = 0
     printed = nft.run("", "-j", "list", "table", config.family, config.table)
@@ -1129,8 +1128,6 @@ def list_table(nft: Nft, config: Config) -> Listing:
             name = found.get("name", "")
             if kind == "table":
                 table = found["handle"]
-            elif kind == "chain":
-                listing.chains.add(name)
             elif kind == "rule":
                 rules += f'comment "{found.get("comment")}"' in tag
             elif kind == "set" and OUR_SET.fullmatch(name):
@@ -1265,8 +1262,9 @@ class Firewall:
             if "No such file" in error.problem:
                 return  # the table is gone, and all that was in it
             raise
-        for chain in listing.chains.intersection(self.config.chains.values()):
-            self.nft.run(f"flush chain {table} {chain}\n")
+        for chain in self.config.chains.values():
+            with contextlib.suppress(UserError):  # if it is there: the sets cannot go before
+                self.nft.run(f"flush chain {table} {chain}\n")
         self._delete_sets(listing.sets)
 
     def _delete_sets(self, names: Iterable[str]) -> None:
