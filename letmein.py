@@ -1649,8 +1649,6 @@ class Monitor:
         self._catch_signals()
         if self.arguments.user == "none":
             self.log("warning", reason="--user none: the network process keeps the server's rights")
-        for warning in self.config.warnings:
-            self.log("warning", reason=warning)
         try:
             while not (self.ready or self.stopping):
                 self._turn()
@@ -1738,8 +1736,6 @@ class Monitor:
         old = self.config
         try:
             config = read_config(old.path, server=True)
-            for warning in config.warnings:
-                self.log("warning", reason=warning)
             if self.arguments.seccomp:
                 config = config._replace(seccomp=self.arguments.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
@@ -1895,10 +1891,8 @@ class Monitor:
         oldest = now - TOKEN_LIMIT_S - 2 * TOKEN_WINDOW_S  # control-timeout may have become longer
         while self.accepted and next(iter(self.accepted.values()))[0] < oldest:
             del self.accepted[next(iter(self.accepted))]
-        if record.payload in self.accepted:
-            return self._end(record, self.accepted[record.payload][1])
-        if len(self.accepted) >= ACCEPTED_LIMIT:
-            return self._end(record, b"")
+        if record.payload in self.accepted or len(self.accepted) >= ACCEPTED_LIMIT:
+            return self._end(record, self.accepted.get(record.payload, (now, b""))[1])
         self.accepted[record.payload] = (now, b"")
 
         def done(problem: str) -> None:
