@@ -1184,6 +1184,7 @@ class Firewall:
         self.next_end = NEVER  # no lease ends before this
         self.rules = 0  # of the leases, as max-nr-rules counts
         self.queue: list[Change] = []
+        self.installed = False  # whether there is something to remove in the end
         self.sets: Sets = {}  # as installed
         self.look_at = NEVER  # when to heal()
         self.pause = RETRY_S[0]
@@ -1237,6 +1238,7 @@ class Firewall:
     def _install(self) -> None:
         """Make the kernel's part of our table what it should be. Raises UserError."""
         self.expire()
+        self.installed = True
         self._run((), self.leases.values(), time.monotonic(), ruleset_script(self.config))
         self.sets = list_table(self.nft, self.config).sets
         self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
@@ -1662,15 +1664,13 @@ class Monitor:
             self._stop_network(1)
             with contextlib.suppress(OSError):
                 os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
-            if self.firewall.sets:
+            if self.firewall.installed:
                 notify_systemd("STOPPING=1")
                 self.firewall.close()
                 self.log.summary()
                 self.log("stopped")
 
     def _log_ready(self, event: str) -> None:
-        for warning in self.config.warnings:
-            self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
