@@ -1618,19 +1618,16 @@ def lock_table(rundir: str, config: Config) -> int:
 
 class Monitor:
     """The privileged process. run() returns when it was told to stop. Args: arguments, of
-    the command line: rundir, user, num_connections, num_ip_connections; activated, of
-    activated_sockets()."""
+    the command line: rundir, user, num_connections, num_ip_connections; and activated."""
 
-    def __init__(
-        self, config: Config, arguments: argparse.Namespace, activated: ControlSockets
-    ) -> None:
+    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         os.umask(0o077)
         self.config = config
         self.arguments = arguments
         self.log = Log()
         self.lock = lock_table(arguments.rundir, config)
-        self.sockets = control_sockets(config, activated)
-        for protocol, port in activated.keys() - self.sockets.keys():
+        self.sockets = control_sockets(config, arguments.activated)
+        for protocol, port in arguments.activated.keys() - self.sockets.keys():
             problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
             raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -2335,7 +2332,7 @@ def status(config: Config, rundir: str, as_json: bool) -> int:
 
 def serve(config: Config, arguments: argparse.Namespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
-    given = activated_sockets()
+    arguments.activated = given = activated_sockets()
     os.closerange(3 + len(given), 1 << 16)  # what else our parent has left open is for nobody
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
@@ -2346,7 +2343,7 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
         return 0
     warnings = config.warnings + give_up_rights()
     filter_system_calls()
-    Monitor(config._replace(warnings=warnings), arguments, given).run()
+    Monitor(config._replace(warnings=warnings), arguments).run()
     return 0
 
 
@@ -2542,12 +2539,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     places = [f"{place}/{name}" for place in (*homes, *CONFIG_PLACES)]
     path = arguments.config or next(filter(os.path.exists, places), places[-1])
     if arguments.command == "gen-key":
-        try:
-            user = read_config(path, False).default_user
-        except ConfigError:
-            user = 0  # a key is what one needs before there is a configuration
-        user = user if arguments.user is None else arguments.user
-        print(f"{user:08X} = {new_key().hex().upper()}")
+        user = arguments.user
+        with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+            user = read_config(path, False).default_user if user is None else user
+        print(f"{user or 0:08X} = {new_key().hex().upper()}")
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")

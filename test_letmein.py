@@ -6650,7 +6650,7 @@ class LoneMonitor(letmein.Monitor):
             patch.setattr(letmein, "lock_table", lambda *_: -1)
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, argparse.Namespace(rundir="/"), {})
+            super().__init__(config, argparse.Namespace(rundir="/", activated={}))
         self.secret = bytes(32)
         self.started = 0.0
         self.ready = True
