@@ -129,8 +129,7 @@ class ProtocolError(Exception):
 
 
 class Message(NamedTuple):
-    """One message: operation, user and resource are numbers below 2**32,
-    salt is 8 bytes, auth 32 bytes."""
+    """One message: three numbers below 2**32, the salt of 8 bytes, auth of 32 bytes."""
 
     operation: int
     user: int
@@ -180,10 +179,9 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 def client_handshake(
     operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
 ) -> Handshake:
-    """The client's side of one knock or revocation: yields the 56 bytes to send, wants those
-    that come back, and ends when the server has done what was asked for. Foreign ids are only
-    worth a warning: a wrong token leads nowhere anyway. Raises ProtocolError on GOAWAY, and on
-    anything else that is not due."""
+    """The client's side of one knock or revocation: yields the 56 bytes to send, wants those that
+    come back, and ends when the server has done what was asked for. Foreign ids are only worth a
+    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         answer = Message.decode((yield signed(said, user, resource, key, token)))
@@ -218,18 +216,16 @@ NOBODYS_KEY = os.urandom(KEY_SIZE)
 
 
 class ServerHandshake(NamedTuple):
-    """The server's side: judges each message by itself and keeps nothing of its peer, so there
-    is nothing to fill. policy is what a peer must have proved for its errors to be answered;
-    key_of gives a user's key, None for no such user; objection says why a user may not have
-    a resource, "" if they may."""
+    """The server's side: judges each message by itself and keeps nothing of its peer, so there is
+    nothing to fill. policy is what a peer must have proved for its errors to be answered; key_of
+    gives a user's key or None; objection says why a user may not have a resource, or ""."""
 
     policy: int
     key_of: Callable[[int], bytes | None]
     objection: Callable[[int, int], str]
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
-        """Judge a peer's first message. new_token gives the 32 bytes to challenge with, for
-        KNOCK or REVOKE."""
+        """Judge a peer's first message. new_token gives 32 bytes to challenge a KNOCK or REVOKE."""
         operation, user, resource = message[:3]
         if operation not in (KNOCK, REVOKE):
             return self.refuse(NO_AUTH, ANYBODY, ANYBODY, f"unexpected {OPERATIONS[operation]}")
@@ -282,14 +278,13 @@ class Unfit(UserError):
 
 
 class Resource(NamedTuple):
-    """What can be knocked for: a port (protocols "tcp", "udp") or some jumps. timeout is
-    in seconds; users is empty where everybody may."""
+    """What can be knocked for: a port or some jumps. users is empty where everybody may."""
 
     identifier: int
     port: int
-    protocols: tuple[str, ...]
+    protocols: tuple[str, ...]  # "tcp", "udp"
     jumps: tuple[tuple[str, str, bool], ...]  # (hook, target, for the client's address alone)
-    timeout: float
+    timeout: float  # in seconds
     users: frozenset[int]
 
     @property
@@ -449,8 +444,7 @@ ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
 
 
 def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. timeout is
-    the default."""
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`"""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
@@ -594,8 +588,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
 
 
 def read_config(path: str, server: bool) -> Config:
-    """Read a configuration file. The client's may be missing: then all is default.
-    Raises ConfigError."""
+    """Read a configuration file. The client's may be missing. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -668,8 +661,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
 
 
 def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
-    """One handshake over TCP, timeout (in seconds) for each message. Raises StopIteration when
-    it is done, OSError, ProtocolError."""
+    """One handshake, timeout seconds for each message. Ends with StopIteration, or an error."""
     with socket.socket(target[0], socket.SOCK_STREAM) as peer:
         peer.settimeout(timeout)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -770,9 +762,8 @@ class Client:
             return UserError(f"{where}: {reason}", hint)
 
     def ask(self, operation: int, resource: Resource) -> bool:
-        """Knock or revoke at all addresses at the same time, and tell the user; returns whether
-        it worked. If the user leaves the choice to us, one address is enough, and the other is
-        not waited for much longer, unless it is open."""
+        """Knock or revoke at all addresses at the same time, and tell the user; returns whether it
+        worked. Without -4 -6 one is enough: another is waited for a little, or if it is open."""
         import threading
         ids = operation, self.user, resource.identifier, self.key
         new_handshake = functools.partial(client_handshake, *ids, warn)
@@ -898,8 +889,7 @@ class Client:
         raise UserError(problem, "does the service run there?")
 
     def carry(self) -> int:
-        """Connect, and carry standard input there, and what comes from there to standard output,
-        until both have come to their ends, or one has broken."""
+        """Carry standard input and output until both have come to their ends, or one has broken."""
         import threading
         peer = self.connect()
 
@@ -972,8 +962,7 @@ class Lease(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Our part of the kernel's ruleset: our sets, by (set, key) the elements as JSON has
-    them, how many rules are ours."""
+    """Our sets in the kernel, by (set, key) their elements as JSON has them, how many rules."""
 
     sets: Sets
     elements: dict[tuple[str, str], dict[str, Any]]
@@ -1073,19 +1062,17 @@ def await_end(process: int, limit: float) -> int:
 
 
 class Nft:
-    """The one place that runs nft: text on its standard input, no shell, a fixed
-    environment. process_ids are those of its latest runs. Args: name, of the program; a
-    path, or to be found in TRUSTED_PATH."""
+    """The one place that runs nft: text on its standard input, no shell, a fixed environment. Args:
+    name, of the program; a path, or to be found in TRUSTED_PATH."""
 
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        self.process_ids: deque[int] = deque(maxlen=16)
+        self.process_ids: deque[int] = deque(maxlen=16)  # of the latest runs
 
     def run(self, script: str, *arguments: str) -> bytes:
-        """Run a script, or with "" the arguments alone; returns what nft printed. Raises
-        UserError, with nft's first lines. After NFT_LIMIT_S nft is killed, and may have done its
-        work all the same."""
+        """Run a script, or with "" the arguments alone; returns what nft printed. Raises UserError
+        with nft's words. After NFT_LIMIT_S nft is killed: it may have done its work."""
         command = [self.path, *arguments, *(["-f", "-"] if script else [])]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
@@ -1147,8 +1134,7 @@ def list_table(nft: Nft, config: Config) -> Listing:
 
 
 def check_kernel(nft: Nft, config: Config) -> Listing:
-    """Look whether the kernel would take our ruleset; returns what is there now. Raises
-    UserError with the statement that nft does not take."""
+    """Returns what is there now. Raises UserError with what nft does not take of our ruleset."""
     listing = list_table(nft, config)
     try:
         nft.run(ruleset_script(config), "-c")
@@ -1391,9 +1377,8 @@ class Firewall:
         return False
 
     def heal(self) -> None:
-        """Compare the kernel with what should be, and install all anew if something is missing or
-        foreign. Where that cannot be done, say so once. Then look again after a pause, which
-        grows as long as it helps nothing."""
+        """Compare the kernel with what should be, and install all anew if that differs, or say once
+        why it cannot be. Then look again after a pause, which grows as long as it helps nothing."""
         now = time.monotonic()  # before the listing, which may take its time
         damage = trouble = ""
         try:
@@ -1488,8 +1473,7 @@ class Record(NamedTuple):
 
     @property
     def peer(self) -> str:
-        """The peer's address as text: an IPv4-mapped peer is an IPv4 client. Nothing but
-        0-9 a-f : . can come out."""
+        """The peer's address, of 0-9 a-f : . alone; an IPv4-mapped peer is an IPv4 client."""
         if self.address.startswith(IPV4_MAPPED):
             return socket.inet_ntoa(self.address[12:])
         return socket.inet_ntop(socket.AF_INET6, self.address)
@@ -1596,8 +1580,7 @@ def set_receive_buffer(receiver: socket.socket, size: int) -> None:
 
 
 def run_path(rundir: str, config: Config) -> str:
-    """How the files in the run directory of the server for this table begin: it is one table
-    among those of this network namespace."""
+    """How the run directory's files of the server for this namespace's table begin."""
     namespace = os.stat("/proc/self/ns/net").st_ino
     return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
 
@@ -1750,9 +1733,8 @@ class Monitor:
         notify_systemd("READY=1")
 
     def _start_network(self) -> None:
-        """Start it with its end of the link as standard input, and nothing else of ours. Its
-        program is the compiled form of this one: the same even if the file has been
-        replaced, and it need not be compiled again (6 MB)."""
+        """Start it with its end of the link as standard input and nothing else. Its program is the
+        compiled form of this one, even if the file has been replaced; that saves 6 MB, too."""
         import marshal
         self.start_at = NEVER
         self.started = time.monotonic()
@@ -1778,8 +1760,7 @@ class Monitor:
         self._send(Record(SETTINGS, payload=payload), descriptors)
 
     def _lose_network(self, reason: str) -> None:
-        """The network process is gone or useless: end it, and start another after a pause.
-        Raises UserError at the server's start."""
+        """It is gone or useless: start another after a pause. Raises UserError at our start."""
         status = self._stop_network(0)
         if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
             reason += f", with status {status}"
@@ -1792,8 +1773,7 @@ class Monitor:
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
     def _stop_network(self, patience: float) -> int:
-        """It ends by itself when its link closes, or is killed after so many seconds. Returns
-        its exit status."""
+        """It ends when its link closes, or is killed after so many seconds. Returns its status."""
         if self.link is not None:
             self.selector.unregister(self.link)
             self.link.close()
@@ -1845,8 +1825,7 @@ class Monitor:
         except ProtocolError:
             return self._lose_network("it sent a bad message")
         config, (operation, user, resource, *_) = self.config, message
-        # What a token is for: this peer and connection, these ids, and what the configuration
-        # says of them, where a change ends the handshake.
+        # What a token is for: peer, connection, ids, and what is configured for them just now.
         key = config.keys.get(user, NOBODYS_KEY)
         text = repr((record[1:5], user, resource, key, config.resources.get(resource))).encode()
 
@@ -1881,9 +1860,8 @@ class Monitor:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
     def _grant(self, operation: int, message: Message, record: Record) -> None:
-        """The peer has proved itself: have the firewall do what it asked for. Its RESPONSE is
-        remembered until the token's time is over: a repeated one changes nothing, and gets
-        the same reply once that is there."""
+        """The peer has proved itself: have the firewall do what it asked for. Its RESPONSE is known
+        until the token's time is over: a repeated one changes nothing, and gets the same reply."""
         now = time.monotonic()
         oldest = now - TOKEN_LIMIT_S - 2 * TOKEN_WINDOW_S  # control-timeout may have become longer
         while self.accepted and next(iter(self.accepted.values()))[0] < oldest:
@@ -1969,8 +1947,7 @@ class Network:
         # By number, oldest first: those that compete for slots, and by prefix the same ones.
         self.connections: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
-        # Those whose second message the monitor has are not read, nor pushed out: it answers a
-        # wrong one at once, and a right one is worth waiting for.
+        # Those whose second message the monitor has are not read, nor pushed out: it answers soon.
         self.answered: dict[int, Connection] = {}
         self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
@@ -1995,8 +1972,7 @@ class Network:
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             else:
                 serve = functools.partial(self._receive, listener, number)
-                # Hosts have more than one address: ask for the one that a datagram came to
-                # (RFC 3542, section 6.1; ip(7)), to answer from it.
+                # Which of our addresses a datagram came to: RFC 3542, section 6.1; ip(7).
                 ipv6 = listener.family == socket.AF_INET6
                 level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
                 listener.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
@@ -2060,8 +2036,7 @@ class Network:
             except ConnectionError:
                 continue  # the peer is gone already
             except OSError:
-                # Out of descriptors or memory (accept(2)): the oldest goes, or the next answer
-                # from the monitor lets somebody go.
+                # Out of descriptors or memory: the oldest goes, or the monitor lets one go.
                 if self.connections:
                     self._close(next(iter(self.connections.values())), "evicted")
                 else:
@@ -2185,9 +2160,8 @@ MONITOR_CALLS = CLIENT_CALLS + """
 
 
 def system_call_filter(mode: str, names: str) -> Callable[[], None]:
-    """What has the kernel allow only these system calls, from then on, to this process and all
-    that it starts: others end it (mode "kill"), or are told to the kernel's log ("log"). See
-    seccomp(2). Raises UserError where that cannot be had."""
+    """What has the kernel allow only these system calls to this process and all that it starts:
+    others end it (mode "kill"), or are logged ("log"); see seccomp(2). Raises UserError."""
     if mode == "off":
         return lambda: None
     try:
@@ -2248,8 +2222,7 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
     filter_system_calls = system_call_filter(seccomp, NETWORK_CALLS)
     step = "limit descriptors and memory"
     try:
-        # Beside the slots: link, listeners, selectors, and peers that wait for nft, of which
-        # there are no more than records that fit into the link.
+        # Beside the slots: link, listeners, and peers that wait for nft, which the link bounds.
         memory = MEMORY_LIMIT + MEMORY_PER_CONNECTION * connections
         wanted = ((resource.RLIMIT_NOFILE, connections + 1024), (resource.RLIMIT_DATA, memory))
         for kind, limit in wanted:
@@ -2444,8 +2417,7 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_command = functools.partial(commands.add_parser, parents=[common], formatter_class=form)
 
-    # Each PORT may stand behind an option, where argparse loses optional arguments: parse_words()
-    # finds them among the rest.
+    # A PORT may stand behind an option, where argparse loses it: see parse_words().
     client = argparse.ArgumentParser(add_help=False, formatter_class=form)
     client.add_argument("host", metavar="HOST")
     client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
