@@ -94,8 +94,7 @@ def tell_error(error: Exception) -> None:
 #
 #     offset  size  field
 #          0     4  magic      3B 1B B7 19
-#          4     4  operation  0 knock, 1 challenge, 2 response, 3 come in,
-#                              4 go away, 5 revoke
+#          4     4  operation  0 knock, 1 challenge, 2 response, 3 come in, 4 go away, 5 revoke
 #          8     4  user       numbers are big-endian
 #         12     4  resource
 #         16     8  salt       fresh random bytes in every message
@@ -931,8 +930,7 @@ def catch_signals(handler: Any) -> None:
 #
 #     set letmein-4, letmein-6    address . protocol . port, for all ports
 #     set letmein-ID-4, -6        addresses that hold the jump resource ID
-#     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps
-#                                 that apply to all traffic
+#     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps of all traffic
 #
 # Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
 
@@ -1430,14 +1428,11 @@ class Firewall:
 # them to the network process, which it starts by executing this program anew,
 # so that neither a key nor the layout of memory is inherited.
 #
-# The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair:
-#
-#     network -> monitor   READY, REQUEST, ANSWER, COUNTS
-#     monitor -> network   SETTINGS (with the sockets), REPLY, LAST
-#
-# The monitor trusts nothing in a record, and keeps nothing of a peer that has not
-# proved itself: a challenge's token is derived from a secret of this run and from
-# all that it must fit, and a RESPONSE is checked against what was possible.
+# The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair: the network process
+# says READY, REQUEST, ANSWER, COUNTS, the monitor SETTINGS (with the sockets), REPLY, LAST. The
+# monitor trusts nothing in a record, and keeps nothing of a peer that has not proved itself: a
+# challenge's token is derived from a secret of this run and from all that it must fit, and a
+# RESPONSE is checked against what was possible.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
