@@ -2237,7 +2237,6 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
                 os.setgroups([])
                 os.setresgid(group, group, group)
                 os.setresuid(user, user, user)  # takes root's capabilities, too: capabilities(7)
-                step = "give up making processes and files"
                 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
                 step = "give up its capabilities"  # of a server that is not root, they stay
