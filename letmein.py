@@ -1631,7 +1631,7 @@ class Monitor:
                 self._turn()
             self._open_status()
             self.firewall.open(self.selector)
-            notify_systemd("READY=1")
+            notify_systemd()
             self._log_ready("ready")
             while not self.stopping:
                 self._turn()
@@ -1640,12 +1640,13 @@ class Monitor:
             with contextlib.suppress(OSError):
                 os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
             if self.firewall.installed:
-                notify_systemd("STOPPING=1")
                 self.firewall.close()
                 self.log.summary()
                 self.log("stopped")
 
     def _log_ready(self, event: str) -> None:
+        for warning in self.config.warnings:
+            self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
@@ -1706,7 +1707,6 @@ class Monitor:
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
-        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self.firewall.advance()  # what has come in until now was checked by the old rules
         old = self.config
         try:
@@ -1725,7 +1725,6 @@ class Monitor:
             self.config, self.sockets = config, sockets
             self._send_settings()
             self._log_ready("reloaded")
-        notify_systemd("READY=1")
 
     def _start_network(self) -> None:
         """Start it with its end of the link as standard input and nothing else. Its program is the
@@ -1886,13 +1885,13 @@ class Monitor:
             self.log(event, **fields)
 
 
-def notify_systemd(state: str) -> None:
-    """Tell systemd about our state, if it asked for it; see sd_notify(3)."""
+def notify_systemd() -> None:
+    """Tell systemd that we are ready, if it asked for it; see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, contextlib.suppress(OSError):
-            notify.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
 
 
 # ==== 6  Network =============================================================
@@ -2034,8 +2033,6 @@ class Network:
                 # Out of descriptors or memory: the oldest goes, or the monitor lets one go.
                 if self.connections:
                     self._close(next(iter(self.connections.values())), "evicted")
-                else:
-                    select.select([self.link], [], [], 0.1)
                 return
             peer.setblocking(False)
             self.number = (self.number + 1) & 0xFFFFFFFF
@@ -2314,15 +2311,6 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-EXAMPLES = """\
-examples:
-  letmein knock server 22                       open port 22 there, for this address
-  letmein knock server 22 -- ssh server         open it, log in, close it again
-  letmein revoke server 22                      close it
-  ssh -o ProxyCommand='letmein connect %h %p' server
-  letmein server --check                        would the server start?"""
-
-
 def service_file(kind: str, path: str, account: str) -> str:
     """A file that starts this copy of the program with the system. Args: kind, as on the command
     line; path, of letmeind.conf; account, of the network process."""
@@ -2387,6 +2375,14 @@ WantedBy=multi-user.target
 """
 
 
+ABOUT = """\
+An authenticated port knocker. For example:
+  letmein knock server 22                       open port 22 of server for this address
+  letmein knock server 22 -- ssh server         the same, log in, and close it again
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein server --check                        would the server start?"""
+
+
 def build_parser(first: str) -> argparse.ArgumentParser:
     """The command line, as README's tables have it. A knock has no time for what is other
     commands': if its first word is one of the client's commands, there is that one alone."""
@@ -2395,24 +2391,20 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
     # Without a width argparse would import shutil, to ask for the terminal's.
     form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
+    new_parser = functools.partial(argparse.ArgumentParser, formatter_class=form)
     # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
-    common = argparse.ArgumentParser(
-        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=form
-    )
+    common = new_parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("-c", "--config", metavar="FILE")
     common.add_argument("--verbose", action="store_true", help="say what is going on")
     common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
     common.add_argument("--dns", "--dns-crypt", help=argparse.SUPPRESS)
     common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
-    parser = argparse.ArgumentParser(
-        prog="letmein", description="An authenticated port knocker.", epilog=EXAMPLES,
-        formatter_class=form, parents=[common],
-    )
+    parser = new_parser(prog="letmein", description=ABOUT, parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_command = functools.partial(commands.add_parser, parents=[common], formatter_class=form)
 
     # A PORT may stand behind an option, where argparse loses it: see parse_words().
-    client = argparse.ArgumentParser(add_help=False, formatter_class=form)
+    client = new_parser(add_help=False)
     client.add_argument("host", metavar="HOST")
     client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
     client.add_argument("--keep", action="store_true", help="do not close at the end")
