@@ -650,13 +650,9 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     addresses: dict[int, Any] = {entry[0]: entry[4] for entry in reversed(found)}
     if not addresses.keys() >= set(families):
         raise UserError(f"{host!a} has no IPv6 address, or no IPv4 address", "leave out -4 or -6")
-    targets = {}
-    for family in families or (socket.AF_INET6, socket.AF_INET):
-        if family in addresses:
-            text, _, *more = addresses[family]
-            zone = f"%{more[1]}" if any(more[1:]) else ""
-            targets[f"{text}{zone}"] = (family, addresses[family])
-    return targets
+    wanted = [f for f in families or (socket.AF_INET6, socket.AF_INET) if f in addresses]
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+    return {socket.getnameinfo(addresses[f], numeric)[0]: (f, addresses[f]) for f in wanted}
 
 
 def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
@@ -1239,17 +1235,10 @@ class Firewall:
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
-        table = f"{self.config.family} {self.config.table}"
-        try:
-            listing = list_table(self.nft, self.config)
-        except UserError as error:
-            if "No such file" in error.problem:
-                return  # the table is gone, and all that was in it
-            raise
         for chain in self.config.chains.values():
             with contextlib.suppress(UserError):  # if it is there: the sets cannot go before
-                self.nft.run(f"flush chain {table} {chain}\n")
-        self._delete_sets(listing.sets)
+                self.nft.run(f"flush chain {self.config.family} {self.config.table} {chain}\n")
+        self._delete_sets(self.sets.keys() | ruleset(self.config)[0].keys())
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -1259,8 +1248,9 @@ class Firewall:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
             except UserError as error:
-                self.nft.run(f"flush set {table} {name}\n")
-                self.log("set-stays", set=name, reason=error.problem)
+                if not re.search("(Error|rule): No such file", error.problem):  # it is there
+                    self.nft.run(f"flush set {table} {name}\n")
+                    self.log("set-stays", set=name, reason=error.problem)
 
     def advance(self) -> None:
         """Do all that is due: heal, then the changes that have come in, in one transaction. If
@@ -2478,16 +2468,6 @@ def parse_words(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def new_key() -> bytes:
-    """A random key, by the cryptography package where it is installed."""
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
-    except ImportError:
-        import secrets
-        return secrets.token_bytes(KEY_SIZE)
-    return bytes(AESGCM.generate_key(8 * KEY_SIZE))
-
-
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
     is_server = arguments.command in ("server", "service", "status")
@@ -2500,7 +2480,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         user = arguments.user
         with contextlib.suppress(ConfigError):  # one needs a key before there is a file
             user = read_config(path, False).default_user if user is None else user
-        print(f"{user or 0:08X} = {new_key().hex().upper()}")
+        try:
+            from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
+            key = AESGCM.generate_key(8 * KEY_SIZE)
+        except ImportError:
+            key = os.urandom(KEY_SIZE)
+        print(f"{user or 0:08X} = {key.hex().upper()}")
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")
