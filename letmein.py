@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """letmein: an authenticated port knocker, client and server in one file.
 
-The server's firewall drops everything. A client who holds a shared key knocks,
-proves it by challenge and response (HMAC-SHA3-256), and the kernel's nftables
-lets that one address in to that one port, for a while.
+The server's firewall drops everything. A client who holds a shared key knocks, proves it by
+challenge and response (HMAC-SHA3-256), and the kernel's nftables lets that one address in to that
+one port, for a while.
 
-The file has eight rooms, each behind a banner: protocol, configuration, client,
-firewall, monitor, network, sandbox, command line. A room uses only those above it.
-Imported at the top is what a knock needs, or what costs it next to nothing: a client's
-time goes into starting Python. The rest is imported by the room that needs it.
+The file has eight rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
+network, sandbox, command line. A room uses only those above it. Imported at the top is what a
+knock needs, or what costs it next to nothing: a client's time goes into starting Python.
 """
 
 from __future__ import annotations
@@ -107,8 +109,7 @@ def tell_error(error: Exception) -> None:
 #                                (the firewall changes)
 #                   <-  COMEIN, or GOAWAY in place of any server message
 #
-# The two handshakes below are without input or output: messages in, messages
-# and a verdict out. They know no socket, no clock and no firewall.
+# The two handshakes below do no input or output: they know no socket, no clock and no firewall.
 
 MAGIC = bytes.fromhex("3B1BB719")
 MESSAGE = struct.Struct("!4sIII8s32s")
@@ -142,8 +143,7 @@ class Message(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """The message in 56 bytes from the wire. Raises ProtocolError if length, magic or
-        operation is wrong: that is no letmein message, and nobody answers it."""
+        """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
             raise ProtocolError("this is no letmein message")
         message = cls(*MESSAGE.unpack(data)[1:])
@@ -152,9 +152,8 @@ class Message(NamedTuple):
         return message
 
     def authenticate(self, key: bytes, token: bytes) -> bytes:
-        """The auth field: HMAC-SHA3-256 (RFC 2104, FIPS 202) over all from operation to salt
-        and a token: the CHALLENGE's auth field in RESPONSE, 32 zero bytes in KNOCK and REVOKE
-        ("basic auth": whoever saw one can send it again)."""
+        """HMAC-SHA3-256 (RFC 2104, FIPS 202) over all from operation to salt, and a token: the auth
+        of the CHALLENGE; zeros in KNOCK and REVOKE, which whoever saw one can send again."""
         import hmac  # here, for the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -194,23 +193,20 @@ def client_handshake(
         token = answer.auth
 
 
-# What a peer has proved, in the order of the proofs. An error policy is the
-# least of these for which an error is answered by GOAWAY.
+# What a peer has proved, in this order. An error policy is the least that has errors answered.
 NO_AUTH, BASIC_AUTH, FULL_AUTH = range(3)
 POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
 
 class Verdict(NamedTuple):
-    """What a server makes of a message: the reply (b"" for silence), the reason if it was
-    refused, and what may be done if the peer has proved itself: KNOCK or REVOKE."""
+    """On a message: the reply (b"": none), why it was refused, what is granted: KNOCK or REVOKE."""
 
     reply: bytes
     reason: str = ""
     granted: int | None = None
 
 
-# An unknown user's knock is checked against a key that nobody knows, so that
-# it takes as long, and looks the same, as one with a wrong key.
+# An unknown user's knock is checked against this, to take as long as one with a wrong key.
 NOBODYS_KEY = os.urandom(KEY_SIZE)
 
 
@@ -257,9 +253,8 @@ class ServerHandshake(NamedTuple):
 
 
 # ==== 2  Configuration =======================================================
-# letmeind.conf (server) and letmein.conf (client): text in, a frozen Config
-# out, or a ConfigError that names file, line and option and says what was
-# expected there. The text of a key never gets into a message.
+# letmeind.conf (server) and letmein.conf (client): text in, a frozen Config out, or a ConfigError
+# that names file, line, option and what was expected. The text of a key gets into no message.
 
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
@@ -467,8 +462,7 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     return Resource(identifier, port, protocols, jumps, timeout, users)
 
 
-# By section and option: the field of Config, and the parser. [KEYS] and [RESOURCES] have names
-# of their own. Resources come last, for they depend on the rest.
+# By section and option: the field of Config, and its parser. Resources depend on what is above.
 OPTIONS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "GENERAL": {
         "debug": ("debug", lambda text: parse_word(text, YES + NO) in YES),
@@ -535,8 +529,7 @@ def unknown(name: str, names: Iterable[str]) -> str:
 
 
 def parse_config(text: str, path: str, server: bool) -> Config:
-    """Read one configuration file's text; path is for messages alone. [NFTABLES] is for
-    the server only, [CLIENT] for the client only. Raises ConfigError."""
+    """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
     sections = parse_sections(text, path)
     begins = {section: options.pop("")[0] for section, options in sections.items()}
     others = [section for section in sections if section not in OPTIONS]
@@ -610,9 +603,8 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Resolve the host, and shake hands with its IPv6 and its IPv4 address at the same time: one
-# that does not answer costs its own deadline, and not the other's time. `connect` and COMMAND
-# hold open what was opened for as long as they use it.
+# Shake hands with the host's IPv6 and IPv4 address at the same time: one that does not answer costs
+# the other no time. `connect` and COMMAND hold open what was opened for as long as they use it.
 
 UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
 OTHER_ADDRESS_S = 0.25  # where one address is open, the other is not waited for any longer
@@ -807,8 +799,7 @@ class Client:
         return [resource for resource in self.resources if self.ask(operation, resource)]
 
     def hold(self) -> int:
-        """Open all, run COMMAND or carry a connection, and close all, whatever happens. Leases
-        that would end meanwhile are renewed. Returns the exit status."""
+        """Open all, run COMMAND or carry a connection, renew; and close all, whatever happens."""
         import signal
         import threading
         turn = threading.Lock()
@@ -865,8 +856,7 @@ class Client:
         return status if status >= 0 else 128 - status
 
     def connect(self) -> socket.socket:
-        """A connection to the port that is open now. Somebody else behind our address may have
-        closed it again, for the lease is shared: then knock once more. Raises UserError."""
+        """Connect; knock once more if somebody behind our address closed it. Raises UserError."""
         port = self.arguments.ports[0]
         for patience in (CONNECT_S, self.timeout):
             for where in self.opened[self.resources[0]]:
@@ -921,8 +911,7 @@ def catch_signals(handler: Any) -> None:
 
 
 # ==== 4  Firewall ============================================================
-# A lease is an element with a timeout in an nftables set: the kernel ends it,
-# to the second, whatever becomes of this program.
+# A lease is an element with a timeout in an nftables set: the kernel ends it, whatever dies here.
 #
 #     set letmein-4, letmein-6    address . protocol . port, for all ports
 #     set letmein-ID-4, -6        addresses that hold the jump resource ID
@@ -938,8 +927,7 @@ LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
 IP = {4: "ip", 6: "ip6"}
 NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
-NETLINK_NETFILTER = 12  # linux/netlink.h
-NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7  # linux/netlink.h, linux/netfilter/nfnetlink.h
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
@@ -989,9 +977,8 @@ def ruleset(config: Config) -> tuple[dict[str, str], list[str]]:
 
 
 def lease_elements(config: Config, leases: Iterable[Lease], boot: str = "") -> Elements:
-    """The elements that make up these leases. Their comments explain them to people, and to a
-    successor of this server: when they count (boot: the start of the kernel's boot id), and
-    what the resource means. A gate is open until its last lease ends."""
+    """The elements that make up these leases. Their comments tell people, and a successor of this
+    server, when they count (boot) and what they mean. A gate is open until its last lease ends."""
     elements: Elements = {}
     for lease in leases:
         resource = config.resources[lease.resource]
@@ -1011,10 +998,9 @@ def lease_elements(config: Config, leases: Iterable[Lease], boot: str = "") -> E
 def elements_script(
     config: Config, before: Elements, after: Elements, now: float, refreshes: bool = True
 ) -> str:
-    """The nft script that makes of the elements before those after. Traps: `delete` fails for
-    an element that has just expired, and takes the whole transaction along, so it is added
-    first. An element that exists never gets another comment, and its full time anew by
-    `timeout T expires T` only where the kernel refreshes: otherwise it must be removed."""
+    """The nft script that makes of the elements before those after. Traps: `delete` of one that has
+    just expired takes the whole transaction along, so it is added first. One that exists never
+    gets another comment, and its full time only where the kernel refreshes: so it goes first."""
     where = f"element {config.family} {config.table}"
     lines = []
     for name, key in {**before, **after}:
@@ -1044,9 +1030,8 @@ def ruleset_script(config: Config) -> str:
 
 
 def await_end(process: int, limit: float) -> int:
-    """Wait for a child process, and kill it after limit (in seconds). Returns its exit status,
-    the negative number of a signal that ended it. (The subprocess module would do such a wait
-    by sleeping for longer than nft takes. pidfd_open(2): Linux 5.3.)"""
+    """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
+    a signal. (The subprocess module would sleep for longer than nft takes. Linux 5.3.)"""
     import signal
     descriptor = os.pidfd_open(process)
     if not select.select([descriptor], [], [], limit)[0]:
@@ -1056,8 +1041,7 @@ def await_end(process: int, limit: float) -> int:
 
 
 class Nft:
-    """The one place that runs nft: text on its standard input, no shell, a fixed environment. Args:
-    name, of the program; a path, or to be found in TRUSTED_PATH."""
+    """The one place that runs nft. Args: name, a path, or to be found in TRUSTED_PATH."""
 
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
@@ -1139,8 +1123,7 @@ def check_kernel(nft: Nft, config: Config) -> Listing:
 
 
 class Change(NamedTuple):
-    """What a client asked for: operation is KNOCK or REVOKE. done is called once, with
-    "" when the change is in force, else with the reason why it is not."""
+    """What a client asked for. done is called once, with "" or why the change is not in force."""
 
     operation: int
     address: str
@@ -1150,10 +1133,9 @@ class Change(NamedTuple):
 
 
 class Firewall:
-    """The leases, and the kernel's sets that hold them. All changes that have come in while
-    nft ran go into its next run, as one transaction. After a failure, and when somebody
-    else changed something of ours, heal() compares the kernel with what should be. Args:
-    boot, the first 8 hex digits of the kernel's boot id; log, takes event and fields."""
+    """The leases, and the kernel's sets that hold them. All changes that have come in while nft
+    ran go into its next run, as one transaction. After a failure or a foreign change heal() looks
+    what is there. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Callable[..., None]) -> None:
         self.nft = nft
@@ -1392,9 +1374,8 @@ class Firewall:
             self.pause = min(2 * pause, RETRY_S[2 if trouble else 1])
 
     def _compare(self, now: float) -> tuple[set[tuple[str, str]], str]:
-        """Compare the kernel with what should be. Returns the (set, key) that an administrator has
-        deleted: they are missing though their set is still the same, and not in their last second;
-        and what else somebody has done to our part, "" if it is as it should be."""
+        """Returns the (set, key) that an administrator has deleted: they are missing, though they
+        have time left and their set is the same; and what else is not as it should be, or ""."""
         listing = list_table(self.nft, self.config)
         sets, rules = ruleset(self.config)
         same = dict(listing.sets.items() & self.sets.items())
@@ -1413,10 +1394,9 @@ class Firewall:
 
 
 # ==== 5  Monitor =============================================================
-# The privileged process: it owns keys, handshakes and leases, and is the only
-# one that runs nft and writes the log. It opens the control sockets and hands
-# them to the network process, which it starts by executing this program anew,
-# so that neither a key nor the layout of memory is inherited.
+# The privileged process: it owns keys, handshakes and leases, runs nft and writes the log. It opens
+# the control sockets for the network process, which it starts by executing this program anew, so
+# that neither a key nor the layout of memory is inherited.
 #
 # The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair: the network process
 # says READY, REQUEST, ANSWER, COUNTS, the monitor SETTINGS (with the sockets), REPLY, LAST. The
@@ -1465,9 +1445,8 @@ class Record(NamedTuple):
 
 
 class Log:
-    """The log, on standard error, and what it counts for `status`. In a flood few of those who
-    were refused get a line: the rest is summed up. A log that nobody reads, or that cannot be
-    written, is no reason to let nobody in: the line is lost, and counted."""
+    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
+    nobody reads is no reason to let nobody in: the line is lost, and counted."""
 
     def __init__(self) -> None:
         from collections import Counter
@@ -1571,8 +1550,7 @@ def run_path(rundir: str, config: Config) -> str:
 
 
 def lock_table(rundir: str, config: Config) -> int:
-    """Make sure that no other server works on this table in this network namespace.
-    Returns the lock's descriptor; it lasts as long as this process. Raises UserError."""
+    """Have no other server work on this table. Returns the lock's descriptor. Raises UserError."""
     import fcntl
     path = run_path(rundir, config) + ".lock"
     try:
@@ -1868,11 +1846,8 @@ class Monitor:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
         ids = {"user": f"{message.user:08X}", "resource": f"{message.resource:08X}"}
-        fields = {"peer": record.peer, "proto": protocol, **ids}
-        if reason:
-            self.log.failure(event, **fields, reason=reason)
-        else:
-            self.log(event, **fields)
+        write, more = (self.log.failure, {"reason": reason}) if reason else (self.log, {})
+        write(event, peer=record.peer, proto=protocol, **ids, **more)
 
 
 def notify_systemd() -> None:
@@ -2034,9 +2009,8 @@ class Network:
             self.selector.register(peer, selectors.EVENT_READ, read)
 
     def _make_room(self, prefix: bytes) -> None:
-        """Close the oldest connection of the newcomer's prefix if that has its share, or of
-        the prefix that has the most if all slots are taken. Nobody is refused: a flood only
-        ever pushes out itself, or the oldest of all where no prefix has more than another."""
+        """Close the oldest connection of the newcomer's prefix if that has its share, or of the
+        largest prefix if all slots are taken: a flood pushes out itself. Nobody is refused."""
         crowd = self.prefixes.get(prefix, {})
         if len(crowd) < self.prefix_limit:
             if len(self.connections) < self.limit:
@@ -2117,9 +2091,6 @@ CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 # process, NET_BIND_SERVICE for a control port below 1024, NET_ADMIN for nft.
 MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
 
-MEMORY_LIMIT = 128 << 20  # bytes of data of the network process,
-MEMORY_PER_CONNECTION = 16 << 10  # and these
-
 # The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
 # or aarch64. A name that an architecture does not have stands for nothing there.
 NETWORK_CALLS = """
@@ -2135,10 +2106,9 @@ CLIENT_CALLS = NETWORK_CALLS + """
     sendmmsg set_robust_list shutdown socket stat statfs statx sysinfo uname"""
 # A filter is inherited: this one has to let Python start, and nft work, or a script around it.
 MONITOR_CALLS = CLIENT_CALLS + """
-    arch_prctl capget capset chdir chroot close_range copy_file_range execve fadvise64 flock fork
-    getppid getresgid getresuid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl
-    rmdir seccomp set_tid_address setgroups setresgid setresuid setrlimit socketpair umask unlink
-    unlinkat vfork wait4 waitid"""
+    arch_prctl chdir chroot close_range copy_file_range execve fadvise64 flock fork getppid kill
+    listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir seccomp set_tid_address
+    setgroups setresgid setresuid socketpair umask unlink unlinkat vfork wait4 waitid"""
 
 
 def system_call_filter(mode: str, names: str) -> Callable[[], None]:
@@ -2161,9 +2131,8 @@ def system_call_filter(mode: str, names: str) -> Callable[[], None]:
 
 
 def give_up_rights() -> tuple[str, ...]:
-    """Keep keys out of core dumps and other programs' reach; give up what rights the server does
-    not need, and the way to get them back by running a program (no_new_privs). Holds for all
-    that is started later. Returns warnings. Raises OSError. See prctl(2), capabilities(7)."""
+    """Have no core dumps, no rights but those needed, no_new_privs; also for all that is started.
+    Returns warnings. Raises OSError. See prctl(2), capabilities(7)."""
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
@@ -2205,7 +2174,7 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
     step = "limit descriptors and memory"
     try:
         # Beside the slots: link, listeners, and peers that wait for nft, which the link bounds.
-        memory = MEMORY_LIMIT + MEMORY_PER_CONNECTION * connections
+        memory = (128 << 20) + (16 << 10) * connections  # bytes
         wanted = ((resource.RLIMIT_NOFILE, connections + 1024), (resource.RLIMIT_DATA, memory))
         for kind, limit in wanted:
             _, most = resource.getrlimit(kind)
