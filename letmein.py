@@ -1466,10 +1466,9 @@ class Log:
             words.append(f"{name}={value if plain else ascii(str(value))}")
         # A pipe that is ready takes so much at once, and without blocking: pipe(7).
         line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
-        try:
+        written = 0
+        with contextlib.suppress(OSError):
             written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
-        except OSError:
-            written = 0
         self.patience = LOG_PATIENCE_S if written else 0
         if not written:
             self.counts["lines-lost"] += 1
@@ -1494,8 +1493,8 @@ class Log:
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
-    """The sockets of the control port, by protocol and port: for IPv6 and IPv4 in one, or for
-    IPv4 where the kernel has no IPv6. Those that are old stay. Raises UserError."""
+    """The sockets of the control port: for IPv6, where the kernel has it, and IPv4 in one. Those
+    that are old stay. Raises UserError."""
     sockets = {}
     ipv6 = socket.has_dualstack_ipv6()
     for name in [(protocol, config.port) for protocol in config.protocols]:
@@ -1563,8 +1562,7 @@ def lock_table(rundir: str, config: Config) -> int:
 
 
 class Monitor:
-    """The privileged process. run() returns when it was told to stop. Args: arguments, of
-    the command line: rundir, user, num_connections, num_ip_connections; and activated."""
+    """The privileged process. Args: arguments, of the command line, and of them activated."""
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         os.umask(0o077)
@@ -1599,8 +1597,7 @@ class Monitor:
                 self._turn()
             self._open_status()
             self.firewall.open(self.selector)
-            notify_systemd()
-            self._log_ready("ready")
+            self._tell_ready("ready")
             while not self.stopping:
                 self._turn()
         finally:
@@ -1612,7 +1609,13 @@ class Monitor:
                 self.log.summary()
                 self.log("stopped")
 
-    def _log_ready(self, event: str) -> None:
+    def _tell_ready(self, event: str) -> None:
+        """Say that this configuration is in force; to systemd, too: sd_notify(3)."""
+        path = os.environ.get("NOTIFY_SOCKET", "")
+        if path:
+            notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with notify, contextlib.suppress(OSError):
+                notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
@@ -1679,8 +1682,7 @@ class Monitor:
         old = self.config
         try:
             config = read_config(old.path, server=True)
-            if self.arguments.seccomp:
-                config = config._replace(seccomp=self.arguments.seccomp)
+            config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
                     self.log("restart-wanted", option=name, reason="it cannot change while running")
@@ -1692,7 +1694,7 @@ class Monitor:
         else:
             self.config, self.sockets = config, sockets
             self._send_settings()
-            self._log_ready("reloaded")
+            self._tell_ready("reloaded")
 
     def _start_network(self) -> None:
         """Start it with its end of the link as standard input and nothing else. Its program is the
@@ -1850,15 +1852,6 @@ class Monitor:
         write(event, peer=record.peer, proto=protocol, **ids, **more)
 
 
-def notify_systemd() -> None:
-    """Tell systemd that we are ready, if it asked for it; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with notify, contextlib.suppress(OSError):
-            notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
-
-
 # ==== 6  Network =============================================================
 # The process that faces the internet. It owns sockets, deadlines and limits, and forwards messages
 # between peers and the monitor. It knows no key, and could not run a program.
@@ -1978,11 +1971,10 @@ class Network:
         connection = self.connections.get(record.connection) or self.answered.get(record.connection)
         if connection is None:
             return
-        try:
+        sent = 0
+        with contextlib.suppress(OSError):
             # Two messages at most: a socket that does not take them at once is no client's.
             sent = connection.socket.send(record.payload) if any(record.payload) else 0
-        except OSError:
-            sent = 0
         if record.kind == LAST or sent != MESSAGE_SIZE:
             self._close(connection)
 
@@ -2087,8 +2079,7 @@ class Network:
 
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
 CAPABILITY_VERSION = 0x20080522  # linux/capability.h
-# What the monitor keeps (linux/capability.h): KILL, SETGID, SETUID and SYS_CHROOT for its network
-# process, NET_BIND_SERVICE for a control port below 1024, NET_ADMIN for nft.
+# KILL, SETGID, SETUID, NET_BIND_SERVICE (a control port below 1024), NET_ADMIN (nft), SYS_CHROOT.
 MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
 
 # The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
@@ -2123,8 +2114,7 @@ def system_call_filter(mode: str, names: str) -> Callable[[], None]:
         allowed = pyseccomp.SyscallFilter(action)
         for name in names.split():
             allowed.add_rule(pyseccomp.ALLOW, name)
-        load: Callable[[], None] = allowed.load
-        return load
+        return lambda: allowed.load()
     except (ImportError, OSError, RuntimeError) as error:
         hint = "install it (pip install pyseccomp; it needs libseccomp), or set seccomp = off"
         raise UserError(f"seccomp = {mode} cannot be had: {error}", hint) from None
@@ -2338,8 +2328,7 @@ ABOUT = """\
 An authenticated port knocker. For example:
   letmein knock server 22                       open port 22 of server for this address
   letmein knock server 22 -- ssh server         the same, log in, and close it again
-  ssh -o ProxyCommand='letmein connect %h %p' server
-  letmein server --check                        would the server start?"""
+  ssh -o ProxyCommand='letmein connect %h %p' server"""
 
 
 def build_parser(first: str) -> argparse.ArgumentParser:
