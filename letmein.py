@@ -810,7 +810,8 @@ class Client:
 
         def renew() -> None:
             while True:
-                time.sleep(max(min(resource.timeout for resource in self.resources) / 2, 1))
+                shortest = min(LONGEST_WAIT_S, *(resource.timeout for resource in self.resources))
+                time.sleep(max(shortest / 2, 1))
                 with turn:
                     self.ask_all(KNOCK)
 
@@ -2081,7 +2082,6 @@ PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
 CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 # KILL, SETGID, SETUID, NET_BIND_SERVICE (a control port below 1024), NET_ADMIN (nft), SYS_CHROOT.
 MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
-
 # The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
 # or aarch64. A name that an architecture does not have stands for nothing there.
 NETWORK_CALLS = """

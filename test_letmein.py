@@ -10206,6 +10206,15 @@ class TestElsewhere:
             assert re.fullmatch("00000001 = [0-9A-F]{64}\n", client.end().out)
 
 
+def test_header_for_script_runners() -> None:
+    """What `uv run letmein.py` reads: inline script metadata, as PyPA's specification has it."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    assert block is not None
+    assert block["content"] == '# requires-python = ">=3.9"\n'
+    assert block.start() < text.index("import")
+
+
 class TestLightServer:
     @pytest.mark.skipif(SECCOMP != "off", reason="there is no pyseccomp without ctypes")
     def test_both_processes_without_what_openwrt_leaves_out(self, lab: Lab) -> None:
