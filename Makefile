@@ -104,7 +104,7 @@ install:
 	root=$$(cd '$(DESTDIR)/' && pwd -P); root=$${root%/}; \
 	install -p -m 644 letmein.py "$$root$(MODULE)"; \
 	install -p -m 644 $(DOCUMENTS) "$$root$(DOC)"; \
-	$(PYTHON) -m compileall -q -f -d '$(MODULE)' "$$root$(MODULE)"; \
+	PYTHONHASHSEED=0 $(PYTHON) -m compileall -q -f -d '$(MODULE)' "$$root$(MODULE)"; \
 	for name in bin/letmein sbin/letmeind; do \
 		printf '%s\n' "#!$$($(PYTHON) -c 'import sys; print(sys.executable)') -I" \
 			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
