@@ -135,6 +135,8 @@ packages:
 test-packages:
 	@$(WANT); want ps procps; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
+	$(PYTHON) -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")' 2>/dev/null || \
+		missing="$$missing libseccomp2"; \
 	[ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing
 
 tools: test-packages
