@@ -193,7 +193,7 @@ def save():
 
 
 directory = os.path.join(sys.prefix, "measured")
-if "COVERAGE_PROCESS_START" in os.environ or (
+if os.environ.get("COVERAGE_PROCESS_START") or (
     "PATH" not in os.environ and os.path.exists(f"{directory}/process-{os.getppid()}")
 ):
     import coverage

@@ -9003,6 +9003,9 @@ HOLD_SERVER = server_conf(HOLD_RESOURCES.replace("USERS", "2"))
 ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP"]
 
 
+UNMEASURED = {"COVERAGE_PROCESS_START": ""}
+
+
 class Running:
     """A program on the client's host, of which a test holds standard input and output. Args:
     words, of letmein.py's command line, or of a whole one with program=().
@@ -9025,7 +9028,7 @@ class Running:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**unmeasured(), **(env or {})},
+                env={**environment(), **(env or {})},
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -9367,7 +9370,7 @@ class TestConnect:
     def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
         with Service(9000, echo):
             for step in range(30):
-                with Running(lab, words[0], "both.test", words[1]) as client:
+                with Running(lab, words[0], "both.test", words[1], env=UNMEASURED) as client:
                     time.sleep(0.03 + 0.01 * step)
                     result = client.end(signal.SIGINT)
                     assert_no_traceback(result)
@@ -9393,7 +9396,7 @@ class TestConnect:
     def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
         pytest.importorskip("pyseccomp")
         words = ["--seccomp", "kill", "connect", "both.test", "9001"]
-        with Service(9001, echo), Running(lab, *words) as client:
+        with Service(9001, echo), Running(lab, *words, env=UNMEASURED) as client:
             client.say(b"here")
             assert client.hear(4) == b"here"
             time.sleep(1.5)  # so that it knocks again
@@ -9719,7 +9722,8 @@ class TestCommand:
         """Nothing stays open, and COMMAND does not stay behind."""
         mark = f"60.{os.getpid()}"
         for step in range(25):
-            with Running(lab, "knock", SERVER_4, "22", "--", "sleep", mark) as client:
+            words = ["knock", SERVER_4, "22", "--", "sleep", mark]
+            with Running(lab, *words, env=UNMEASURED) as client:
                 time.sleep(0.04 + step * 0.02)
                 name = ENDINGS[step % 3]
                 result = client.end(getattr(signal, name))
