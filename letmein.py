@@ -1353,14 +1353,16 @@ class Firewall:
         now = time.monotonic()  # before the listing, which may take its time
         damage = trouble = ""
         try:
-            deleted, damage = self._compare(now)
+            listing = list_table(self.nft, self.config)
+            deleted, damage = self._compare(listing, now)
             if deleted:  # a listing may lack elements while the kernel lets a set grow: look twice
                 time.sleep(RETRY_S[0] / 4)
-                deleted &= self._compare(now)[0]
+                listing = list_table(self.nft, self.config)
+                deleted &= self._compare(listing, now)[0]
                 for key, lease in list(self.leases.items()):
                     if deleted & lease_elements(self.config, [lease]).keys():
                         self._keep(key, None, "by hand")
-                damage = self._compare(now)[1]
+                damage = self._compare(listing, now)[1]
             if damage:
                 self._install()
                 self.log("healed", reason=damage, leases=len(self.leases))
@@ -1374,10 +1376,8 @@ class Firewall:
             self.look_at = time.monotonic() + pause
             self.pause = min(2 * pause, RETRY_S[2 if trouble else 1])
 
-    def _compare(self, now: float) -> tuple[set[tuple[str, str]], str]:
-        """Returns the (set, key) that an administrator has deleted: they are missing, though they
-        have time left and their set is the same; and what else is not as it should be, or ""."""
-        listing = list_table(self.nft, self.config)
+    def _compare(self, listing: Listing, now: float) -> tuple[set[tuple[str, str]], str]:
+        """The (set, key) deleted from sets that stayed, before their time; what else is amiss."""
         sets, rules = ruleset(self.config)
         same = dict(listing.sets.items() & self.sets.items())
         elements = lease_elements(self.config, self.leases.values())
