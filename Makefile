@@ -108,7 +108,8 @@ install:
 	for name in bin/letmein sbin/letmeind; do \
 		printf '%s\n' "#!$$($(PYTHON) -c 'import sys; print(sys.executable)') -I" \
 			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
-			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
+			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \
+			install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
 	done; \
 	unit=$$($(PYTHON) -I -c '$(FROM_MODULE)' \
 		"$$root$(MODULE)" "$$root$(PREFIX)/bin/letmein" service systemd); \

@@ -7188,7 +7188,7 @@ class Talker:
         if len(follows) == 56 and not self.is_message(follows) and not self.asked:
             # What came right behind it closes the connection, perhaps before the answer is there.
             self.closed = True
-            self.server.until(lambda: self.heard() is not None and self.at_end)
+            self.server.until(self.is_over)
             self.inbox = b""
             return
         if data in self.requests and not self.asked:
@@ -7228,6 +7228,11 @@ class Talker:
         self.server.until(lambda: len(self.heard()) >= 56)
         reply, self.inbox = self.inbox[:56], self.inbox[56:]
         return reply
+
+    def is_over(self) -> bool:
+        """Whether the server has closed the connection."""
+        self.heard()
+        return self.at_end
 
     def heard(self) -> bytes:
         """All that has come, and was not taken yet."""
