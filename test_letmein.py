@@ -5369,6 +5369,7 @@ class TestRepeats:
         assert len(replies) >= 2
         assert len(set(replies)) == 1
         assert Reply.parse(replies[0]).operation == (COMEIN if mode == "slow" else GOAWAY)
+        guarded.wait_for("granted" if mode == "slow" else "failed")  # the peer hears before the log
         if mode == "slow":
             assert watched.changes() == changes + 1
             assert len(guarded.events("granted")) == 1
