@@ -29,7 +29,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 
 VERSION = "1.0.0"
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
@@ -38,19 +38,17 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long
 if TYPE_CHECKING:
     import argparse
     import threading
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import Any, NamedTuple, NoReturn
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from typing import Any, NamedTuple, NoReturn, TypeVar
 
     ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
-    Sets = dict[str, tuple[int, int]]  # by name the handles of table and set
     LeaseKey = tuple[str, int]  # the client's address, the resource
-    Elements = dict[tuple[str, str], tuple[float, str]]  # by (set, key) the end and a comment
-    Leases = dict[LeaseKey, "Lease"]
-    Plan = dict[LeaseKey, "Lease | None"]  # leases that are to be, or, with None, to end
+    ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
+    Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
+    Item = TypeVar("Item")
     NewHandshake = Callable[[], Handshake]
     Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
-    Tokens = Iterable[tuple[int, bytes]]  # of challenges: for KNOCK or REVOKE, 32 bytes
 else:
 
     class _Record(type):
@@ -91,6 +89,93 @@ def tell_error(error: Exception) -> None:
     tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
 
 
+LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
+USER_LINES_LIMIT = 100  # and on what each user has got or lost
+SUMMARY_S = 10.0
+LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
+
+
+class Log:
+    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
+    nobody reads is no reason to let nobody in: the line is lost, and counted."""
+
+    def __init__(self) -> None:
+        from collections import Counter
+        self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
+        self.refusals: Counter[str] = Counter()  # by reason
+        # Since the last summary: frequent lines, by name and user, and those not written, by name.
+        self.kinds: Counter[tuple[str, str]] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.sum_up_at = NEVER
+        self.patience = LOG_PATIENCE_S
+
+    def __call__(self, event: str, **fields: object) -> None:
+        """Write one line, `event=... name=value ...`. Values that are not plain words are
+        escaped. Under systemd, which adds a time itself, the line has none."""
+        self.counts[event] += 1
+        words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        for name, value in {"event": event, **fields}.items():
+            plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
+            words.append(f"{name}={value if plain else ascii(str(value))}")
+        # A pipe that is ready takes so much at once, and without blocking: pipe(7).
+        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
+        written = 0
+        with contextlib.suppress(OSError):
+            written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
+        self.patience = LOG_PATIENCE_S if written else 0
+        if not written:
+            self.counts["lines-lost"] += 1
+
+    def often(self, event: str, **fields: str) -> None:
+        """Write a line of a kind that there may be many of, or sum it up: a peer was refused; or
+        what a user has got or lost, where a busy user must not hide another."""
+        name = "-".join(filter(None, (event, fields.get("proto"))))
+        kind, limit = (name, ""), LINES_LIMIT
+        if event not in ("refused", "failed"):
+            kind, limit = (name, fields["user"]), USER_LINES_LIMIT
+        self.kinds[kind] += 1
+        self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
+        if self.kinds[kind] <= limit:
+            self(event, **fields)
+        else:
+            self.counts[event] += 1
+            self.left_out[name] += 1
+
+    def summary(self) -> None:
+        """Write how many got no line since the last one."""
+        more = dict(self.left_out)
+        self.kinds.clear()
+        self.left_out.clear()
+        self.sum_up_at = NEVER
+        if more:
+            self("summary", seconds=f"{SUMMARY_S:g}", **more)
+
+
+class Backoff:
+    """Pauses between attempts, each twice as long as the one before. Args: limits, in s: the first
+    pause, and the longest."""
+
+    def __init__(self, limits: tuple[float, float]) -> None:
+        self.limits = limits
+        self.next = limits[0]
+
+    def reset(self) -> None:
+        """Begin with the first pause again."""
+        self.next = self.limits[0]
+
+    def take(self, longest: float = 0.0) -> float:
+        """The pause before the next attempt, in s. Args: longest, if other than the usual limit."""
+        pause = self.next
+        self.next = min(2 * pause, longest or self.limits[1])
+        return pause
+
+
+def in_batches(items: list[Item]) -> Iterator[list[Item]]:
+    """The items, as many at a time as one transaction takes."""
+    for start in range(0, len(items), ELEMENTS_PER_BATCH):
+        yield items[start : start + ELEMENTS_PER_BATCH]
+
+
 # ==== 1  Protocol ============================================================
 # Every message, in both directions, over TCP and UDP, is 56 bytes:
 #
@@ -122,6 +207,7 @@ ANYBODY = 0xFFFFFFFF  # user and resource of a GOAWAY to a peer that named none
 
 KNOCK, CHALLENGE, RESPONSE, COMEIN, GOAWAY, REVOKE = range(6)
 OPERATIONS = ("KNOCK", "CHALLENGE", "RESPONSE", "COMEIN", "GOAWAY", "REVOKE")
+SERVER_OPERATIONS = (CHALLENGE, COMEIN, GOAWAY)
 
 
 class ProtocolError(Exception):
@@ -198,12 +284,23 @@ NO_AUTH, BASIC_AUTH, FULL_AUTH = range(3)
 POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
 
+class Challenge(NamedTuple):
+    """A token that may have been given to a peer, and what became of it."""
+
+    asked: int  # KNOCK or REVOKE
+    token: bytes
+    window: int  # the window of time it was given in; see Tokens
+    name: bytes  # what Tokens knows it by
+    answer: int | None = None  # COMEIN or GOAWAY, if its RESPONSE was answered before
+
+
 class Verdict(NamedTuple):
-    """On a message: the reply (b"": none), why it was refused, what is granted: KNOCK or REVOKE."""
+    """On a message: the reply (b"": none), why it was refused, and the challenge that a right
+    RESPONSE has met."""
 
     reply: bytes
     reason: str = ""
-    granted: int | None = None
+    met: Challenge | None = None
 
 
 # An unknown user's knock is checked against this, to take as long as one with a wrong key.
@@ -221,35 +318,132 @@ class ServerHandshake(NamedTuple):
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
         """Judge a peer's first message. new_token gives 32 bytes to challenge a KNOCK or REVOKE."""
-        operation, user, resource = message[:3]
-        if operation not in (KNOCK, REVOKE):
-            return self.refuse(NO_AUTH, ANYBODY, ANYBODY, f"unexpected {OPERATIONS[operation]}")
+        user, resource = message.user, message.resource
+        if message.operation not in (KNOCK, REVOKE):
+            return self._refuse_operation(message, NO_AUTH, ANYBODY, ANYBODY)
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
             return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
         if objection := self.objection(user, resource):
             return self.refuse(BASIC_AUTH, user, resource, objection)
-        return Verdict(unsigned(CHALLENGE, user, resource, new_token(operation)))
+        return Verdict(unsigned(CHALLENGE, user, resource, new_token(message.operation)))
 
-    def on_response(self, message: Message, proved: int, tokens: Tokens) -> Verdict:
-        """Judge what should be the RESPONSE of a peer that has proved so much before. tokens
+    def on_response(
+        self, message: Message, proved: int, challenges: Iterable[Challenge]
+    ) -> Verdict:
+        """Judge what should be the RESPONSE of a peer that has proved so much before. challenges
         are those that a request of this peer for the same user and resource may have got."""
-        operation, user, resource = message[:3]
-        if operation != RESPONSE:
-            return self.refuse(proved, user, resource, f"unexpected {OPERATIONS[operation]}")
+        user, resource = message.user, message.resource
+        if message.operation != RESPONSE:
+            return self._refuse_operation(message, proved, user, resource)
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(user) or NOBODYS_KEY
-        asked = next((asked for asked, token in tokens if message.proves(key, token)), None)
-        if key == NOBODYS_KEY or asked is None:
+        key = self.key_of(user)
+        for_proof = key or NOBODYS_KEY
+        met = next((each for each in challenges if message.proves(for_proof, each.token)), None)
+        if met is None or key is None:
             return self.refuse(proved, user, resource, "wrong RESPONSE")
         if objection := self.objection(user, resource):
             return self.refuse(FULL_AUTH, user, resource, objection)
-        return Verdict(b"", granted=asked)
+        return Verdict(b"", met=met)
+
+    def _refuse_operation(
+        self, message: Message, proved: int, user: int, resource: int
+    ) -> Verdict:
+        """Refuse a message that is not due. What only a server says is never answered, or two
+        servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
+        reason = f"unexpected {OPERATIONS[message.operation]}"
+        if message.operation in SERVER_OPERATIONS:
+            return Verdict(b"", reason)
+        return self.refuse(proved, user, resource, reason)
 
     def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
         """Refuse a peer that has proved so much."""
         reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
         return Verdict(reply, reason)
+
+
+TOKEN_WINDOW_S = 5.0
+TOKEN_LIMIT_S = 60.0  # the longest patience with a peer, whatever control-timeout is
+ANSWERS_LIMIT = 1 << 17  # answers remembered; some 150 bytes each
+
+
+class Answers(NamedTuple):
+    """What became of the challenges for the same facts in the same window."""
+
+    met: int  # how many there were
+    latest: int  # what the latest was answered with: COMEIN or GOAWAY
+
+
+NO_ANSWERS = Answers(0, GOAWAY)
+
+
+class Tokens:
+    """Challenge tokens that nobody has to remember: a token is an HMAC, under a secret of this
+    run, of all that it is for: a window of time, KNOCK or REVOKE, and facts (the peer, and what
+    is configured for it). Whoever has the facts can compute it anew, so the same KNOCK gets the
+    same CHALLENGE, and a RESPONSE is checked against what was possible.
+
+    Remembered is only which tokens were met, for a token is good for one change of the firewall.
+    The next request for the same facts gets another token, and a RESPONSE that comes twice gets
+    its answer again. Memory is bounded: above ANSWERS_LIMIT the oldest window is given up, and
+    its tokens with it. That costs nobody a knock who answers within the latest two windows.
+
+    Args: secret, 32 bytes. Times are in seconds, by any clock that does not go back."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.secret = secret
+        self.answers: dict[int, dict[bytes, Answers]] = {}  # by window, and a challenge's name
+        self.oldest = 0  # no token of a window before this is good any more
+
+    def new(self, facts: bytes, asked: int, now: float) -> bytes:
+        """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
+        window = int(now / TOKEN_WINDOW_S)
+        base = self._base(facts, asked, window)
+        return self._token(base, self._answers(window, base).met)
+
+    def challenges(self, facts: bytes, now: float, patience: float) -> Iterator[Challenge]:
+        """All challenges that may have been given for these facts, newest first. A token lives
+        for patience, in s, and up to two windows more."""
+        newest = int(now / TOKEN_WINDOW_S)
+        self._forget(newest, newest - 1 - int(min(patience, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
+        for window in range(newest, self.oldest - 1, -1):
+            for asked in (KNOCK, REVOKE):
+                base = self._base(facts, asked, window)
+                met, latest = self._answers(window, base)
+                yield Challenge(asked, self._token(base, met), window, base[:16])
+                if met:
+                    token = self._token(base, met - 1)
+                    yield Challenge(asked, token, window, base[:16], latest)
+
+    def answer(self, challenge: Challenge, operation: int) -> None:
+        """Note that a challenge was met, and its RESPONSE answered with COMEIN or GOAWAY."""
+        answers = self.answers.setdefault(challenge.window, {})
+        met = answers.get(challenge.name, NO_ANSWERS).met
+        answers[challenge.name] = Answers(met + 1, operation)
+
+    def _base(self, facts: bytes, asked: int, window: int) -> bytes:
+        import hmac
+        return hmac.digest(self.secret, struct.pack("!QI", window, asked) + facts, "sha3_256")
+
+    def _answers(self, window: int, base: bytes) -> Answers:
+        return self.answers.get(window, {}).get(base[:16], NO_ANSWERS)
+
+    def _token(self, base: bytes, met: int) -> bytes:
+        """The token behind so many others of the same base that were met."""
+        import hmac
+        if not met:
+            return base
+        return hmac.digest(self.secret, base + struct.pack("!Q", met), "sha3_256")
+
+    def _forget(self, newest: int, oldest: int) -> None:
+        """Give up the windows before oldest, and more of them while too much is remembered."""
+        self.oldest = max(self.oldest, oldest)
+        remembered = sum(len(answers) for answers in self.answers.values())
+        for window in sorted(self.answers):
+            is_too_much = remembered > ANSWERS_LIMIT and window < newest - 1
+            if window < self.oldest or is_too_much:
+                remembered -= len(self.answers.pop(window))
+                self.oldest = max(self.oldest, window + 1)
 
 
 # ==== 2  Configuration =======================================================
@@ -282,14 +476,20 @@ class Resource(NamedTuple):
     users: frozenset[int]
 
     @property
-    def rules(self) -> int:
+    def weight(self) -> int:
         """How much one lease counts against max-nr-rules."""
         return len(self.protocols) + len(self.jumps)
 
     @property
+    def parts(self) -> int:
+        """The elements that make up one lease, as bits: PROTOCOL_PARTS, JUMP_PART."""
+        ports = sum(PROTOCOL_PARTS[PROTOCOL_NUMBERS[protocol]] for protocol in self.protocols)
+        return ports + (JUMP_PART if self.jumps else 0)
+
+    @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
-        return digest(self[1:4])
+        return digest((self.port, self.protocols, self.jumps))
 
     @property
     def is_gate(self) -> bool:
@@ -331,16 +531,6 @@ class Config(NamedTuple):
             if hook not in self.chains:
                 return f"chain-{hook} is not set in [NFTABLES]"
         return ""
-
-    def allowed(self, lease: Lease, meaning: str) -> Lease | None:
-        """The lease with at most the time that its resource gives now; None if its user may
-        not have it any more, or if it was given when the resource had another meaning."""
-        if lease.user not in self.keys or self.objection(lease.user, lease.resource):
-            return None
-        resource = self.resources[lease.resource]
-        if resource.meaning != meaning:
-            return None
-        return lease._replace(ends=min(lease.ends, time.monotonic() + resource.timeout))
 
 
 @functools.lru_cache(1000)
@@ -918,116 +1108,195 @@ def catch_signals(handler: Any) -> None:
 #     set letmein-ID-4, -6        addresses that hold the jump resource ID
 #     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps of all traffic
 #
-# Sources: nft(8); the traps were measured with nft 1.0.6 on Linux 6.18.
+# Sets and rules are few and change rarely: nft makes them, from a script that people can read.
+# Leases come and go: the kernel is told of them by netlink(7), which takes it some 50 microseconds.
+# (nft takes 2 ms to start, and nft 1.0.6 reads all large sets of a table before it adds one
+# element: 5 s with a block list of 300,000 ranges.) What the kernel has is read the same way.
+#
+# Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
+SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-NFT_LIMIT_S = 4.0  # an nft that takes longer is killed: less than a client's patience of 5 s
-RETRY_S = (0.1, 1.0, 30.0)  # pauses: the first; the longest if healing does not last, or fails
-SHORTEST_LEASE_S = 0.001  # nft takes 0 for "for ever": what is shorter is not installed
-LONGEST_LEASE_S = 99_999_999.0  # nft: "value too large" above it
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+SHORTEST_LEASE_S = 0.001  # the kernel takes 0 for "for ever": what is shorter is not installed
+LONGEST_LEASE_S = 99_999_999.0  # nft(8) prints no more
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
 IP = {4: "ip", 6: "ip6"}
-NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
-NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7  # linux/netlink.h, linux/netfilter/nfnetlink.h
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
+ETHER_TYPES = {4: 0x0800, 6: 0x86DD}
+PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
 OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
-COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) means=(\S{8})")
+COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) proof=(\S{8})")
+LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
+GATE_COMMENT = "gate"
+PROTOCOL_PARTS, JUMP_PART = {6: 1, 17: 2}, 4  # the elements of a lease, as bits
+LEASE_SLACK_S = 1.0  # by how much the kernel's end of a lease may differ from ours
+HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+TROUBLE_PAUSE_S = 30.0  # at most while healing fails
+LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
+IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
 
 class Lease(NamedTuple):
-    """That an address (as nft writes it) may use a resource, until ends (time.monotonic())."""
+    """That an address may use a resource, until ends (time.monotonic())."""
 
     address: str
     resource: int
     user: int
+    proof: str  # of the key that it was given for and what the resource meant: lease_proof()
+    weight: int  # how much it counts against max-nr-rules
     ends: float
 
-
-class Listing(NamedTuple):
-    """Our sets in the kernel, by (set, key) their elements as JSON has them, how many rules."""
-
-    sets: Sets
-    elements: dict[tuple[str, str], dict[str, Any]]
-    rules: int
+    @property
+    def key(self) -> LeaseKey:
+        """One address has one lease of a resource; two users behind it share that."""
+        return self.address, self.resource
 
 
-def ruleset(config: Config) -> tuple[dict[str, str], list[str]]:
-    """Our sets, by name the types of their elements, and our rules, each behind its chain."""
+@functools.lru_cache(10_000)
+def lease_proof(key: bytes, boot: str, meaning: str) -> str:
+    """8 hex digits that change with a user's key, the boot, and what a resource means. They stand
+    in the kernel, next to the lease: a keyed hash, of which nobody learns anything of the key."""
+    import hmac
+    return hmac.digest(key, f"lease {boot} {meaning}".encode(), "sha3_256").hex()[:8]
+
+
+class Leases:
+    """The table of leases: who holds what, who holds most, and whose time is over. Pure: it knows
+    neither nft nor the kernel, and gets the time as an argument."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[LeaseKey, Lease] = {}
+        self.weight = 0  # of all
+        self.of_user: dict[int, dict[LeaseKey, None]] = {}  # by user, the longest unrenewed first
+        self.weights: dict[int, int] = {}  # by user
+        self.ending: dict[int, dict[LeaseKey, None]] = {}  # by the second of their end
+
+    def __len__(self) -> int:
+        return len(self.by_key)
+
+    def keep(self, lease: Lease) -> None:
+        """Note a lease, in place of the one that has its key."""
+        self.forget(lease.key)
+        self.by_key[lease.key] = lease
+        self.weight += lease.weight
+        self.of_user.setdefault(lease.user, {})[lease.key] = None
+        self.weights[lease.user] = self.weights.get(lease.user, 0) + lease.weight
+        self.ending.setdefault(int(lease.ends), {})[lease.key] = None
+
+    def forget(self, key: LeaseKey) -> Lease | None:
+        """Note the end of a lease; returns it, if there was one."""
+        lease = self.by_key.pop(key, None)
+        if lease is None:
+            return None
+        self.weight -= lease.weight
+        self.weights[lease.user] -= lease.weight
+        for index, name in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
+            del index[name][key]
+            if not index[name]:
+                del index[name]
+        if not self.weights[lease.user]:
+            del self.weights[lease.user]
+        return lease
+
+    def expire(self, now: float) -> None:
+        """Forget the leases that have ended: the kernel sends no word of it."""
+        for second in [second for second in self.ending if second <= now]:
+            for key in list(self.ending[second]):
+                if self.by_key[key].ends <= now:
+                    self.forget(key)
+
+    def make_room(self, lease: Lease, limit: int) -> list[Lease]:
+        """The leases that have to end for this one, if the weight of all may be limit: the oldest
+        of whoever holds most, so nobody is kept out by others. Where there are more than the limit
+        (it was lowered), nobody is thrown out for that alone: one goes for one that comes."""
+        held = self.by_key.get(lease.key)
+        weight = self.weight + lease.weight - (held.weight if held else 0)
+        weights = dict(self.weights)
+        weights[lease.user] = weights.get(lease.user, 0) + lease.weight
+        queues: dict[int, Iterator[LeaseKey]] = {}
+        ended: list[Lease] = []
+        while weight > max(limit, self.weight):
+            user = max(weights, key=weights.__getitem__)
+            queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
+            key = next(queue, None)
+            if key is None:
+                del weights[user]
+            elif key != lease.key:
+                oldest = self.by_key[key]
+                ended.append(oldest)
+                weight -= oldest.weight
+                weights[user] -= oldest.weight
+        return ended
+
+
+class Ruleset(NamedTuple):
+    """Our part of the table: by name of each set the type of its elements, and the rules, each
+    behind its chain. The tag, their comment, tells them from those of another configuration."""
+
+    sets: dict[str, str]
+    rules: list[str]
+    tag: str
+
+
+def ruleset(config: Config) -> Ruleset:
+    """What a server with this configuration has in its table, but for the leases."""
     chains, versions = config.chains, VERSIONS[config.family]
     sets: dict[str, str] = {}
     rules = [f"{chains['input']} {proto} dport {config.port} accept" for proto in config.protocols]
-    for v in versions:
-        sets[f"letmein-{v}"] = f"ipv{v}_addr . inet_proto . inet_service"
-        key = f"{IP[v]} saddr . meta l4proto . th dport"
-        rules.append(f"{chains['input']} {key} @letmein-{v} accept")
+    for version in versions:
+        sets[f"letmein-{version}"] = f"ipv{version}_addr . inet_proto . inet_service"
+        key = f"{IP[version]} saddr . meta l4proto . th dport"
+        rules.append(f"{chains['input']} {key} @letmein-{version} accept")
     for resource in config.resources.values():
         name = f"letmein-{resource.identifier:08X}"
         if resource.jumps:
-            sets.update({f"{name}-{v}": f"ipv{v}_addr" for v in versions})
+            sets.update({f"{name}-{version}": f"ipv{version}_addr" for version in versions})
         if resource.is_gate:
             sets[f"{name}-gate"] = "ether_type"
         for hook, target, match_saddr in resource.jumps:
             # Families ip and ip6 take no `meta nfproto`; the ether type does in all three.
-            keys = [f"{IP[v]} saddr @{name}-{v}" for v in versions]
-            keys = keys if match_saddr else [f"meta protocol @{name}-gate"]
+            keys = [f"meta protocol @{name}-gate"]
+            if match_saddr:
+                keys = [f"{IP[version]} saddr @{name}-{version}" for version in versions]
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
-    # The comment tells our rules from others, and from those of another configuration.
-    return sets, [f'{rule} comment "letmein {digest(tuple(rules))}"' for rule in rules]
+    tag = f"letmein {digest(tuple(rules))}"
+    return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
 
 
-def lease_elements(config: Config, leases: Iterable[Lease], boot: str = "") -> Elements:
-    """The elements that make up these leases. Their comments tell people, and a successor of this
-    server, when they count (boot) and what they mean. A gate is open until its last lease ends."""
-    elements: Elements = {}
-    for lease in leases:
-        resource = config.resources[lease.resource]
-        name, v = f"letmein-{lease.resource:08X}", 6 if ":" in lease.address else 4
-        ids = f"user={lease.user:08X} resource={lease.resource:08X}"
-        facts = lease.ends, f"{ids} boot={boot} means={resource.meaning}"
-        for protocol in resource.protocols:
-            elements[f"letmein-{v}", f"{lease.address} . {protocol} . {resource.port}"] = facts
-        if resource.jumps:
-            elements[f"{name}-{v}", lease.address] = facts
-        for version in VERSIONS[config.family] if resource.is_gate else ():
-            gate = f"{name}-gate", IP[version]
-            elements[gate] = max(elements.get(gate, (0.0, "")), (lease.ends, "gate"))
-    return elements
-
-
-def elements_script(
-    config: Config, before: Elements, after: Elements, now: float, refreshes: bool = True
-) -> str:
-    """The nft script that makes of the elements before those after. Traps: `delete` of one that has
-    just expired takes the whole transaction along, so it is added first. One that exists never
-    gets another comment, and its full time only where the kernel refreshes: so it goes first."""
-    where = f"element {config.family} {config.table}"
-    lines = []
-    for name, key in {**before, **after}:
-        old, new = before.get((name, key)), after.get((name, key))
-        if old and old != new and not (refreshes and new and new[1] == old[1]):
-            lines.append(f"add {where} {name} {{ {key} timeout 1s }}")
-            lines.append(f"delete {where} {name} {{ {key} }}")
-        if new and new != old:
-            ends, comment = new
-            # Rounded down, but never to 0. nft takes numbers of up to 8 digits.
-            time_left = int(min(max(ends - now, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
-            left = f"{time_left // 1000}s{time_left % 1000}ms"
-            text = f'{key} timeout {left} expires {left} comment "{comment}"'
-            lines.append(f"add {where} {name} {{ {text} }}")
-    return "".join(line + "\n" for line in lines)
-
-
-def ruleset_script(config: Config) -> str:
-    """The nft script that makes sets and rules as they should be, whatever is there."""
-    table, (sets, rules) = f"{config.family} {config.table}", ruleset(config)
-    lines = [f"flush chain {table} {chain}" for chain in config.chains.values()]
-    for name, kind in sets.items():
+def ruleset_script(config: Config, old: Iterable[Rule] = ()) -> str:
+    """The nft script that puts our rules in place of these old ones, and makes sets that are not
+    there. It leaves alone what is in the sets, and all that is not ours."""
+    table, ours = f"{config.family} {config.table}", ruleset(config)
+    lines = [f"delete rule {table} {rule.chain} handle {rule.handle}" for rule in old]
+    for name, kind in ours.sets.items():
         lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
-        lines.append(f"flush set {table} {name}")
-    lines += [f"add rule {table} {rule}" for rule in rules]
+    lines += [f"add rule {table} {rule}" for rule in ours.rules]
     return "".join(line + "\n" for line in lines)
+
+
+PORT_KEY = struct.Struct("!B3xH2x")  # protocol and port behind the address: fields of 4 bytes
+
+
+def lease_elements(lease: Lease, resource: Resource) -> list[ElementName]:
+    """The elements that make up a lease, its gate apart: for each the set, and the key as the
+    kernel has it."""
+    version, family = (6, socket.AF_INET6) if ":" in lease.address else (4, socket.AF_INET)
+    address = socket.inet_pton(family, lease.address)
+    names = []
+    for protocol in resource.protocols:
+        key = address + PORT_KEY.pack(PROTOCOL_NUMBERS[protocol], resource.port)
+        names.append((f"letmein-{version}", key))
+    if resource.jumps:
+        names.append((f"letmein-{resource.identifier:08X}-{version}", address))
+    return names
+
+
+def gate_elements(config: Config, resource: int) -> list[ElementName]:
+    """The elements of a resource's gate."""
+    name = f"letmein-{resource:08X}-gate"
+    versions = VERSIONS[config.family]
+    return [(name, struct.pack("!H", ETHER_TYPES[version])) for version in versions]
 
 
 def await_end(process: int, limit: float) -> int:
@@ -1047,181 +1316,657 @@ class Nft:
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        self.process_ids: deque[int] = deque(maxlen=16)  # of the latest runs
+        self.limit = NFT_LIMIT_S[0]
 
-    def run(self, script: str, *arguments: str) -> bytes:
-        """Run a script, or with "" the arguments alone; returns what nft printed. Raises UserError
-        with nft's words. After NFT_LIMIT_S nft is killed: it may have done its work."""
-        command = [self.path, *arguments, *(["-f", "-"] if script else [])]
+    def run(self, script: str, *arguments: str) -> None:
+        """Run a script. Raises UserError with nft's words. An nft that takes too long is killed,
+        having perhaps done its work, and the next one may take twice as long."""
+        command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
-        # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
-        files = [os.fdopen(os.memfd_create("nft"), "w+b") for _ in range(3)]
-        streams = [(os.POSIX_SPAWN_DUP2, file.fileno(), n) for n, file in enumerate(files)]
-        with files[0] as text, files[1] as printed, files[2] as said:
+        try:
+            # Files in memory hold what nft reads and says: nobody has to serve it while it runs.
+            files = [os.fdopen(os.memfd_create("nft"), "w+b") for _ in range(2)]
+        except OSError as error:
+            raise UserError(f"cannot run nft: {error.strerror}", "close other programs") from None
+        with files[0] as text, files[1] as said:
+            streams = [(os.POSIX_SPAWN_DUP2, text.fileno(), 0)]
+            streams += [(os.POSIX_SPAWN_DUP2, said.fileno(), number) for number in (1, 2)]
             text.write(script.encode("ascii"))
             text.seek(0)
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
+                status = await_end(process, self.limit)
             except OSError as error:
                 hint = "install nftables, or set exe in [NFTABLES] to an absolute path"
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
-            self.process_ids.append(process)
-            status = await_end(process, NFT_LIMIT_S)
-            printed.seek(0)
             said.seek(0)
-            # What is wrong, and the statement, up to where there may be times in it.
-            lines = said.read(4096).decode("utf-8", "replace").strip().split("\n")[:2]
-            problem = ": ".join(line.partition(" {")[0] for line in lines)
-            if status == -9:
-                problem = f"nft did not end within {NFT_LIMIT_S:g} s"
-            if status:
-                hint = f"are you root, and your ruleset loaded? {self.path} list ruleset"
-                raise UserError(problem or f"nft ended with status {status}", hint)
-            return printed.read()
+            self._judge(status, said.read(4096).decode("utf-8", "replace"))
+
+    def _judge(self, status: int, said: str) -> None:
+        """Raise UserError if nft did not do what it was told."""
+        if status == -9:
+            limit, self.limit = self.limit, min(2 * self.limit, NFT_LIMIT_S[1])
+            hint = "does the table hold large sets of others? give them a table of their own"
+            raise UserError(f"nft did not end within {limit:g} s", hint)
+        if status:
+            # What is wrong, and the statement it is about.
+            problem = ": ".join(said.strip().split("\n")[:2])
+            hint = f"what nft makes of your ruleset: {self.path} list ruleset"
+            raise UserError(problem or f"nft ended with status {status}", hint)
 
 
-def list_table(nft: Nft, config: Config) -> Listing:
-    """Our part of our table, as the kernel has it. The table's handle belongs to a set's facts,
-    too: a new table counts its handles from the start. Raises UserError."""
-    import json
-    listing = Listing({}, {}, 0)
-    tag = ruleset(config)[1][0]
-    rules = table = 0
-    printed = nft.run("", "-j", "list", "table", config.family, config.table)
+# Of the kernel's nftables, by netlink: linux/netlink.h, linux/netfilter/nfnetlink.h and nf_tables.h.
+NETLINK_NETFILTER, NFNLGRP_NFTABLES, NFNL_SUBSYS_NFTABLES = 12, 7, 10
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
+NLMSG_ERROR, NLMSG_DONE, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 2, 3, 16, 17
+NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+GETTABLE, GETCHAIN, GETRULE, GETSET = 1, 4, 7, 10
+NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
+NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_HANDLE, NFT_TABLE_F_OWNER = 1, 2, 4, 0x2
+NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 3, 4
+NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_USERDATA = 1, 2, 3, 7
+NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_HANDLE = 1, 2, 16
+NFTA_LIST_TABLE, NFTA_LIST_SET, NFTA_LIST_ELEMENTS, NFTA_LIST_ELEMENT = 1, 2, 3, 1
+NFTA_ELEM_KEY, NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 1, 4, 5, 6
+NFTA_ELEM_EXPR, NFTA_ELEM_EXPRESSIONS, NFTA_DATA_VALUE, NFTA_EXPR_DATA = 7, 11, 1, 2
+NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 2
+NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
+NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
+NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, resource id
+ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
+NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
+NOTIFICATIONS_PER_TURN = 1000
+ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+
+
+class Element(NamedTuple):
+    """One element of a set, as the kernel has it."""
+
+    key: bytes
+    left: float  # in s; NEVER for one without a timeout
+    comment: str
+    packets: int
+    octets: int
+
+
+class Rule(NamedTuple):
+    """One rule of a chain, as far as it matters to us."""
+
+    chain: str
+    handle: int
+    comment: str
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute of a netlink message, padded to 4 bytes."""
+    length = ATTRIBUTE_HEADER.size + len(value)
+    return ATTRIBUTE_HEADER.pack(length, kind) + value + bytes(-length % 4)
+
+
+def nested(kind: int, *values: bytes) -> bytes:
+    """An attribute that is made of others."""
+    return attribute(kind | NLA_F_NESTED, b"".join(values))
+
+
+def text_attribute(kind: int, text: str) -> bytes:
+    return attribute(kind, text.encode("ascii") + b"\0")
+
+
+def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes in a message, or in another attribute: type and value of each."""
+    offset, end = 0, len(data) - ATTRIBUTE_HEADER.size
+    while offset <= end:
+        length, kind = ATTRIBUTE_HEADER.unpack_from(data, offset)
+        if length < ATTRIBUTE_HEADER.size:
+            return  # no kernel writes that; it would lead nowhere
+        yield kind & NLA_TYPE_MASK, data[offset + ATTRIBUTE_HEADER.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def each_message(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The netlink messages in what a socket has received: type, sequence number, port of the
+    sender (or of who made the change that is told of), and what is behind the header."""
+    offset, end = 0, len(data) - NETLINK_HEADER.size
+    while offset <= end:
+        length, kind, _, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
+        if length < NETLINK_HEADER.size:
+            return
+        yield kind, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def comment_of(userdata: bytes) -> str:
+    """The comment in an element's or a rule's user data: type, length, text (as of libnftnl)."""
+    offset = 0
+    while offset + 2 <= len(userdata):
+        kind, length = userdata[offset], userdata[offset + 1]
+        if kind == 0:
+            text = userdata[offset + 2 : offset + 2 + length]
+            return text.rstrip(b"\0").decode("utf-8", "replace")
+        offset += 2 + length
+    return ""
+
+
+class Kernel:
+    """One table of the kernel's nftables, asked and changed by netlink. Each method raises OSError
+    with what the kernel objects to. Args: family, as in [NFTABLES]; table, its name."""
+
+    def __init__(self, family: str, table: str) -> None:
+        self.family = NFPROTO[family]
+        self.table = table
+        self.sequence = 0
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self.socket.bind((0, 0))
+        self.socket.setblocking(False)  # the kernel has answered before it comes back from a call
+        # As long as we hold it nobody else has this port: so it marks changes as ours.
+        self.port = self.socket.getsockname()[0]
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _message(self, kind: int, flags: int, body: bytes, batch: bool = False) -> bytes:
+        """One message of ours. Args: batch, for the two that enclose a transaction."""
+        self.sequence = (self.sequence + 1) & 0xFFFFFFFF
+        head = NETFILTER_HEADER.pack(self.family, 0, NFNL_SUBSYS_NFTABLES if batch else 0)
+        kind = kind if batch else NFNL_SUBSYS_NFTABLES << 8 | kind
+        length = NETLINK_HEADER.size + len(head) + len(body)
+        flags |= NLM_F_REQUEST
+        return NETLINK_HEADER.pack(length, kind, flags, self.sequence, 0) + head + body
+
+    def _ask(self, kind: int, *attributes: bytes, dump: bool = False) -> list[bytes]:
+        """Ask for one thing, or with dump for all such; returns the attributes of each."""
+        message = self._message(kind, NLM_F_DUMP if dump else NLM_F_ACK, b"".join(attributes))
+        self.socket.send(message)
+        found: list[bytes] = []
+        while True:
+            for kind, sequence, _, body in each_message(self.socket.recv(1 << 17)):
+                if sequence != self.sequence:
+                    continue  # of a call that was given up
+                if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    self._raise_error(body)
+                    return found
+                found.append(body[NETFILTER_HEADER.size :])
+
+    @staticmethod
+    def _raise_error(body: bytes) -> None:
+        (error,) = struct.unpack_from("=i", body)
+        if error:
+            raise OSError(-error, os.strerror(-error))
+
+    def change(self, messages: Iterable[Change]) -> None:
+        """Make changes, each (type, flags, attributes), in one transaction: all or none."""
+        bodies = [self._message(kind, flags | NLM_F_ACK, body) for kind, flags, body in messages]
+        begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"", batch=True)
+        end = self._message(NFNL_MSG_BATCH_END, 0, b"", batch=True)
+        self.socket.send(b"".join((begin, *bodies, end)))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                for kind, _, _, body in each_message(self.socket.recv(1 << 17)):
+                    if kind == NLMSG_ERROR:
+                        self._raise_error(body)
+
+    def table_facts(self) -> tuple[int, int]:
+        """The table's handle and its flags."""
+        (facts,) = self._ask(GETTABLE, text_attribute(NFTA_TABLE_NAME, self.table))
+        found = dict(each_attribute(facts))
+        flags = int.from_bytes(found.get(NFTA_TABLE_FLAGS, b""), "big")
+        return int.from_bytes(found[NFTA_TABLE_HANDLE], "big"), flags
+
+    def base_chains(self) -> list[str]:
+        """The names of the table's chains that have a hook."""
+        names = []
+        for facts in self._ask(GETCHAIN, dump=True):
+            found = dict(each_attribute(facts))
+            is_here = found[NFTA_CHAIN_TABLE] == self.table.encode() + b"\0"
+            if is_here and NFTA_CHAIN_HOOK in found:
+                names.append(found[NFTA_CHAIN_NAME].rstrip(b"\0").decode("utf-8", "replace"))
+        return names
+
+    def rules(self, chain: str) -> list[Rule]:
+        """The rules of a chain, in their order."""
+        table = text_attribute(NFTA_RULE_TABLE, self.table)
+        self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # an error if it is none
+        rules = []
+        for facts in self._ask(GETRULE, table, text_attribute(NFTA_RULE_CHAIN, chain), dump=True):
+            found = dict(each_attribute(facts))
+            handle = int.from_bytes(found[NFTA_RULE_HANDLE], "big")
+            rules.append(Rule(chain, handle, comment_of(found.get(NFTA_RULE_USERDATA, b""))))
+        return rules
+
+    def sets(self) -> dict[str, int]:
+        """The sets of the table that have a name of ours, with their handles."""
+        handles = {}
+        for facts in self._ask(GETSET, text_attribute(NFTA_SET_TABLE, self.table), dump=True):
+            found = dict(each_attribute(facts))
+            name = found[NFTA_SET_NAME].rstrip(b"\0").decode("utf-8", "replace")
+            if OUR_SET.fullmatch(name):
+                handles[name] = int.from_bytes(found[NFTA_SET_HANDLE], "big")
+        return handles
+
+    def _elements_of(self, name: str, elements: bytes = b"") -> bytes:
+        """The attributes that say which set, and which elements of it."""
+        where = text_attribute(NFTA_LIST_TABLE, self.table) + text_attribute(NFTA_LIST_SET, name)
+        return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
+
+    def elements(self, name: str) -> Iterator[Element]:
+        """The elements of a set, as they are when the first of them is asked for. The kernel may
+        leave one out, or tell of one twice, while the set grows."""
+        for listing in self._ask(GETSETELEM, self._elements_of(name), dump=True):
+            for kind, elements in each_attribute(listing):
+                if kind == NFTA_LIST_ELEMENTS:
+                    for _, facts in each_attribute(elements):
+                        yield self._element(facts)
+
+    def has_element(self, name: str, key: bytes) -> bool:
+        """Whether a set has this element just now. Exact, unlike elements()."""
+        element = nested(NFTA_LIST_ELEMENT, nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key)))
+        try:
+            return bool(self._ask(GETSETELEM, self._elements_of(name, element)))
+        except FileNotFoundError:
+            return False
+
+    @staticmethod
+    def _element(facts: bytes) -> Element:
+        found = dict(each_attribute(facts))
+        key = dict(each_attribute(found[NFTA_ELEM_KEY]))[NFTA_DATA_VALUE]
+        left = NEVER
+        if NFTA_ELEM_TIMEOUT in found:  # in ms
+            left = int.from_bytes(found.get(NFTA_ELEM_EXPIRATION, b""), "big") / 1000
+        counter = found.get(NFTA_ELEM_EXPR, b"")
+        if NFTA_ELEM_EXPRESSIONS in found:
+            counter = dict(each_attribute(found[NFTA_ELEM_EXPRESSIONS])).get(1, b"")
+        counts = dict(each_attribute(dict(each_attribute(counter)).get(NFTA_EXPR_DATA, b"")))
+        packets = int.from_bytes(counts.get(NFTA_COUNTER_PACKETS, b""), "big")
+        octets = int.from_bytes(counts.get(NFTA_COUNTER_BYTES, b""), "big")
+        return Element(key, left, comment_of(found.get(NFTA_ELEM_USERDATA, b"")), packets, octets)
+
+    def put(self, name: ElementName, left: float, comment: str, is_new: bool) -> Change:
+        """The change that adds an element with so many seconds left, or restarts the time of one
+        that is there. Args: is_new, to have the kernel object if it is there."""
+        milliseconds = int(min(max(left, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
+        time_left = struct.pack("!Q", milliseconds)
+        text = comment.encode("ascii") + b"\0"
+        element = nested(
+            NFTA_LIST_ELEMENT,
+            nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1])),
+            # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
+            attribute(NFTA_ELEM_TIMEOUT, time_left),
+            attribute(NFTA_ELEM_EXPIRATION, time_left),
+            attribute(NFTA_ELEM_USERDATA, bytes((0, len(text))) + text),
+        )
+        flags = NLM_F_CREATE | (NLM_F_EXCL if is_new else 0)
+        return NEWSETELEM, flags, self._elements_of(name[0], element)
+
+    def delete(self, name: ElementName) -> list[Change]:
+        """The changes that delete an element, whether it is there or not: the kernel objects if it
+        is not, and it may just have expired. So it is added first."""
+        key = nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1]))
+        element = nested(NFTA_LIST_ELEMENT, key)
+        brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        return [brief, (DELSETELEM, 0, self._elements_of(name[0], element))]
+
+
+def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> list[Rule]:
+    """Whether the kernel's table is fit for our rules, and takes them. Changes nothing. Returns our
+    rules that are there. Raises UserError."""
+    table = f"table {config.family} {config.table}"
     try:
-        for item in json.loads(printed)["nftables"]:
-            kind, found = next(iter(item.items()))
-            name = found.get("name", "")
-            if kind == "table":
-                table = found["handle"]
-            elif kind == "rule":
-                rules += f'comment "{found.get("comment")}"' in tag
-            elif kind == "set" and OUR_SET.fullmatch(name):
-                listing.sets[name] = table, found["handle"]
-                for element in found.get("elem", []):
-                    # One with nothing but a key comes as that key alone.
-                    rich = isinstance(element, dict) and "elem" in element
-                    facts = element["elem"] if rich else {"val": element}
-                    value = facts["val"]
-                    parts = value.get("concat", [value]) if isinstance(value, dict) else [value]
-                    key = " . ".join(map(str, parts))  # with numbers if there is no /etc/protocols
-                    key = key.replace(" . 6 . ", " . tcp . ").replace(" . 17 . ", " . udp . ")
-                    listing.elements[name, key] = facts
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        raise UserError("nft printed no listing", "is it 1.0 or newer, with JSON?") from None
-    return listing._replace(rules=rules)
+        _, flags = kernel.table_facts()
+        base_chains = kernel.base_chains()
+    except FileNotFoundError:
+        hint = "load your ruleset first, or name its table in [NFTABLES]"
+        raise UserError(f"{table} does not exist", hint) from None
+    except OSError as error:
+        hint = "run this as root"
+        raise UserError(f"cannot read {table}: {error.strerror}", hint) from None
+    own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
+    if flags & NFT_TABLE_F_OWNER:
+        raise UserError(f"{table} belongs to another program, which alone may change it", own_table)
+    if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
+        problem = f"{table} belongs to iptables, which would restore our rules without their sets"
+        raise UserError(problem, own_table)
+    old = []
+    for hook, chain in config.chains.items():
+        if chain in base_chains:
+            hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
+            raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
+        old += our_rules(kernel, config, hook, chain)
+    nft.run(ruleset_script(config, old), "-c")
+    return old
 
 
-def check_kernel(nft: Nft, config: Config) -> Listing:
-    """Returns what is there now. Raises UserError with what nft does not take of our ruleset."""
-    listing = list_table(nft, config)
+def our_rules(kernel: Kernel, config: Config, hook: str, chain: str) -> list[Rule]:
+    """The rules in a chain, if all are ours, or the Rust server's. Raises UserError."""
+    where = f"{config.family} {config.table} {chain}"
     try:
-        nft.run(ruleset_script(config), "-c")
-    except UserError as error:
-        hint = "has your ruleset all chains of this file, and no set letmein-... of its own?"
-        raise UserError(f"nft does not take our ruleset: {error.problem}", hint) from None
-    return listing
+        rules = kernel.rules(chain)
+    except OSError:
+        hint = f"make it: nft add chain {where}"
+        raise UserError(f"chain-{hook}: there is no chain {where}", hint) from None
+    foreign = sum(not is_ours(rule) for rule in rules)
+    if foreign:
+        problem = f"chain-{hook}: {where} holds rules that are not letmein's ({foreign})"
+        hint = f"move them to another chain, and empty this one: nft flush chain {where}"
+        raise UserError(problem, hint)
+    return rules
 
 
-class Change(NamedTuple):
-    """What a client asked for. done is called once, with "" or why the change is not in force."""
+def is_ours(rule: Rule) -> bool:
+    """Whether a rule was made by letmein, this one or the one in Rust."""
+    return rule.comment.startswith("letmein ") or rule.comment.endswith("/LETMEIN")
 
-    operation: int
-    address: str
-    resource: int
-    user: int
-    done: Callable[[str], None]
+
+class Survey:
+    """What one look at the kernel's elements has found; see Firewall._look()."""
+
+    def __init__(self) -> None:
+        self.found: dict[LeaseKey, int] = {}  # of each lease: which of its elements, as bits
+        self.gates: set[ElementName] = set()  # elements of gates that are as they should be
+        self.strange: list[ElementName] = []  # elements that nothing explains
+        self.wrong: set[LeaseKey] = set()  # leases of which an element is not as it should be
+        self.shortened: dict[LeaseKey, float] = {}  # by hand: their new ends
+        self.heirs: dict[LeaseKey, list[tuple[Lease, ElementName]]] = {}  # to be adopted, perhaps
 
 
 class Firewall:
-    """The leases, and the kernel's sets that hold them. All changes that have come in while nft
-    ran go into its next run, as one transaction. After a failure or a foreign change heal() looks
-    what is there. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+    """The leases, and the kernel's sets that hold them. Args: boot, 8 hex digits of the boot id;
+    log, takes event and fields."""
 
-    def __init__(self, nft: Nft, config: Config, boot: str, log: Callable[..., None]) -> None:
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
-        self.config = config
         self.boot = boot
         self.log = log
-        self.leases: Leases = {}
-        self.next_end = NEVER  # no lease ends before this
-        self.rules = 0  # of the leases, as max-nr-rules counts
-        self.queue: list[Change] = []
+        self.leases = Leases()
         self.installed = False  # whether there is something to remove in the end
-        self.sets: Sets = {}  # as installed
-        self.look_at = NEVER  # when to heal()
-        self.pause = RETRY_S[0]
+        self.sets: dict[str, tuple[int, int]] = {}  # by name the handles of table and set, as known
+        self.look_at = NEVER  # when to look whether the kernel has what it should
+        self.work: Generator[None, None, str] | None = None  # a look that is under way
+        self.changed: set[LeaseKey] = set()  # the leases that were changed since it began
+        self.is_adopting = False  # whether it looks for a predecessor's leases
+        self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
-        # Whether `timeout T expires T` restarts the time of an element that exists.
+        # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
+        self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        self.config = config
+        self.ports = {
+            (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
+            for resource in config.resources.values()
+            for protocol in resource.protocols
+        }
 
     def open(self, selector: selectors.BaseSelector) -> None:
-        """Install sets and rules, take over the leases of a predecessor, and have selector listen
-        to the kernel's nftables notifications. Raises UserError."""
-        listing = check_kernel(self.nft, self.config)
+        """Install sets and rules, have selector listen to the kernel's nftables notifications, and
+        begin to take over a predecessor's leases. Raises UserError."""
+        self.kernel = Kernel(self.config.family, self.config.table)
+        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        old = check_kernel(self.kernel, self.nft, self.config)
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
         netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
-        notified = functools.partial(self._on_notification, netlink)
-        selector.register(netlink, selectors.EVENT_READ, notified)
-        self._adopt(listing)
-        self._install()
-        if self.leases:
-            self.log("adopted", leases=len(self.leases))
 
-    def _adopt(self, listing: Listing) -> None:
-        """Take over the leases in a listing that a server of this boot gave (an administrator may
-        have saved the ruleset and loaded it again), and that this configuration still allows."""
+        def notified() -> None:
+            self._on_notification(netlink)
+
+        selector.register(netlink, selectors.EVENT_READ, notified)
+        self._install(old)
+        self.nft.limit = NFT_LIMIT_S[0]
+        self.is_adopting = True
+        self.work = self._look()
+
+    # -- what clients ask for
+
+    def knock(self, address: str, resource: int, user: int) -> str:
+        """Open a resource for an address, or restart the lease's time. Returns "" when that is in
+        force, or why it is not."""
+        found = self.config.resources[resource]
+        objection = self._objection(address, found)
+        if objection:
+            return objection
         now = time.monotonic()
-        for name, element in listing.elements.items():
-            comment = COMMENT.fullmatch(str(element.get("comment")))
-            left = element.get("expires", 0)
-            if comment and comment[3] == self.boot and left:
-                user, resource = int(comment[1], 16), int(comment[2], 16)
-                found = Lease(name[1].split(" ")[0], resource, user, now + left)
-                lease = self.config.allowed(found, comment[4])
-                names = lease_elements(self.config, [lease]).keys() if lease else set()
-                if lease and name in names and names <= listing.elements.keys():
-                    self._keep(lease[:2], lease)
+        self.leases.expire(now)
+        proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
+        ends = now + min(found.timeout, LONGEST_LEASE_S)
+        lease = Lease(address, resource, user, proof, found.weight, ends)
+        room = self.config.max_nr_rules - len(self.config.protocols)
+        if lease.weight > room:
+            return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
+        ended = self.leases.make_room(lease, room)
+        problem = self._enforce([lease], ended)
+        for other in [] if problem else ended:
+            self._log_end(other, "max-nr-rules is reached")
+        return problem
+
+    def _objection(self, address: str, resource: Resource) -> str:
+        """Why nobody at this address can have this resource; "" if they can."""
+        if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
+            return f"a table of family {self.config.family} has no place for this address"
+        if resource.timeout < SHORTEST_LEASE_S:
+            return "the resource's timeout is 0"
+        if LINK_LOCAL.match(address):
+            return "a link-local address is not unique: any network may have it"
+        return ""
+
+    def revoke(self, address: str, resource: int) -> str:
+        """Close a resource for an address; that it is not open is a success. Returns "" or why the
+        kernel does not do it."""
+        now = time.monotonic()
+        self.leases.expire(now)
+        lease = self.leases.by_key.get((address, resource))
+        if lease is None and not self.is_adopting:
+            return ""
+        if lease is None:  # perhaps a predecessor has opened it
+            lease = Lease(address, resource, 0, "", 0, now)
+        return self._enforce([], [lease])
+
+    def _enforce(self, new: list[Lease], ended: list[Lease]) -> str:
+        """Have the kernel hold new leases, and those that ended no more, in one transaction; then
+        note them. Returns "" or what is in the way, with nothing changed."""
+        try:
+            try:
+                self.kernel.change(self._changes(new, ended))
+            except FileExistsError:  # an element that we did not know of
+                self.kernel.change(self._changes(new, ended, replace=True))
+            except OSError:
+                # The firewall was changed under us: put back what others need, and try again.
+                self.look_at = 0.0
+                self._install()
+                self.kernel.change(self._changes(new, ended, replace=True))
+        except UserError as error:
+            return error.problem
+        except OSError as error:
+            return f"the kernel does not take it: {error.strerror}"
+        for lease in ended:
+            self._forget(lease.key)
+        for lease in new:
+            self._keep(lease)
+        return ""
+
+    def _changes(
+        self, new: list[Lease], ended: list[Lease], replace: bool = False
+    ) -> list[Change]:
+        """What to tell the kernel. Args: replace, what there may be of the new leases already."""
+        now = time.monotonic()
+        resources = self.config.resources
+        changes: list[Change] = []
+        for lease in ended:
+            for name in lease_elements(lease, resources[lease.resource]):
+                changes += self.kernel.delete(name)
+        for lease in new:
+            old = self.leases.by_key.get(lease.key)
+            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
+            is_same = old is not None and old._replace(ends=lease.ends) == lease
+            restart = is_same and self.refreshes and not replace
+            for name in lease_elements(lease, resources[lease.resource]):
+                if replace or (old and not restart):
+                    changes += self.kernel.delete(name)
+                left, comment = lease.ends - now, self._comment(lease)
+                changes.append(self.kernel.put(name, left, comment, is_new=not restart))
+        for resource, ends in self._gate_ends(new, ended).items():
+            changes += self._gate_changes(resource, ends, now)
+        return changes
+
+    def _gate_ends(self, new: list[Lease], ended: list[Lease]) -> dict[int, float]:
+        """Until when the gates of these leases' resources are to be open: as the longest lease."""
+        gone = {lease.key for lease in ended}
+        ends: dict[int, float] = {}
+        for resource in {lease.resource for lease in (*new, *ended)}:
+            if self.config.resources[resource].is_gate:
+                coming = {lease.key: lease.ends for lease in new if lease.resource == resource}
+                others = self.leases.by_key.items()
+                staying = [
+                    lease.ends
+                    for key, lease in others
+                    if lease.resource == resource and key not in gone and key not in coming
+                ]
+                ends[resource] = max([*coming.values(), *staying], default=0.0)
+        return ends
+
+    def _gate_changes(self, resource: int, ends: float, now: float) -> list[Change]:
+        changes: list[Change] = []
+        for name in gate_elements(self.config, resource):
+            changes += self.kernel.delete(name)
+            if ends > now:
+                changes.append(self.kernel.put(name, ends - now, GATE_COMMENT, is_new=True))
+        return changes
+
+    def _comment(self, lease: Lease) -> str:
+        """What stands at an element: it tells people, and a successor of this server, whose it is,
+        when it counts (boot) and what it means."""
+        ids = f"user={lease.user:08X} resource={lease.resource:08X}"
+        return f"{ids} boot={self.boot} proof={lease.proof}"
+
+    def _keep(self, lease: Lease) -> None:
+        self.leases.keep(lease)
+        if self.work is not None:
+            self.changed.add(lease.key)
+
+    def _forget(self, key: LeaseKey) -> None:
+        self.leases.forget(key)
+        if self.work is not None:
+            self.changed.add(key)
+
+    def _log_end(self, lease: Lease, reason: str) -> None:
+        """Tell of a lease that ended otherwise than by its time or its client."""
+        ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
+        self.log.often("revoked", peer=lease.address, **ids, reason=reason)
+
+    # -- what should be there
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        check_kernel(self.nft, config)
-        for key, lease in list(self.leases.items()):
-            meaning = self.config.resources[key[1]].meaning
-            self._keep(key, config.allowed(lease, meaning), "configuration")
-        self.config = config
-        self.look_at = 0  # to say so and to try again if this fails
-        with contextlib.suppress(UserError):
-            self._install()
+        old_rules = check_kernel(self.kernel, self.nft, config)
+        now = time.monotonic()
+        self.leases.expire(now)
+        ended, shortened = self._differences(config, now)
+        self.work = None  # a look under way is out of date
+        self.look_at = 0.0  # to say so and to try again if anything below fails
+        with contextlib.suppress(OSError):  # what stays, the look will find
+            for some in in_batches(ended):
+                self.kernel.change(self._changes([], some))
+        for lease in ended:
+            self._forget(lease.key)
+            self._log_end(lease, "configuration")
+        self._configure(config)
+        with contextlib.suppress(UserError, OSError):
+            self._install(old_rules)
+            for some in in_batches(shortened):
+                self.kernel.change(self._changes(some, [], replace=True))
+        for lease in shortened:
+            self._keep(lease)
+        self._warn_of_limit()
 
-    def _install(self) -> None:
-        """Make the kernel's part of our table what it should be. Raises UserError."""
-        self.expire()
+    def _differences(self, config: Config, now: float) -> tuple[list[Lease], list[Lease]]:
+        """The leases that this configuration would not give, and those that it would give for less
+        time, as they are to be."""
+        terms: dict[tuple[int, int, str], float] = {}  # by user, resource, proof: the longest time
+        ended, shortened = [], []
+        for lease in self.leases.by_key.values():
+            facts = (lease.user, lease.resource, lease.proof)
+            if facts not in terms:
+                terms[facts] = self._longest_time(config, *facts)
+            if not terms[facts]:
+                ended.append(lease)
+            elif lease.ends > now + terms[facts]:
+                shortened.append(lease._replace(ends=now + terms[facts]))
+        return ended, shortened
+
+    def _longest_time(self, config: Config, user: int, resource: int, proof: str) -> float:
+        """For how long a configuration gives a lease with this proof, in s; 0: not at all."""
+        if user not in config.keys or config.objection(user, resource):
+            return 0.0
+        found = config.resources[resource]
+        if lease_proof(config.keys[user], self.boot, found.meaning) != proof:
+            return 0.0
+        return found.timeout
+
+    def _warn_of_limit(self) -> None:
+        """Say so if more stands than may: adopted, or given before the limit was lowered."""
+        weight = self.leases.weight + len(self.config.protocols)
+        if weight > self.config.max_nr_rules:
+            limit = f"max-nr-rules is {self.config.max_nr_rules}, but {weight} rules are in use"
+            reason = f"{limit}: until some end, a new lease takes the place of an old one"
+            self.log("warning", reason=reason)
+
+    def _install(self, old: list[Rule] | None = None) -> None:
+        """Put our rules and sets into the table. Args: old, our rules that are there, if known.
+        Raises UserError."""
         self.installed = True
-        self._run((), self.leases.values(), time.monotonic(), ruleset_script(self.config))
-        self.sets = list_table(self.nft, self.config).sets
-        self._delete_sets(self.sets.keys() - ruleset(self.config)[0].keys())
+        for attempt in range(2):
+            rules = self._rules() if old is None or attempt else old
+            script = ruleset_script(self.config, rules)
+            if self.config.debug:
+                self.log("nft", script=script)
+            try:
+                self.nft.run(script)
+            except UserError:
+                if attempt:  # at first somebody may have deleted one of the old rules meanwhile
+                    raise
+            else:
+                break
+        self._delete_sets(self._sets().keys() - ruleset(self.config).sets.keys())
 
-    def _run(self, old: Iterable[Lease], new: Iterable[Lease], now: float, first: str = "") -> None:
-        """Run a first script, and what makes the new leases of the old ones. Raises UserError."""
-        before = lease_elements(self.config, old, self.boot)
-        after = lease_elements(self.config, new, self.boot)
-        script = first + elements_script(self.config, before, after, now, self.refreshes)
-        if script and self.config.debug:
-            self.log("nft", script=script)
-        if script:
-            self.nft.run(script)
+    def _rules(self) -> list[Rule]:
+        """Our rules, as the kernel has them. Raises UserError if it has no such chain."""
+        found = []
+        for hook, chain in self.config.chains.items():
+            try:
+                found += self.kernel.rules(chain)
+            except OSError as error:
+                where = f"{self.config.family} {self.config.table} {chain}"
+                raise UserError(f"chain-{hook}: cannot read {where}: {error.strerror}") from None
+        return [rule for rule in found if is_ours(rule)]
+
+    def _sets(self) -> dict[str, int]:
+        """Our sets and their handles, as the kernel has them. Raises UserError if it cannot say."""
+        try:
+            return self.kernel.sets()
+        except OSError as error:
+            table = f"table {self.config.family} {self.config.table}"
+            raise UserError(f"cannot read the sets of {table}: {error.strerror}") from None
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
+        with contextlib.suppress(OSError):
+            self.kernel.table_facts()
+            table = f"{self.config.family} {self.config.table}"
+            for rule in self._rules_left():
+                self.nft.run(f"delete rule {table} {rule.chain} handle {rule.handle}\n")
+            self._delete_sets(self._sets())
+
+    def _rules_left(self) -> list[Rule]:
+        """Our rules in those of our chains that are still there."""
+        left = []
         for chain in self.config.chains.values():
-            with contextlib.suppress(UserError):  # if it is there: the sets cannot go before
-                self.nft.run(f"flush chain {self.config.family} {self.config.table} {chain}\n")
-        self._delete_sets(self.sets.keys() | ruleset(self.config)[0].keys())
+            with contextlib.suppress(OSError):
+                left += self.kernel.rules(chain)
+        return [rule for rule in left if is_ours(rule)]
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -1231,97 +1976,14 @@ class Firewall:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
             except UserError as error:
-                if not re.search("(Error|rule): No such file", error.problem):  # it is there
-                    self.nft.run(f"flush set {table} {name}\n")
-                    self.log("set-stays", set=name, reason=error.problem)
+                self.nft.run(f"flush set {table} {name}\n")
+                self.log("set-stays", set=name, reason=error.problem)
 
-    def advance(self) -> None:
-        """Do all that is due: heal, then the changes that have come in, in one transaction. If
-        that fails, the kernel may have been changed under us: heal, and try each change alone,
-        so that a bad one harms nobody else; but only as long as clients are patient."""
-        if time.monotonic() >= self.look_at:
-            self.heal()
-        changes, self.queue = self.queue, []
-        give_up = time.monotonic() + NFT_LIMIT_S
-        problem = self._apply(changes)
-        if problem and time.monotonic() < give_up:
-            self.heal()
-        for change in changes if problem else ():
-            in_time = time.monotonic() < give_up
-            problem = self._apply([change]) if in_time else problem or "nft is too slow"
-            if problem:
-                self.look_at = 0
-                change.done(self.trouble or problem)
-
-    def _apply(self, changes: list[Change]) -> str:
-        """Make these changes. Returns what nft objects to, with none of them done, or ""."""
-        self.expire()
-        now = time.monotonic()
-        planned, objections = self._plan(changes, now)
-        old = {key: self.leases[key] for key in planned if key in self.leases}
-        gates = {key[1] for key in planned if self.config.resources[key[1]].is_gate}
-        if gates:
-            old.update((key, lease) for key, lease in self.leases.items() if key[1] in gates)
-        new = filter(None, {**old, **planned}.values())
-        try:
-            self._run(old.values(), new, now)
-        except UserError as error:
-            return error.problem
-        # A lease's time counts from here: so the kernel's element never outlives ours.
-        elapsed = time.monotonic() - now
-        for key, lease in planned.items():
-            self._keep(key, lease and lease._replace(ends=lease.ends + elapsed))
-        for change, objection in zip(changes, objections):
-            change.done(objection)
-        return ""
-
-    def _plan(self, changes: list[Change], now: float) -> tuple[Plan, list[str]]:
-        """What these changes make of the leases, and for each why it cannot be; "" if it can."""
-        config = self.config
-        planned: Plan = {}
-        objections = []
-        rules = self.rules + len(config.protocols)
-        for change in changes:
-            key = (change.address, change.resource)
-            resource = config.resources[change.resource]
-            standing = rules - (resource.rules if planned.get(key, self.leases.get(key)) else 0)
-            lease, objection = None, ""
-            if change.operation == KNOCK:
-                lease = Lease(*key, change.user, now + min(resource.timeout, LONGEST_LEASE_S))
-                standing += resource.rules
-                if (6 if ":" in change.address else 4) not in VERSIONS[config.family]:
-                    objection = f"a table of family {config.family} has no place for this address"
-                elif resource.timeout < SHORTEST_LEASE_S:
-                    objection = "the resource's timeout is 0"
-                elif standing > config.max_nr_rules:
-                    objection = f"max-nr-rules ({config.max_nr_rules}) is reached"
-            if not objection:
-                planned[key], rules = lease, standing
-            objections.append(objection)
-        return planned, objections
-
-    def _keep(self, key: LeaseKey, lease: Lease | None, reason: str = "") -> None:
-        """Note a lease, or with None its end; for what reason, if its client has not asked."""
-        rules = self.config.resources[key[1]].rules
-        self.rules -= rules if self.leases.pop(key, None) else 0
-        if lease:
-            self.leases[key] = lease
-            self.rules += rules
-            self.next_end = min(self.next_end, lease.ends)
-        elif reason:
-            self.log("revoked", peer=key[0], resource=f"{key[1]:08X}", reason=reason)
-
-    def expire(self) -> None:
-        """Forget the leases that have ended: the kernel sends no word of it."""
-        now = time.monotonic()
-        if now >= self.next_end:
-            for key in [key for key, lease in self.leases.items() if lease.ends <= now]:
-                self._keep(key, None)
-            self.next_end = min((lease.ends for lease in self.leases.values()), default=NEVER)
+    # -- what is there
 
     def _on_notification(self, netlink: socket.socket) -> None:
         """Read what waits, and want a look if somebody else changed something of ours."""
-        while True:
+        for _ in range(NOTIFICATIONS_PER_TURN):
             try:
                 data = netlink.recv(1 << 16)
             except BlockingIOError:
@@ -1329,69 +1991,269 @@ class Firewall:
             except OSError:
                 data = b""  # ENOBUFS: the kernel has dropped some
             if not data or self._is_foreign(data):
-                soon = time.monotonic() + (RETRY_S[0] if self.trouble else self.pause) / 4
-                self.look_at = min(self.look_at, soon)
+                pause = HEAL_PAUSE_S[0] if self.trouble else self.pause.next
+                self.look_at = min(self.look_at, time.monotonic() + pause / 4)
 
     def _is_foreign(self, data: bytes) -> bool:
-        """Whether these netlink messages (netlink(7)) tell of a change by another process of
-        our chains or sets: those in our table, which is attribute 1 everywhere."""
+        """Whether these messages tell of a change by another process of our chains or sets: those
+        in our table, whose name is attribute 1 everywhere. (A run of nft counts as another process:
+        its id may have been somebody else's before, and will be again.)"""
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
-        table = self.config.table.encode() + b"\0"
-        table = struct.pack("=HH", 4 + len(table), 1) + table
-        while len(data) >= 20:
-            length, process_id, family = struct.unpack_from("=I8xIB", data)
-            message, data = data[20:length], data[max((length + 3) & ~3, 20) :]
-            ours = table in message and any(name in message for name in names)
-            ours = ours and family == NFPROTO[self.config.family]
-            if ours and process_id not in self.nft.process_ids:
+        table = text_attribute(1, self.config.table)[: 5 + len(self.config.table)]
+        for _, _, port, body in each_message(data):
+            if port == self.kernel.port or body[:1] != bytes([self.kernel.family]):
+                continue
+            if table in body and any(name in body for name in names):
                 return True
         return False
 
-    def heal(self) -> None:
-        """Compare the kernel with what should be, and install all anew if that differs, or say once
-        why it cannot be. Then look again after a pause, which grows as long as it helps nothing."""
-        now = time.monotonic()  # before the listing, which may take its time
+    @property
+    def wakes_at(self) -> float:
+        """When advance() is to be called, by time.monotonic()."""
+        return 0.0 if self.work is not None else self.look_at
+
+    def advance(self) -> None:
+        """Go on with the look that is under way, or begin one if it is time, for a short while."""
+        now = time.monotonic()
+        if self.work is None and now >= self.look_at:
+            self.look_at = NEVER
+            self.log.counts["looks"] += 1
+            self.work = self._look()
+        if self.work is None:
+            return
         damage = trouble = ""
         try:
-            listing = list_table(self.nft, self.config)
-            deleted, damage = self._compare(listing, now)
-            if deleted:  # a listing may lack elements while the kernel lets a set grow: look twice
-                time.sleep(RETRY_S[0] / 4)
-                listing = list_table(self.nft, self.config)
-                deleted &= self._compare(listing, now)[0]
-                for key, lease in list(self.leases.items()):
-                    if deleted & lease_elements(self.config, [lease]).keys():
-                        self._keep(key, None, "by hand")
-                damage = self._compare(listing, now)[1]
-            if damage:
-                self._install()
-                self.log("healed", reason=damage, leases=len(self.leases))
+            while time.monotonic() < now + LOOK_TURN_S:
+                next(self.work)
+            return
+        except StopIteration as end:
+            damage = end.value
         except UserError as error:
             trouble = error.problem
-            if trouble != self.trouble:
-                self.log("cannot-heal", reason=trouble)
-        pause = self.pause if trouble == self.trouble else RETRY_S[0]
-        self.look_at, self.pause, self.trouble = NEVER, RETRY_S[0], trouble
-        if damage or trouble:
-            self.look_at = time.monotonic() + pause
-            self.pause = min(2 * pause, RETRY_S[2 if trouble else 1])
+        except OSError as error:
+            damage = f"changed meanwhile: {error.strerror}"
+        self.work = None
+        self.changed.clear()
+        if trouble and trouble != self.trouble:
+            self.log("cannot-heal", reason=trouble)
+        self._rest(damage, trouble)
 
-    def _compare(self, listing: Listing, now: float) -> tuple[set[tuple[str, str]], str]:
-        """The (set, key) deleted from sets that stayed, before their time; what else is amiss."""
-        sets, rules = ruleset(self.config)
-        same = dict(listing.sets.items() & self.sets.items())
-        elements = lease_elements(self.config, self.leases.values())
-        standing = {name for name, (ends, _) in elements.items() if ends - now > 1}
-        deleted = {name for name in standing - listing.elements.keys() if name[0] in same}
-        if sets.keys() - same:
-            return deleted, "sets are missing"
-        if listing.rules != len(rules):
-            return deleted, "rules are missing"
-        for name, element in listing.elements.items():
-            left = element.get("expires", NEVER)
-            if left and left > elements.get(name, (0.0, ""))[0] - now + 1:
-                return deleted, "there are foreign elements"
-        return deleted, ""
+    def _rest(self, damage: str, trouble: str) -> None:
+        """Look again after a pause, which grows as long as it helps nothing."""
+        if trouble != self.trouble or not (damage or trouble):
+            self.pause.reset()
+        self.trouble = trouble
+        if damage or trouble:
+            pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
+            self.look_at = min(self.look_at, time.monotonic() + pause)
+
+    def _look(self) -> Generator[None, None, str]:
+        """Make the kernel's part of our table what it should be, in pieces: others have their turn
+        between them. Returns what was wrong, or "". Raises UserError, OSError.
+
+        The leases are read as the kernel has them at one moment, and what is changed from then on
+        (self.changed) is not judged by that."""
+        self.changed.clear()
+        damage, handles = self._inspect()
+        if damage:
+            self._install()
+            handles = self._inspect()[1]
+        renewed = {name for name, handle in handles.items() if self.sets.get(name) != handle}
+        self.sets = handles
+        survey = Survey()
+        for name in ruleset(self.config).sets:
+            if not name.endswith("-gate"):
+                yield from self._survey_set(survey, name)
+        if self.is_adopting:
+            yield from self._adopt(survey)
+        missing = yield from self._find_missing(survey, renewed)
+        yield from self._mend(survey, missing)
+        gates_were_wrong = self._mend_gates(renewed)
+        if self.is_adopting:
+            self.is_adopting = False
+            self._tell_adopted()
+            return damage
+        if survey.strange or survey.wrong or gates_were_wrong:
+            damage = damage or "there are foreign elements"
+        if missing:
+            damage = damage or "leases are missing"
+        if damage:
+            self.log("healed", reason=damage, leases=len(self.leases))
+        return damage
+
+    def _tell_adopted(self) -> None:
+        if len(self.leases):
+            self.log("adopted", leases=len(self.leases))
+        self._warn_of_limit()
+
+    def _inspect(self) -> tuple[str, dict[str, tuple[int, int]]]:
+        """What is wrong with our sets and rules, and the handles of table and set of each set. (The
+        table's belongs to it: a new table counts its sets from the start.) Raises UserError."""
+        try:
+            table, _ = self.kernel.table_facts()
+        except OSError as error:
+            name = f"table {self.config.family} {self.config.table}"
+            raise UserError(f"cannot read {name}: {error.strerror}") from None
+        handles = {name: (table, handle) for name, handle in self._sets().items()}
+        wanted = ruleset(self.config)
+        tags = [rule.comment for rule in self._rules()]
+        if wanted.sets.keys() - handles.keys():
+            return "sets are missing", handles
+        if tags != [wanted.tag] * len(wanted.rules):
+            return "rules are missing", handles
+        return "", handles
+
+    def _survey_set(self, survey: Survey, name: str) -> Iterator[None]:
+        """Note what the elements of a set mean for our leases."""
+        taken = time.monotonic()  # before the kernel is asked: nobody's lease becomes longer by it
+        for number, element in enumerate(self.kernel.elements(name)):
+            if number % ELEMENTS_PER_BATCH == 0:
+                yield
+            self._judge(survey, (name, element.key), element, taken + element.left)
+
+    def _judge(self, survey: Survey, name: ElementName, element: Element, ends: float) -> None:
+        """Note what one element means."""
+        key, part = self._holder(name)
+        if key in self.changed:
+            return
+        lease = self.leases.by_key.get(key) if key else None
+        if lease is not None:
+            survey.found[lease.key] = survey.found.get(lease.key, 0) | part
+            if element.comment != self._comment(lease) or ends > lease.ends + LEASE_SLACK_S:
+                survey.wrong.add(lease.key)
+            elif ends < lease.ends - LEASE_SLACK_S:
+                survey.shortened[lease.key] = ends
+            return
+        heir = self._heir(key, element, ends) if key and self.is_adopting else None
+        if heir is not None:
+            survey.heirs.setdefault(heir.key, []).append((heir, name))
+        elif ends > time.monotonic() + LEASE_SLACK_S:  # else a lease of ours may just have ended
+            survey.strange.append(name)
+
+    def _holder(self, name: ElementName) -> tuple[LeaseKey | None, int]:
+        """Whose lease an element is part of, if it can be one's, and which part, as a bit."""
+        set_name, key = name
+        size = 16 if set_name.endswith("-6") else 4
+        if len(key) not in (size, size + PORT_KEY.size):
+            return None, 0
+        address = socket.inet_ntop(socket.AF_INET6 if size == 16 else socket.AF_INET, key[:size])
+        if len(key) == size:
+            return (address, int(set_name[8:16], 16)), JUMP_PART
+        protocol, port = PORT_KEY.unpack(key[size:])
+        resource = self.ports.get((protocol, port))
+        return (None if resource is None else (address, resource)), PROTOCOL_PARTS.get(protocol, 0)
+
+    def _heir(self, key: LeaseKey, element: Element, ends: float) -> Lease | None:
+        """The lease that an element stands for, if a server of this boot gave it (an administrator
+        may have saved the ruleset and loaded it again), and this configuration still does."""
+        comment = COMMENT.fullmatch(element.comment)
+        if not comment or comment[3] != self.boot or element.left == NEVER:
+            return None
+        user, resource = int(comment[1], 16), int(comment[2], 16)
+        longest = self._longest_time(self.config, user, resource, comment[4])
+        if resource != key[1] or not longest:
+            return None
+        return Lease(*key, user, comment[4], self.config.resources[resource].weight, ends)
+
+    def _adopt(self, survey: Survey) -> Iterator[None]:
+        """Take over the leases of which all elements are there."""
+        now = time.monotonic()
+        for number, (key, parts) in enumerate(survey.heirs.items()):
+            if number % ELEMENTS_PER_BATCH == 0:
+                yield
+            if key in self.changed:
+                continue
+            resource = self.config.resources[key[1]]
+            lease = min((lease for lease, _ in parts), key=lambda lease: lease.ends)
+            if {name for _, name in parts} != set(lease_elements(lease, resource)):
+                survey.strange += [name for _, name in parts]
+                continue
+            if lease.ends > now + resource.timeout:
+                lease = lease._replace(ends=now + resource.timeout)
+                survey.wrong.add(key)
+            survey.found[key] = resource.parts
+            self.leases.keep(lease)
+
+    def _find_missing(
+        self, survey: Survey, renewed: set[str]
+    ) -> Generator[None, None, list[Lease]]:
+        """The leases of which elements have gone together with their set. One whose elements have
+        gone alone was revoked by an administrator."""
+        missing = []
+        for number, lease in enumerate(list(self.leases.by_key.values())):
+            if number % (10 * ELEMENTS_PER_BATCH) == 0:
+                yield
+            resource = self.config.resources[lease.resource]
+            is_whole = survey.found.get(lease.key) == resource.parts
+            is_ending = lease.ends < time.monotonic() + LEASE_SLACK_S
+            if is_whole or is_ending or lease.key in self.changed:
+                continue
+            names = lease_elements(lease, resource)
+            if renewed.intersection(name for name, _ in names):
+                missing.append(lease)
+            elif not all(self.kernel.has_element(*name) for name in names):
+                self._end_by_hand(lease)
+        return missing
+
+    def _end_by_hand(self, lease: Lease) -> None:
+        """An administrator has deleted an element of a lease: that ends all of it."""
+        self.kernel.change(self._changes([], [lease]))
+        self._forget(lease.key)
+        self._log_end(lease, "by hand")
+
+    def _mend(self, survey: Survey, missing: list[Lease]) -> Iterator[None]:
+        """Put back what is missing, write anew what is wrong, remove what nothing explains."""
+        for key, ends in survey.shortened.items():
+            lease = self.leases.by_key.get(key)
+            if lease is not None and key not in self.changed:
+                self.leases.keep(lease._replace(ends=ends))
+                ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
+                self.log("shortened", peer=lease.address, **ids, reason="by hand")
+        keys = [*survey.wrong, *(lease.key for lease in missing)]
+        for some in in_batches(keys):
+            # Those that were changed meanwhile are as they should be.
+            leases = [self.leases.by_key[key] for key in some if key in self.leases.by_key]
+            now = time.monotonic()
+            leases = [each for each in leases if each.key not in self.changed and each.ends > now]
+            if leases:
+                self.kernel.change(self._changes(leases, [], replace=True))
+            yield
+        for strange in in_batches(survey.strange):
+            names = [name for name in strange if self._holder(name)[0] not in self.changed]
+            self.kernel.change(change for name in names for change in self.kernel.delete(name))
+            yield
+
+    def _mend_gates(self, renewed: set[str]) -> bool:
+        """Have each gate open until its last lease ends. Returns whether one was not so. Where
+        somebody shut one by hand, all who hold it have lost it."""
+        ends: dict[int, float] = {}
+        for lease in self.leases.by_key.values():
+            if self.config.resources[lease.resource].is_gate:
+                ends[lease.resource] = max(ends.get(lease.resource, 0.0), lease.ends)
+        is_wrong = False
+        for resource in self.config.resources.values():
+            if resource.is_gate:
+                is_wrong |= self._mend_gate(resource.identifier, ends, renewed)
+        return is_wrong
+
+    def _mend_gate(self, resource: int, ends: dict[int, float], renewed: set[str]) -> bool:
+        now = time.monotonic()
+        wanted = gate_elements(self.config, resource) if ends.get(resource, 0.0) > now else []
+        set_name = f"letmein-{resource:08X}-gate"
+        found = {(set_name, each.key): now + each.left for each in self.kernel.elements(set_name)}
+        lost = [name for name in wanted if name not in found]
+        if lost and set_name not in renewed and not self.is_adopting:
+            for lease in list(self.leases.by_key.values()):
+                if lease.resource == resource:
+                    self._end_by_hand(lease)
+            return False
+        strange = [name for name in found.keys() - set(wanted) if found[name] > now + LEASE_SLACK_S]
+        for name in strange:
+            self.kernel.change(self.kernel.delete(name))
+        off = [abs(found.get(name, NEVER) - ends[resource]) > LEASE_SLACK_S for name in wanted]
+        if any(off):
+            self.kernel.change(self._gate_changes(resource, ends[resource], now))
+        return bool(strange) or any(off)
 
 
 # ==== 5  Monitor =============================================================
@@ -1419,12 +2281,6 @@ TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
-TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
-TOKEN_LIMIT_S = 60.0  # which is control-timeout, but not more than this
-ACCEPTED_LIMIT = 1 << 17  # handshakes remembered for a repeated RESPONSE
-LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
-SUMMARY_S = 10.0
-LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
 
 
 class Record(NamedTuple):
@@ -1443,54 +2299,6 @@ class Record(NamedTuple):
         if self.address.startswith(IPV4_MAPPED):
             return socket.inet_ntoa(self.address[12:])
         return socket.inet_ntop(socket.AF_INET6, self.address)
-
-
-class Log:
-    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
-    nobody reads is no reason to let nobody in: the line is lost, and counted."""
-
-    def __init__(self) -> None:
-        from collections import Counter
-        self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
-        self.refusals: Counter[str] = Counter()  # by reason
-        self.failures: Counter[str] = Counter()  # of peers, since the last summary
-        self.sum_up_at = NEVER
-        self.patience = LOG_PATIENCE_S
-
-    def __call__(self, event: str, **fields: object) -> None:
-        """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. Under systemd, which adds a time itself, the line has none."""
-        self.counts[event] += 1
-        words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
-        for name, value in {"event": event, **fields}.items():
-            plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
-            words.append(f"{name}={value if plain else ascii(str(value))}")
-        # A pipe that is ready takes so much at once, and without blocking: pipe(7).
-        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
-        written = 0
-        with contextlib.suppress(OSError):
-            written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
-        self.patience = LOG_PATIENCE_S if written else 0
-        if not written:
-            self.counts["lines-lost"] += 1
-
-    def failure(self, event: str, **fields: str) -> None:
-        """A peer was refused, or has failed for another reason: a line, or one to sum up."""
-        kind = f"{event}-{fields['proto']}"
-        self.failures[kind] += 1
-        self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
-        if self.failures[kind] <= LINES_LIMIT:
-            self(event, **fields)
-        else:
-            self.counts[event] += 1
-
-    def summary(self) -> None:
-        """Write how many got no line since the last one."""
-        more = {kind: n - LINES_LIMIT for kind, n in self.failures.items() if n > LINES_LIMIT}
-        self.failures.clear()
-        self.sum_up_at = NEVER
-        if more:
-            self("summary", seconds=f"{SUMMARY_S:g}", **more)
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -1585,8 +2393,7 @@ class Monitor:
         self.start_at = 0.0  # when to start it
         self.pause = NETWORK_PAUSE_S[0]
 
-        self.secret = os.urandom(32)  # of the challenge tokens of this run
-        self.accepted: dict[bytes, tuple[float, bytes]] = {}  # by RESPONSE: since when, the reply
+        self.tokens = Tokens(os.urandom(32))
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
@@ -1598,6 +2405,8 @@ class Monitor:
                 self._turn()
             self._open_status()
             self.firewall.open(self.selector)
+            while self.firewall.is_adopting and not self.stopping:
+                self._turn()
             self._tell_ready("ready")
             while not self.stopping:
                 self._turn()
@@ -1665,7 +2474,7 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        wait = min(self.firewall.look_at, self.start_at, self.log.sum_up_at) - time.monotonic()
+        wait = min(self.firewall.wakes_at, self.start_at, self.log.sum_up_at) - time.monotonic()
         for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
             key.data()
         if time.monotonic() >= self.start_at:
@@ -1679,7 +2488,6 @@ class Monitor:
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
-        self.firewall.advance()  # what has come in until now was checked by the old rules
         old = self.config
         try:
             config = read_config(old.path, server=True)
@@ -1789,29 +2597,9 @@ class Monitor:
             message = Message.decode(record.payload)
         except ProtocolError:
             return self._lose_network("it sent a bad message")
-        config, (operation, user, resource, *_) = self.config, message
-        # What a token is for: peer, connection, ids, and what is configured for them just now.
-        key = config.keys.get(user, NOBODYS_KEY)
-        text = repr((record[1:5], user, resource, key, config.resources.get(resource))).encode()
-
-        def token(asked: int, age: int = 0) -> bytes:
-            """The token for a KNOCK or REVOKE of some windows ago."""
-            import hmac
-            start = struct.pack("!QI", int(time.monotonic() / TOKEN_WINDOW_S) - age, asked)
-            return hmac.digest(self.secret, start + text, "sha3_256")
-
-        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
-        # Over UDP nobody knows whether a peer has knocked before: the message must tell.
-        if record.kind == ANSWER or (record.protocol == UDP and operation == RESPONSE):
-            ages = range(2 + int(min(config.control_timeout, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
-            tokens = ((asked, token(asked, age)) for age in ages for asked in (KNOCK, REVOKE))
-            # A TCP connection whose first message proved nothing has been closed.
-            proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
-            verdict = handshake.on_response(message, proved, tokens)
-        else:
-            verdict = handshake.on_request(message, token)
-        if verdict.granted is not None:
-            self._grant(verdict.granted, message, record)
+        verdict = self._judge(record, message)
+        if verdict.met is not None:
+            self._meet(verdict.met, message, record)
         elif verdict.reason:
             self.log.refusals[verdict.reason] += 1
             self._log_peer("refused", message, record, verdict.reason)
@@ -1819,38 +2607,62 @@ class Monitor:
         else:
             self._send(record._replace(kind=REPLY, payload=verdict.reply))
 
+    def _judge(self, record: Record, message: Message) -> Verdict:
+        """What to make of a peer's message."""
+        config, now = self.config, time.monotonic()
+        facts = self._facts(record, message)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
+
+        def new_token(asked: int) -> bytes:
+            return self.tokens.new(facts, asked, now)
+
+        # Over UDP nobody knows whether a peer has knocked before: the message must tell.
+        is_udp_response = record.protocol == UDP and message.operation == RESPONSE
+        if record.kind == REQUEST and not is_udp_response:
+            return handshake.on_request(message, new_token)
+        # A TCP connection whose first message proved nothing has been closed.
+        proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
+        challenges = self.tokens.challenges(facts, now, config.control_timeout)
+        return handshake.on_response(message, proved, challenges)
+
+    def _facts(self, record: Record, message: Message) -> bytes:
+        """What a challenge is for: the peer, what it asks for, and what is configured for that. If
+        any of it changes meanwhile, the RESPONSE is wrong."""
+        user, resource = message.user, message.resource
+        peer = (record.protocol, record.connection, record.address, record.route)
+        configured = (self.config.keys.get(user, NOBODYS_KEY), self.config.resources.get(resource))
+        return repr((peer, user, resource, configured)).encode()
+
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
         if reply or record.protocol == TCP:
             self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
-    def _grant(self, operation: int, message: Message, record: Record) -> None:
-        """The peer has proved itself: have the firewall do what it asked for. Its RESPONSE is known
-        until the token's time is over: a repeated one changes nothing, and gets the same reply."""
-        now = time.monotonic()
-        oldest = now - TOKEN_LIMIT_S - 2 * TOKEN_WINDOW_S  # control-timeout may have become longer
-        while self.accepted and next(iter(self.accepted.values()))[0] < oldest:
-            del self.accepted[next(iter(self.accepted))]
-        if record.payload in self.accepted or len(self.accepted) >= ACCEPTED_LIMIT:
-            return self._end(record, self.accepted.get(record.payload, (now, b""))[1])
-        self.accepted[record.payload] = (now, b"")
+    def _meet(self, met: Challenge, message: Message, record: Record) -> None:
+        """The peer has proved itself: do what it asked for, once. A RESPONSE that comes again
+        changes nothing, and gets its answer again."""
+        answer = met.answer
+        if answer is None:
+            answer = self._do(met.asked, message, record)
+            self.tokens.answer(met, answer)
+        self._end(record, unsigned(answer, message.user, message.resource))
 
-        def done(problem: str) -> None:
-            reply = unsigned(GOAWAY if problem else COMEIN, message.user, message.resource)
-            self.accepted[record.payload] = (now, reply)
-            self._end(record, reply)
-            event = "granted" if operation == KNOCK else "revoked"
-            self._log_peer("failed" if problem else event, message, record, problem)
-
-        ids = (message.resource, message.user)
-        self.firewall.queue.append(Change(operation, record.peer, *ids, done))
+    def _do(self, operation: int, message: Message, record: Record) -> int:
+        """Change the firewall; returns the answer, COMEIN or GOAWAY."""
+        if operation == KNOCK:
+            problem = self.firewall.knock(record.peer, message.resource, message.user)
+        else:
+            problem = self.firewall.revoke(record.peer, message.resource)
+        event = "granted" if operation == KNOCK else "revoked"
+        self._log_peer("failed" if problem else event, message, record, problem)
+        return GOAWAY if problem else COMEIN
 
     def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
         ids = {"user": f"{message.user:08X}", "resource": f"{message.resource:08X}"}
-        write, more = (self.log.failure, {"reason": reason}) if reason else (self.log, {})
-        write(event, peer=record.peer, proto=protocol, **ids, **more)
+        why = {"reason": reason} if reason else {}
+        self.log.often(event, peer=record.peer, proto=protocol, **ids, **why)
 
 
 # ==== 6  Network =============================================================
@@ -2212,22 +3024,18 @@ def network_process(account: str, seccomp: str, limit: str, prefix_limit: str) -
 # ==== 8  Command line ========================================================
 
 
+STATUS_PATIENCE_S = 8.0  # with a server that is busy
+
+
 def status(config: Config, rundir: str, as_json: bool) -> int:
     """Print who holds what, as the kernel has it, and what a running server has counted."""
     import json
     server: Any = None
     with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(2 * NFT_LIMIT_S)
+        peer.settimeout(STATUS_PATIENCE_S)
         peer.connect(run_path(rundir, config) + ".status")
         server = json.load(peer.makefile("rb"))
-    leases = []
-    for (name, key), element in sorted(list_table(Nft(config.nft), config).elements.items()):
-        address, protocol, port = (*key.split(" . "), None, None)[:3]
-        comment = COMMENT.fullmatch(str(element.get("comment"))) or (None, None, None)
-        place = {"address": address, "protocol": protocol, "port": port and int(port)}
-        lease = {"resource": comment[2], "user": comment[1], "seconds_left": element.get("expires")}
-        if not name.endswith("-gate"):
-            leases.append({**place, **lease, **element.get("counter", {})})
+    leases = list_leases(config)
     if as_json:
         table = {"family": config.family, "table": config.table}
         print(json.dumps({**table, "leases": leases, "server": server}, indent=1))
@@ -2243,6 +3051,44 @@ def status(config: Config, rundir: str, as_json: bool) -> int:
     return 0
 
 
+def list_leases(config: Config) -> list[dict[str, object]]:
+    """Who holds what, as the kernel has it. Raises UserError."""
+    leases: list[dict[str, object]] = []
+    protocols = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+    try:
+        kernel = Kernel(config.family, config.table)
+        kernel.table_facts()
+        found = [(name, each) for name in sorted(kernel.sets()) for each in kernel.elements(name)]
+    except OSError as error:
+        table = f"table {config.family} {config.table}"
+        if isinstance(error, FileNotFoundError):
+            hint = "is your ruleset loaded? [NFTABLES] in letmeind.conf names its table"
+            raise UserError(f"{table} does not exist", hint) from None
+        raise UserError(f"cannot read {table}: {error.strerror}", "run this as root") from None
+    for name, element in found:
+        if name.endswith("-gate"):
+            continue
+        size = 16 if name.endswith("-6") else 4
+        family = socket.AF_INET6 if size == 16 else socket.AF_INET
+        address = socket.inet_ntop(family, element.key[:size])
+        protocol = port = None
+        if len(element.key) > size:
+            number, port = PORT_KEY.unpack(element.key[size:])
+            protocol = protocols.get(number, str(number))
+        comment = COMMENT.fullmatch(element.comment)
+        leases.append({
+            "address": address,
+            "protocol": protocol,
+            "port": port,
+            "resource": comment[2] if comment else None,
+            "user": comment[1] if comment else None,
+            "seconds_left": None if element.left == NEVER else int(element.left),
+            "packets": element.packets,
+            "bytes": element.octets,
+        })
+    return leases
+
+
 def serve(config: Config, arguments: argparse.Namespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
     arguments.activated = given = activated_sockets()
@@ -2250,7 +3096,13 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
-        check_kernel(Nft(config.nft), config)
+        began = time.monotonic()
+        nft = Nft(config.nft)
+        nft.limit = NFT_LIMIT_S[1]
+        check_kernel(Kernel(config.family, config.table), nft, config)
+        took = time.monotonic() - began
+        if took > SLOW_NFT_S:
+            warn(f"nft took {took:.1f} s: large sets of others belong in a table of their own")
         print(ruleset_script(config), end="")
         print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
         return 0
