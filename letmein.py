@@ -1129,9 +1129,11 @@ COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) pr
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 GATE_COMMENT = "gate"
 PROTOCOL_PARTS, JUMP_PART = {6: 1, 17: 2}, 4  # the elements of a lease, as bits
-LEASE_SLACK_S = 1.0  # by how much the kernel's end of a lease may differ from ours
+LATE_S = 0.05  # by how much the kernel may end a lease later than we do
+EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
+FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
 IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
@@ -1496,9 +1498,10 @@ class Kernel:
 
     def change(self, messages: Iterable[Change]) -> None:
         """Make changes, each (type, flags, attributes), in one transaction: all or none."""
-        bodies = [self._message(kind, flags | NLM_F_ACK, body) for kind, flags, body in messages]
         begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"", batch=True)
+        bodies = [self._message(*message) for message in messages]
         end = self._message(NFNL_MSG_BATCH_END, 0, b"", batch=True)
+        # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *bodies, end)))
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -1550,13 +1553,12 @@ class Kernel:
         return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, name: str) -> Iterator[Element]:
-        """The elements of a set, as they are when the first of them is asked for. The kernel may
-        leave one out, or tell of one twice, while the set grows."""
-        for listing in self._ask(GETSETELEM, self._elements_of(name), dump=True):
-            for kind, elements in each_attribute(listing):
-                if kind == NFTA_LIST_ELEMENTS:
-                    for _, facts in each_attribute(elements):
-                        yield self._element(facts)
+        """The elements of a set, as they are now, whenever they are looked at. The kernel may leave
+        one out, or tell of one twice, while the set grows."""
+        listings = self._ask(GETSETELEM, self._elements_of(name), dump=True)
+        lists = (value for each in listings for kind, value in each_attribute(each)
+                 if kind == NFTA_LIST_ELEMENTS)
+        return (self._element(facts) for each in lists for _, facts in each_attribute(each))
 
     def has_element(self, name: str, key: bytes) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
@@ -1584,7 +1586,7 @@ class Kernel:
     def put(self, name: ElementName, left: float, comment: str, is_new: bool) -> Change:
         """The change that adds an element with so many seconds left, or restarts the time of one
         that is there. Args: is_new, to have the kernel object if it is there."""
-        milliseconds = int(min(max(left, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
+        milliseconds = round(min(max(left, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
         time_left = struct.pack("!Q", milliseconds)
         text = comment.encode("ascii") + b"\0"
         element = nested(
@@ -1607,9 +1609,9 @@ class Kernel:
         return [brief, (DELSETELEM, 0, self._elements_of(name[0], element))]
 
 
-def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> list[Rule]:
-    """Whether the kernel's table is fit for our rules, and takes them. Changes nothing. Returns our
-    rules that are there. Raises UserError."""
+def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
+    """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
+    UserError."""
     table = f"table {config.family} {config.table}"
     try:
         _, flags = kernel.table_facts()
@@ -1626,18 +1628,16 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> list[Rule]:
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
         problem = f"{table} belongs to iptables, which would restore our rules without their sets"
         raise UserError(problem, own_table)
-    old = []
     for hook, chain in config.chains.items():
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
             raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
-        old += our_rules(kernel, config, hook, chain)
-    nft.run(ruleset_script(config, old), "-c")
-    return old
+        check_chain(kernel, config, hook, chain)
+    nft.run(ruleset_script(config), "-c")
 
 
-def our_rules(kernel: Kernel, config: Config, hook: str, chain: str) -> list[Rule]:
-    """The rules in a chain, if all are ours, or the Rust server's. Raises UserError."""
+def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
+    """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
     where = f"{config.family} {config.table} {chain}"
     try:
         rules = kernel.rules(chain)
@@ -1649,7 +1649,6 @@ def our_rules(kernel: Kernel, config: Config, hook: str, chain: str) -> list[Rul
         problem = f"chain-{hook}: {where} holds rules that are not letmein's ({foreign})"
         hint = f"move them to another chain, and empty this one: nft flush chain {where}"
         raise UserError(problem, hint)
-    return rules
 
 
 def is_ours(rule: Rule) -> bool:
@@ -1686,6 +1685,7 @@ class Firewall:
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
+        self.futile = 0  # how often in a row nft has changed nothing
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
@@ -1702,9 +1702,6 @@ class Firewall:
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
-        self.kernel = Kernel(self.config.family, self.config.table)
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        old = check_kernel(self.kernel, self.nft, self.config)
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
@@ -1713,8 +1710,11 @@ class Firewall:
         def notified() -> None:
             self._on_notification(netlink)
 
+        self.kernel = Kernel(self.config.family, self.config.table)
+        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        check_kernel(self.kernel, self.nft, self.config)
+        self._install()
         selector.register(netlink, selectors.EVENT_READ, notified)
-        self._install(old)
         self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
         self.work = self._look()
@@ -1737,7 +1737,7 @@ class Firewall:
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
         ended = self.leases.make_room(lease, room)
-        problem = self._enforce([lease], ended)
+        problem = self._enforce([lease], ended, now)
         for other in [] if problem else ended:
             self._log_end(other, "max-nr-rules is reached")
         return problem
@@ -1762,21 +1762,24 @@ class Firewall:
             return ""
         if lease is None:  # perhaps a predecessor has opened it
             lease = Lease(address, resource, 0, "", 0, now)
-        return self._enforce([], [lease])
+        return self._enforce([], [lease], now)
 
-    def _enforce(self, new: list[Lease], ended: list[Lease]) -> str:
+    def _enforce(self, new: list[Lease], ended: list[Lease], now: float) -> str:
         """Have the kernel hold new leases, and those that ended no more, in one transaction; then
         note them. Returns "" or what is in the way, with nothing changed."""
         try:
             try:
-                self.kernel.change(self._changes(new, ended))
+                self.kernel.change(self._changes(new, ended, now))
             except FileExistsError:  # an element that we did not know of
-                self.kernel.change(self._changes(new, ended, replace=True))
+                self.kernel.change(self._changes(new, ended, now, replace=True))
             except OSError:
-                # The firewall was changed under us: put back what others need, and try again.
-                self.look_at = 0.0
+                # The firewall was changed under us: put back what others need, and try again; but
+                # not one nft for each knock, where nft does not help.
+                self.look_at = min(self.look_at, NEVER if self.trouble else 0.0)
+                if self.trouble:
+                    return self.trouble
                 self._install()
-                self.kernel.change(self._changes(new, ended, replace=True))
+                self.kernel.change(self._changes(new, ended, time.monotonic(), replace=True))
         except UserError as error:
             return error.problem
         except OSError as error:
@@ -1788,10 +1791,9 @@ class Firewall:
         return ""
 
     def _changes(
-        self, new: list[Lease], ended: list[Lease], replace: bool = False
+        self, new: list[Lease], ended: list[Lease], now: float, replace: bool = False
     ) -> list[Change]:
         """What to tell the kernel. Args: replace, what there may be of the new leases already."""
-        now = time.monotonic()
         resources = self.config.resources
         changes: list[Change] = []
         for lease in ended:
@@ -1861,7 +1863,7 @@ class Firewall:
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        old_rules = check_kernel(self.kernel, self.nft, config)
+        check_kernel(self.kernel, self.nft, config)
         now = time.monotonic()
         self.leases.expire(now)
         ended, shortened = self._differences(config, now)
@@ -1869,15 +1871,16 @@ class Firewall:
         self.look_at = 0.0  # to say so and to try again if anything below fails
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(ended):
-                self.kernel.change(self._changes([], some))
+                self.kernel.change(self._changes([], some, now))
         for lease in ended:
             self._forget(lease.key)
             self._log_end(lease, "configuration")
         self._configure(config)
         with contextlib.suppress(UserError, OSError):
-            self._install(old_rules)
+            if self._inspect()[0]:
+                self._install()
             for some in in_batches(shortened):
-                self.kernel.change(self._changes(some, [], replace=True))
+                self.kernel.change(self._changes(some, [], time.monotonic(), replace=True))
         for lease in shortened:
             self._keep(lease)
         self._warn_of_limit()
@@ -1914,23 +1917,22 @@ class Firewall:
             reason = f"{limit}: until some end, a new lease takes the place of an old one"
             self.log("warning", reason=reason)
 
-    def _install(self, old: list[Rule] | None = None) -> None:
-        """Put our rules and sets into the table. Args: old, our rules that are there, if known.
-        Raises UserError."""
+    def _install(self) -> None:
+        """Put our rules and sets into the table. Raises UserError."""
         self.installed = True
-        for attempt in range(2):
-            rules = self._rules() if old is None or attempt else old
-            script = ruleset_script(self.config, rules)
-            if self.config.debug:
-                self.log("nft", script=script)
-            try:
-                self.nft.run(script)
-            except UserError:
-                if attempt:  # at first somebody may have deleted one of the old rules meanwhile
-                    raise
-            else:
-                break
+        try:
+            self._run(ruleset_script(self.config, self._rules()))
+        except UserError as error:
+            if "No such file" not in error.problem:
+                raise
+            # Somebody may have deleted one of these rules meanwhile.
+            self._run(ruleset_script(self.config, self._rules()))
         self._delete_sets(self._sets().keys() - ruleset(self.config).sets.keys())
+
+    def _run(self, script: str) -> None:
+        if self.config.debug:
+            self.log("nft", script=script)
+        self.nft.run(script)
 
     def _rules(self) -> list[Rule]:
         """Our rules, as the kernel has them. Raises UserError if it has no such chain."""
@@ -2057,9 +2059,14 @@ class Firewall:
         damage, handles = self._inspect()
         if damage:
             self._install()
-            handles = self._inspect()[1]
+            remains, handles = self._inspect()
+            if remains:  # perhaps somebody has changed the table again at once
+                self.futile += 1
+                if self.futile >= FUTILE_LIMIT:
+                    raise UserError(f"nft reports success, but {remains}")
+                return damage
+        self.futile = 0
         renewed = {name for name, handle in handles.items() if self.sets.get(name) != handle}
-        self.sets = handles
         survey = Survey()
         for name in ruleset(self.config).sets:
             if not name.endswith("-gate"):
@@ -2069,6 +2076,7 @@ class Firewall:
         missing = yield from self._find_missing(survey, renewed)
         yield from self._mend(survey, missing)
         gates_were_wrong = self._mend_gates(renewed)
+        self.sets = handles  # not before what was lost with the old ones is back
         if self.is_adopting:
             self.is_adopting = False
             self._tell_adopted()
@@ -2105,29 +2113,34 @@ class Firewall:
 
     def _survey_set(self, survey: Survey, name: str) -> Iterator[None]:
         """Note what the elements of a set mean for our leases."""
-        taken = time.monotonic()  # before the kernel is asked: nobody's lease becomes longer by it
-        for number, element in enumerate(self.kernel.elements(name)):
+        asked = time.monotonic()
+        elements = self.kernel.elements(name)
+        took = time.monotonic() - asked
+        for number, element in enumerate(elements):
             if number % ELEMENTS_PER_BATCH == 0:
                 yield
-            self._judge(survey, (name, element.key), element, taken + element.left)
+            self._judge(survey, (name, element.key), element, asked + element.left, took)
 
-    def _judge(self, survey: Survey, name: ElementName, element: Element, ends: float) -> None:
-        """Note what one element means."""
+    def _judge(
+        self, survey: Survey, name: ElementName, element: Element, ends: float, took: float
+    ) -> None:
+        """Note what one element means. Args: ends, of its time at the earliest; it may be later by
+        what the kernel took to answer."""
         key, part = self._holder(name)
         if key in self.changed:
             return
         lease = self.leases.by_key.get(key) if key else None
         if lease is not None:
             survey.found[lease.key] = survey.found.get(lease.key, 0) | part
-            if element.comment != self._comment(lease) or ends > lease.ends + LEASE_SLACK_S:
+            if element.comment != self._comment(lease) or ends > lease.ends + LATE_S:
                 survey.wrong.add(lease.key)
-            elif ends < lease.ends - LEASE_SLACK_S:
-                survey.shortened[lease.key] = ends
+            elif ends + took < lease.ends - EARLY_S:
+                survey.shortened[lease.key] = ends + took
             return
         heir = self._heir(key, element, ends) if key and self.is_adopting else None
         if heir is not None:
             survey.heirs.setdefault(heir.key, []).append((heir, name))
-        elif ends > time.monotonic() + LEASE_SLACK_S:  # else a lease of ours may just have ended
+        elif ends > time.monotonic() + EARLY_S:  # else a lease of ours may just have ended
             survey.strange.append(name)
 
     def _holder(self, name: ElementName) -> tuple[LeaseKey | None, int]:
@@ -2156,9 +2169,10 @@ class Firewall:
         return Lease(*key, user, comment[4], self.config.resources[resource].weight, ends)
 
     def _adopt(self, survey: Survey) -> Iterator[None]:
-        """Take over the leases of which all elements are there."""
+        """Take over the leases of which all elements are there, the oldest first."""
         now = time.monotonic()
-        for number, (key, parts) in enumerate(survey.heirs.items()):
+        by_end = sorted(survey.heirs.items(), key=lambda heir: heir[1][0][0].ends)
+        for number, (key, parts) in enumerate(by_end):
             if number % ELEMENTS_PER_BATCH == 0:
                 yield
             if key in self.changed:
@@ -2185,19 +2199,19 @@ class Firewall:
                 yield
             resource = self.config.resources[lease.resource]
             is_whole = survey.found.get(lease.key) == resource.parts
-            is_ending = lease.ends < time.monotonic() + LEASE_SLACK_S
-            if is_whole or is_ending or lease.key in self.changed:
+            if is_whole or lease.key in self.changed:
                 continue
             names = lease_elements(lease, resource)
+            is_ending = lease.ends < time.monotonic() + EARLY_S
             if renewed.intersection(name for name, _ in names):
                 missing.append(lease)
-            elif not all(self.kernel.has_element(*name) for name in names):
+            elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
                 self._end_by_hand(lease)
         return missing
 
     def _end_by_hand(self, lease: Lease) -> None:
         """An administrator has deleted an element of a lease: that ends all of it."""
-        self.kernel.change(self._changes([], [lease]))
+        self.kernel.change(self._changes([], [lease], time.monotonic()))
         self._forget(lease.key)
         self._log_end(lease, "by hand")
 
@@ -2209,18 +2223,22 @@ class Firewall:
                 self.leases.keep(lease._replace(ends=ends))
                 ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
                 self.log("shortened", peer=lease.address, **ids, reason="by hand")
-        keys = [*survey.wrong, *(lease.key for lease in missing)]
-        for some in in_batches(keys):
-            # Those that were changed meanwhile are as they should be.
-            leases = [self.leases.by_key[key] for key in some if key in self.leases.by_key]
-            now = time.monotonic()
-            leases = [each for each in leases if each.key not in self.changed and each.ends > now]
-            if leases:
-                self.kernel.change(self._changes(leases, [], replace=True))
-            yield
+        yield from self._write([lease.key for lease in missing], replace=False)
+        yield from self._write(list(survey.wrong), replace=True)
         for strange in in_batches(survey.strange):
             names = [name for name in strange if self._holder(name)[0] not in self.changed]
             self.kernel.change(change for name in names for change in self.kernel.delete(name))
+            yield
+
+    def _write(self, keys: list[LeaseKey], replace: bool) -> Iterator[None]:
+        """Have the kernel hold these leases. Those that were changed meanwhile are as they should
+        be."""
+        for some in in_batches(keys):
+            now = time.monotonic()
+            leases = [self.leases.by_key[key] for key in some if key in self.leases.by_key]
+            leases = [each for each in leases if each.key not in self.changed and each.ends > now]
+            if leases:
+                self.kernel.change(self._changes(leases, [], now, replace))
             yield
 
     def _mend_gates(self, renewed: set[str]) -> bool:
@@ -2247,10 +2265,10 @@ class Firewall:
                 if lease.resource == resource:
                     self._end_by_hand(lease)
             return False
-        strange = [name for name in found.keys() - set(wanted) if found[name] > now + LEASE_SLACK_S]
+        strange = [name for name in found.keys() - set(wanted) if found[name] > now + EARLY_S]
         for name in strange:
             self.kernel.change(self.kernel.delete(name))
-        off = [abs(found.get(name, NEVER) - ends[resource]) > LEASE_SLACK_S for name in wanted]
+        off = [abs(found.get(name, NEVER) - ends[resource]) > EARLY_S for name in wanted]
         if any(off):
             self.kernel.change(self._gate_changes(resource, ends[resource], now))
         return bool(strange) or any(off)

@@ -64,6 +64,7 @@ from letmein import Message
 HERE = Path(__file__).resolve().parent
 LETMEIN = HERE / "letmein.py"
 NFT = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "nft"
+TICK_S = 0.01  # the kernel's timeouts count in ticks, of up to 10 ms
 LIMIT_S = 10.0  # no single step of a test takes longer
 SECCOMP = os.environ.get("SECCOMP", "off")  # what every server and client of a test is started with
 
@@ -941,7 +942,7 @@ class TestTime:
                 time.sleep(0.02)
             shut = time.monotonic()
             # The kernel counts from just before it says so: that is what `before` allows for.
-            assert shut - before >= 3.0
+            assert shut - before >= 3.0 - TICK_S
             assert shut - comein <= 4.0
             assert again is not None
             while other_shut is None:
@@ -1002,42 +1003,66 @@ class TestRules:
     """max-nr-rules, stop, --check and the ways to start."""
 
     def test_max_nr_rules_at_its_edge(self, lab: Lab) -> None:
+        """When it is full, a newcomer takes the place of the oldest lease, and the log says so."""
         lab.load()
         with Server(lab, server_conf(port="5800", nftables="max-nr-rules = 4")) as server:
             # One rule is the control port's, so three are left, and 23 takes two of them.
             assert handshake(lab, 0x22, source="10.77.0.1") == COMEIN
             assert handshake(lab, 0x23, source="10.77.0.2") == COMEIN
-            assert handshake(lab, 0x22, source="10.77.0.3") == GOAWAY
-            server.wait_for("failed", peer="10.77.0.3", resource="00000022")
-            assert not lab.reaches(22, "10.77.0.3")
             assert handshake(lab, 0x22, source="10.77.0.1") == COMEIN, "a repeated knock is no more"
-            assert handshake(lab, 0x22, REVOKE, source="10.77.0.1") == COMEIN
-            assert handshake(lab, 0x23, source="10.77.0.3") == GOAWAY, "two do not fit into one"
+            assert len(lab.elements()) == 3
+            # The repeated knock has made the first lease the youngest.
             assert handshake(lab, 0x22, source="10.77.0.3") == COMEIN
+            server.wait_for("revoked", peer="10.77.0.2", reason="max-nr-rules is reached")
+            assert lab.reaches(22, "10.77.0.1")
+            assert not lab.reaches(23, "10.77.0.2")
+            assert lab.reaches(22, "10.77.0.3")
+            assert len(lab.elements()) == 2
+            # Two do not fit into the one that is free: one more goes.
+            assert handshake(lab, 0x23, source="10.77.0.4") == COMEIN
+            assert not lab.reaches(22, "10.77.0.1")
             assert lab.reaches(22, "10.77.0.3")
             assert len(lab.elements()) == 3
 
     def test_max_nr_rules_counts_both_control_ports(self, lab: Lab) -> None:
+        """What can never fit is refused, and costs nobody a lease."""
         lab.load()
-        with Server(lab, server_conf(nftables="max-nr-rules = 3")):
+        with Server(lab, server_conf(nftables="max-nr-rules = 3")) as server:
             assert handshake(lab, 0x22, source="10.77.0.1") == COMEIN
-            assert handshake(lab, 0x22, source="10.77.0.2") == GOAWAY
+            assert handshake(lab, 0x23, source="10.77.0.2") == GOAWAY
+            assert "max-nr-rules (3)" in server.wait_for("failed", peer="10.77.0.2")["reason"]
             assert lab.reaches(22, "10.77.0.1")
-            assert not lab.reaches(22, "10.77.0.2")
+            assert not lab.reaches(23, "10.77.0.2")
+
+    def test_nobody_is_kept_out_by_the_leases_of_others(self, lab: Lab) -> None:
+        """A user who knocks from many addresses pushes out their own leases, never another's."""
+        lab.load()
+        with Server(lab, server_conf(nftables="max-nr-rules = 12")) as server:
+            assert handshake(lab, 0x22, source="10.77.0.1", user=1) == COMEIN
+            for number in range(40):
+                assert handshake(lab, 0x22, source=f"10.77.1.{number}", user=2) == COMEIN
+            assert lab.reaches(22, "10.77.0.1")
+            assert len(lab.elements()) == 10
+            assert handshake(lab, 0x23, source="10.77.0.2", user=1) == COMEIN
+            assert lab.reaches(22, "10.77.0.1")
+            assert lab.reaches(23, "10.77.0.2")
+            assert len(lab.elements()) == 10
+            ended = server.events("revoked", reason="max-nr-rules is reached")
+            assert {event["user"] for event in ended} == {"00000002"}
+            assert len(ended) == 40 - 9 + 2
 
     def test_an_ended_lease_makes_room(self, lab: Lab) -> None:
+        """It goes before one that still counts."""
         lab.load()
-        conf = server_conf("22 = port: 22 / timeout: 0.3", "5800", nftables="max-nr-rules = 2")
-        with Server(lab, conf):
-            assert handshake(lab, source="10.77.0.1") == COMEIN
-            assert handshake(lab, source="10.77.0.2") == GOAWAY
-
-            def fits() -> bool:
-                return handshake(lab, source="10.77.0.2") == COMEIN
-
-            eventually(fits, "the ended lease makes no room")
-            assert not lab.reaches(22, "10.77.0.1")
-            assert lab.reaches(22, "10.77.0.2")
+        resources = "22 = port: 22 / timeout: 0.3\n23 = port: 23"
+        with Server(lab, server_conf(resources, "5800", nftables="max-nr-rules = 3")) as server:
+            assert handshake(lab, 0x23, source="10.77.0.1") == COMEIN
+            assert handshake(lab, 0x22, source="10.77.0.2") == COMEIN
+            eventually(lambda: not lab.reaches(22, "10.77.0.2"), "the lease does not end")
+            assert handshake(lab, 0x23, source="10.77.0.3") == COMEIN
+            assert lab.reaches(23, "10.77.0.1")
+            assert lab.reaches(23, "10.77.0.3")
+            assert not server.events("revoked")
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_stop_removes_everything(self, lab: Lab, number: int) -> None:
@@ -2118,8 +2143,6 @@ case "$mode" in
     killed) kill -9 $$;;
     hang) exec sleep 60;;
     noise) head -c 3000000 /dev/zero >&2; exit 1;;
-    poison) cat >"$here/script"; grep -q 10.77.4.4 "$here/script" && exit 1
-            sleep 0.2; exec @NFT@ -f "$here/script";;
 esac
 """
 
@@ -2156,68 +2179,65 @@ def faulty(shared_faulty: Shared) -> Iterator[Server]:
 
 
 class TestFaultyNft:
-    @pytest.mark.parametrize("mode", ["fail", "mute", "killed", "noise"])
+    """Sets and rules need nft, once; a lease does not."""
+
+    @pytest.mark.parametrize("mode", ["fail", "hang", "gone"])
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    def test_a_failing_nft(
+    def test_a_knock_needs_no_nft(
         self, lab: Lab, nft: FaultyNft, faulty: Server, mode: str, protocol: str
     ) -> None:
+        """With an nft that fails, hangs or has vanished, leases come and go as ever."""
         assert handshake(lab, 0x23) == COMEIN
-        failed = len(faulty.events("failed"))
+        away = nft.directory / "away"
+        if mode == "gone":
+            nft.exe.rename(away)
+        else:
+            nft.set(mode)
+        try:
+            for operation in (KNOCK, KNOCK, REVOKE, REVOKE, KNOCK):
+                assert handshake(lab, 0x22, operation, protocol=protocol) == COMEIN
+                assert lab.reaches(22, CLIENT_4) == (operation == KNOCK)
+            assert handshake(lab, 0x23, REVOKE, protocol=protocol) == COMEIN
+            assert not lab.reaches(23, CLIENT_4)
+        finally:
+            if mode == "gone":
+                away.rename(nft.exe)
+            nft.set("good")
+        assert handshake(lab, 0x22, REVOKE) == COMEIN
+        assert lab.elements() == []
+        assert not faulty.events("failed")
+
+
+@pytest.mark.parametrize("mode", ["fail", "mute", "killed", "noise", "hang"])
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_change_that_the_kernel_refuses(lab: Lab, mode: str, protocol: str) -> None:
+    """Where a lease's set is gone and nft does not bring it back, nobody is told that a port was
+    opened; as soon as nft works, all is as it was."""
+    lab.load()
+    nft = FaultyNft(lab)
+    with Server(lab, server_conf(nftables=f"exe = {nft.exe}")) as server:
+        assert handshake(lab, 0x23) == COMEIN
         nft.set(mode)
         try:
-            assert handshake(lab, 0x22, protocol=protocol) == GOAWAY
-            assert handshake(lab, 0x23, REVOKE, protocol=protocol) == GOAWAY
+            with Peer(lab, protocol) as peer:
+                peer.socket.settimeout(LIMIT_S)
+                challenge = peer.challenge(0x22)
+                # All but the control port, which must go on for the answer to arrive.
+                doomed = our_rules()[2:]
+                nft_do(*doomed, *(f"delete set inet filter letmein-{v}" for v in (4, 6)))
+                peer.send(message(RESPONSE, 0x22, token=challenge))
+                assert peer.receive().operation == GOAWAY
+            server.wait_for("failed", peer=CLIENT_4, proto=protocol)
+            assert not lab.reaches(22, CLIENT_4)
         finally:
             nft.set("good")
-        faulty.wait_for("failed", failed + 2)
+        server.wait_for("healed")
+        eventually(lambda: lab.reaches(23, CLIENT_4), "the other lease is not back")
         assert not lab.reaches(22, CLIENT_4)
-        assert lab.reaches(23, CLIENT_4), "it was not revoked"
-        assert handshake(lab, 0x23, REVOKE) == COMEIN
-        assert lab.elements() == []
-
-    def test_one_bad_change_harms_nobody_else(
-        self, lab: Lab, nft: FaultyNft, faulty: Server
-    ) -> None:
-        addresses = [f"10.77.4.{number}" for number in range(1, 9)]
-        nft.set("poison")
-        try:
-            assert storm(lab, addresses, 8, KNOCK).good == 7
-        finally:
-            nft.set("good")
-        faulty.wait_for("failed", peer="10.77.4.4")
-        assert [a for a in addresses if not lab.reaches(22, a)] == ["10.77.4.4"]
-        assert storm(lab, addresses, 8, REVOKE).good == 8
-        assert lab.elements() == []
-
-    def test_a_hanging_nft(self, lab: Lab, nft: FaultyNft, faulty: Server) -> None:
-        nft.set("hang")
-        try:
-            with Peer(lab) as first, Peer(lab, source=OTHER_4) as second:
-                first.socket.settimeout(LIMIT_S)
-                first.send(message(RESPONSE, 0x22, token=first.challenge(0x22)))
-                # Meanwhile others are listened to.
-                token = second.challenge(0x22)
-                assert first.receive().operation == GOAWAY
-                nft.set("good")
-                assert not lab.reaches(22, CLIENT_4)
-                second.send(message(RESPONSE, 0x22, token=token))
-                # It may have waited too long for the server's control-timeout of 5 s.
-                assert second.receive().operation == COMEIN
-        finally:
-            nft.set("good")
-        faulty.wait_for("failed", peer=CLIENT_4)
-        assert handshake(lab, 0x22, REVOKE, source=OTHER_4) == COMEIN
-        assert lab.elements() == []
-
-    def test_an_nft_that_vanishes(self, lab: Lab, nft: FaultyNft, faulty: Server) -> None:
-        away = nft.directory / "away"
-        nft.exe.rename(away)
-        try:
-            assert handshake(lab, 0x22) == GOAWAY
-        finally:
-            away.rename(nft.exe)
-        assert handshake(lab, 0x22) == COMEIN
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
+        assert handshake(lab, 0x22, protocol=protocol) == COMEIN
+        assert lab.reaches(22, CLIENT_4)
+        server.stop()
+    assert "letmein" not in lab.ruleset()
 
 
 @pytest.mark.parametrize("mode", ["fail", "mute", "killed", "noise"])
@@ -2681,8 +2701,7 @@ def comment(resource: int = 0x22, user: int = 1, boot: str = BOOT, like: int = 0
     return f'comment "user={user:08X} resource={resource:08X} boot={boot}{means}"'
 
 
-# Each call leaves a line in `calls`. Listings and checks work in all modes without "all"; "old"
-# has the rest done as on a kernel before 6.12, where `expires` is not looked at.
+# Each call leaves a line in `calls`. Checks work in all modes without "all".
 WATCHED_NFT = r"""#!/bin/sh
 echo "$*" >>@HERE@/calls
 mode=$(cat @HERE@/mode)
@@ -2691,10 +2710,7 @@ case "$mode" in
     fail*) echo "Error: made to fail" >&2; exit 1;;
     hang*) exec sleep 60;;
     slow*) sleep 2;;
-    old) sed 's/ expires [0-9a-z]*//g' >@HERE@/script.$$; exec @NFT@ -f @HERE@/script.$$;;
-    poison) cat >@HERE@/script.$$
-            grep -q -F -f @HERE@/poison @HERE@/script.$$ && exit 1
-            exec @NFT@ -f @HERE@/script.$$;;
+    late*) @NFT@ "$@"; exec sleep 60;;
 esac
 exec @NFT@ "$@"
 """
@@ -2717,18 +2733,9 @@ class WatchedNft:
         fresh.write_text(mode, encoding="ascii")
         fresh.replace(self.directory / "mode")
 
-    def poison(self, word: str) -> None:
-        (self.directory / "poison").write_text(word, encoding="ascii")
-        self.mode("poison")
-
-    def calls(self, kind: str = "") -> int:
-        """How many runs there were, of those with this in their arguments."""
-        text = (self.directory / "calls").read_text(encoding="ascii")
-        return sum(kind in line for line in text.splitlines())
-
-    def changes(self) -> int:
-        """How many runs that change something."""
-        return self.calls("-f -") - self.calls("-c -f -")
+    def runs(self) -> int:
+        """How many runs there were."""
+        return len((self.directory / "calls").read_text(encoding="ascii").splitlines())
 
     def conf(self, resources: str = TRUTH_RESOURCES, nftables: str = "", **more: str) -> str:
         return server_conf(resources, nftables=f"exe = {self.exe}\n{nftables}", **more)
@@ -2753,13 +2760,20 @@ def knock_all(lab: Lab, *holders: tuple[str, int, int]) -> None:
         assert handshake(lab, resource, source=address, user=user) == COMEIN
 
 
-def quiet(nft: WatchedNft) -> None:
+def looks(server: Server) -> int:
+    """How often the server has compared the kernel's table with its own."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(status_socket(server)))
+        return int(json.load(peer.makefile("rb"))["counts"].get("looks", 0))
+
+
+def quiet(server: Server) -> None:
     """Wait until the server has looked at all that has happened."""
-    runs, since = nft.calls(), time.monotonic()
-    while time.monotonic() < since + 0.15:
-        time.sleep(0.02)
-        if nft.calls() != runs:
-            runs, since = nft.calls(), time.monotonic()
+    seen, since = looks(server), time.monotonic()
+    while time.monotonic() < since + 0.3:
+        time.sleep(0.05)
+        if looks(server) != seen:
+            seen, since = looks(server), time.monotonic()
 
 
 def crash(server: Server, network: bool = False) -> None:
@@ -2853,9 +2867,10 @@ class TestHeal:
         self,
         lab: Lab,
         guarded: Server,
-        watched: WatchedNft,
         damage: Callable[[Lab], None],
     ) -> None:
+        """Whatever somebody did to what is ours: rules, sets and leases are back, with the time
+        that is left, and only they."""
         knock_all(lab, *HOLDERS)
         agree(lab, guarded, *HOLDERS)
         before, at = milliseconds_left(CLIENT_4), time.monotonic()
@@ -2868,8 +2883,9 @@ class TestHeal:
                 return now.rules == TRUTH_RULES and set(now.elements) == rows(*HOLDERS)
 
             times.append(after(healed, f"not healed:\n{guarded.log}"))
-            guarded.wait_for("healed", turn, leases="5")
-            quiet(watched)
+            if damage is not restore_what_was_saved:  # that has brought it all back by itself
+                guarded.wait_for("healed", turn, leases="5")
+            quiet(guarded)
         print(f"{max(times) * 1000:.0f} ms", end=" ")
         # A look around the firewall costs some 10 ms of it; a busy machine may double it.
         assert min(times) < 0.2
@@ -2943,15 +2959,14 @@ class TestHeal:
         agree(lab, guarded, *HOLDERS[2:])
         assert not guarded.events("healed")
 
-    def test_a_table_that_comes_back_later(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
+    def test_a_table_that_comes_back_later(self, lab: Lab, guarded: Server) -> None:
+        """Until then nobody is told that a port was opened; then all is as it was."""
         knock_all(lab, *HOLDERS)
         at, before = time.monotonic(), milliseconds_left(CLIENT_4)
         nft_do("delete table inet filter")
         guarded.wait_for("cannot-heal")
-        tries = watched.calls()
-        eventually(lambda: watched.calls() >= tries + 3, "it does not go on trying")
+        tries = looks(guarded)
+        eventually(lambda: looks(guarded) >= tries + 3, "it does not go on trying")
         # Without a firewall anybody gets here; but nobody is told that a port was opened.
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
         assert handshake(lab, 0x23, REVOKE) == GOAWAY
@@ -2971,16 +2986,14 @@ class TestHeal:
         assert min(before) - max(milliseconds_left(CLIENT_4)) == pytest.approx(passed, abs=0.3)
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
 
-    def test_a_chain_that_is_missing(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
+    def test_a_chain_that_is_missing(self, lab: Lab, guarded: Server) -> None:
         """Said once, tried again with growing pauses, and mended when the chain is back."""
         knock_all(lab, *HOLDERS)
         lab.load("table inet filter { chain input { }; }")
         guarded.wait_for("cannot-heal")
         # Pauses of 0.1, 0.2, 0.4 s: three more tries take 0.7 s, not 0.1.
-        tries, started = watched.changes(), time.monotonic()
-        eventually(lambda: watched.changes() >= tries + 3, "it does not go on trying")
+        tries, started = looks(guarded), time.monotonic()
+        eventually(lambda: looks(guarded) >= tries + 3, "it does not go on trying")
         assert time.monotonic() - started > 0.5
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
@@ -3037,20 +3050,21 @@ class TestHeal:
         ids=["another table", "a table's end", "another family", "a set", "a chain", "a rule"],
     )
     def test_what_is_not_ours_is_none_of_our_business(
-        self, lab: Lab, guarded: Server, watched: WatchedNft, change: str
+        self, lab: Lab, guarded: Server, change: str
     ) -> None:
+        """It costs the server no look at the table."""
         knock_all(lab, *HOLDERS)
-        time.sleep(0.1)
-        runs = watched.calls()
+        quiet(guarded)
+        before = looks(guarded)
         for line in change.split("|"):
             nft_do(line)
-        # The look that must not be comes within 25 ms.
+        # The look that must not be would come within 25 ms.
         time.sleep(0.25)
-        assert watched.calls() == runs
-        # It has not fallen asleep: this does concern us, and is looked at twice.
+        assert looks(guarded) == before
+        # It has not fallen asleep: this does concern us.
         nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
         guarded.wait_for("revoked", reason="by hand")
-        assert watched.calls() == runs + 2
+        assert looks(guarded) > before
 
     @pytest.mark.parametrize(
         "name, element",
@@ -3121,14 +3135,15 @@ class TestHeal:
     def test_a_failing_nft_while_healing(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """It goes on trying, says so once, and heals when nft works again."""
         knock_all(lab, *HOLDERS)
         for mode in ("fail", "fail-all"):
             watched.mode(mode)
             count = len(guarded.events("cannot-heal"))
             flush_and_reload(lab)
             guarded.wait_for("cannot-heal", count + 1)
-            tries = watched.calls()
-            eventually(lambda tries=tries: watched.calls() > tries + 3, "it gave up")  # type: ignore[misc]
+            tries = watched.runs()
+            eventually(lambda tries=tries: watched.runs() > tries + 3, "it gave up")  # type: ignore[misc]
             assert len(guarded.events("cannot-heal")) == count + 1
             watched.mode("good")
             agree(lab, guarded, *HOLDERS)
@@ -3186,8 +3201,8 @@ class TestTenThousand:
                 text = run(NFT, "list", "chain", "inet", "filter", "LETMEIN-INPUT")
                 return text.count('comment "letmein') == TRUTH_RULES
 
-            # The rules come in the same transaction as the leases.
             took = after(healed, "not healed")
+            server.wait_for("healed", leases=str(count + 30))
             print(f"healed {took * 1000:.0f} ms", end=", ")
             print(f"knock {alone * 1000:.1f} / {among_many * 1000:.1f} ms", end=" ")
             assert len(kernel().elements) == count + 30
@@ -3236,10 +3251,26 @@ class TestAdopt:
             knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x23, 1))
             crash(server)
         with Server(lab, conf) as server:
-            assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
-            assert handshake(lab, 0x23, REVOKE) == COMEIN
             assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-            agree(lab, server, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 1))
+            server.wait_for("revoked", reason="max-nr-rules is reached")
+            assert len(kernel().elements) <= 3
+
+    def test_more_than_may_be(self, lab: Lab, watched: WatchedNft) -> None:
+        """Nobody is thrown out because max-nr-rules is lower now, and the log says what is so; a
+        newcomer takes the place of an old lease."""
+        lab.load(more=DOOR)
+        holders = [(f"10.77.0.{number}", 0x22, 1) for number in range(8)]
+        with Server(lab, watched.conf()) as server:
+            knock_all(lab, holders[0])
+            time.sleep(5 * TICK_S)  # its successor can tell which is the oldest
+            knock_all(lab, *holders[1:])
+            crash(server)
+        with Server(lab, watched.conf(nftables="max-nr-rules = 5")) as server:
+            warnings = [event["reason"] for event in server.events("warning")]
+            assert any("max-nr-rules is 5, but 10 rules" in reason for reason in warnings)
+            agree(lab, server, *holders)
+            knock_all(lab, (OTHER_4, 0x22, 2))
+            agree(lab, server, *holders[1:], (OTHER_4, 0x22, 2))
 
     def test_the_time_left_is_at_most_what_is_configured(
         self, lab: Lab, watched: WatchedNft
@@ -3317,6 +3348,21 @@ class TestAdopt:
         with Server(lab, watched.conf(changed)) as server:
             server.wait_for("adopted", leases="2")
             agree(lab, server, HOLDERS[2], HOLDERS[4])
+
+    def test_a_key_that_was_replaced(self, lab: Lab, watched: WatchedNft) -> None:
+        """What a key got that is no longer valid at the next start is not taken over, and nothing of
+        a key stands in the kernel."""
+        lab.load(more=DOOR)
+        with Server(lab, watched.conf()) as server:
+            knock_all(lab, *HOLDERS)
+            crash(server)
+        text = lab.ruleset().lower()
+        assert not any(key.hex()[n : n + 8] in text for key in KEYS.values() for n in range(57))
+        conf = watched.conf().replace(KEYS[1].hex(), bytes(range(32)).hex())
+        with Server(lab, conf) as server:
+            server.wait_for("adopted", leases="2")
+            agree(lab, server, *(holder for holder in HOLDERS if holder[2] == 2))
+            assert not lab.reaches(22, CLIENT_4)
 
     def test_sets_that_nobody_has_any_more(self, lab: Lab, watched: WatchedNft) -> None:
         lab.load(more=DOOR)
@@ -3423,15 +3469,19 @@ class TestSighup:
         assert not guarded.events("revoked", reason="configuration")
 
     def test_keys(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A lease belongs to the key it was given for: with a new key for its user it ends."""
         knock_all(lab, *HOLDERS)
         new = bytes(range(32))
         conf = watched.conf().replace(KEYS[1].hex(), new.hex())
         reconfigure(guarded, conf)
-        agree(lab, guarded, *HOLDERS)
+        kept = [holder for holder in HOLDERS if holder[2] == 2]
+        agree(lab, guarded, *kept)
+        assert len(guarded.events("revoked", reason="configuration")) == 3
+        assert not lab.reaches(22, CLIENT_4)
         assert attempt(lab, 0x26) is None
         assert attempt(lab, 0x26, key=new) == COMEIN
         assert handshake(lab, 0x22, source=OTHER_4, user=2) == COMEIN
-        agree(lab, guarded, *HOLDERS, (CLIENT_4, 0x26, 1), (OTHER_4, 0x22, 2))
+        agree(lab, guarded, *kept, (CLIENT_4, 0x26, 1), (OTHER_4, 0x22, 2))
 
     def test_users_and_resources_that_are_gone(
         self, lab: Lab, guarded: Server, watched: WatchedNft
@@ -3610,7 +3660,8 @@ class TestSighup:
         is in force as soon as nft works. Nothing in between, and nobody is locked out."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
-        new = watched.conf(TRUTH_RESOURCES.replace("22 = port: 22\n", "28 = port: 22\n"))
+        changed = "28 = port: 22\n42 = jump / input: DOOR / input-match: saddr\n"
+        new = watched.conf(TRUTH_RESOURCES.replace("22 = port: 22\n", changed))
         kept = [*HOLDERS, (OTHER_4, 0x23, 1)]
         watched.mode(mode)
         if "all" in mode:
@@ -3724,22 +3775,6 @@ class TestSighup:
 class TestNftFaults:
     """After each of them the kernel, `status` and what clients were told are one."""
 
-    def test_missing(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        away = watched.directory / "away"
-        watched.exe.rename(away)
-        try:
-            assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
-            assert handshake(lab, 0x22, REVOKE) == GOAWAY
-            guarded.wait_for("failed", 2)
-            assert lab.reaches(22, CLIENT_4)
-        finally:
-            away.rename(watched.exe)
-        agree(lab, guarded, *HOLDERS)
-        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
-        agree(lab, guarded, *HOLDERS[1:], (OTHER_4, 0x22, 1))
-
     def test_missing_while_the_firewall_is_reloaded(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
@@ -3754,84 +3789,39 @@ class TestNftFaults:
         eventually(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
         agree(lab, guarded, *HOLDERS)
 
-    def test_one_bad_change_of_many(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        addresses = [f"10.77.4.{number}" for number in range(101, 131)]
-        knock_all(lab, *HOLDERS)
-        watched.poison("10.77.4.107 ")
-        assert storm(lab, addresses, 30, KNOCK).good == 29
-        good = [(address, 0x22, 1) for address in addresses if address != "10.77.4.107"]
-        agree(lab, guarded, *HOLDERS, *good)
-        guarded.wait_for("failed", peer="10.77.4.107")
-        assert len(guarded.events("failed")) == 1
-        # A bad revoke: the lease stays, and its client knows.
-        watched.poison("10.77.4.108 ")
-        assert storm(lab, addresses[6:], 30, REVOKE).good == 23
-        guarded.wait_for("failed", peer="10.77.4.108")
-        agree(lab, guarded, *HOLDERS, *good[:6], ("10.77.4.108", 0x22, 1))
-
-    @pytest.mark.parametrize("mode", ["hang", "hang-all"])
-    def test_hanging(self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str) -> None:
+    @pytest.mark.parametrize("mode", ["hang", "late"])
+    def test_killed(self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str) -> None:
+        """An nft that hangs is killed, whether it has done its work before or not; then the server
+        looks what is there, and mends it."""
         knock_all(lab, *HOLDERS)
         watched.mode(mode)
-        with contextlib.ExitStack() as stack:
-            peers = [
-                stack.enter_context(Peer(lab, source=f"10.77.4.{n}")) for n in range(1, 6)
-            ]
-            tokens = [peer.challenge(0x22) for peer in peers]
-            started = time.monotonic()
-            for peer, token in zip(peers, tokens):
-                peer.socket.settimeout(3 * LIMIT_S)
-                peer.send(message(RESPONSE, 0x22, token=token))
-            assert peers[0].receive().operation == GOAWAY
-            first = time.monotonic() - started
-            assert 3.5 < first < 6, "a client waits no longer than 5 s"
-            watched.mode("good")
-            answers = [peer.receive().operation for peer in peers[1:]]
-            took = time.monotonic() - started
-            print(f"{first:.1f} to {took:.1f} s", end=" ")
-        assert took < 2 * 4 + 2
-        told = [(f"10.77.4.{n}", 0x22, 1) for n, a in enumerate(answers, 2) if a == COMEIN]
-        agree(lab, guarded, *HOLDERS, *told)
-        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-        agree(lab, guarded, *HOLDERS, *told, (OTHER_4, 0x22, 1))
-
-    def test_killed_when_it_had_done_its_work(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        """The kernel has a lease that its client was told it did not get: it goes."""
-        knock_all(lab, *HOLDERS)
-        good = watched.exe.read_text(encoding="utf-8")
-        late = good.replace("exec @NFT@".replace("@NFT@", NFT) + ' "$@"\n',
-                            f'{NFT} "$@"; exec sleep 60\n')
-        assert late != good
-        fresh = watched.directory / "fresh"
-        for text in (late, good):
-            fresh.write_text(text, encoding="utf-8")
-            fresh.chmod(0o755)
-            fresh.replace(watched.exe)
-            if text == late:
-                watched.mode("late")
-                with Peer(lab, source=OTHER_4) as peer:
-                    peer.socket.settimeout(3 * LIMIT_S)
-                    peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
-                    assert peer.receive().operation == GOAWAY
-        agree(lab, guarded, *HOLDERS)
-        assert not lab.reaches(22, OTHER_4)
-
-    def test_slow(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        """2 s a run: knocks share runs, and all are answered before their clients lose patience."""
-        watched.mode("slow")
-        runs = watched.changes()
-        addresses = [f"10.77.4.{number}" for number in range(1, 21)]
-        result = storm(lab, addresses, 20, KNOCK)
-        print(f"{result.seconds:.1f} s in {watched.changes() - runs} runs", end=" ")
-        assert result.good == 20
-        assert watched.changes() - runs <= 3
-        assert result.seconds < 7
+        delete_the_rules(lab)
+        event = guarded.wait_for("cannot-heal")
+        assert "did not end within 4 s" in event["reason"], event
         watched.mode("good")
-        agree(lab, guarded, *((address, 0x22, 1) for address in addresses))
+        eventually(lambda: kernel().rules == TRUTH_RULES, "not healed")
+        agree(lab, guarded, *HOLDERS)
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
+
+    def test_slow(self, lab: Lab, watched: WatchedNft) -> None:
+        """An nft that takes 2 s prolongs no lease: not at a heal, nor at a start after kill -9."""
+        lab.load(more=DOOR)
+        with Server(lab, watched.conf()) as server:
+            knock_all(lab, *HOLDERS)
+            before, at = milliseconds_left(CLIENT_4), time.monotonic()
+            watched.mode("slow")
+            for turn in (1, 2):
+                flush_and_reload(lab)
+                server.wait_for("healed", turn, leases="5")
+            crash(server)
+        with Server(lab, watched.conf()) as server:
+            now, passed = milliseconds_left(CLIENT_4), time.monotonic() - at
+            assert len(now) == len(before) == 4
+            assert min(before) - max(now) == pytest.approx(passed, abs=0.3)
+            assert passed > 4
+            watched.mode("good")
+            agree(lab, server, *HOLDERS)
 
     def test_a_chain_that_vanished(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
         knock_all(lab, *HOLDERS)
@@ -3895,7 +3885,6 @@ class TestExactly:
         every = [0x25, 0x23, 0x40, 0x41]
         runner = (sys.executable, program, "server")
         with Server(lab, watched.conf(resources), program=runner) as server:
-            watched.mode("good" if refreshes else "old")
             knock_all(lab, *((CLIENT_4, resource, 1) for resource in every))
             began = time.monotonic()
             time.sleep(1.5)
@@ -3912,7 +3901,7 @@ class TestExactly:
                         shut[port] = time.monotonic()
             print({port: round(at - told, 2) for port, at in shut.items()}, end=" ")
             for port, at in shut.items():
-                assert at - before >= 3.0, port
+                assert at - before >= 3.0 - TICK_S, port
                 assert at - told <= 4.0, port
             assert told - began < 3.0, "the machine was too slow for this test"
 
@@ -3924,7 +3913,6 @@ class TestExactly:
         program = LETMEIN if refreshes else without_refresh(lab)
         runner = (sys.executable, program, "server")
         with Server(lab, watched.conf(), program=runner) as server:
-            watched.mode("good" if refreshes else "old")
             both = [(CLIENT_4, 0x22), (CLIENT_4, 0x23), (CLIENT_4, 0x40), (CLIENT_4, 0x41)]
             for user in (1, 2, 2, 1):
                 if user == 2:
@@ -4018,15 +4006,16 @@ class TestExactly:
         conf = watched.conf(nftables=f"max-nr-rules = {2 + room * size + size - 1}")
         with Server(lab, conf) as server:
             for _ in range(3):
-                assert storm(lab, addresses, 64, KNOCK, resource).good == room
+                # Each comes in, in the place of an older one; and never are there too many.
+                assert storm(lab, addresses, 64, KNOCK, resource).good == 64
                 held = {row.address for row in kernel().elements}
                 assert len(held) == room
-                for address in held:
-                    server.wait_for("granted", peer=address)
                 agree(lab, server, *((address, resource, 1) for address in held))
-                # All those may knock again, and nobody else.
-                assert storm(lab, addresses, 64, KNOCK, resource).good == room
+                # All those may knock again: nobody goes for that.
+                ended = len(server.events("revoked", reason="max-nr-rules is reached"))
+                assert storm(lab, held, 64, KNOCK, resource).good == room
                 assert {row.address for row in kernel().elements} == held
+                assert len(server.events("revoked", reason="max-nr-rules is reached")) == ended
                 assert storm(lab, addresses, 64, REVOKE, resource).good == 64
                 agree(lab, server)
 
@@ -4052,7 +4041,7 @@ class TestExactly:
             eventually(lambda: not lab.reaches(25, CLIENT_4), "the lease does not end")
             shut = time.monotonic()
             print(f"{shut - told:.2f} s", end=" ")
-            assert shut - before >= 3.0
+            assert shut - before >= 3.0 - TICK_S
             assert shut - told <= 4.0
 
     def test_3_seconds_with_reloads(self, lab: Lab, guarded: Server) -> None:
@@ -4060,14 +4049,14 @@ class TestExactly:
         before = time.monotonic()
         assert handshake(lab, 0x25) == COMEIN
         told = time.monotonic()
-        while lab.reaches(25, CLIENT_4):
-            assert time.monotonic() < told + 5, "the lease does not end"
+        while time.monotonic() < before + 2.5:
             flush_and_reload(lab)
-            eventually(lambda: kernel().rules == TRUTH_RULES, "not healed")
+            eventually(lambda: lab.reaches(25, CLIENT_4), "not healed")
             guarded.process.send_signal(signal.SIGHUP)
+        eventually(lambda: not lab.reaches(25, CLIENT_4), "the lease does not end")
         shut = time.monotonic()
         print(f"{shut - told:.2f} s", end=" ")
-        assert shut - before >= 3.0
+        assert shut - before >= 3.0 - TICK_S
         assert shut - told <= 4.0
 
 
@@ -4208,7 +4197,7 @@ class World:
     def by_hand(self, number: int) -> None:
         """Delete a lease that stands for some while yet from the kernel."""
         assert self.server is not None
-        quiet(self.nft)
+        quiet(self.server)
         soon = time.monotonic() + 2
         firm = sorted(key for key, held in self.leases.items() if held.earliest > soon)
         if not firm:
@@ -4250,9 +4239,6 @@ class World:
         assert self.server is not None
         crash(self.server, network=bool(number % 2))
         self.server = Server(self.lab, self.variant.conf(self.nft))
-        # Taken over by whole seconds.
-        for key, held in self.leases.items():
-            self.leases[key] = held._replace(earliest=held.earliest - 1.05)
 
     def restart(self) -> None:
         assert self.server is not None
@@ -4269,15 +4255,10 @@ class World:
         eventually(lambda: attempt(self.lab, 0x99) is not None, "no new network process")
 
     def fault(self, source: int, resource: int, operation: int, all_fails: bool) -> None:
-        """nft fails for a change: the client is told so, and nothing changes."""
+        """nft fails meanwhile: that is nothing to a lease."""
         self.nft.mode("fail-all" if all_fails else "fail")
-        answer = attempt(self.lab, resource, operation, SOURCES[source])
+        self.knock(source, resource, 1, operation)
         self.nft.mode("good")
-        nothing_to_do = operation == REVOKE and (SOURCES[source], resource) not in self.leases
-        if resource in self.variant.resources and not nothing_to_do:
-            held = self.leases.get((SOURCES[source], resource))
-            firm = held is None or held.earliest > time.monotonic()
-            assert answer == GOAWAY or (not firm and operation == REVOKE), answer
 
     def faulty_reload(self) -> None:
         """The firewall is reloaded while nft fails; later it works again."""
@@ -5348,35 +5329,51 @@ class TestRepeats:
     """What comes twice."""
 
     @pytest.mark.parametrize("source", [CLIENT_4, CLIENT_6])
-    @pytest.mark.parametrize("mode", ["slow", "fail"])
-    def test_a_response_repeated_while_nft_runs(
-        self, lab: Lab, guarded: Server, watched: WatchedNft, source: str, mode: str
+    @pytest.mark.parametrize("resource, answer", [(0x22, COMEIN), (0x27, GOAWAY)])
+    def test_a_response_repeated(
+        self, lab: Lab, guarded: Server, source: str, resource: int, answer: int
     ) -> None:
         """It changes nothing, and gets no other answer than the first one."""
         with Peer(lab, "udp", source) as peer:
-            response = message(RESPONSE, 0x22, token=peer.challenge(0x22))
-            quiet(watched)
-            changes = watched.changes()
-            watched.mode(mode)
-            for _ in range(4):
+            response = message(RESPONSE, resource, token=peer.challenge(resource))
+            replies = []
+            for _ in range(5):
                 peer.send(response)
-            replies = [peer.socket.recv(100)]
-            watched.mode("good")
-            peer.send(response)
-            peer.send(message(KNOCK, 0x23))
-            while (data := peer.socket.recv(100))[7] != CHALLENGE:
-                replies.append(data)
-        assert len(replies) >= 2
-        assert len(set(replies)) == 1
-        assert Reply.parse(replies[0]).operation == (COMEIN if mode == "slow" else GOAWAY)
-        guarded.wait_for("granted" if mode == "slow" else "failed")  # the peer hears before the log
-        if mode == "slow":
-            assert watched.changes() == changes + 1
-            assert len(guarded.events("granted")) == 1
-            agree(lab, guarded, (source, 0x22, 1))
-        else:
-            assert len(guarded.events("failed")) == 1
+                replies.append(peer.receive())
+        assert {reply.operation for reply in replies} == {answer}
+        event = "granted" if answer == COMEIN else "failed"
+        guarded.wait_for(event)  # the peer hears before the log
+        agree(lab, guarded, *([(source, 0x22, 1)] if answer == COMEIN else []))
+        assert len(guarded.events(event)) == 1
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    def test_a_challenge_is_good_for_one_change(
+        self, lab: Lab, guarded: Server, protocol: str
+    ) -> None:
+        """Further RESPONSEs to it, each with another salt, change nothing; a new KNOCK from the same
+        port does, with a CHALLENGE of its own."""
+        with Peer(lab, protocol) as peer:
+            token = peer.challenge(0x22)
+            for _ in range(20):
+                peer.send(message(RESPONSE, 0x22, token=token))
+            assert peer.receive().operation == COMEIN
+            guarded.wait_for("granted")
+            if protocol == "tcp":
+                return
+            assert handshake(lab, 0x22, REVOKE) == COMEIN
+            peer.send(message(RESPONSE, 0x22, token=token))
+            second = next(r for r in iter(peer.receive, None) if r.operation == COMEIN)
+            assert second.operation == COMEIN, "the answer of the one that was granted"
             agree(lab, guarded)
+            assert len(guarded.events("granted")) == 1
+            while peer.socket in select.select([peer.socket], [], [], 0.1)[0]:
+                peer.receive()
+            again = peer.challenge(0x22)
+            assert again != token
+            peer.send(message(RESPONSE, 0x22, token=again))
+            assert peer.receive().operation == COMEIN
+            agree(lab, guarded, (CLIENT_4, 0x22, 1))
+            assert len(guarded.events("granted")) == 2
 
 
 class TestAddresses:
