@@ -184,7 +184,7 @@ if cmp -s "$$lock" "$$venv/lock.txt"; then
 	exit 0
 elif [ ! -e "$$lock" ]; then
 	echo "There is no $$lock, so no tools for this Python."
-	echo "Try one of $(LOCK_PYTHONS), such as: make test PYTHON=python$(lastword $(PYTHONS))"
+	echo "Try one of $(LOCK_PYTHONS), such as: make test PYTHON=$(lastword $(PYTHONS))"
 	exit 1
 fi
 echo "Installing into $$venv what $$lock says"

@@ -5112,6 +5112,7 @@ class TestLock:
         good, said = make_tools()
         assert not good
         assert said.startswith(f"There is no .ci/lock/{name}.txt")
+        assert "make test PYTHON=python3.13\n" in said
         lock.write_text(newer.replace("2.0", "1.0"))
         good, said = make_tools()
         assert not good
