@@ -1,5 +1,6 @@
 # Nothing has to be built. Each target sets up what it needs: Debian packages (as root or through
-# sudo, and it says so first), and tools from PyPI in .venv, in a directory for each Python.
+# sudo, and it says so first), and tools in .venv, in a directory for each Python: those of .ci/lock,
+# where each has its version and its hashes, so that this tree gets the same tools at any time.
 
 PYTHON = python3
 PYTEST_ARGS =
@@ -14,8 +15,6 @@ ROOTLESS = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-# What Python 3.9 can have: so all versions of Python use the same.
-TOOLS = pytest>=8.3,<9 pytest-xdist>=3.6,<3.9 hypothesis>=6.112,<6.142 coverage>=7.6,<7.11 ruff>=0.12,<0.18 mypy>=1.13,<1.20 pyseccomp>=0.1.2,<0.2
 SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
@@ -31,6 +30,7 @@ help:
 	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
 	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
 	@echo 'make lint    ruff, and mypy --strict'
+	@echo 'make lock    newer tools: write .ci/lock anew, from its three .in files'
 	@echo 'make clean   remove what these have made'
 	@echo 'make install, make uninstall    for this machine (PREFIX=/usr/local; DESTDIR=/tmp/package)'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
@@ -76,9 +76,11 @@ fuzz: tools
 			test_letmein.py -m hypothesis -k 'not TestAnything' --hypothesis-seed=$$seed || exit 1; \
 		[ $$(date +%s) -lt $$end ]; do :; done
 
-bench: tools
-	$(ROOTLESS) $(VENV)/bin/python .ci/bench $(BENCH_ARGS)
+bench: bench-tools
+	$(ROOTLESS) $(VENV)-bench/bin/python .ci/bench $(BENCH_ARGS)
 
+# Our files are checked for the oldest Python, whichever runs. The tools that they import are of
+# versions that work there (see `lock`), so mypy can read those as well.
 lint: tools
 	$(VENV)/bin/ruff check --isolated --cache-dir=$(VENV)/ruff --target-version=py39 \
 		--line-length=100 --select=E,F,W,I,UP,B,SIM,RUF $(SCRIPTS)
@@ -124,7 +126,8 @@ uninstall:
 	rm -rf $(addprefix $(DESTDIR),$(MODULE) $(DOC) $(UNITS)/letmeind.service)
 	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind)
 
-.PHONY: help demo test matrix soak fuzz bench lint clean install uninstall packages test-packages tools
+.PHONY: help demo test matrix soak fuzz bench lint lock clean install uninstall \
+	packages test-packages tools bench-tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
@@ -141,11 +144,58 @@ test-packages:
 	[ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing
 
 tools: test-packages
-	@echo '$(TOOLS)' | cmp -s - $(VENV)/tools || { \
-		echo 'Installing into $(VENV): $(TOOLS)'; \
-		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && \
-		$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TOOLS:%='%') && \
-		echo '$(TOOLS)' >$(VENV)/tools; }
+	@sh -ec "$$LOCKED_VENV" venv $(VERSION)
+
+bench-tools: test-packages
+	@sh -ec "$$LOCKED_VENV" venv $(VERSION)-bench
+
+lock: test-packages
+	@sh -ec "$$LOCKED_VENV" venv uv
+	@sh -ec "$$WRITE_LOCKS"
+
+# All Pythons use the same versions, those that 3.9 can have; only what `make bench` draws with may be
+# newer. Who runs uv on which machine makes no difference. The lock of uv comes last: for next time.
+LOCK_PYTHONS = 3.9 3.10 3.11 3.12 3.13 3.14
+define WRITE_LOCKS
+lock() {
+	echo "Writing .ci/lock/$$3.txt"
+	.venv/uv/bin/uv pip compile --quiet --no-config --python .venv/uv/bin/python \
+		--python-platform linux --upgrade --only-binary :all: --generate-hashes \
+		--no-emit-index-url --annotation-style line --custom-compile-command 'make lock' \
+		--python-version "$$1" -o ".ci/lock/$$3.txt" ".ci/lock/$$2.in" $$4
+}
+lock 3.9 tools 3.9
+for version in $(filter-out 3.9,$(LOCK_PYTHONS)); do
+	lock $$version tools $$version "-c .ci/lock/3.9.txt"
+done
+for version in $(LOCK_PYTHONS); do
+	lock $$version bench $$version-bench "-c .ci/lock/$$version.txt"
+done
+lock 3.9 uv uv
+endef
+
+# .venv/NAME is made from .ci/lock/NAME.txt: from the files whose hashes that gives, and from nothing
+# else. pip's settings may say where to find them, and not what else to install, or where. A copy of
+# the lock is the last thing to come, so what was interrupted is made anew, as is what has changed.
+define LOCKED_VENV
+lock=.ci/lock/$$1.txt
+venv=.venv/$$1
+if cmp -s "$$lock" "$$venv/lock.txt"; then
+	exit 0
+elif [ ! -e "$$lock" ]; then
+	echo "There is no $$lock, so no tools for this Python."
+	echo "Try one of $(LOCK_PYTHONS), such as: make test PYTHON=$(lastword $(PYTHONS))"
+	exit 1
+fi
+echo "Installing into $$venv what $$lock says"
+rm -rf "$$venv"
+$(PYTHON) -m venv "$$venv"
+env -u PIP_REQUIREMENT -u PIP_CONSTRAINT -u PIP_EDITABLE \
+	-u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_USER -u PIP_PYTHON \
+	"$$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check \
+	--require-hashes --no-deps --only-binary :all: -r "$$lock"
+cp "$$lock" "$$venv/lock.txt"
+endef
 
 define INSTALL
 command="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends $$*"
@@ -205,4 +255,4 @@ if os.environ.get("COVERAGE_PROCESS_START") or (
     atexit.register(save)
 endef
 
-export INSTALL COVERAGE_INI COVERAGE_START
+export LOCKED_VENV WRITE_LOCKS INSTALL COVERAGE_INI COVERAGE_START

@@ -26,6 +26,7 @@ import fcntl
 import gc
 import hashlib
 import hmac
+import importlib.metadata
 import ipaddress
 import itertools
 import json
@@ -44,10 +45,12 @@ import statistics
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -4961,6 +4964,153 @@ class TestService:
             nft_do(fw4)
             server.wait_for("healed", 5, leases="2")
             assert lab.reaches(22, CLIENT_6)
+
+
+LOCKS = HERE / ".ci/lock"
+LOCKED_PYTHONS = [f"3.{minor}" for minor in range(9, 15)]
+LOCK_INPUTS = {  # what each lock was made from
+    **{python: "tools.in" for python in LOCKED_PYTHONS},
+    **{f"{python}-bench": "bench.in" for python in LOCKED_PYTHONS},
+    "uv": "uv.in",
+}
+
+
+class TestLock:
+    """The tools of `make`: what .ci/lock names, and nothing else."""
+
+    @staticmethod
+    def requirements(path: Path) -> list[str]:
+        """Of a lock or its input: one a line, without comments."""
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return [line for line in lines if line]
+
+    def locked(self, name: str) -> dict[str, str]:
+        """The version of each package in this lock."""
+        found = {}
+        for line in self.requirements(LOCKS / f"{name}.txt"):
+            package, _, version = line.split()[0].partition("==")
+            found[package] = version
+        return found
+
+    @staticmethod
+    def installed(site: str | Path) -> dict[str, str]:
+        """The version of each package there, but for those that a new venv has."""
+        found = {}
+        for package in importlib.metadata.distributions(path=[str(site)]):
+            name = re.sub("[-_.]+", "-", package.metadata["Name"]).lower()
+            if name not in ("pip", "setuptools"):
+                found[name] = package.version
+        return found
+
+    def test_what_runs_is_what_is_locked(self) -> None:
+        """The packages beside this Python are those of its lock: each of them, and no others."""
+        site = sysconfig.get_path("purelib")
+        hint = f"{site} is not what `make tools` installs from .ci/lock"
+        assert self.installed(site) == self.locked("{}.{}".format(*sys.version_info)), hint
+
+    def test_each_lock_has_its_input(self) -> None:
+        """No lock is missing, none is left over."""
+        assert {path.stem for path in LOCKS.glob("*.txt")} == LOCK_INPUTS.keys()
+        assert {path.name for path in LOCKS.glob("*.in")} == set(LOCK_INPUTS.values())
+
+    @pytest.mark.parametrize("name", LOCK_INPUTS)
+    def test_versions_and_hashes(self, name: str) -> None:
+        """Each requirement says which files will do; none says where they come from."""
+        path = LOCKS / f"{name}.txt"
+        requirements = self.requirements(path)
+        for line in requirements:
+            words = line.split()
+            assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", words[0]), line
+            assert len(words) > 1, line
+            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in words[1:]), line
+        assert len(requirements) == len(self.locked(name))
+        assert "://" not in path.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("name", LOCK_INPUTS)
+    def test_nothing_is_missing(self, name: str) -> None:
+        """What the input asks for is in the lock."""
+        lines = self.requirements(LOCKS / LOCK_INPUTS[name])
+        asked = {re.split("[^a-z0-9-]", line)[0] for line in lines}
+        assert asked
+        assert asked <= self.locked(name).keys()
+
+    @pytest.mark.parametrize("python", LOCKED_PYTHONS)
+    def test_the_same_everywhere(self, python: str) -> None:
+        """All Pythons have the versions that 3.9 can have: mypy reads them as Python 3.9."""
+        oldest, tools = self.locked("3.9").items(), self.locked(python)
+        assert tools.items() <= oldest
+        drawing = self.locked(f"{python}-bench")
+        assert {package: drawing.get(package, tools[package]) for package in tools} == tools
+
+    @staticmethod
+    def wheel(directory: Path, name: str, version: str) -> str:
+        """Write a package that needs `other`; returns the line of a lock for it."""
+        path = directory / f"{name}-{version}-py3-none-any.whl"
+        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        if name != "other":
+            metadata.append("Requires-Dist: other")
+        files = {
+            "METADATA": metadata,
+            "WHEEL": ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"],
+            "RECORD": [],
+        }
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, lines in files.items():
+                text = "".join(f"{line}\n" for line in lines)
+                archive.writestr(f"{name}-{version}.dist-info/{file}", text)
+        return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+    def test_make_installs_the_lock_alone(self, tmp_path: Path) -> None:
+        """Not what is newer, not what is needed besides, not what pip's settings add; once."""
+        name = "{}.{}".format(*sys.version_info)
+        index, tree = tmp_path / "index", tmp_path / "tree"
+        lock, venv = tree / f".ci/lock/{name}.txt", tree / f".venv/{name}"
+        index.mkdir()
+        lock.parent.mkdir(parents=True)
+        shutil.copy(HERE / "Makefile", tree)
+        older = self.wheel(index, "example", "1.0")
+        newer = self.wheel(index, "example", "2.0")
+        more = tmp_path / "more"
+        more.write_text(self.wheel(index, "other", "1.0"))
+        clean = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS")
+        settings = (
+            *("PIP_NO_INDEX=1", f"PIP_FIND_LINKS={index}"),
+            *(f"PIP_REQUIREMENT={more}", f"PIP_TARGET={tmp_path / 'elsewhere'}"),
+        )
+
+        def make_tools() -> tuple[bool, str]:
+            make = ("make", "--silent", "-C", tree, "tools", f"PYTHON={sys.executable}")
+            done = subprocess.run(
+                [*clean, *settings, *make], capture_output=True, encoding="utf-8", timeout=120
+            )
+            return done.returncode == 0, done.stdout + done.stderr
+
+        def installed() -> dict[str, str]:
+            return self.installed(venv / f"lib/python{name}/site-packages")
+
+        # No lock at all, and then files that are not those of the lock.
+        good, said = make_tools()
+        assert not good
+        assert said.startswith(f"There is no .ci/lock/{name}.txt")
+        assert "make test PYTHON=python3.13\n" in said
+        lock.write_text(newer.replace("2.0", "1.0"))
+        good, said = make_tools()
+        assert not good
+        assert "HASH" in said
+        assert installed() == {}
+        # What failed is done anew.
+        lock.write_text(older)
+        said = f"Installing into .venv/{name} what .ci/lock/{name}.txt says\n"
+        assert make_tools() == (True, said)
+        assert installed() == {"example": "1.0"}
+        # Then nothing is asked for, so it works without an index, until the lock changes.
+        index.rename(tmp_path / "offline")
+        assert make_tools() == (True, "")
+        (tmp_path / "offline").rename(index)
+        lock.write_text(newer)
+        assert make_tools()[0]
+        assert installed() == {"example": "2.0"}
 
 
 class TestInstall:
