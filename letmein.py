@@ -1129,7 +1129,7 @@ COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) pr
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 GATE_COMMENT = "gate"
 PROTOCOL_PARTS, JUMP_PART = {6: 1, 17: 2}, 4  # the elements of a lease, as bits
-LATE_S = 0.05  # by how much the kernel may end a lease later than we do
+LATE_S = 0.1  # by how much the kernel may end a lease later than we do
 EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
@@ -1702,6 +1702,9 @@ class Firewall:
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
+        self.kernel = Kernel(self.config.family, self.config.table)
+        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        check_kernel(self.kernel, self.nft, self.config)
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
@@ -1710,11 +1713,8 @@ class Firewall:
         def notified() -> None:
             self._on_notification(netlink)
 
-        self.kernel = Kernel(self.config.family, self.config.table)
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        check_kernel(self.kernel, self.nft, self.config)
-        self._install()
         selector.register(netlink, selectors.EVENT_READ, notified)
+        self._install()
         self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
         self.work = self._look()
@@ -1773,11 +1773,11 @@ class Firewall:
             except FileExistsError:  # an element that we did not know of
                 self.kernel.change(self._changes(new, ended, now, replace=True))
             except OSError:
-                # The firewall was changed under us: put back what others need, and try again; but
-                # not one nft for each knock, where nft does not help.
-                self.look_at = min(self.look_at, NEVER if self.trouble else 0.0)
+                # The firewall was changed under us: put back what others need, and try again. Where
+                # nft does not help, do not run one for each knock.
                 if self.trouble:
                     return self.trouble
+                self.look_at = 0.0
                 self._install()
                 self.kernel.change(self._changes(new, ended, time.monotonic(), replace=True))
         except UserError as error:

@@ -952,7 +952,7 @@ class TestTime:
                 if not lab.reaches(23, CLIENT_4):
                     other_shut = time.monotonic()
                 assert time.monotonic() < again + 4, "the other lease does not end"
-            assert 2.0 <= other_shut - again <= 3.0
+            assert 2.0 - TICK_S <= other_shut - again <= 3.0
             # What has ended by itself can be revoked and opened again.
             assert handshake(lab, 0x25, REVOKE) == COMEIN
             assert handshake(lab, 0x23) == COMEIN
@@ -1348,8 +1348,10 @@ class TestJumps:
             result = lab.letmein("knock", "-u", "2", SERVER_4, "-r", "33", conf=JUMPS_CLIENT)
             result.assert_error("rejected")
             assert handshake(lab, 0x30) == COMEIN, "three jumps and the control port are four"
-            assert handshake(lab, 0x32) == GOAWAY
-            assert not lab.reaches(8080, OTHER_4)
+            before = jumps(lab, CLIENT_4)
+            assert handshake(lab, 0x32) == COMEIN
+            assert jumps(lab, CLIENT_4) == "input" != before, "it took the place of the three"
+            assert lab.reaches(8080, OTHER_4)
 
     def test_a_chain_that_is_not_set(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
@@ -1529,9 +1531,9 @@ COMMON_FAULTS = [
     Fault("wrong magic", says(b"\x3b\x1b\xb7\x18" + GOOD_KNOCK[4:]), DROPPED),
     Fault("operation 6", says(message(6, 0x22)), DROPPED),
     Fault("operation 2**31", says(message(1 << 31, 0x22)), DROPPED),
-    Fault("CHALLENGE first", says(message(CHALLENGE, 0x22)), NO_AUTH, NO_IDS),
-    Fault("COMEIN first", says(message(COMEIN, 0x22)), NO_AUTH, NO_IDS),
-    Fault("GOAWAY first", says(message(GOAWAY, 0x22)), NO_AUTH, NO_IDS),
+    Fault("CHALLENGE first", says(message(CHALLENGE, 0x22)), DROPPED),
+    Fault("COMEIN first", says(message(COMEIN, 0x22)), DROPPED),
+    Fault("GOAWAY first", says(message(GOAWAY, 0x22)), DROPPED),
     Fault("unknown user", says(message(KNOCK, 0x22, 9)), NO_AUTH, (9, 0x22)),
     Fault("wrong key", says(message(KNOCK, 0x22, key=KEYS[2])), NO_AUTH),
     Fault("wrong key, REVOKE", says(message(REVOKE, 0x22, key=KEYS[2])), NO_AUTH),
@@ -1769,9 +1771,8 @@ class TestWire:
                 comeins = set()
                 for _ in range(3):
                     peer.send(response)
-                    comeins.add(peer.socket.recv(100))
-                assert len(comeins) == 1
-                assert Reply.parse(comeins.pop()) == (COMEIN, 1, 0x23, ZEROS)
+                    comeins.add(peer.receive())
+                assert comeins == {(COMEIN, 1, 0x23, ZEROS)}
                 # What was revoked meanwhile is not opened again by a repeat.
                 assert handshake(lab, 0x23, REVOKE, source=source) == COMEIN
                 peer.send(response)
@@ -3108,7 +3109,7 @@ class TestHeal:
         def lost() -> int:
             for line in Path("/proc/thread-self/net/netlink").read_text("ascii").splitlines():
                 words = line.split()
-                if words[1:4] == ["12", str(guarded.process.pid), "00000040"]:
+                if words[1] == "12" and words[3] == "00000040":
                     return int(words[8])
             raise AssertionError("the server does not listen to the kernel")
 
@@ -4589,12 +4590,11 @@ class TestUnreadLog:
 
     def test_a_long_line(self, lab: Lab) -> None:
         """It is cut to what a pipe takes as a whole."""
-        lab.load()
-        with Server(lab, server_conf(general="debug = 1")) as server:
-            addresses = [f"10.77.6.{number}" for number in range(1, 81)]
-            assert storm(lab, addresses, 8, KNOCK).good == 80
-            lab.load()
-            server.wait_for("healed", leases="80")
+        lab.load(more=DOOR)
+        many = "".join(f"{n:X} = jump / input: DOOR / input-match: saddr\n" for n in range(80))
+        with Server(lab, server_conf(many, general="debug = 1")) as server:
+            flush_and_reload(lab)
+            server.wait_for("healed")
             assert max(map(len, server.lines)) == select.PIPE_BUF - 1
             assert max(line.count("event=") for line in server.lines) == 1
 
@@ -7335,8 +7335,8 @@ class Talker:
         # Messages with the right key, and what they ask for: everybody knows some old ones.
         self.requests = {RECORDED[0]: KNOCK, RECORDED[1]: REVOKE}
         self.tokens: dict[bytes, int] = {}
-        self.responses: dict[bytes, int] = {}
-        self.done: dict[bytes, bytes] = {}  # over UDP: by RESPONSE the COMEIN
+        self.responses: dict[bytes, tuple[int, bytes]] = {}  # what it asks for, and the token
+        self.done: set[bytes] = set()  # over UDP: the tokens that were met
         self.closed = False  # by the server, or by us
         self.inbox = b""
         self.at_end = False
@@ -7350,7 +7350,7 @@ class Talker:
         elif what == "response" and self.tokens:
             token, operation = list(self.tokens.items())[-1]
             data = sealed(RESPONSE, token)
-            self.responses[data] = operation
+            self.responses[data] = (operation, token)
         elif what == "other ids" and self.tokens:
             data = sealed(RESPONSE, list(self.tokens)[-1], user=7)
         elif what == "again":
@@ -7375,7 +7375,9 @@ class Talker:
 
     def expect(self, data: bytes) -> None:
         """Check what the server makes of a message."""
-        response = self.responses.get(data) if self.asked or self.udp else None
+        asked, token = None, b""
+        if self.asked or self.udp:
+            asked, token = self.responses.get(data, (None, b""))
         follows = b"" if self.udp else self.stream[:56]
         if len(follows) == 56 and not self.is_message(follows) and not self.asked:
             # What came right behind it closes the connection, perhaps before the answer is there.
@@ -7388,23 +7390,17 @@ class Talker:
             assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
             self.tokens[challenge.auth] = self.requests[data]
             self.asked = not self.udp
-        elif data in self.done:
-            assert self.reply() == self.done[data]
-        elif response is not None:
-            self.server.until(lambda: bool(self.server.changes))
-            (change,) = self.server.changes
-            assert change[:4] == (response, self.source, RESOURCE, USER)
-            assert not self.heard()
+        elif asked is not None:
+            assert Message.decode(self.reply())[:3] == (COMEIN, USER, RESOURCE)
+            change = (asked, self.source, RESOURCE)
+            assert self.server.changes == ([] if token in self.done else [change])
             self.server.changes.clear()
-            change.done("")
-            last = self.reply()
-            assert Message.decode(last)[:3] == (COMEIN, USER, RESOURCE)
             if self.udp:
-                self.done[data] = last
+                self.done.add(token)
             self.closed = not self.udp
         else:
             # The policy is basic-auth: GOAWAY only after a right request, and over TCP.
-            if self.asked and self.is_message(data):
+            if self.asked and self.is_message(data) and data[7] in (KNOCK, RESPONSE, REVOKE):
                 ids = Message.decode(data)[1:3]
                 assert Message.decode(self.reply())[:3] == (GOAWAY, *ids)
             self.closed = not self.udp
@@ -10418,18 +10414,17 @@ class TestNames:
     """What a host may be called, and where."""
 
     def test_an_address_with_a_zone(self, lab: Lab, hold: Server) -> None:
+        """The client reaches it, and the server refuses it: a lease for it would be for everybody
+        who takes that address on any other link."""
         said = run("ip", "-6", "addr", "show", "dev", "lan", "scope", "link")
         (address,) = re.findall("inet6 (fe80:[0-9a-f:]+)/", said)
         host = f"{address}%wan"
         for control in ("-T", "-U"):
-            for word in ("knock", "revoke"):
-                result = lab.letmein(word, control, host, "22", conf=HOLD_CONF)
-                result.assert_good()
-                assert host in result.out
-                assert bool(lab.elements()) == (word == "knock")
-        with Service(9000, echo), Running(lab, "connect", host, "9000") as client:
-            client.say(b"here")
-            assert client.end()[:3] == (0, "here", "")
+            result = lab.letmein("knock", control, host, "22", conf=HOLD_CONF)
+            result.assert_error(host, "rejected")
+            hold.wait_for("failed", proto="tcp" if control == "-T" else "udp")
+            assert "link-local" in hold.events("failed")[-1]["reason"]
+            assert lab.elements() == []
 
     def test_no_ipv6(self, lab: Lab, hold: Server) -> None:
         """An IPv6 address that a name has costs nothing where no packet can go there."""
