@@ -1387,6 +1387,7 @@ class Element(NamedTuple):
 
     key: bytes
     left: float  # in s; NEVER for one without a timeout
+    asked: float  # when that was not yet known, by time.monotonic(): it ends after asked + left
     comment: str
     packets: int
     octets: int
@@ -1426,16 +1427,24 @@ def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
-def each_message(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """The netlink messages in what a socket has received: type, sequence number, port of the
-    sender (or of who made the change that is told of), and what is behind the header."""
+def each_message(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The netlink messages in what a socket has received: type, port of the sender (or of who
+    made the change that is told of), and what is behind the header."""
     offset, end = 0, len(data) - NETLINK_HEADER.size
     while offset <= end:
-        length, kind, _, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
+        length, kind, _, _, port = NETLINK_HEADER.unpack_from(data, offset)
         if length < NETLINK_HEADER.size:
             return
-        yield kind, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
+        yield kind, port, data[offset + NETLINK_HEADER.size : offset + length]
         offset += (length + 3) & ~3
+
+
+def netlink_socket() -> socket.socket:
+    """A socket to talk to the kernel's nftables with."""
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+    netlink.bind((0, 0))
+    netlink.setblocking(False)  # the kernel has answered when it comes back from a call
+    return netlink
 
 
 def comment_of(userdata: bytes) -> str:
@@ -1458,14 +1467,9 @@ class Kernel:
         self.family = NFPROTO[family]
         self.table = table
         self.sequence = 0
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        self.socket.bind((0, 0))
-        self.socket.setblocking(False)  # the kernel has answered before it comes back from a call
+        self.socket = netlink_socket()
         # As long as we hold it nobody else has this port: so it marks changes as ours.
         self.port = self.socket.getsockname()[0]
-
-    def close(self) -> None:
-        self.socket.close()
 
     def _message(self, kind: int, flags: int, body: bytes, batch: bool = False) -> bytes:
         """One message of ours. Args: batch, for the two that enclose a transaction."""
@@ -1478,13 +1482,11 @@ class Kernel:
 
     def _ask(self, kind: int, *attributes: bytes, dump: bool = False) -> list[bytes]:
         """Ask for one thing, or with dump for all such; returns the attributes of each."""
-        message = self._message(kind, NLM_F_DUMP if dump else NLM_F_ACK, b"".join(attributes))
-        self.socket.send(message)
+        flags = NLM_F_DUMP if dump else NLM_F_ACK
+        self.socket.send(self._message(kind, flags, b"".join(attributes)))
         found: list[bytes] = []
         while True:
-            for kind, sequence, _, body in each_message(self.socket.recv(1 << 17)):
-                if sequence != self.sequence:
-                    continue  # of a call that was given up
+            for kind, _, body in each_message(self.socket.recv(1 << 17)):
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
                     self._raise_error(body)
                     return found
@@ -1505,7 +1507,7 @@ class Kernel:
         self.socket.send(b"".join((begin, *bodies, end)))
         with contextlib.suppress(BlockingIOError):
             while True:
-                for kind, _, _, body in each_message(self.socket.recv(1 << 17)):
+                for kind, _, body in each_message(self.socket.recv(1 << 17)):
                     if kind == NLMSG_ERROR:
                         self._raise_error(body)
 
@@ -1553,12 +1555,30 @@ class Kernel:
         return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, name: str) -> Iterator[Element]:
-        """The elements of a set, as they are now, whenever they are looked at. The kernel may leave
-        one out, or tell of one twice, while the set grows."""
-        listings = self._ask(GETSETELEM, self._elements_of(name), dump=True)
-        lists = (value for each in listings for kind, value in each_attribute(each)
-                 if kind == NFTA_LIST_ELEMENTS)
-        return (self._element(facts) for each in lists for _, facts in each_attribute(each))
+        """The elements of a set. The kernel gives some 200 at a time, and the more that went before
+        the slower (1 s for 100,000). What is changed meanwhile may come twice, or be left out; and
+        so may others, while the set grows."""
+        asked = time.monotonic()
+        with netlink_socket() as netlink:  # of its own: others are asked for in between
+            netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(name)))
+            while True:
+                # With one piece the kernel prepares the next.
+                next_asked = time.monotonic()
+                for kind, _, body in each_message(netlink.recv(1 << 17)):
+                    if kind in (NLMSG_ERROR, NLMSG_DONE):
+                        self._raise_error(body)
+                        return
+                    for element in self._listed(body[NETFILTER_HEADER.size :]):
+                        yield self._element(element, asked)
+                asked = next_asked
+
+    @staticmethod
+    def _listed(listing: bytes) -> Iterator[bytes]:
+        """The attributes of each element in one piece of a listing."""
+        for kind, elements in each_attribute(listing):
+            if kind == NFTA_LIST_ELEMENTS:
+                for _, facts in each_attribute(elements):
+                    yield facts
 
     def has_element(self, name: str, key: bytes) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
@@ -1569,7 +1589,7 @@ class Kernel:
             return False
 
     @staticmethod
-    def _element(facts: bytes) -> Element:
+    def _element(facts: bytes, asked: float) -> Element:
         found = dict(each_attribute(facts))
         key = dict(each_attribute(found[NFTA_ELEM_KEY]))[NFTA_DATA_VALUE]
         left = NEVER
@@ -1581,7 +1601,8 @@ class Kernel:
         counts = dict(each_attribute(dict(each_attribute(counter)).get(NFTA_EXPR_DATA, b"")))
         packets = int.from_bytes(counts.get(NFTA_COUNTER_PACKETS, b""), "big")
         octets = int.from_bytes(counts.get(NFTA_COUNTER_BYTES, b""), "big")
-        return Element(key, left, comment_of(found.get(NFTA_ELEM_USERDATA, b"")), packets, octets)
+        comment = comment_of(found.get(NFTA_ELEM_USERDATA, b""))
+        return Element(key, left, asked, comment, packets, octets)
 
     def put(self, name: ElementName, left: float, comment: str, is_new: bool) -> Change:
         """The change that adds an element with so many seconds left, or restarts the time of one
@@ -2002,7 +2023,7 @@ class Firewall:
         its id may have been somebody else's before, and will be again.)"""
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
         table = text_attribute(1, self.config.table)[: 5 + len(self.config.table)]
-        for _, _, port, body in each_message(data):
+        for _, port, body in each_message(data):
             if port == self.kernel.port or body[:1] != bytes([self.kernel.family]):
                 continue
             if table in body and any(name in body for name in names):
@@ -2071,13 +2092,16 @@ class Firewall:
         for name in ruleset(self.config).sets:
             if not name.endswith("-gate"):
                 yield from self._survey_set(survey, name)
-        if self.is_adopting:
-            yield from self._adopt(survey)
+        adopted = yield from self._adopt(survey)
         missing = yield from self._find_missing(survey, renewed)
         yield from self._mend(survey, missing)
         gates_were_wrong = self._mend_gates(renewed)
         self.sets = handles  # not before what was lost with the old ones is back
         if self.is_adopting:
+            # A listing may be incomplete if something was changed meanwhile.
+            if adopted and self.changed:
+                self.look_at = 0.0
+                return damage
             self.is_adopting = False
             self._tell_adopted()
             return damage
@@ -2113,19 +2137,14 @@ class Firewall:
 
     def _survey_set(self, survey: Survey, name: str) -> Iterator[None]:
         """Note what the elements of a set mean for our leases."""
-        asked = time.monotonic()
-        elements = self.kernel.elements(name)
-        took = time.monotonic() - asked
-        for number, element in enumerate(elements):
+        for number, element in enumerate(self.kernel.elements(name)):
+            self._judge(survey, (name, element.key), element)
             if number % ELEMENTS_PER_BATCH == 0:
                 yield
-            self._judge(survey, (name, element.key), element, asked + element.left, took)
 
-    def _judge(
-        self, survey: Survey, name: ElementName, element: Element, ends: float, took: float
-    ) -> None:
-        """Note what one element means. Args: ends, of its time at the earliest; it may be later by
-        what the kernel took to answer."""
+    def _judge(self, survey: Survey, name: ElementName, element: Element) -> None:
+        """Note what one element means."""
+        ends = element.asked + element.left
         key, part = self._holder(name)
         if key in self.changed:
             return
@@ -2134,8 +2153,8 @@ class Firewall:
             survey.found[lease.key] = survey.found.get(lease.key, 0) | part
             if element.comment != self._comment(lease) or ends > lease.ends + LATE_S:
                 survey.wrong.add(lease.key)
-            elif ends + took < lease.ends - EARLY_S:
-                survey.shortened[lease.key] = ends + took
+            elif time.monotonic() + element.left < lease.ends - EARLY_S:
+                survey.shortened[lease.key] = time.monotonic() + element.left
             return
         heir = self._heir(key, element, ends) if key and self.is_adopting else None
         if heir is not None:
@@ -2168,8 +2187,9 @@ class Firewall:
             return None
         return Lease(*key, user, comment[4], self.config.resources[resource].weight, ends)
 
-    def _adopt(self, survey: Survey) -> Iterator[None]:
-        """Take over the leases of which all elements are there, the oldest first."""
+    def _adopt(self, survey: Survey) -> Generator[None, None, int]:
+        """Take over the leases of which all elements are there, the oldest first. Returns how many
+        there were."""
         now = time.monotonic()
         by_end = sorted(survey.heirs.items(), key=lambda heir: heir[1][0][0].ends)
         for number, (key, parts) in enumerate(by_end):
@@ -2187,6 +2207,7 @@ class Firewall:
                 survey.wrong.add(key)
             survey.found[key] = resource.parts
             self.leases.keep(lease)
+        return len(survey.heirs)
 
     def _find_missing(
         self, survey: Survey, renewed: set[str]
@@ -3076,14 +3097,16 @@ def list_leases(config: Config) -> list[dict[str, object]]:
     try:
         kernel = Kernel(config.family, config.table)
         kernel.table_facts()
-        found = [(name, each) for name in sorted(kernel.sets()) for each in kernel.elements(name)]
+        # By name: the kernel may tell of an element twice while a set grows.
+        names = sorted(kernel.sets())
+        found = {(name, each.key): each for name in names for each in kernel.elements(name)}
     except OSError as error:
         table = f"table {config.family} {config.table}"
         if isinstance(error, FileNotFoundError):
             hint = "is your ruleset loaded? [NFTABLES] in letmeind.conf names its table"
             raise UserError(f"{table} does not exist", hint) from None
         raise UserError(f"cannot read {table}: {error.strerror}", "run this as root") from None
-    for name, element in found:
+    for (name, _), element in found.items():
         if name.endswith("-gate"):
             continue
         size = 16 if name.endswith("-6") else 4
