@@ -7375,11 +7375,17 @@ class Feeder:
         else:
             raise socket.timeout
 
-    def select(self, readers: list[socket.socket], *_: object) -> Any:
-        """In place of select.select(): the next piece comes when the client waits for it."""
-        if not select.select(readers, [], [], 0)[0]:
-            self.feed()
-        return select.select(readers, [], [], LIMIT_S)
+    def selector(self) -> selectors.BaseSelector:
+        """In place of a selector: the next piece comes when the client waits for it."""
+        feeder = self
+
+        class Fed(selectors.SelectSelector):
+            def select(self, timeout: float | None = None) -> Any:
+                if not super().select(0):
+                    feeder.feed()
+                return super().select(LIMIT_S)
+
+        return Fed()
 
     def close(self) -> None:
         """Read the rest of what the client has sent."""
@@ -7448,11 +7454,13 @@ def test_client_survives_any_bytes(
     target = socket.AF_INET, feeder.listener.getsockname()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(letmein, "socket", SocketModule(feeder))
-        patch.setattr(letmein, "select", SimpleNamespace(select=feeder.select))
+        fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
+        patch.setattr(letmein, "selectors", fed)
         patch.setattr(letmein, "UDP_REPEAT_S", LIMIT_S)
+        patch.setattr(letmein, "TCP_RETRIES", 0)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets = {"server": target}
+        caller.targets, caller.local = {"server": target}, {}
         error = caller.attempt(lambda: client, "server")
     feeder.close()
 
