@@ -611,8 +611,8 @@ def read_config(path: str, server: bool) -> Config:
 ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
 UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
 UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
-TCP_RETRIES = 4  # after a connection that was closed without a word: see exchange_tcp()
-TCP_RETRY_S = 0.1  # the longest first pause; each is up to twice as long as the one before
+TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
 OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
 CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
 RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
@@ -703,11 +703,13 @@ def exchange_tcp(
     """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
     Args: local, the socket address to come from; None for any.
 
-    A server that many knock at hangs up on the oldest. So a client that it hung up on tries again,
-    from a new port. The pauses are random, or those who met once would meet again, and grow. They
-    are few: a wrong key is answered in the same way, and then no patience helps."""
+    A server at which many knock hangs up on the oldest, so whoever it hangs up on tries again, from
+    a new port. The pauses grow, and are random: those who met once would meet again. But a wrong
+    key may be met with the same, and no patience helps there. So without a CHALLENGE, which only
+    the right key gets, the tries are few."""
     end = time.monotonic() + timeout
-    tries = 0
+    longest_pause = TCP_RETRY_S
+    retries = TCP_RETRIES
     while True:
         with socket.socket(target[0], socket.SOCK_STREAM) as peer:
             peer.settimeout(timeout)
@@ -717,16 +719,19 @@ def exchange_tcp(
             peer.connect(target[1])
             handshake = new_handshake()
             message = next(handshake)
+            is_challenged = False
             try:
                 while True:
                     peer.sendall(message)
                     message = handshake.send(receive(peer, timeout))
+                    is_challenged = True
             except (HungUp, ConnectionError):
-                pause = TCP_RETRY_S * 2**tries * (os.urandom(1)[0] + 1) / 256
-                tries += 1
-                if tries > TCP_RETRIES or time.monotonic() + pause > end:
+                pause = longest_pause * os.urandom(1)[0] / 255
+                if time.monotonic() + pause >= end or not (retries or is_challenged):
                     raise
         time.sleep(pause)
+        longest_pause *= 2
+        retries -= not is_challenged
 
 
 class UdpHandshake:
