@@ -861,14 +861,12 @@ class Race:
         """Begin to ask."""
         for address, thread in zip(self.addresses, self.threads):
             try:
-                start_thread(thread)
-            except UserError as error:
-                self._arrive(address, error)
+                thread.start()
+            except RuntimeError:  # there are no more threads: then one after the other
+                self._run(address)
 
     def _run(self, address: str) -> None:
-        self._arrive(address, self.ask(address))
-
-    def _arrive(self, address: str, error: UserError | None) -> None:
+        error = self.ask(address)
         self.arrived.append((address, error))
         self.news.release()
 
