@@ -10351,7 +10351,7 @@ class TestDeadAddress:
             times[words].append(result.took)
         extra = min(times[""]) - min(times[option])
         print(f"{extra:.3f} s more")
-        assert extra < 0.3
+        assert extra < 1  # a dead address would cost 5 s
 
     @pytest.fixture
     def far(self, lab: Lab) -> Iterator[None]:
