@@ -621,8 +621,8 @@ GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether th
 CHUNK = 1 << 16  # bytes
 FAULT_HINT = "that is a fault of letmein: please report it"
 
-# A peer that vanished is noticed within 90 s. Linux, Windows and macOS each know some of these.
-# TCP_USER_TIMEOUT is not among them: it ends connections to peers that are only slow to read.
+# tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
+# Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
@@ -631,7 +631,7 @@ class HungUp(ProtocolError):
 
 
 class Rejected(UserError):
-    """The server spoke, but not as was asked."""
+    """The server answered, but did not do what was asked."""
 
 
 class AddressLost(UserError):
@@ -673,12 +673,11 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
     # In turns: a family with many addresses leaves room for the other.
-    while any(queues.values()):
+    while any(queues.values()) and len(targets) < ADDRESSES_LIMIT:
         for family, queue in queues.items():
             if queue and len(targets) < ADDRESSES_LIMIT:
-                targets[socket.getnameinfo(queue[0], numeric)[0]] = (family, queue[0])
-            if queue:
-                queue.popleft()
+                address = queue.popleft()
+                targets[socket.getnameinfo(address, numeric)[0]] = (family, address)
     return targets
 
 
@@ -703,10 +702,10 @@ def exchange_tcp(
     """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
     Args: local, the socket address to come from; None for any.
 
-    A server at which many knock hangs up on the oldest, so whoever it hangs up on tries again, from
-    a new port. The pauses grow, and are random: those who met once would meet again. But a wrong
-    key may be met with the same, and no patience helps there. So without a CHALLENGE, which only
-    the right key gets, the tries are few."""
+    A busy server hangs up on the oldest connections. So the client tries again, from a new port.
+    The pauses grow, and they are random, or clients that met once would meet again. But a server
+    may also hang up because of a wrong key, and then no patience helps: a client that got no
+    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
@@ -726,7 +725,7 @@ def exchange_tcp(
                     message = handshake.send(receive(peer, timeout))
                     is_challenged = True
             except (HungUp, ConnectionError):
-                pause = longest_pause * os.urandom(1)[0] / 255
+                pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
                     raise
         time.sleep(pause)
@@ -963,7 +962,7 @@ class Client:
         return race
 
     def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which it has to work yet: with -4 -6 each, without them any."""
+        """The families in which no address has worked. Without -4 -6 one that has is enough."""
         families = {self.targets[where][0] for where in race.addresses}
         good = {self.targets[where][0] for where, error in results.items() if not error}
         return families - good if self.arguments.families or not good else set()
@@ -1077,7 +1076,7 @@ class Hold:
         start_thread(threading.Thread(target=run, daemon=True))
 
     def _renew(self) -> None:
-        """Knock anew in time, for ever. Whoever uses what is open hears of it when it has ended."""
+        """Knock again in time, for ever. The user hears of it if the lease has ended."""
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try

@@ -7485,7 +7485,7 @@ def test_client_survives_any_bytes(
         fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
         patch.setattr(letmein, "selectors", fed)
         patch.setattr(letmein, "UDP_REPEAT_S", LIMIT_S)
-        patch.setattr(letmein, "TCP_RETRIES", 0)
+        patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
         caller.targets, caller.local = {"server": target}, {}
