@@ -9451,6 +9451,23 @@ class TestConnect:
                 with lab.client():
                     run(NFT, "flush", "ruleset")
 
+    def test_a_peer_that_stops_reading_for_a_while(self, lab: Lab) -> None:
+        """It is alive, so its connection goes on, and no byte is lost."""
+        data = os.urandom(20_000_000)
+        heard = Heard()
+
+        def late(connection: socket.socket) -> None:
+            time.sleep(4)
+            heard(connection)
+
+        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
+        with Service(9000, late), Running(lab, *words, program=()) as client:
+            client.say(data)
+            client.end_input()
+            assert client.end()[:3] == (0, "", "")
+            assert heard.ended.wait(LIMIT_S)
+        assert heard.data == data
+
     def test_a_parent_that_ignores_the_end_of_the_output(self, lab: Lab) -> None:
         """The service has closed its connection, and our input goes on: the door does not."""
         words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
@@ -9466,14 +9483,18 @@ class TestConnect:
         finally:
             patience.write_text(before, encoding="ascii")
 
-    def test_renewed_for_the_connections_own_address(self, lab: Lab, hold: Server) -> None:
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_renewed_for_the_connections_own_address(
+        self, lab: Lab, hold: Server, control: str
+    ) -> None:
         """A machine that has moved renews nothing from its new address, and says so."""
         moving = "10.1.0.4"
         with lab.client():
             run("ip", "addr", "add", f"{moving}/24", "dev", "wan")
             run("ip", "route", "add", f"{SERVER_4}/32", "dev", "wan", "src", moving)
         try:
-            with Service(9001, echo), Running(lab, "connect", SERVER_4, "9001") as client:
+            words = ["connect", control, SERVER_4, "9001"]
+            with Service(9001, echo), Running(lab, *words) as client:
                 client.say(b"here")
                 assert client.hear(4) == b"here"
                 with lab.client():  # other connections come from CLIENT_4 now
