@@ -10405,7 +10405,7 @@ class TestDeadAddress:
         open_to: list[str],
         control: str,
     ) -> None:
-        """The first refuses, the second is silent, the third is enough, in each family asked for."""
+        """The first refuses, the second is silent, the third is enough, in each family wanted."""
         result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
         result.assert_good()
         assert result.took < 4
