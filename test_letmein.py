@@ -9399,7 +9399,8 @@ class TestConnect:
         """All bytes arrive, in both directions, though our parent has set O_NONBLOCK."""
         script = "import os, sys; [os.set_blocking(number, False) for number in (0, 1)]"
         script += "; os.execv(sys.argv[1], sys.argv[1:])"
-        words = [sys.executable, LETMEIN, "-c", lab.file(HOLD_CONF), "connect", SERVER_4, "9000"]
+        words: list[str | Path] = [sys.executable, LETMEIN, "-c", lab.file(HOLD_CONF)]
+        words = [*python(script), *words, "connect", SERVER_4, "9000"]
         data = os.urandom(2_000_000)
 
         def give() -> None:
@@ -9407,9 +9408,7 @@ class TestConnect:
             client.say(data)
             client.end_input()
 
-        with Service(9000, echo), Running(
-            lab, *python(script), *words, program=()
-        ) as client:
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
             giver = threading.Thread(target=give)
             giver.start()
             assert client.hear(4) == data[:4]
