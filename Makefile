@@ -97,6 +97,9 @@ MODULE = $(PREFIX)/lib/letmein
 UNITS = $(PREFIX)/lib/systemd/system
 DOC = $(PREFIX)/share/doc/letmein
 DOCUMENTS = README.md letmein.conf.example letmeind.conf.example nftables.conf
+# While Python starts, Ctrl-C makes it print a traceback. So it waits until the first line of ours,
+# where env can see to that (coreutils 8.32 and newer).
+BLOCK_CTRL_C = --block-signal=INT
 FROM_MODULE = import sys; sys.path.insert(0, sys.argv.pop(1)); import letmein; \
 	del sys.argv[0]; sys.exit(letmein.main())
 
@@ -107,9 +110,12 @@ install:
 	install -p -m 644 letmein.py "$$root$(MODULE)"; \
 	install -p -m 644 $(DOCUMENTS) "$$root$(DOC)"; \
 	PYTHONHASHSEED=0 $(PYTHON) -m compileall -q -f -d '$(MODULE)' "$$root$(MODULE)"; \
+	python="$$($(PYTHON) -c 'import sys; print(sys.executable)') -I"; \
+	! env -S $(BLOCK_CTRL_C) true 2>/dev/null || python="/usr/bin/env -S $(BLOCK_CTRL_C) $$python"; \
 	for name in bin/letmein sbin/letmeind; do \
-		printf '%s\n' "#!$$($(PYTHON) -c 'import sys; print(sys.executable)') -I" \
+		printf '%s\n' "#!$$python" \
 			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
+			'signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])' \
 			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \
 			install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
 	done; \

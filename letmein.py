@@ -20,6 +20,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
     Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
     Item = TypeVar("Item")
+    Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     NewHandshake = Callable[[], Handshake]
     Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
 else:
@@ -793,13 +795,37 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Shake hands with the host's IPv6 and IPv4 address at the same time: one that does not answer costs
-# the other no time. `connect` and COMMAND hold open what was opened for as long as they use it.
+# Shake hands with all addresses of the host at the same time: one that does not answer costs the
+# others no time. `connect` and COMMAND hold open what was opened for as long as they use it.
 
+ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
 UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
-OTHER_ADDRESS_S = 0.25  # where one address is open, the other is not waited for any longer
+UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
+TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
+OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
 CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
+RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
+RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
+GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
 CHUNK = 1 << 16  # bytes
+FAULT_HINT = "that is a fault of letmein: please report it"
+
+# tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
+# Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+
+class HungUp(ProtocolError):
+    """The server closed the connection in place of an answer."""
+
+
+class Rejected(UserError):
+    """The server answered, but did not do what was asked."""
+
+
+class AddressLost(UserError):
+    """This machine no longer has the address that `connect` uses."""
 
 
 def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
@@ -818,7 +844,7 @@ def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> 
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The first address of host in each family (socket.AF_INET, AF_INET6). families are
+    """The addresses of host, ADDRESSES_LIMIT at most. families (socket.AF_INET, AF_INET6) are
     those that must be there; empty for what host has. Raises UserError."""
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
@@ -829,75 +855,234 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
         reason = getattr(error, "strerror", None) or "it is no host name"
         hint = "check the name, and that this machine can resolve names"
         raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
-    addresses: dict[int, Any] = {entry[0]: entry[4] for entry in reversed(found)}
-    if not addresses.keys() >= set(families):
+    queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
+    for entry in found:
+        queues[entry[0]].append(entry[4])
+    if not all(queues[family] for family in families):
         raise UserError(f"{host!a} has no IPv6 address, or no IPv4 address", "leave out -4 or -6")
-    wanted = [f for f in families or (socket.AF_INET6, socket.AF_INET) if f in addresses]
+    targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-    return {socket.getnameinfo(addresses[f], numeric)[0]: (f, addresses[f]) for f in wanted}
+    # In turns: a family with many addresses leaves room for the other.
+    while any(queues.values()) and len(targets) < ADDRESSES_LIMIT:
+        for family, queue in queues.items():
+            if queue and len(targets) < ADDRESSES_LIMIT:
+                address = queue.popleft()
+                targets[socket.getnameinfo(address, numeric)[0]] = (family, address)
+    return targets
 
 
-def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
-    """One handshake, timeout seconds for each message. Ends with StopIteration, or an error."""
-    with socket.socket(target[0], socket.SOCK_STREAM) as peer:
-        peer.settimeout(timeout)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer.connect(target[1])
-        handshake = new_handshake()
-        message = next(handshake)
-        while True:
-            peer.sendall(message)
-            end = time.monotonic() + timeout
-            received = b""
-            while len(received) < MESSAGE_SIZE:
-                peer.settimeout(max(end - time.monotonic(), 0.001))
-                data = peer.recv(MESSAGE_SIZE - len(received))
-                if not data:
-                    raise ProtocolError("the server closed the connection without an answer")
-                received += data
-            message = handshake.send(received)
+def receive(peer: socket.socket, timeout: float) -> bytes:
+    """One message over TCP, within timeout seconds. Raises HungUp, ProtocolError, OSError."""
+    end = time.monotonic() + timeout
+    received = b""
+    while len(received) < MESSAGE_SIZE:
+        peer.settimeout(max(end - time.monotonic(), 0.001))
+        data = peer.recv(MESSAGE_SIZE - len(received))
+        if not data:
+            # A letmein server that hangs up has said nothing; other services may have.
+            kind = ProtocolError if received else HungUp
+            raise kind("the server closed the connection without an answer")
+        received += data
+    return received
 
 
-def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float) -> NoReturn:
+def exchange_tcp(
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+) -> NoReturn:
+    """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
+    Args: local, the socket address to come from; None for any.
+
+    A busy server hangs up on the oldest connections. So the client tries again, from a new port.
+    The pauses grow, and they are random, or clients that met once would meet again. But a server
+    may also hang up because of a wrong key, and then no patience helps: a client that got no
+    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
+    end = time.monotonic() + timeout
+    longest_pause = TCP_RETRY_S
+    retries = TCP_RETRIES
+    while True:
+        with socket.socket(target[0], socket.SOCK_STREAM) as peer:
+            peer.settimeout(timeout)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if local:
+                peer.bind(local)
+            peer.connect(target[1])
+            handshake = new_handshake()
+            message = next(handshake)
+            is_challenged = False
+            try:
+                while True:
+                    peer.sendall(message)
+                    message = handshake.send(receive(peer, timeout))
+                    is_challenged = True
+            except (HungUp, ConnectionError):
+                pause = longest_pause * (os.urandom(1)[0] + 1) / 256
+                if time.monotonic() + pause >= end or not (retries or is_challenged):
+                    raise
+        time.sleep(pause)
+        longest_pause *= 2
+        retries -= not is_challenged
+
+
+class UdpHandshake:
+    """One handshake over UDP, from a port of its own. Args: local, as exchange_tcp()'s.
+    Raises OSError."""
+
+    def __init__(self, handshake: Handshake, target: Target, local: Any) -> None:
+        self.handshake = handshake
+        self.response = b""
+        self.heard = b""  # the last message, without its salt
+        self.socket = socket.socket(target[0], socket.SOCK_DGRAM)
+        try:
+            self.socket.setblocking(False)
+            if local:
+                self.socket.bind(local)
+            self.socket.connect(target[1])
+            self.socket.send(next(handshake))
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def receive(self) -> bool:
+        """Read and answer a datagram; returns whether it was one that is due. Ends with
+        StopIteration, or raises ProtocolError, OSError."""
+        try:
+            data = self.socket.recv(MESSAGE_SIZE + 1)
+        except BlockingIOError:  # a broken datagram: select(2), BUGS
+            return False
+        facts = data[:16] + data[24:]  # all but the salt
+        if len(data) != MESSAGE_SIZE or facts == self.heard:
+            return False  # no message, or a CHALLENGE that the network brought twice
+        self.response = self.handshake.send(data)
+        self.heard = facts
+        self.socket.send(self.response)
+        return True
+
+
+class UdpHandshakes:
+    """Handshakes with one server that are under way at the same time, UDP_HANDSHAKES at most."""
+
+    def __init__(self) -> None:
+        self.running: deque[UdpHandshake] = deque()  # the oldest first
+        # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
+        self.selector = selectors.DefaultSelector()
+
+    def add(self, handshake: UdpHandshake) -> None:
+        """Wait for this one's answers too; when there are too many, no more for the oldest's."""
+        if len(self.running) == UDP_HANDSHAKES:
+            self.drop(self.running[0])
+        self.running.append(handshake)
+        self.selector.register(handshake.socket, selectors.EVENT_READ, handshake)
+
+    def repeat(self) -> None:
+        """Send each RESPONSE again. Raises OSError."""
+        for handshake in self.running:
+            if handshake.response:
+                handshake.socket.send(handshake.response)
+
+    def wait(self, timeout: float) -> list[UdpHandshake]:
+        """Those to which something has come within timeout seconds."""
+        return [key.data for key, _ in self.selector.select(timeout)]
+
+    def drop(self, handshake: UdpHandshake) -> None:
+        self.running.remove(handshake)
+        self.selector.unregister(handshake.socket)
+        handshake.socket.close()
+
+    def close(self) -> None:
+        for handshake in list(self.running):
+            self.drop(handshake)
+        self.selector.close()
+
+
+def exchange_udp(
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+) -> NoReturn:
     """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
     a port of its own, and each RESPONSE is sent again, while the older ones may still be
     answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
-    handshakes: dict[socket.socket, Handshake] = {}
-    responses: dict[socket.socket, bytes] = {}
-    heard: dict[socket.socket, bytes] = {}
     start = again = time.monotonic()
     end = start + timeout
-    with contextlib.ExitStack() as sockets:
+    with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
                 again = now + UDP_REPEAT_S
-                for peer, response in responses.items():
-                    peer.send(response)
+                handshakes.repeat()
                 if now < start + timeout:
-                    peer = sockets.enter_context(socket.socket(target[0], socket.SOCK_DGRAM))
-                    peer.setblocking(False)
-                    peer.connect(target[1])
-                    handshakes[peer] = new_handshake()
-                    peer.send(next(handshakes[peer]))
-            for peer in select.select(handshakes, [], [], min(again, end) - now)[0]:
-                with contextlib.suppress(BlockingIOError):  # a broken datagram: select(2), BUGS
-                    data = peer.recv(MESSAGE_SIZE + 1)
-                    facts = data[:16] + data[24:]  # all but the salt
-                    if len(data) != MESSAGE_SIZE or facts == heard.get(peer):
-                        continue  # no message, or a CHALLENGE that the network brought twice
-                    try:
-                        responses[peer] = handshakes[peer].send(data)
-                    except ProtocolError:
-                        # The reference's server rejects a RESPONSE that it has granted before.
-                        del handshakes[peer]
-                        responses.pop(peer, None)
-                        if not handshakes:
-                            raise
-                    else:
-                        heard[peer] = facts
-                        peer.send(responses[peer])
+                    handshakes.add(UdpHandshake(new_handshake(), target, local))
+            for handshake in handshakes.wait(min(again, end) - now):
+                try:
+                    if handshake.receive():
                         end = time.monotonic() + timeout
+                except ProtocolError:
+                    # The reference's server rejects a RESPONSE that it has granted before.
+                    handshakes.drop(handshake)
+                    if not handshakes.running:
+                        raise
     raise socket.timeout
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start it. Raises UserError."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        hint = "is a limit of processes reached (ulimit -u, or a container's)?"
+        raise UserError(f"cannot start a thread: {error}", hint) from None
+
+
+class Race:
+    """One question to several addresses at the same time.
+    Args: ask, which asks one address and returns what went wrong, None for success."""
+
+    def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
+        import threading
+        self.addresses = list(addresses)
+        self.is_given_up = False  # from then on nothing new is begun
+        self.ask = ask
+        self.arrived: deque[tuple[str, UserError | None]] = deque()
+        self.news = threading.Semaphore(0)
+        self.threads = [
+            threading.Thread(target=self._run, args=[address], daemon=True)
+            for address in self.addresses
+        ]
+
+    def start(self) -> None:
+        """Begin to ask."""
+        for address, thread in zip(self.addresses, self.threads):
+            try:
+                thread.start()
+            except RuntimeError:  # there are no more threads: then one after the other
+                self._run(address)
+
+    def _run(self, address: str) -> None:
+        error = self.ask(address)
+        self.arrived.append((address, error))
+        self.news.release()
+
+    def wait(self, is_enough: Callable[[Results], bool]) -> Results:
+        """The results: all of them, or those that came until OTHER_ADDRESS_S after enough."""
+        results: Results = {}
+        end: float | None = None
+        while len(results) < len(self.addresses):
+            if end is None and is_enough(results):
+                end = time.monotonic() + OTHER_ADDRESS_S
+            left = None if end is None else max(end - time.monotonic(), 0)
+            if not self.news.acquire(timeout=left):
+                break
+            address, error = self.arrived.popleft()
+            results[address] = error
+        return results
+
+    def is_running(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads)
+
+    def give_up(self, patience: float) -> None:
+        """Begin nothing new; what is under way has this many seconds to end."""
+        self.is_given_up = True
+        end = time.monotonic() + patience
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(max(end - time.monotonic(), 0))
 
 
 class Client:
@@ -915,10 +1100,12 @@ class Client:
         self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
         port = arguments.server_port or config.port
         self.targets = resolve(arguments.host, port, arguments.families)
+        # By address of the server the socket address to come from, where that matters.
+        self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
-        self.asking: list[threading.Thread] = []  # those of the last question
+        self.races: list[Race] = []  # those that may still run
         self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
         self.say(f"configuration: {config.path}")
         self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
@@ -927,117 +1114,204 @@ class Client:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
         try:
-            exchange(new_handshake, self.targets[where], self.timeout)
+            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where))
         except StopIteration:
             return None
         except ProtocolError as error:
             hint = "are key, user and resource the same there? the log of that server says more"
-            return UserError(f"{where}: {error}", hint)
+            return Rejected(f"{where}: {error}", hint)
         except OSError as error:
+            if where in self.local and error.errno == errno.EADDRNOTAVAIL:
+                lost = f"this machine no longer has the address {self.local[where][0]}"
+                return AddressLost(f"{where}: {lost}", "what is open for it closes by itself")
             reason = error.strerror or f"no answer over {self.protocol} within {self.timeout:g} s"
             hint = "does a server run there, is its control port right (-P, -T, -U), and the key?"
             return UserError(f"{where}: {reason}", hint)
+        except Exception as error:  # in a thread nobody else would tell
+            return UserError(f"{where}: {error!r}", FAULT_HINT)
+
+    def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
+        """Begin to knock or revoke at these addresses; without any, at all of them."""
+        ids = operation, self.user, resource.identifier, self.key
+        opened = self.opened[resource]
+
+        def new_handshake() -> Handshake:
+            if race.is_given_up:
+                raise ProtocolError("given up")
+            return client_handshake(*ids, warn)
+
+        def ask(where: str) -> UserError | None:
+            error = self.attempt(new_handshake, where)
+            if operation == KNOCK and not error and where not in opened:
+                opened.append(where)
+            return error
+
+        race = Race(ask, addresses or self.targets)
+        self.races = [*filter(Race.is_running, self.races), race]
+        race.start()
+        return race
+
+    def unmet(self, race: Race, results: Results) -> set[int]:
+        """The families in which no address has worked. Without -4 -6 one that has is enough."""
+        families = {self.targets[where][0] for where in race.addresses}
+        good = {self.targets[where][0] for where, error in results.items() if not error}
+        return families - good if self.arguments.families or not good else set()
+
+    def failure(self, race: Race, results: Results) -> UserError | None:
+        """What to tell of the results, None for success. A server's word says more than the
+        silence of an address that leads nowhere."""
+        unmet = self.unmet(race, results)
+        relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
+        errors = [error for error in map(results.get, relevant) if error]
+        words = [error for error in errors if isinstance(error, Rejected)]
+        return next(iter(words + errors), None)
+
+    def finish(self, race: Race, resource: Resource) -> Results:
+        """Wait for the answers: until there are enough, and all of those where it is open."""
+
+        def is_enough(results: Results) -> bool:
+            is_open = set(self.opened[resource]).intersection(race.addresses)
+            return results.keys() >= is_open and not self.unmet(race, results)
+
+        results = race.wait(is_enough)
+        for where in race.addresses:
+            error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
+            self.say(f"{where}: {error.problem if error else 'COMEIN'}")
+        return results
 
     def ask(self, operation: int, resource: Resource) -> bool:
-        """Knock or revoke at all addresses at the same time, and tell the user; returns whether it
-        worked. Without -4 -6 one is enough: another is waited for a little, or if it is open."""
-        import threading
-        ids = operation, self.user, resource.identifier, self.key
-        new_handshake = functools.partial(client_handshake, *ids, warn)
-        results: dict[str, UserError | None] = {}
-        opened = self.opened[resource]
-        news = threading.Semaphore(0)
-
-        def run(where: str) -> None:
-            if threading.current_thread() not in self.asking:
-                return  # it was interrupted while it started: hold() is at its end
-            results[where] = self.attempt(new_handshake, where)
-            if operation == KNOCK and not results[where] and where not in opened:
-                opened.append(where)
-            news.release()
-
-        self.asking = [threading.Thread(target=run, args=[w], daemon=True) for w in self.targets]
-        for thread in self.asking:
-            thread.start()
-        wait = None
-        while len(results) < len(self.targets) and news.acquire(timeout=wait):
-            is_enough = None in results.values() and results.keys() >= set(opened)
-            wait = OTHER_ADDRESS_S if is_enough and not self.arguments.families else None
-        answers = results.copy()  # for another may still come
-        for where in self.targets:
-            error = answers.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
-            self.say(f"{where}: {error.problem if error else 'COMEIN'}")
-        good = [where for where, error in answers.items() if not error]
-        errors = [error for error in map(answers.get, self.targets) if error]
-        if errors and (self.arguments.families or not good):
-            tell_error(errors[0])
+        """Knock or revoke, and tell the user; returns whether it worked."""
+        race = self.begin(operation, resource)
+        results = self.finish(race, resource)
+        if error := self.failure(race, results):
+            tell_error(error)
             return False
         done = "opened" if operation == KNOCK else "closed"
         what = f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
-        line = f"{done} {what} on {self.arguments.host} ({', '.join(good)})"
-        if self.arguments.to_run and not self.is_quiet:
+        good = ", ".join(w for w in race.addresses if w in results and not results[w])
+        return self.tell_done(f"{done} {what} on {self.arguments.host} ({good})")
+
+    def tell_done(self, line: str) -> bool:
+        """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        if self.is_quiet:
+            return True
+        if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
-        elif not self.is_quiet:
-            try:
-                print(line, flush=True)
-            except OSError:  # the user will not know; the other resources are to be seen to
-                return False
+            return True
+        try:
+            print(line, flush=True)
+        except OSError:  # the user will not know; the other resources are to be seen to
+            return False
         return True
 
     def ask_all(self, operation: int) -> list[Resource]:
         """Knock or revoke for each resource; returns those where it worked."""
         return [resource for resource in self.resources if self.ask(operation, resource)]
 
-    def hold(self) -> int:
-        """Open all, run COMMAND or carry a connection, renew; and close all, whatever happens."""
-        import signal
+
+class Hold:
+    """`connect` and COMMAND: open all, renew it while it is used, and close it, whatever
+    happens."""
+
+    def __init__(self, client: Client) -> None:
         import threading
-        turn = threading.Lock()
+        self.client = client
+        self.turn = threading.Lock()  # who has it may begin to knock
+        # Where to renew: at all addresses, or where `connect` has its connection.
+        self.addresses: list[str] = list(client.targets)
+
+    def run(self) -> int:
+        """Returns the exit status. Raises UserError, OSError."""
+        import signal
 
         def stop(number: int, _: object) -> None:
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
-        def renew() -> None:
-            while True:
-                shortest = min(LONGEST_WAIT_S, *(resource.timeout for resource in self.resources))
-                time.sleep(max(shortest / 2, 1))
-                with turn:
-                    self.ask_all(KNOCK)
-
         catch_signals(stop)
         try:
             try:
-                is_good = self.ask_all(KNOCK) == self.resources
-                # What was not opened is not closed; with -4 -6 one address may be open alone.
-                self.resources = [resource for resource in self.resources if self.opened[resource]]
-                self.is_quiet = True
-                if not is_good:
+                if not self._open():
                     return 1
-                threading.Thread(target=renew, daemon=True).start()
-                return self.run_command() if self.arguments.to_run else self.carry()
+                return self._run_command() if self.client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
         finally:  # of its own: a signal may have come before it was ignored
-            turn.acquire()  # for good: nothing is renewed from here on
-            asking, self.asking = self.asking, []
-            for thread in asking:
-                if thread.is_alive():
-                    thread.join(OTHER_ADDRESS_S)  # or it may open what was closed just before
-            if not self.arguments.keep:
-                self.ask_all(REVOKE)
+            self._close()
 
-    def run_command(self) -> int:
-        """Run COMMAND to its end; returns its exit status, as a shell would. Raises OSError."""
+    def _open(self) -> bool:
+        client = self.client
+        is_good = client.ask_all(KNOCK) == client.resources
+        # What was not opened is not closed; with -4 -6 one address may be open alone.
+        client.resources = [resource for resource in client.resources if client.opened[resource]]
+        client.is_quiet = True
+        return is_good
+
+    def _close(self) -> None:
+        self.turn.acquire()  # for good: nothing is renewed from here on
+        for race in self.client.races:
+            race.give_up(OTHER_ADDRESS_S)  # or it may open what was closed just before
+        if not self.client.arguments.keep:
+            self.client.ask_all(REVOKE)
+
+    def _start_renewing(self) -> None:
+        import threading
+
+        def run() -> None:
+            try:
+                self._renew()
+            except Exception as error:  # in a thread nobody else would tell
+                tell_error(UserError(f"what was opened is not renewed: {error!r}", FAULT_HINT))
+
+        start_thread(threading.Thread(target=run, daemon=True))
+
+    def _renew(self) -> None:
+        """Knock again in time, for ever. The user hears of it if the lease has ended."""
+        client = self.client
+        lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
+        client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
+        pauses = RenewalPauses(lease)
+        end = time.monotonic() + lease
+        is_told = False
+        while True:
+            time.sleep(pauses.next())
+            begun = time.monotonic()
+            error = self._knock_again()
+            if error is None:
+                pauses, end, is_told = RenewalPauses(lease), begun + lease, False
+                continue
+            client.say(f"not renewed yet: {error}")
+            if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
+                is_told = True
+                tell_error(UserError(f"what was opened is not renewed: {error}", error.hint))
+
+    def _knock_again(self) -> UserError | None:
+        """Knock for each resource once more; returns what went wrong."""
+        errors = []
+        for resource in self.client.resources:
+            with self.turn:
+                race = self.client.begin(KNOCK, resource, self.addresses)
+            errors.append(self.client.failure(race, self.client.finish(race, resource)))
+        return next(filter(None, errors), None)
+
+    def _run_command(self) -> int:
+        """Run COMMAND to its end; returns its exit status, as a shell would."""
         import signal
         import subprocess
+        self._start_renewing()
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
-        process = subprocess.Popen(self.arguments.to_run)
+        command = self.client.arguments.to_run
+        try:
+            process = subprocess.Popen(command)
+        except OSError as error:
+            return tell_not_run(command[0], error)
+
+        # A terminal sends its Ctrl-C and Ctrl-\ to COMMAND itself. Windows has no SIGQUIT.
+        from_terminal = [signal.SIGINT, getattr(signal, "SIGQUIT", None)] if os.isatty(0) else []
 
         def pass_on(number: int, _: object) -> None:
-            # A terminal sends its Ctrl-C to COMMAND itself.
-            if number != signal.SIGINT or not os.isatty(0):
+            if number not in from_terminal:
                 process.send_signal(number)
 
         catch_signals(pass_on)
@@ -1046,11 +1320,25 @@ class Client:
         status = process.wait()
         return status if status >= 0 else 128 - status
 
-    def connect(self) -> socket.socket:
-        """Connect; knock once more if somebody behind our address closed it. Raises UserError."""
-        port = self.arguments.ports[0]
-        for patience in (CONNECT_S, self.timeout):
-            for where in self.opened[self.resources[0]]:
+    def _connect(self) -> int:
+        """Carry standard input and output over a connection; returns 0. Raises UserError."""
+        where, peer = self._reach()
+        keep_alive(peer)
+        # The connection has a use for this lease alone, and only from the address that it has.
+        self.addresses = [where]
+        address, _, *scope = peer.getsockname()
+        self.client.local[where] = (address, 0, *scope)
+        self._start_renewing()
+        Carrier(peer).run()
+        return 0
+
+    def _reach(self) -> tuple[str, socket.socket]:
+        """Connect where it was opened; returns the address too. Knocks once more if somebody
+        behind our address closed it. Raises UserError."""
+        client = self.client
+        port = client.arguments.ports[0]
+        for patience in (CONNECT_S, client.timeout):
+            for where in client.opened[client.resources[0]]:
                 address: Any = (where.encode(), port)  # as bytes: see resolve()
                 try:
                     peer = socket.create_connection(address, patience)
@@ -1058,32 +1346,133 @@ class Client:
                     reason = error.strerror or "it does not answer"
                 else:
                     peer.settimeout(None)
-                    return peer
+                    return where, peer
             if patience == CONNECT_S:
-                self.ask_all(KNOCK)
+                client.ask_all(KNOCK)
         problem = f"port {port} was opened, but cannot be reached: {reason}"
         raise UserError(problem, "does the service run there?")
 
-    def carry(self) -> int:
-        """Carry standard input and output until both have come to their ends, or one has broken."""
+
+class RenewalPauses:
+    """How long to wait before each try to renew a lease of so many seconds."""
+
+    def __init__(self, lease: float) -> None:
+        self.pause = lease / 2
+        self.retry = min(RENEWAL_RETRY_S, lease / 8)
+
+    def next(self) -> float:
+        """Seconds: half the lease, then short pauses that grow."""
+        pause, self.pause = self.pause, self.retry
+        self.retry = min(2 * self.retry, RENEWAL_RETRY_LIMIT_S)
+        return pause
+
+
+def tell_not_run(name: str, error: OSError) -> int:
+    """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        hint = "is it in PATH? of a script: is the program there that its first line names?"
+        tell_error(UserError(f"cannot run {name!r}: not found", hint))
+        return 127
+    hint = "is it a program that you may execute? a script begins with a line such as #!/bin/sh"
+    tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
+    return 126
+
+
+def keep_alive(peer: socket.socket) -> None:
+    """Have the kernel notice if the peer has vanished."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Carrier:
+    """Carries standard input to a connection, and what comes from there to standard output."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self.peer = peer
+        self.sent = 0  # bytes
+        self.failure: UserError | None = None  # of the upload
+
+    def run(self) -> None:
+        """Until both directions have come to their ends, or nobody reads the output any more.
+        Raises UserError if anything may have been lost."""
         import threading
-        peer = self.connect()
+        uploader = threading.Thread(target=self._upload, daemon=True)
+        start_thread(uploader)
+        try:
+            self._download()
+        except ConnectionError:
+            return  # nobody reads the output any more
+        sent_before = self.sent
+        drop_output()
+        while uploader.is_alive():
+            uploader.join(GONE_CHECK_S)
+            number = self.peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number and self.sent > sent_before:
+                raise broken(OSError(number, os.strerror(number)))
+            if number:
+                return  # the peer has gone for good, and our parent does not care
+        if self.failure:
+            raise self.failure
 
-        def upload() -> None:
-            with contextlib.suppress(OSError):  # the other direction will see it, too
-                while data := os.read(0, CHUNK):
-                    peer.sendall(data)
-                peer.shutdown(socket.SHUT_WR)
-
-        uploader = threading.Thread(target=upload, daemon=True)
-        uploader.start()
-        with contextlib.suppress(OSError):
-            while data := peer.recv(CHUNK):
-                while data:
+    def _download(self) -> None:
+        """Until the peer's end. Raises UserError, and ConnectionError if nobody reads."""
+        while data := self._receive():
+            while data:
+                try:
                     data = data[os.write(1, data) :]
-            drop_output()
-            uploader.join()
-        return 0
+                except BlockingIOError:  # our parent has made it so
+                    select.select([], [1], [])
+                except ConnectionError:
+                    raise
+                except OSError as error:
+                    raise UserError(f"cannot write standard output: {error.strerror}") from None
+
+    def _receive(self) -> bytes:
+        try:
+            return self.peer.recv(CHUNK)
+        except OSError as error:
+            raise broken(error) from None
+
+    def _upload(self) -> None:
+        try:
+            while data := self._read():
+                self._send(data)
+            with contextlib.suppress(OSError):  # the other direction will see it, too
+                self.peer.shutdown(socket.SHUT_WR)
+        except UserError as error:
+            self._fail(error)
+        except Exception as error:  # in a thread nobody else would tell
+            self._fail(UserError(f"{error!r}", FAULT_HINT))
+
+    def _fail(self, failure: UserError) -> None:
+        """End the other direction as well."""
+        self.failure = failure
+        with contextlib.suppress(OSError):
+            self.peer.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> bytes:
+        """Some of standard input, b"" at its end."""
+        while True:
+            try:
+                return os.read(0, CHUNK)
+            except BlockingIOError:  # our parent has made it so
+                select.select([0], [], [])
+            except OSError as error:
+                raise UserError(f"cannot read standard input: {error.strerror}") from None
+
+    def _send(self, data: bytes) -> None:
+        self.sent += len(data)
+        try:
+            self.peer.sendall(data)
+        except OSError as error:
+            raise broken(error) from None
+
+
+def broken(error: OSError) -> UserError:
+    hint = "some of what was sent, or was still to come, may be lost"
+    return UserError(f"the connection broke: {error.strerror}", hint)
 
 
 def drop_output() -> None:
@@ -1095,8 +1484,8 @@ def drop_output() -> None:
 def catch_signals(handler: Any) -> None:
     """Have what would end this program go to handler, as of signal.signal()."""
     import signal
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -3359,7 +3748,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     system_call_filter(config.seccomp, CLIENT_CALLS)()
     client = Client(config, arguments)
     if arguments.to_run or arguments.command == "connect":
-        return client.hold()
+        return Hold(client).run()
     done = client.ask_all(KNOCK if arguments.command == "knock" else REVOKE)
     return 0 if done == client.resources else 1
 
