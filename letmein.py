@@ -30,7 +30,7 @@ import socket
 import struct
 import sys
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 
 VERSION = "1.0.0"
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process

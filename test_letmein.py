@@ -2070,7 +2070,7 @@ class TestStart:
         path = lab.file(conf or server_conf())
         program = (*more.get("launcher", ()), sys.executable, LETMEIN)
         arguments = ("server", "-c", path, "--rundir", lab.directory, "--user", user)
-        result = lab.command(*arguments, program=program)
+        result = lab.command(*arguments, *more.get("more_words", ()), program=program)
         result.assert_error(*words)
         lines = result.err.splitlines()
         (at,) = (n for n, line in enumerate(lines) if line.startswith("letmein: error: "))
@@ -2097,6 +2097,60 @@ class TestStart:
             self.fails(lab, "MISSING", conf=server_conf(nftables=there[option]))
         else:
             self.fails(lab, "LETMEIN-INPUT")
+
+    @pytest.mark.parametrize("check", [False, True])
+    def test_a_base_chain(self, lab: Lab, check: bool) -> None:
+        """A chain with a hook is the administrator's: its rules are not flushed, not even by a
+        server that could work with it."""
+        base = "type filter hook input priority filter; policy drop; tcp dport 443 accept"
+        lab.load(f"table inet filter {{ chain input {{ {base}; }}; }}")
+        conf = server_conf().replace("LETMEIN-INPUT", "input")
+        more = ("--check",) if check else ()
+        self.fails(lab, "chain-input", "input is a base chain", conf=conf, more_words=more)
+
+    @pytest.mark.parametrize("check", [False, True])
+    def test_a_chain_with_rules_of_others(self, lab: Lab, check: bool) -> None:
+        """They are not flushed either."""
+        lab.load(more="add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        more = ("--check",) if check else ()
+        self.fails(lab, "LETMEIN-INPUT holds rules that are not", more_words=more)
+
+    def test_what_the_rust_server_has_left(self, lab: Lab) -> None:
+        """Its rules go when this one takes over."""
+        rule = 'tcp dport 22 accept comment "10.1.0.2/port/22/TCP/accept/LETMEIN"'
+        lab.load(more=f"add rule inet filter LETMEIN-INPUT {rule}")
+        with Server(lab, server_conf()):
+            assert "/LETMEIN" not in lab.ruleset()
+            assert not lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("family, version", [("ip", "4"), ("ip6", "6")])
+    def test_a_table_of_iptables(self, lab: Lab, family: str, version: str) -> None:
+        """iptables-save would write our rules without their sets, and restore them as rules that
+        accept everything: so the server does not work in a table of iptables."""
+        base = "type filter hook input priority filter; policy drop; jump LETMEIN-INPUT"
+        lab.load(
+            f"table {family} filter {{ chain LETMEIN-INPUT {{ }}; chain INPUT {{ {base}; }}; }}"
+        )
+        self.fails(lab, f"table {family} filter belongs to iptables", conf=server_conf(family=family))
+
+    def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
+        """As firewalld's may be: nobody else can change it."""
+        lab.load("")
+        owned = "add table inet filter { flags owner; }; add chain inet filter LETMEIN-INPUT\n"
+        # Only as long as its owner lives: nft -i keeps its socket open.
+        command = [NFT, "-i"]
+        owner = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert owner.stdin is not None
+        try:
+            owner.stdin.write(owned.replace("; add", "\nadd").encode())
+            owner.stdin.flush()
+            eventually(lambda: "LETMEIN-INPUT" in lab.ruleset(), "no table")
+            self.fails(lab, "belongs to another program")
+        finally:
+            owner.stdin.close()
+            owner.wait(LIMIT_S)
 
     def test_no_chain_to_jump_to(self, lab: Lab) -> None:
         lab.load()
@@ -2719,9 +2773,10 @@ def comment(resource: int = 0x22, user: int = 1, boot: str = BOOT, like: int = 0
     return f'comment "user={user:08X} resource={resource:08X} boot={boot}{means}"'
 
 
-# Each call leaves a line in `calls`. Checks work in all modes without "all".
+# Each call leaves a line in `calls`: its process id, which is nft's as well, and its arguments.
+# Checks work in all modes without "all".
 WATCHED_NFT = r"""#!/bin/sh
-echo "$*" >>@HERE@/calls
+echo "$$ $*" >>@HERE@/calls
 mode=$(cat @HERE@/mode)
 case "$mode:$*" in *all:*) ;; *:*list*|*:*-c*) exec @NFT@ "$@";; esac
 case "$mode" in
@@ -2751,9 +2806,14 @@ class WatchedNft:
         fresh.write_text(mode, encoding="ascii")
         fresh.replace(self.directory / "mode")
 
+    def processes(self) -> list[int]:
+        """The process ids of all runs."""
+        lines = (self.directory / "calls").read_text(encoding="ascii").splitlines()
+        return [int(line.split()[0]) for line in lines]
+
     def runs(self) -> int:
         """How many runs there were."""
-        return len((self.directory / "calls").read_text(encoding="ascii").splitlines())
+        return len(self.processes())
 
     def conf(self, resources: str = TRUTH_RESOURCES, nftables: str = "", **more: str) -> str:
         return server_conf(resources, nftables=f"exe = {self.exe}\n{nftables}", **more)
@@ -2853,6 +2913,14 @@ def delete_a_rule(lab: Lab) -> None:
 def delete_the_sets(lab: Lab) -> None:
     sets = re.findall(r"set (letmein-\S+)", run(NFT, "list", "table", "inet", "filter"))
     nft_do(*our_rules(), *(f"delete set inet filter {name}" for name in sets))
+
+
+def delete_the_sets_alone(lab: Lab) -> None:
+    """As delete_the_sets(), without a listing of the whole table."""
+    nft_do(
+        "flush chain inet filter LETMEIN-INPUT",
+        *(f"delete set inet filter letmein-{name}" for name in (4, 6, "00000041-gate")),
+    )
 
 
 def flush_the_chain(lab: Lab) -> None:
@@ -3117,6 +3185,67 @@ class TestHeal:
         agree(lab, guarded, HOLDERS[0])
         assert milliseconds_left(CLIENT_4)[0] <= 600
 
+    def test_a_reload_by_a_recycled_process_id(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """Whoever changes the table is somebody else, even by a process id that the server's own nft
+        had: here in another process namespace, as in a container on the host's network."""
+        knock_all(lab, *HOLDERS)
+        quiet(guarded)
+        path = lab.file(f"flush ruleset\n{(HERE / 'nftables.conf').read_text()}\n{REJECT}\n{DOOR}")
+        for turn, number in enumerate(watched.processes()[-3:], 1):
+            last = "/proc/sys/kernel/ns_last_pid"
+            command = f'echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!'
+            said = run("unshare", "--pid", "--fork", "--mount-proc", "sh", "-ec", command)
+            assert int(said) == number
+            guarded.wait_for("healed", turn, leases="5")
+            quiet(guarded)
+        agree(lab, guarded, *HOLDERS)
+        assert lab.reaches(22, CLIENT_4)
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+
+    def test_a_reload_by_a_recycled_process_id_of_the_same_namespace(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """The same where server and administrator see the same processes (root alone may choose a
+        process id there)."""
+        if not lab.real_root:
+            return
+        knock_all(lab, *HOLDERS)
+        quiet(guarded)
+        text = f"flush ruleset\n{(HERE / 'nftables.conf').read_text()}\n{REJECT}\n{DOOR}"
+        path = lab.file(text)
+        number = watched.processes()[-1]
+        command = f'echo {number - 1} >/proc/sys/kernel/ns_last_pid; {NFT} -f {path} & echo $!; wait $!'
+        for _ in range(50):
+            count = len(guarded.events("healed"))
+            said = int(run("sh", "-ec", command))
+            guarded.wait_for("healed", count + 1, leases="5")
+            if said == number:
+                break  # no other program has taken it first
+        else:
+            raise AssertionError("others are always faster to take the process id")
+        agree(lab, guarded, *HOLDERS)
+
+    def test_an_element_shortened_by_hand(self, lab: Lab, guarded: Server) -> None:
+        """It is an administrator's decision: no heal gives the time back."""
+        knock_all(lab, *HOLDERS)
+        key = f"{CLIENT_4} . tcp . 22"
+        (text,) = re.findall(rf'{re.escape(key)}[^,}}]*(comment "[^"]*")', lab.ruleset())
+        nft_do(
+            f"delete element inet filter letmein-4 {{ {key} }}",
+            f"add element inet filter letmein-4 {{ {key} timeout 60s {text} }}",
+        )
+        event = guarded.wait_for("shortened", peer=CLIENT_4)
+        assert (event["resource"], event["reason"]) == ("00000022", "by hand")
+        flush_and_reload(lab)
+        guarded.wait_for("healed", leases="5")
+        agree(lab, guarded, *HOLDERS)
+        assert max(milliseconds_left(key)) <= 60
+        # The next knock gives it its full time again.
+        knock_all(lab, HOLDERS[0])
+        assert min(milliseconds_left(key)) > 590
+
     def test_lost_notifications(self, lab: Lab, guarded: Server) -> None:
         """The kernel's buffer for them overflows while the server sleeps."""
 
@@ -3231,6 +3360,40 @@ class TestTenThousand:
             assert handshake(lab, 0x22, REVOKE, source=addresses[7]) == COMEIN
             assert not lab.reaches(22, addresses[7])
             assert lab.reaches(22, addresses[8])
+
+
+class TestLargeTable:
+    """Somebody else's large set in our table, such as a block list."""
+
+    def test_200_000_ranges(self, lab: Lab, meanings: None) -> None:
+        """nft 1.0.6 takes seconds to list such a table, or to add an element to it. The server
+        starts, lets in, heals, adopts, reloads and stops as ever."""
+        first = 1 << 24
+        ranges = (socket.inet_ntoa((first + 512 * n).to_bytes(4, "big")) for n in range(200_000))
+        listed = ",\n".join(f"{address}/24" for address in ranges)
+        block = f"add set inet filter block {{ type ipv4_addr; flags interval; elements = {{ {listed} }}; }}"
+        lab.load(more=f"{DOOR}\n{block}")
+        conf = server_conf(TRUTH_RESOURCES)
+        path = lab.file(conf)
+        checked = lab.command("server", "-c", path, "--check", "--user", "nobody")
+        assert checked.status == 0 and "took" not in checked.err, checked
+        with Server(lab, conf) as server:
+            knock_all(lab, *HOLDERS)
+            assert len(status(lab, server)) == len(rows(*HOLDERS))
+            for damage in (flush_the_chain, delete_the_sets_alone):
+                count = len(server.events("healed"))
+                damage(lab)
+                server.wait_for("healed", count + 1, leases="5")
+                assert lab.reaches(22, CLIENT_4)
+            reconfigure(server, conf)
+            crash(server)
+        with Server(lab, conf) as server:
+            server.wait_for("adopted", leases="5")
+            assert handshake(lab, 0x22, REVOKE) == COMEIN
+            assert not lab.reaches(22, CLIENT_4)
+            server.process.terminate()
+            assert server.wait() == 0, server.log
+            assert not server.events("failed") and not server.events("cannot-heal"), server.log
 
 
 class TestAdopt:
@@ -3788,6 +3951,27 @@ class TestSighup:
             assert peer.receive().operation == COMEIN
         print(f"{len(guarded.events('reloaded'))} reloads", end=" ")
         agree(lab, guarded, (CLIENT_4, 0x23, 1), *((a, 0x22, 1) for a in addresses))
+
+
+    def test_a_chain_with_rules_of_others(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """The old configuration stays, and so do those rules, also after a stop."""
+        knock_all(lab, *HOLDERS)
+        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        reconfigure(guarded, watched.conf(port="5900"), good=False)
+        assert "not letmein's" in guarded.events("reload-failed")[0]["reason"]
+        agree(lab, guarded, *HOLDERS)
+        flush_and_reload(lab)
+        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        guarded.wait_for("healed")
+        delete_the_rules(lab)
+        guarded.wait_for("healed", 2)
+        agree(lab, guarded, *HOLDERS)
+        guarded.process.terminate()
+        assert guarded.wait() == 0
+        left = lab.ruleset()
+        assert "letmein" not in left and "tcp dport 443 accept" in left
 
 
 class TestNftFaults:
