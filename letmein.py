@@ -1746,7 +1746,7 @@ class Nft:
             raise UserError(problem or f"nft ended with status {status}", hint)
 
 
-# Of the kernel's nftables, by netlink: linux/netlink.h, linux/netfilter/nfnetlink.h and nf_tables.h.
+# The kernel's nftables by netlink: linux/netlink.h, linux/netfilter/nfnetlink.h, nf_tables.h.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES, NFNL_SUBSYS_NFTABLES = 12, 7, 10
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 2, 3, 16, 17
@@ -2198,7 +2198,15 @@ class Firewall:
             self._forget(lease.key)
         for lease in new:
             self._keep(lease)
+        if self.config.debug:
+            self._log_changes(new, ended, now)
         return ""
+
+    def _log_changes(self, new: list[Lease], ended: list[Lease], now: float) -> None:
+        for event, leases in (("ended", ended), ("kept", new)):
+            for lease in leases:
+                ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
+                self.log(event, peer=lease.address, **ids, seconds=f"{lease.ends - now:.3f}")
 
     def _changes(
         self, new: list[Lease], ended: list[Lease], now: float, replace: bool = False

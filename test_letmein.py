@@ -2131,7 +2131,8 @@ class TestStart:
         lab.load(
             f"table {family} filter {{ chain LETMEIN-INPUT {{ }}; chain INPUT {{ {base}; }}; }}"
         )
-        self.fails(lab, f"table {family} filter belongs to iptables", conf=server_conf(family=family))
+        conf = server_conf(family=family)
+        self.fails(lab, f"table {family} filter belongs to iptables", conf=conf)
 
     def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
         """As firewalld's may be: nobody else can change it."""
@@ -3188,14 +3189,14 @@ class TestHeal:
     def test_a_reload_by_a_recycled_process_id(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
-        """Whoever changes the table is somebody else, even by a process id that the server's own nft
-        had: here in another process namespace, as in a container on the host's network."""
+        """Whoever changes the table is somebody else, even by a process id that the server's own
+        nft had: here in another process namespace, as in a container on the host's network."""
         knock_all(lab, *HOLDERS)
         quiet(guarded)
         path = lab.file(f"flush ruleset\n{(HERE / 'nftables.conf').read_text()}\n{REJECT}\n{DOOR}")
         for turn, number in enumerate(watched.processes()[-3:], 1):
             last = "/proc/sys/kernel/ns_last_pid"
-            command = f'echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!'
+            command = f"echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!"
             said = run("unshare", "--pid", "--fork", "--mount-proc", "sh", "-ec", command)
             assert int(said) == number
             guarded.wait_for("healed", turn, leases="5")
@@ -3216,7 +3217,8 @@ class TestHeal:
         text = f"flush ruleset\n{(HERE / 'nftables.conf').read_text()}\n{REJECT}\n{DOOR}"
         path = lab.file(text)
         number = watched.processes()[-1]
-        command = f'echo {number - 1} >/proc/sys/kernel/ns_last_pid; {NFT} -f {path} & echo $!; wait $!'
+        last = "/proc/sys/kernel/ns_last_pid"
+        command = f"echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!"
         for _ in range(50):
             count = len(guarded.events("healed"))
             said = int(run("sh", "-ec", command))
@@ -3371,7 +3373,8 @@ class TestLargeTable:
         first = 1 << 24
         ranges = (socket.inet_ntoa((first + 512 * n).to_bytes(4, "big")) for n in range(200_000))
         listed = ",\n".join(f"{address}/24" for address in ranges)
-        block = f"add set inet filter block {{ type ipv4_addr; flags interval; elements = {{ {listed} }}; }}"
+        kind = "type ipv4_addr; flags interval"
+        block = f"add set inet filter block {{ {kind}; elements = {{ {listed} }}; }}"
         lab.load(more=f"{DOOR}\n{block}")
         conf = server_conf(TRUTH_RESOURCES)
         path = lab.file(conf)
@@ -3531,8 +3534,8 @@ class TestAdopt:
             agree(lab, server, HOLDERS[2], HOLDERS[4])
 
     def test_a_key_that_was_replaced(self, lab: Lab, watched: WatchedNft) -> None:
-        """What a key got that is no longer valid at the next start is not taken over, and nothing of
-        a key stands in the kernel."""
+        """What a key got that is no longer valid at the next start is not taken over, and nothing
+        of a key is in the kernel."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -5712,8 +5715,8 @@ class TestRepeats:
     def test_a_challenge_is_good_for_one_change(
         self, lab: Lab, guarded: Server, protocol: str
     ) -> None:
-        """Further RESPONSEs to it, each with another salt, change nothing; a new KNOCK from the same
-        port does, with a CHALLENGE of its own."""
+        """Further RESPONSEs to it, each with another salt, change nothing; a new KNOCK from the
+        same port does, with a CHALLENGE of its own."""
         with Peer(lab, protocol) as peer:
             token = peer.challenge(0x22)
             for _ in range(20):
