@@ -1655,11 +1655,17 @@ def ruleset(config: Config) -> Ruleset:
     return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
 
 
-def ruleset_script(config: Config, old: Iterable[Rule] = ()) -> str:
-    """The nft script that puts our rules in place of these old ones, and makes sets that are not
-    there. It leaves alone what is in the sets, and all that is not ours."""
+def deletion_script(config: Config, rules: Iterable[Rule]) -> str:
+    """The nft script that deletes these rules."""
+    table = f"{config.family} {config.table}"
+    return "".join(f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules)
+
+
+def ruleset_script(config: Config) -> str:
+    """The nft script that adds our rules, and makes sets that are not there. It leaves alone what
+    is in the sets, and all that is not ours."""
     table, ours = f"{config.family} {config.table}", ruleset(config)
-    lines = [f"delete rule {table} {rule.chain} handle {rule.handle}" for rule in old]
+    lines = []
     for name, kind in ours.sets.items():
         lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
     lines += [f"add rule {table} {rule}" for rule in ours.rules]
@@ -2071,7 +2077,6 @@ class Survey:
 
     def __init__(self) -> None:
         self.found: dict[LeaseKey, int] = {}  # of each lease: which of its elements, as bits
-        self.gates: set[ElementName] = set()  # elements of gates that are as they should be
         self.strange: list[ElementName] = []  # elements that nothing explains
         self.wrong: set[LeaseKey] = set()  # leases of which an element is not as it should be
         self.shortened: dict[LeaseKey, float] = {}  # by hand: their new ends
@@ -2338,16 +2343,19 @@ class Firewall:
     def _install(self) -> None:
         """Put our rules and sets into the table. Raises UserError."""
         self.installed = True
+        script = ruleset_script(self.config)
         try:
-            self._run(ruleset_script(self.config, self._rules()))
+            self._run(deletion_script(self.config, self._rules()) + script)
         except UserError as error:
             if "No such file" not in error.problem:
                 raise
             # Somebody may have deleted one of these rules meanwhile.
-            self._run(ruleset_script(self.config, self._rules()))
+            self._run(deletion_script(self.config, self._rules()) + script)
         self._delete_sets(self._sets().keys() - ruleset(self.config).sets.keys())
 
     def _run(self, script: str) -> None:
+        if not script:
+            return
         if self.config.debug:
             self.log("nft", script=script)
         self.nft.run(script)
@@ -2375,9 +2383,7 @@ class Firewall:
         """Remove all that was installed. Raises UserError if something stays."""
         with contextlib.suppress(OSError):
             self.kernel.table_facts()
-            table = f"{self.config.family} {self.config.table}"
-            for rule in self._rules_left():
-                self.nft.run(f"delete rule {table} {rule.chain} handle {rule.handle}\n")
+            self._run(deletion_script(self.config, self._rules_left()))
             self._delete_sets(self._sets())
 
     def _rules_left(self) -> list[Rule]:
