@@ -108,6 +108,7 @@ install:
 	for name in bin/letmein sbin/letmeind; do \
 		printf '%s\n' "#!$$($(PYTHON) -c 'import sys; print(sys.executable)') -I" \
 			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
+			'signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # until main() knows' \
 			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \
 			install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
 	done; \

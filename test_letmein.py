@@ -5117,9 +5117,9 @@ class Hostile(Network):
         try:
             while True:
                 try:
-                    return self.link.send(data)
+                    return os.write(self.pipe, data)
                 except BlockingIOError:
-                    select.select([self.link], [self.link], [])
+                    select.select([self.link], [self.pipe], [])
                     self.hear()
         except OSError:
             raise SystemExit(0) from None  # the monitor has closed its end
@@ -5141,7 +5141,8 @@ Network = Hostile
 SPIN = "while True: pass"
 BAD_RECORDS = {
     "too short": "self.tell(bytes(10))",
-    "nothing": "self.tell(b'')",
+    "nothing": "os.close(self.pipe)",
+    "too long for a pipe at once": "self.tell(bytes(10_000))",
     "too long": "self.tell(bytes(RECORD.size + 1))",
     "unknown kind": "self.say(99)",
     "kind 0": "self.say(0)",
@@ -5180,13 +5181,13 @@ FLOODS = {
 """,
 }
 NOT_READING = """
-            self.link.setblocking(True)
             self.say(REQUEST)
+            select.select([], [self.pipe], [])
 """
 # Takes a record now and then, so that it is never found deaf, and asks for more than that. When
 # the link is full, it lets the monitor be told to stop.
 SLOW_READER = """
-            while select.select([], [self.link], [], 0.3)[1]:
+            while select.select([], [self.pipe], [], 0.3)[1]:
                 self.say(REQUEST)
             os.kill(MONITOR, signal.SIGTERM)
             while os.getppid() == MONITOR:
@@ -6654,25 +6655,29 @@ class LoneMonitor(letmein.Monitor):
             patch.setattr(letmein, "Log", QuietLog)
             patch.setattr(letmein, "Nft", lambda name: None)
             patch.setattr(letmein, "lock_table", lambda *_: -1)
+            patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
             super().__init__(config, argparse.Namespace(rundir="/", activated={}))
         self.secret = bytes(32)
         self.started = 0.0
-        self.ready = True
+        self.ready = self.is_open = True
         self.connect()
 
     def connect(self) -> None:
-        """Have a new link, as after the start of a network process."""
-        self.link, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.selector.register(self.link, selectors.EVENT_READ)
-        self.link.setblocking(False)
-        self.theirs.setblocking(False)
+        """Have new channels, as after the start of a network process."""
+        self.theirs, self.writer = self._connect()
+
+    def _replace_sockets(self) -> None:
+        """There are none."""
 
     def hand(self, data: bytes) -> list[letmein.Record]:
         """Send it a record; returns what it sends back."""
-        self.theirs.send(data)
-        self._on_link()
+        if data:
+            self.writer.write(data)
+        else:
+            self.writer.close()
+        self._on_pipe()
         return self.said()
 
     def said(self) -> list[letmein.Record]:
@@ -6684,10 +6689,11 @@ class LoneMonitor(letmein.Monitor):
         return records
 
     def close(self) -> None:
-        if self.link is not None:
-            self.link.close()
+        self._stop_network(0)
         self.theirs.close()
+        self.writer.close()
         self.selector.close()
+        os.close(self.root)
 
 
 @contextlib.contextmanager
@@ -6754,6 +6760,7 @@ def test_monitor_survives_any_network_process(
                 assert not monitor.firewall.queue and not monitor.accepted
                 if monitor.link is None:
                     monitor.theirs.close()
+                    monitor.writer.close()
                     monitor.connect()
         assert not {"granted", "revoked", "failed"} & set(monitor.log.counts)
         log = monitor.log
@@ -7257,8 +7264,12 @@ class BothProcesses:
         self.listeners = [socket.create_server(("127.0.0.1", 0))]
         self.listeners.append(socket.socket(type=socket.SOCK_DGRAM))
         self.listeners[1].bind(("127.0.0.1", 0))
+        for listener in self.listeners:
+            letmein.prepare_control(listener)
         self.names = [listener.getsockname() for listener in self.listeners]
-        self.network = letmein.Network(self.monitor.theirs, 1000, 1000)
+        self.network = letmein.Network(
+            self.monitor.theirs, self.monitor.writer.fileno(), 1000, 1000
+        )
         self.network._settle(letmein.SETTINGS_PAYLOAD.pack(60.0), self.listeners)
         self.talkers: list[Talker] = []
 
@@ -7272,7 +7283,7 @@ class BothProcesses:
             wait = 0
             for key, _ in ready:
                 key.data()
-            self.monitor._on_link()
+            self.monitor._on_pipe()
             assert self.monitor.link is not None, self.monitor.log.lines
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -8570,16 +8581,16 @@ class TestPrivileges:
 
             process = Path(f"/proc/{network}")
             root = os.readlink(process / "root")
-            assert re.fullmatch(r"/tmp/letmeind-[0-9a-f]{16} \(deleted\)", root)
+            assert re.fullmatch(rf"{server.rundir}/letmeind-[0-9a-f]{{16}} \(deleted\)", root)
             assert os.readlink(process / "cwd") == root
             assert list((process / "root").iterdir()) == []
             assert not Path(root.split()[0]).exists()
             assert (process / "environ").read_bytes() == b""
             assert (process / "fd").stat().st_uid == 0  # not dumpable: proc(5)
 
-            # Its sockets: the link, and the control port over TCP and over UDP. (The handshake's
-            # own may be there for a moment more.)
-            wanted = ["/dev/null", "anon_inode:[eventpoll]", *["socket:[]"] * 3]
+            # Its channels, and the control port over TCP and over UDP. (The handshake's own may be
+            # there for a moment more.)
+            wanted = ["/dev/null", "anon_inode:[eventpoll]", "pipe:[]", *["socket:[]"] * 3]
 
             def open_files() -> list[str]:
                 with contextlib.suppress(FileNotFoundError):
@@ -8654,8 +8665,7 @@ class TestPrivileges:
     @pytest.mark.parametrize(
         "step, launcher",
         [
-            ("enter an empty root directory in /tmp", ("sh", "-c", "@READ-ONLY@", "sh")),
-            ("enter an empty root directory in /tmp", ("setpriv", "--bounding-set", "-sys_chroot")),
+            ("enter an empty root directory", ("setpriv", "--bounding-set", "-sys_chroot")),
             ("become the user nobody", ("setpriv", "--bounding-set", "-setgid")),
             ("become the user nobody", ("setpriv", "--bounding-set", "-setuid")),
             ("give up its capabilities", ("setpriv", "--securebits", "+no_setuid_fixup")),
@@ -8665,12 +8675,6 @@ class TestPrivileges:
         """Where one cannot be made, there is no server."""
         need_root(lab)
         lab.load()
-        mounts = (
-            f"mount --bind {lab.directory} {lab.directory} && mount --rbind /tmp /tmp"
-            " && mount -o remount,bind,ro /tmp && exec \"$@\""
-        )
-        words = [word.replace("@READ-ONLY@", mounts) for word in launcher]
-        launcher = ("unshare", "--mount", *words)
         TestStart().fails(lab, f"cannot {step}:", user=SANDBOX_ACCOUNT, launcher=launcher)
 
     @pytest.mark.parametrize("more", ["", ",+setuid"])
@@ -8863,8 +8867,8 @@ class TestSeccomp:
         number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
         statement = NEVER_CALLED[call].replace("@NUMBER@", number)
         changes = (CLIENT_STEP, f"{CLIENT_STEP}    {statement}\n")
-        hup = "            if signal.SIGHUP in numbers:\n"
-        program = altered(lab, changes, (hup, f"{hup}                {statement}\n"))
+        hup = "                if self.reload_wanted:\n"
+        program = altered(lab, changes, (hup, f"{hup}                    {statement}\n"))
         client = (*program[:2], "-c", lab.file(CLIENT_CONF), "--seccomp")
         with confined(lab, server_conf(), seccomp="kill", program=program) as server:
             network = server.network_process()
