@@ -1559,7 +1559,8 @@ def activated_sockets() -> ControlSockets:
     """The control sockets that systemd has opened for us, if it has; see sd_listen_fds(3). There
     may be several of one protocol and port, for different addresses. Raises UserError."""
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
-    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=LISTENERS_LIMIT) if mine else 0
+    most = LISTENERS_LIMIT - 1  # one more may be ours
+    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
     kinds = {
         (socket.SOCK_STREAM, socket.IPPROTO_TCP): "tcp",
         (socket.SOCK_DGRAM, socket.IPPROTO_UDP): "udp",
@@ -2102,10 +2103,9 @@ class Network:
 
     def _on_link(self) -> None:
         try:
-            received = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT, MSG_DONTWAIT)
+            data, descriptors, _, _ = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT)
         except BlockingIOError:
             return
-        data, descriptors, _, _ = received
         if not data:
             raise ConnectionError("the monitor is gone")
         record = Record(*RECORD.unpack(data))
@@ -2239,7 +2239,7 @@ NETWORK_CALLS = """
 NETWORK_ARGUMENTS = {
     "getsockopt": (((1, 1), (2, 3)), ((1, 1), (2, 38))),  # SOL_SOCKET: SO_TYPE, SO_PROTOCOL
     "recvfrom": (((3, MSG_DONTWAIT),),),
-    "recvmsg": (((2, MSG_DONTWAIT),),),
+    "recvmsg": (((2, MSG_DONTWAIT),), ((2, 0),)),  # recv_fds() passes no flags on
     "sendmsg": (((2, MSG_DONTWAIT),),),
     "sendto": (((3, MSG_DONTWAIT),),),
     "setitimer": (((0, 2),),),  # ITIMER_PROF
@@ -2482,6 +2482,7 @@ After=nftables.service network.target
 ExecStart={command} --rundir /run/letmeind
 ExecReload=/bin/kill -HUP $MAINPID
 {lines}
+# Not PrivateTmp=: that makes a directory in /tmp, and whoever fills that up keeps us from starting.
 # Not User=: what it gives is not lost by a change of user, so the network process would keep it.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SYS_CHROOT CAP_KILL
 RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX

@@ -4886,7 +4886,7 @@ class TestService:
         assert (result.status, result.err) == (0, ""), result
         said = run(program, "security", "--offline=true", "--no-pager", unit)
         found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
-        assert found and float(found[1]) <= 2.4, said
+        assert found and float(found[1]) <= 2.6, said
 
     def test_the_rights_are_enough(self, lab: Lab) -> None:
         """The server does all its work with the capabilities of the unit alone."""
@@ -5085,7 +5085,7 @@ class TestInstall:
 # only this one does, which is the first. After it, if it still runs, it serves as before.
 HOSTILE = """
 # What an attack needs. From inside the sandbox nothing can be imported.
-import ctypes, errno, itertools, mmap, random, resource, select, signal, threading
+import ctypes, errno, fcntl, itertools, mmap, random, resource, select, signal, threading
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MONITOR = os.getppid()
@@ -5195,6 +5195,102 @@ SLOW_READER = """
                 self.link.recv(RECORD.size)
             raise SystemExit(0)
 """
+# What the network process does to what it has in common with the monitor, or sends it. Where the
+# kernel refuses a step, that is no reason to leave the next one out.
+LINGER = """
+        def linger(kept):
+            # To close it takes an hour, for its peer takes nothing.
+            forever = struct.pack("ii", 1, 3600)
+            kept.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, forever)
+            kept.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    kept.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+
+        def give(kept):
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", kept.fileno()))]
+            for channel in (0, 1):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel)) as towards:
+                    for _ in range(100):
+                        towards.sendmsg([RECORD.pack(*Record(COUNTS))], rights)
+                    kept.close()  # while others are on their way
+"""
+ATTACKS_ON_THE_MONITOR = {
+    "a descriptor that lingers": LINGER
+    + """
+        kept = next(iter(self.connections.values())).socket
+        linger(kept)
+        give(kept)
+""",
+    "a control socket that lingers": LINGER
+    + """
+        kept = self.listeners[0]
+        kept.shutdown(socket.SHUT_RDWR)
+        kept.setblocking(True)
+        kept.connect(("::ffff:10.1.0.2", 9001))
+        linger(kept)
+        os._exit(0)
+""",
+    "deaf control sockets": """
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+        program = struct.pack("@HP", 1, ctypes.addressof(drop))
+        for control in self.listeners:
+            for level, name, value in (
+                (socket.SOL_SOCKET, 26, program),  # SO_ATTACH_FILTER
+                (socket.SOL_SOCKET, 44, 1),  # SO_LOCK_FILTER
+                (socket.SOL_SOCKET, 25, b"lo"),  # SO_BINDTODEVICE
+                (socket.SOL_SOCKET, socket.SO_RCVBUF, 1),
+                (socket.IPPROTO_IP, 21, 255),  # IP_MINTTL
+                (socket.IPPROTO_IPV6, 73, 255),  # IPV6_MINHOPCOUNT
+            ):
+                with contextlib.suppress(OSError):
+                    control.setsockopt(level, name, value)
+            with contextlib.suppress(OSError):
+                control.listen(0)
+        self.listeners[1].connect(("::ffff:10.1.0.2", 9))
+        os._exit(0)
+""",
+    "shut control sockets": """
+        for control in self.listeners:
+            with contextlib.suppress(OSError):
+                control.shutdown(socket.SHUT_RDWR)
+        os._exit(0)
+""",
+    "sockets that block": """
+        for control in self.listeners:
+            fcntl.ioctl(control, 0x5421, struct.pack("i", 0))  # FIONBIO
+        fcntl.ioctl(0, 0x5421, struct.pack("i", 0))
+        os._exit(0)
+""",
+    "signals": """
+        for number in (0, 1, *(control.fileno() for control in self.listeners)):
+            for command, value in (
+                (8, MONITOR),  # F_SETOWN
+                (10, signal.SIGTERM),  # F_SETSIG
+                (1024, 0),  # F_SETLEASE
+            ):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(number, command, value)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(number, 0x5452, struct.pack("i", 1))  # FIOASYNC
+""",
+    "another pipe": """
+        fcntl.fcntl(self.pipe, 4, 0)  # F_SETFL: it blocks, and packs
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.pipe, 1031, 4096)  # F_SETPIPE_SZ
+        for _ in range(3):
+            os.write(self.pipe, bytes(RECORD.size // 2))
+""",
+    "a shut link": """
+        self.link.shutdown(socket.SHUT_RDWR)
+        self.selector.unregister(self.link)
+        self.say(REQUEST)
+""",
+    "half a datagram": """
+        self.listeners[1].sendto(b"half", 0x8000, ("::ffff:10.1.0.2", 9))  # MSG_MORE
+        os._exit(0)
+""",
+}
 
 
 def with_attack(lab: Lab, attack: str) -> tuple[str | Path, ...]:
@@ -5213,6 +5309,18 @@ def replaced(server: Server, old: int, reason: str = "") -> None:
         assert handshake(server.lab, 0x23, REVOKE, protocol, source) == COMEIN
     assert server.network_process() != old
     assert len(server.events("network-process-lost")) == 1, server.log
+
+
+def assert_lives(server: Server) -> None:
+    """The server does all that it is for, whatever its network process was."""
+    healed = len(server.events("healed"))
+    server.lab.load()
+    server.wait_for("healed", healed + 1)
+    reconfigure(server, server_conf())
+    assert counted(server)["process"] == server.process.pid
+    for protocol, source in (("tcp", OTHER_4), ("udp", OTHER_6), ("udp", OTHER_4)):
+        assert handshake(server.lab, 0x23, protocol=protocol, source=source) == COMEIN
+        assert server.lab.reaches(23, source)
 
 
 def used_s(pid: int) -> float:
@@ -5308,6 +5416,32 @@ class TestNetworkProcess:
             before = time.monotonic()
             server.stop()
             assert time.monotonic() - before < 3
+
+    @pytest.mark.parametrize("attack", ATTACKS_ON_THE_MONITOR)
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_an_attack_on_the_monitor(self, lab: Lab, seccomp: str, attack: str) -> None:
+        """Nothing that it does to a kernel object hangs the monitor, or makes the next one deaf."""
+        lab.load()
+        program = with_attack(lab, ATTACKS_ON_THE_MONITOR[attack])
+        with contextlib.ExitStack() as stack:
+            with lab.client():  # somebody takes the call, and takes nothing more
+                sink = stack.enter_context(socket.socket())
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            sink.bind(("10.1.0.2", 9001))
+            sink.listen()
+            words = (lab, server_conf(general="control-timeout = 60"))
+            server = stack.enter_context(confined(*words, seccomp=seccomp, program=program))
+            assert handshake(lab) == COMEIN
+            peer = stack.enter_context(Peer(lab))
+            peer.send(message(KNOCK, 0x22))
+            peer.receive()
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            if seccomp == "kill" or "os._exit" in ATTACKS_ON_THE_MONITOR[attack]:
+                server.wait_for("network-process-lost")
+            assert lab.reaches(22, CLIENT_4), "the lease"
+            assert_lives(server)
+            assert len(server.events("network-process-lost")) <= 1, server.log
 
     def test_it_reads_slowly(self, lab: Lab) -> None:
         """The administrator is heard all the same."""
@@ -8427,6 +8561,14 @@ FORBIDDEN = {
     "prctl": "libc('prctl', 38, 1, 0, 0, 0)",
     "setuid": "os.setuid(os.getpid())",
     "io_uring_setup": "libc('syscall', 425, 1, None)",
+    "setsockopt": "self.listeners[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)",
+    "listen": "self.listeners[0].listen(0)",
+    "ioctl": "self.listeners[0].setblocking(True)",
+    "fcntl": "libc('fcntl', self.pipe, 1031, 4096)",  # F_SETPIPE_SZ
+    "the pid of a peer": "self.link.getsockopt(socket.SOL_SOCKET, 77, 4)",  # SO_PEERPIDFD
+    "half a datagram": "self.listeners[1].sendmsg([b'x'], [], 0x8000, ('::1', 9))",  # MSG_MORE
+    "to read twice": "self.link.recv(1, socket.MSG_PEEK)",
+    "another timer": "signal.setitimer(signal.ITIMER_REAL, 1)",
 }
 EVERY_RECORD = """
         ids = itertools.product(range(6), (0, 1, 2, 0xFFFFFFFF), (0, 0x22, 0x23, 0x26, 0x99))
