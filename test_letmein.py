@@ -4832,6 +4832,53 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+# The same for anything: each word of $1 is "KIND ADDRESS PORT".
+GIVE = """
+import os, socket, sys
+kinds = {
+    "tcp": (socket.SOCK_STREAM, 6),
+    "udp": (socket.SOCK_DGRAM, 17),
+    "udp-lite": (socket.SOCK_DGRAM, 136),
+}
+given = sys.argv[1].split(",")
+for number, text in enumerate(given):
+    kind, address, port = (text.split() + ["", ""])[:3]
+    if kind in kinds:
+        family = socket.AF_INET if "." in address else socket.AF_INET6
+        made = socket.socket(family, *kinds[kind])
+        if family == socket.AF_INET6 and any("." in other for other in given):
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, int(port or 5800)))
+        if kind == "tcp" and port != "5805":  # that one is left silent
+            made.listen()
+        os.dup2(made.detach(), 30 + number)
+    elif kind == "unix":
+        made = socket.socket(socket.AF_UNIX)
+        made.bind("")
+        if address:
+            made.listen()
+        os.dup2(made.detach(), 30 + number)
+    elif kind == "file":
+        os.dup2(os.open("/dev/null", os.O_RDWR), 30 + number)
+    elif kind == "pipe":
+        os.dup2(os.pipe()[0], 30 + number)
+for number, text in enumerate(given):
+    if text == "closed":
+        os.closerange(3 + number, 4 + number)
+    else:
+        os.dup2(30 + number, 3 + number)
+os.environ.update(LISTEN_FDS=str(len(given)), LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def activated(lab: Lab, *sockets: str) -> tuple[str | Path, ...]:
+    """How to run a server that is given these."""
+    python = (sys.executable, LETMEIN, "server")
+    return (sys.executable, "-c", GIVE, ",".join(sockets), *python)
+
+
 def service(lab: Lab, kind: str, *arguments: str | Path) -> str:
     """What `letmein.py service` prints."""
     result = lab.command("service", kind, *arguments)
@@ -4923,6 +4970,41 @@ class TestService:
             for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
                 assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
             assert set(file.read_text().split()) <= inodes(server.process.pid)
+
+    def test_two_sockets_of_one_name(self, lab: Lab) -> None:
+        """One for IPv4 and one for IPv6, as BindIPv6Only=ipv6-only has them: both are served, also
+        after a reload and by the next network process."""
+        lab.load()
+        sockets = [f"{kind} {address}" for kind in ("tcp", "udp") for address in ("0.0.0.0", "::")]
+        with Server(lab, server_conf(), program=activated(lab, *sockets)) as server:
+            reconfigure(server, server_conf())
+            for _ in range(2):
+                for protocol, source in KNOCKERS:
+                    assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                network = server.network_process()
+                os.kill(network, signal.SIGKILL)
+                eventually(
+                    lambda old=network: server_is_back(server) and server.network_process() != old,
+                    "no new network process",
+                )
+
+    @pytest.mark.parametrize(
+        "given", ["unix", "unix listening", "tcp :: 5805", "udp-lite ::", "file", "pipe", "closed"]
+    )
+    def test_what_is_no_control_socket(self, lab: Lab, given: str) -> None:
+        """Whatever else systemd gives is refused by its number, and not served."""
+        lab.load()
+        program = (*activated(lab, "tcp ::", given), "--user", "none", "--rundir", lab.directory)
+        result = lab.command("-c", lab.file(server_conf()), program=program)
+        result.assert_error("descriptor 4, which is no socket for a control port", "ListenStream")
+
+    def test_a_socket_of_another_port(self, lab: Lab) -> None:
+        """It is refused by name."""
+        lab.load()
+        program = (*activated(lab, "tcp ::", "tcp :: 5801"), "--user", "none")
+        conf = lab.file(server_conf())
+        result = lab.command("-c", conf, "--rundir", lab.directory, program=program)
+        result.assert_error("a socket for 5801/tcp, which is no control port")
 
     @pytest.mark.parametrize("command", ["server", "status"])
     def test_its_server_is_found(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
@@ -5323,6 +5405,13 @@ def assert_lives(server: Server) -> None:
         assert server.lab.reaches(23, source)
 
 
+def server_is_back(server: Server) -> bool:
+    """Whether there is a network process."""
+    with contextlib.suppress(AssertionError):
+        return server.network_process() > 0
+    return False
+
+
 def used_s(pid: int) -> float:
     """How much of the processor's time a process has had, and its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -5455,8 +5544,64 @@ class TestNetworkProcess:
             assert lab.elements() == []
 
 
+# Runs $@ with a /tmp that nobody can write to, but for the lab's own directory in there.
+FULL_TMP = """
+mount --bind @LAB@ @LAB@ && mount --rbind /tmp /tmp && mount -o remount,bind,ro /tmp && exec "$@"
+"""
+
+
 class TestLimits:
     """What is scarce."""
+
+    def test_tmp_is_full(self, lab: Lab) -> None:
+        """Who fills /tmp keeps neither the server from starting nor its network process from coming
+        back."""
+        need_root(lab)
+        lab.load()
+        mounts = FULL_TMP.replace("@LAB@", str(lab.directory))
+        program = ("unshare", "--mount", "sh", "-c", mounts, "sh", sys.executable, LETMEIN, "server")
+        with confined(lab, server_conf(), program=program) as server:
+            network = server.network_process()
+            os.kill(network, signal.SIGKILL)
+            replaced(server, network)
+
+    def test_the_run_directory_fills_up(self, lab: Lab) -> None:
+        """A server that runs needs no more of the disk."""
+        need_root(lab)
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        call_libc("mount", b"none", bytes(place), b"tmpfs", 0, b"nr_inodes=20")
+        try:
+            with confined(lab, server_conf(), "--rundir", str(place)) as server:
+                with contextlib.suppress(OSError):
+                    for number in range(30):
+                        (place / str(number)).touch()
+                network = server.network_process()
+                os.kill(network, signal.SIGKILL)
+                replaced(server, network)
+                server.rundir = place
+                assert_lives(server)
+        finally:
+            call_libc("umount", bytes(place))
+
+    def test_descriptors_run_out(self, lab: Lab) -> None:
+        """When the monitor can open nothing at all it says so, keeps the leases, and does what it
+        could not do when it can again."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            monitor, network = server.process.pid, server.network_process()
+            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (0, most))
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            assert "Too many open files" in lost["reason"], lost
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("reload-failed")
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            eventually(lambda: server_is_back(server), "no new network process")
+            assert lab.reaches(22, CLIENT_4), "the lease"
+            assert_lives(server)
 
     def test_few_descriptors(self, lab: Lab) -> None:
         """Idle connections may take all descriptors there are, and yet lock nobody out."""
