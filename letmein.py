@@ -1615,7 +1615,7 @@ def lock_table(rundir: str, config: Config) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        hint = f"stop that one first; 'fuser -v {path}' shows it"
+        hint = f"stop that one first; it holds {path}"
         problem = f"a server for the table {config.family} {config.table} runs already"
         raise UserError(problem, hint) from None
     except OSError as error:

@@ -2040,6 +2040,33 @@ class TestStart:
         for exe in ("/nowhere/nft", "no-such-nft", "/etc/passwd"):
             self.fails(lab, exe, conf=server_conf(nftables=f"exe = {exe}"))
 
+    def test_no_run_directory(self, lab: Lab) -> None:
+        """Each thing that can be wrong with it has its own words."""
+        lab.load()
+        conf, file = lab.file(server_conf()), lab.file("")
+        words = ("server", "-c", conf, "--user", "none", "--rundir")
+        for place in (lab.directory / "missing", file):
+            said = (f"there is no run directory {place}", "mkdir")
+            lab.command(*words, place).assert_error(*said)
+        with Server(lab, server_conf()) as server:
+            said = ("a server for the table inet filter runs already", "stop that one first")
+            lab.command(*words, server.rundir).assert_error(*said)
+
+    def test_a_run_directory_of_somebody_else(self, lab: Lab) -> None:
+        """Who may not write there is told so, and not that a server may run."""
+        need_root(lab)
+        lab.load()
+        program = ("setpriv", "--reuid", "65534", "--clear-groups", "--bounding-set", "-all")
+        conf = lab.file(server_conf(), mode=0o644)
+        text = LETMEIN.read_text(encoding="utf-8")
+        python = ("/usr/bin/python3", lab.file(text, mode=0o644))
+        if not os.access(python[0], os.X_OK):
+            pytest.skip("nobody has no Python")
+        words = ("server", "-c", conf, "--user", "none", "--rundir", lab.directory)
+        result = lab.command(*words, program=(*program, *python))
+        result.assert_error("Permission denied", "start the server as root")
+        assert "run already" not in result.err
+
     def test_no_table(self, lab: Lab) -> None:
         lab.load("table ip filter { chain LETMEIN-INPUT { }; }")
         self.fails(lab, "inet filter")
@@ -3403,6 +3430,82 @@ class TestAdopt:
         watched.mode("good")
         with Server(lab, watched.conf()) as server:
             agree(lab, server, *HOLDERS)
+
+
+# A server that is slow at a place of its start, and says when it is there.
+SLOW_STEP = """
+os.write(2, b"event=slow\\n")
+time.sleep(1)
+"""
+SLOW_PLACES = {
+    "Python itself": "\nVERSION = ",
+    "the file is read": "    serving = arguments.command ==",
+    "the network process starts": "        enter_sandbox(account,",
+    "the firewall opens": "        self._adopt(listing)\n",
+}
+
+
+def slow_at(lab: Lab, place: str) -> tuple[str | Path, ...]:
+    """How to run it."""
+    old = SLOW_PLACES[place]
+    indent = re.match(r"\n*( *)", old)
+    assert indent
+    step = textwrap.indent(SLOW_STEP, indent[1])
+    if place == "the network process starts":  # it has no standard error
+        step = step.replace("os.write(2,", f"open({str(lab.directory / 'slow')!r}, 'wb').write(")
+    return altered(lab, (old, step + old))
+
+
+class TestSignalsAtTheStart:
+    """Signals that come before the server is ready."""
+
+    @staticmethod
+    def wait_until_slow(lab: Lab, server: Server, place: str) -> None:
+        if place == "the network process starts":
+            mark = lab.directory / "slow"
+            eventually(mark.exists, "it does not start")
+            mark.unlink()
+        else:
+            server.wait_for("slow")
+
+    @pytest.mark.parametrize("place", SLOW_PLACES)
+    def test_sighup(self, lab: Lab, place: str) -> None:
+        """SIGHUP never ends it; a file that was changed is read, but not before the leases of a
+        predecessor were adopted: none is lost, and `ready` comes first."""
+        lab.load()
+        old = server_conf()
+        with Server(lab, old) as server:
+            assert handshake(lab) == COMEIN
+            crash(server)
+        words = ("--rundir", str(server.rundir))
+        program = slow_at(lab, place)
+        with Server(lab, old, *words, program=program, wait=False) as successor:
+            self.wait_until_slow(lab, successor, place)
+            successor.path.write_text(server_conf(port="5900 / tcp, udp"), encoding="utf-8")
+            successor.process.send_signal(signal.SIGHUP)
+            successor.wait_for("adopted", leases="1")
+            # Python is slow before the program reads the file: that has the change already.
+            event, later = ("ready", 0) if place == "Python itself" else ("reloaded", 1)
+            assert successor.wait_for(event)["port"] == "5900/tcp+udp"
+            events = re.findall(r"event=(ready|reloaded)", successor.log)
+            assert events == ["ready", "reloaded"][: later + 1]
+            assert lab.reaches(22, CLIENT_4), "the lease"
+
+    @pytest.mark.parametrize("place", SLOW_PLACES)
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_an_end(self, lab: Lab, place: str, number: signal.Signals) -> None:
+        """SIGTERM and Ctrl-C end it at any time, and nothing of it is left."""
+        lab.load()
+        before = lab.ruleset()
+        server = Server(lab, server_conf(), program=slow_at(lab, place), wait=False)
+        with server:
+            self.wait_until_slow(lab, server, place)
+            server.process.send_signal(number)
+            assert server.wait() in (0, -number)
+            assert "Traceback" not in server.log, server.log
+        assert lab.ruleset() == before
+        for path in server.rundir.iterdir():
+            assert path.suffix == ".lock"
 
 
 class TestSighup:
