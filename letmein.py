@@ -1402,12 +1402,12 @@ class Firewall:
 # that neither a key nor the layout of memory is inherited.
 #
 # The two speak in records of one fixed size, over one channel for each direction. The network
-# process says READY, REQUEST, ANSWER, COUNTS through a pipe, which carries bytes alone: a descriptor
-# that came with them would be the monitor's to close, and that can take for ever. The monitor says
-# SETTINGS (with the control sockets), REPLY, LAST through the link, a SOCK_SEQPACKET socketpair that
-# is shut in the other direction. It trusts nothing in a record, and keeps nothing of a peer that
-# has not proved itself: a challenge's token is derived from a secret of this run and from all that
-# it must fit, and a RESPONSE is checked against what was possible.
+# process says READY, REQUEST, ANSWER, COUNTS through a pipe, which carries bytes alone: a
+# descriptor that came with them would be the monitor's to close, and that can take for ever. The
+# monitor says SETTINGS (with the control sockets), REPLY, LAST through the link, a SOCK_SEQPACKET
+# socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
+# of a peer that has not proved itself: a challenge's token is derived from a secret of this run and
+# from all that it must fit, and a RESPONSE is checked against what was possible.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
@@ -2018,6 +2018,8 @@ TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has los
 class Connection:
     """One TCP connection. It competes for a slot until its second message has come."""
 
+    is_owed = False  # an answer: it waits for the monitor, and is not the one to go
+
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
         self.socket = peer
@@ -2116,6 +2118,7 @@ class Network:
         connection = self.connections.get(record.connection) or self.answered.get(record.connection)
         if connection is None:
             return
+        connection.is_owed = False
         sent = 0
         with contextlib.suppress(OSError):
             # Two messages at most: a socket that does not take them at once is no client's.
@@ -2153,7 +2156,11 @@ class Network:
             if len(self.connections) < self.limit:
                 return
             crowd = max(self.prefixes.values(), key=len)
-        self._close(next(iter(crowd.values())), "evicted")
+        # What a peer has said earns it nothing: a replayed KNOCK would, too. But who waits for the
+        # monitor does not sit there; of these there are never more than its channels hold.
+        idle = next((one for one in crowd.values() if not one.is_owed), None)
+        if idle:
+            self._close(idle, "evicted")
 
     def _read(self, connection: Connection) -> None:
         if connection.number not in self.connections:
@@ -2170,6 +2177,7 @@ class Network:
         if record.kind == ANSWER:
             self._leave(connection)
             self.answered[connection.number] = connection
+        connection.is_owed = True
         self._send(record)
 
     def _leave(self, connection: Connection) -> None:
@@ -2468,11 +2476,12 @@ WantedBy=sockets.target
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
-        RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality MemoryDenyWriteExecute NoNewPrivileges
-        PrivateDevices PrivateMounts ProtectClock ProtectControlGroups ProtectHome=tmpfs
-        ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
-        ProtectProc=invisible ProtectSystem=strict RestrictNamespaces RestrictRealtime
-        RestrictSUIDSGID SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+        RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
+        MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
+        ProtectControlGroups ProtectHome=tmpfs ProtectHostname ProtectKernelLogs
+        ProtectKernelModules ProtectKernelTunables ProtectProc=invisible ProtectSystem=strict
+        RestrictNamespaces RestrictRealtime RestrictSUIDSGID SystemCallArchitectures=native
+        SystemCallErrorNumber=EPERM"""
     lines = "\n".join(word if "=" in word else f"{word}=yes" for word in settings.split())
     return f"""\
 [Unit]
@@ -2557,7 +2566,7 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = functools.partial(parse_number, least=1, limit=1_000_000)
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
+    command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=128)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
     name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"

@@ -5662,7 +5662,8 @@ class TestLimits:
         need_root(lab)
         lab.load()
         mounts = FULL_TMP.replace("@LAB@", str(lab.directory))
-        program = ("unshare", "--mount", "sh", "-c", mounts, "sh", sys.executable, LETMEIN, "server")
+        python = (sys.executable, LETMEIN, "server")
+        program = ("unshare", "--mount", "sh", "-c", mounts, "sh", *python)
         with confined(lab, server_conf(), program=program) as server:
             network = server.network_process()
             os.kill(network, signal.SIGKILL)
@@ -5705,6 +5706,20 @@ class TestLimits:
             eventually(lambda: server_is_back(server), "no new network process")
             assert lab.reaches(22, CLIENT_4), "the lease"
             assert_lives(server)
+
+    def test_an_office(self, lab: Lab) -> None:
+        """A hundred people behind one address knock in the same moment, and nobody pushes anybody
+        out."""
+        lab.load()
+        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
+            peers = [stack.enter_context(Peer(lab)) for _ in range(100)]
+            for peer in peers:
+                peer.send(message(KNOCK, 0x22))
+            tokens = [peer.receive().auth for peer in peers]
+            for peer, token in zip(peers, tokens):
+                peer.send(message(RESPONSE, 0x22, 1, token))
+            assert {peer.receive().operation for peer in peers} == {COMEIN}
+            assert "evicted" not in counted(server)["counts"]
 
     def test_few_descriptors(self, lab: Lab) -> None:
         """Idle connections may take all descriptors there are, and yet lock nobody out."""
@@ -7806,6 +7821,53 @@ class SocketModule:
 SERVER_SAYS = st.sampled_from(
     [plain(CHALLENGE), plain(CHALLENGE), plain(COMEIN), plain(COMEIN), plain(GOAWAY), bytes(56)]
 ) | st.binary(max_size=60)
+
+
+def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
+    """Who has knocked and waits for the monitor keeps its slot; who does nothing gives it up."""
+    server = BothProcesses()
+    server.network.prefix_limit = 4
+
+    def forward() -> None:
+        """What the network process does while the monitor is busy."""
+        while ready := server.network.selector.select(0.05):
+            for key, _ in ready:
+                key.data()
+
+    try:
+        talkers = server.talkers
+        talkers += [Talker(server, udp=False, source="127.0.0.2") for _ in range(4)]
+        forward()
+        knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
+        for talker in talkers:
+            talker.socket.send(knock)
+        forward()
+        talkers += [Talker(server, udp=False, source="127.0.0.2") for _ in range(2)]
+        forward()
+        assert not any(talker.is_over() for talker in talkers[:4])
+        assert talkers[4].is_over(), "it was there and said nothing"
+        server.monitor._on_pipe()
+        assert all(Message.decode(one.reply()).operation == CHALLENGE for one in talkers[:4])
+        talkers.append(Talker(server, udp=False, source="127.0.0.2"))
+        server.until(talkers[0].is_over)
+        assert not any(talker.is_over() for talker in talkers[1:4])
+    finally:
+        server.close()
+
+
+def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
+    """No peer is answered behind a READY until the predecessor's leases were adopted."""
+    with lone_monitor(monitor_text("basic-auth")) as monitor:
+        monitor.ready = monitor.is_open = False
+        knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
+        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
+        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
+        monitor._on_pipe()
+        assert monitor.ready and monitor.said() == []
+        monitor.is_open = True
+        monitor._on_pipe()
+        (reply,) = monitor.said()
+        assert Message.decode(reply.payload).operation == CHALLENGE
 
 
 def parts_of(stream: bytes, cuts: list[int]) -> list[bytes]:
