@@ -2239,9 +2239,9 @@ MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
 # or aarch64. A name that an architecture does not have stands for nothing there.
 NETWORK_CALLS = """
     accept4 brk clock_gettime close epoll_ctl epoll_pwait epoll_wait exit exit_group futex
-    getrandom getsockname getsockopt madvise mmap mprotect mremap munmap pselect6 recvfrom recvmsg
-    restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto setitimer
-    sigaltstack write"""
+    getpeername getrandom getsockname getsockopt madvise mmap mprotect mremap munmap pselect6
+    recvfrom recvmsg restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto
+    setitimer sigaltstack write"""
 # Some of these with such arguments alone, (position, value): one of these sets must fit.
 # A datagram that waits for more (MSG_MORE) would wait in a socket that the next process gets, too.
 NETWORK_ARGUMENTS = {
@@ -2254,8 +2254,8 @@ NETWORK_ARGUMENTS = {
 }
 CLIENT_CALLS = NETWORK_CALLS + """
     access bind clock_nanosleep clone clone3 connect dup dup2 dup3 epoll_create1 faccessat
-    faccessat2 fcntl fstat fstatfs getcwd getdents64 getegid geteuid getgid getpeername getpid
-    gettid getuid ioctl lseek lstat membarrier newfstatat open openat poll ppoll pread64 prlimit64
+    faccessat2 fcntl fstat fstatfs getcwd getdents64 getegid geteuid getgid getpid gettid
+    getuid ioctl lseek lstat membarrier newfstatat open openat poll ppoll pread64 prlimit64
     read readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg set_robust_list
     setsockopt shutdown socket stat statfs statx sysinfo uname writev"""
 # A filter is inherited: this one has to let Python start, and nft work, or a script around it.
@@ -2369,8 +2369,8 @@ def network_process(
     """The whole life of the network process. What the monitor says is its standard input, and its
     standard output goes there."""
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to; so is
-    # SIGHUP, which has been blocked since our start.
+    # Ctrl-C is the monitor's to see to, and so is SIGHUP, which has been blocked since our start.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         network = Network(socket.socket(fileno=0), 1, int(limit), int(prefix_limit))
         enter_sandbox(account, int(limit), int(root), seccomp)

@@ -5635,6 +5635,25 @@ class TestNetworkProcess:
             assert_lives(server)
             assert len(server.events("network-process-lost")) <= 1, server.log
 
+    def test_somebody_else_takes_the_control_port(self, lab: Lab) -> None:
+        """In the moment in which its sockets are opened anew: that is told, and tried again."""
+        lab.load()
+        opening = "        with contextlib.suppress(UserError):  # it is tried again with the next"
+        taken = (
+            '        taken = getattr(self, "taken", None)\n'
+            '        self.taken = taken is None and socket.create_server(("0.0.0.0", 5800))\n'
+            "        if taken: taken.close()\n"
+        )
+        program = altered(lab, (opening, taken + opening))
+        with Server(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            os.kill(server.network_process(), signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            assert "cannot serve the control port 5800/tcp: Address already" in lost["reason"]
+            eventually(lambda: server_is_back(server), "no new network process")
+            assert_lives(server)
+            assert lab.reaches(22, CLIENT_4), "the lease"
+
     def test_it_reads_slowly(self, lab: Lab) -> None:
         """The administrator is heard all the same."""
         lab.load()
