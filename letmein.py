@@ -2610,8 +2610,8 @@ def parse_words(words: list[str]) -> argparse.Namespace:
 
 def allow_hangup() -> None:
     """Take SIGHUP from now on, and the one that has come since our start."""
-    import signal
-    if hasattr(signal, "SIGHUP"):  # Windows has none
+    signal = sys.modules.get("signal")  # who has blocked it has imported that
+    if signal and hasattr(signal, "SIGHUP"):  # Windows has none
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
