@@ -1425,8 +1425,8 @@ NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long i
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
-LINGER_LIMIT_S = 0.02
-LISTENERS_LIMIT = 16
+LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
+LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 TOKEN_WINDOW_S = 5.0  # a challenge token is good until a window that begins after its time,
@@ -1534,6 +1534,7 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
 def prepare_control(control: socket.socket) -> None:
     """Make a bound socket what the network process, which may set no options, expects."""
     control.setblocking(False)
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))  # as it is at first
     if control.type == socket.SOCK_STREAM:
         # Connections inherit these. What is less than a message stays in the kernel.
         control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MESSAGE_SIZE)
@@ -1561,20 +1562,16 @@ def activated_sockets() -> ControlSockets:
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     most = LISTENERS_LIMIT - 1  # one more may be ours
     number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
-    kinds = {
-        (socket.SOCK_STREAM, socket.IPPROTO_TCP): "tcp",
-        (socket.SOCK_DGRAM, socket.IPPROTO_UDP): "udp",
+    kinds = {  # by type, protocol, and whether it listens
+        (socket.SOCK_STREAM, socket.IPPROTO_TCP, 1): "tcp",
+        (socket.SOCK_DGRAM, socket.IPPROTO_UDP, 0): "udp",
     }
     sockets: ControlSockets = {}
     for descriptor in range(3, 3 + number):
-        try:
+        try:  # a family other than AF_INET and AF_INET6 has none of these protocols
             control = socket.socket(fileno=descriptor)
-            protocol = kinds[control.type, control.proto]
             listens = control.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if control.family not in (socket.AF_INET, socket.AF_INET6):
-                raise OSError
-            if bool(listens) != (protocol == "tcp"):
-                raise OSError
+            protocol = kinds[control.type, control.proto, listens]
         except (OSError, KeyError):
             problem = f"systemd gave descriptor {descriptor}, which is no socket for a control port"
             hint = "letmeind.socket takes ListenStream=PORT and ListenDatagram=PORT, and Accept=no"
@@ -1703,8 +1700,9 @@ class Monitor:
                 self._turn()
         finally:
             self._stop_network(1)
-            for control in self.shared:
-                close_control(control)
+            for group in (self.shared, *self.arguments.activated.values()):
+                for control in group:
+                    close_control(control)
             with contextlib.suppress(OSError):
                 os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
             if self.firewall.installed:

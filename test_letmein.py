@@ -4976,10 +4976,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def activated(lab: Lab, *sockets: str) -> tuple[str | Path, ...]:
+def activated(*sockets: str, program: Sequence[str | Path] = ()) -> tuple[str | Path, ...]:
     """How to run a server that is given these."""
-    python = (sys.executable, LETMEIN, "server")
-    return (sys.executable, "-c", GIVE, ",".join(sockets), *python)
+    program = program or (sys.executable, LETMEIN, "server")
+    return (sys.executable, "-c", GIVE, ",".join(sockets), *program)
 
 
 def service(lab: Lab, kind: str, *arguments: str | Path) -> str:
@@ -5079,7 +5079,7 @@ class TestService:
         after a reload and by the next network process."""
         lab.load()
         sockets = [f"{kind} {address}" for kind in ("tcp", "udp") for address in ("0.0.0.0", "::")]
-        with Server(lab, server_conf(), program=activated(lab, *sockets)) as server:
+        with Server(lab, server_conf(), program=activated(*sockets)) as server:
             reconfigure(server, server_conf())
             for _ in range(2):
                 for protocol, source in KNOCKERS:
@@ -5089,20 +5089,33 @@ class TestService:
                 server.wait_for("network-process-lost", lost + 1)
                 eventually(lambda: server_is_back(server), "no new network process")
 
+    def test_a_socket_that_was_shut(self, lab: Lab) -> None:
+        """What a network process that was taken over has done to systemd's listening socket is
+        undone for the next one."""
+        lab.load()
+        attack = with_attack(lab, ATTACKS_ON_THE_MONITOR["shut control sockets"])
+        program = activated("tcp ::", program=attack)
+        conf = server_conf(port="5800 / tcp")
+        with confined(lab, conf, seccomp="off", program=program) as server:
+            assert handshake(lab, source=CLIENT_6) == COMEIN
+            os.kill(server.network_process(), signal.SIGUSR1)
+            server.wait_for("network-process-lost")
+            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
+
     @pytest.mark.parametrize(
         "given", ["unix", "unix listening", "tcp :: 5805", "udp-lite ::", "file", "pipe", "closed"]
     )
     def test_what_is_no_control_socket(self, lab: Lab, given: str) -> None:
         """Whatever else systemd gives is refused by its number, and not served."""
         lab.load()
-        program = (*activated(lab, "tcp ::", given), "--user", "none", "--rundir", lab.directory)
+        program = (*activated("tcp ::", given), "--user", "none", "--rundir", lab.directory)
         result = lab.command("-c", lab.file(server_conf()), program=program)
         result.assert_error("descriptor 4, which is no socket for a control port", "ListenStream")
 
     def test_a_socket_of_another_port(self, lab: Lab) -> None:
         """It is refused by name."""
         lab.load()
-        program = (*activated(lab, "tcp ::", "tcp :: 5801"), "--user", "none")
+        program = (*activated("tcp ::", "tcp :: 5801"), "--user", "none")
         conf = lab.file(server_conf())
         result = lab.command("-c", conf, "--rundir", lab.directory, program=program)
         result.assert_error("a socket for 5801/tcp, which is no control port")
