@@ -116,6 +116,7 @@ install:
 		printf '%s\n' "#!$$python" \
 			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
 			'signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])' \
+			'signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # until main() knows' \
 			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \
 			install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
 	done; \

@@ -18,6 +18,8 @@ from __future__ import annotations
 if __name__ == "__main__":
     import signal  # before all else: Ctrl-C ends us without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):  # it waits until main() knows what it is for
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 import contextlib
 import errno
@@ -40,9 +42,9 @@ if TYPE_CHECKING:
     import argparse
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NamedTuple, NoReturn, TypeVar
+    from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
-    ControlSockets = dict[tuple[str, int], socket.socket]  # by protocol and port
+    ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
     LeaseKey = tuple[str, int]  # the client's address, the resource
     ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
@@ -1700,10 +1702,14 @@ def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
     a signal. (The subprocess module would sleep for longer than nft takes. Linux 5.3.)"""
     import signal
-    descriptor = os.pidfd_open(process)
-    if not select.select([descriptor], [], [], limit)[0]:
+    try:
+        descriptor = os.pidfd_open(process)
+    except OSError:  # there are no more descriptors: it cannot be waited for with a limit
         os.kill(process, signal.SIGKILL)
-    os.close(descriptor)
+    else:
+        if not select.select([descriptor], [], [], limit)[0]:
+            os.kill(process, signal.SIGKILL)
+        os.close(descriptor)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -2703,11 +2709,13 @@ class Firewall:
 # the control sockets for the network process, which it starts by executing this program anew, so
 # that neither a key nor the layout of memory is inherited.
 #
-# The two speak in records of one fixed size over a SOCK_SEQPACKET socketpair: the network process
-# says READY, REQUEST, ANSWER, COUNTS, the monitor SETTINGS (with the sockets), REPLY, LAST. The
-# monitor trusts nothing in a record, and keeps nothing of a peer that has not proved itself: a
-# challenge's token is derived from a secret of this run and from all that it must fit, and a
-# RESPONSE is checked against what was possible.
+# The two speak in records of one fixed size, over one channel for each direction. The network
+# process says READY, REQUEST, ANSWER, COUNTS through a pipe, which carries bytes alone: a
+# descriptor that came with them would be the monitor's to close, and that can take for ever. The
+# monitor says SETTINGS (with the control sockets), REPLY, LAST through the link, a SOCK_SEQPACKET
+# socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
+# of a peer that has not proved itself: a challenge's token is derived from a secret of this run and
+# from all that it must fit, and a RESPONSE is checked against what was possible.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
@@ -2722,6 +2730,12 @@ NETWORK_COMMAND = "network-process"
 TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a record
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
+PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
+F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
+LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
+LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
+LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
 
@@ -2762,27 +2776,63 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             else:
                 set_receive_buffer(control, DATAGRAM_BUFFER)
             control.bind(("::" if ipv6 else "0.0.0.0", config.port))
-            if kind == socket.SOCK_STREAM:
-                control.listen(4096)
+            prepare_control(control)
         except OSError as error:
             problem = f"cannot serve the control port {config.port}/{name[0]}"
             hint = "does another server run already? 'ss -lntup' tells"
             raise UserError(f"{problem}: {error.strerror}", hint) from None
-        sockets[name] = control
+        sockets[name] = (control,)
     return sockets
 
 
+def prepare_control(control: socket.socket) -> None:
+    """Make a bound socket what the network process, which may set no options, expects."""
+    control.setblocking(False)
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))  # as it is at first
+    if control.type == socket.SOCK_STREAM:
+        # Connections inherit these. What is less than a message stays in the kernel.
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MESSAGE_SIZE)
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        control.listen(LISTEN_BACKLOG)
+    else:
+        # Which of our addresses a datagram came to: RFC 3542, section 6.1; ip(7).
+        ipv6 = control.family == socket.AF_INET6
+        level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
+        control.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
+
+
+def close_control(control: socket.socket) -> None:
+    """Close a socket that a network process had. One that was taken over may have made it linger
+    for as long as it likes, socket(7): then a signal wakes us up."""
+    import signal
+    signal.setitimer(signal.ITIMER_REAL, LINGER_LIMIT_S, LINGER_LIMIT_S)
+    control.close()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def activated_sockets() -> ControlSockets:
-    """The control sockets that systemd has opened for us, if it has; see sd_listen_fds(3)."""
+    """The control sockets that systemd has opened for us, if it has; see sd_listen_fds(3). There
+    may be several of one protocol and port, for different addresses. Raises UserError."""
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
-    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=LISTENERS_LIMIT) if mine else 0
+    most = LISTENERS_LIMIT - 1  # one more may be ours
+    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
+    kinds = {  # by type, protocol, and whether it listens
+        (socket.SOCK_STREAM, socket.IPPROTO_TCP, 1): "tcp",
+        (socket.SOCK_DGRAM, socket.IPPROTO_UDP, 0): "udp",
+    }
     sockets: ControlSockets = {}
     for descriptor in range(3, 3 + number):
-        control = socket.socket(fileno=descriptor)
+        try:  # a family other than AF_INET and AF_INET6 has none of these protocols
+            control = socket.socket(fileno=descriptor)
+            listens = control.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            protocol = kinds[control.type, control.proto, listens]
+        except (OSError, KeyError):
+            problem = f"systemd gave descriptor {descriptor}, which is no socket for a control port"
+            hint = "letmeind.socket takes ListenStream=PORT and ListenDatagram=PORT, and Accept=no"
+            raise UserError(problem, hint) from None
         control.set_inheritable(False)
-        protocol = "tcp" if control.type == socket.SOCK_STREAM else "udp"
-        is_inet = control.family in (socket.AF_INET, socket.AF_INET6)
-        sockets[protocol, control.getsockname()[1] if is_inet else 0] = control
+        name = (protocol, control.getsockname()[1])
+        sockets[name] = (*sockets.get(name, ()), control)
     return sockets
 
 
@@ -2805,11 +2855,50 @@ def lock_table(rundir: str, config: Config) -> int:
     path = run_path(rundir, config) + ".lock"
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"make it (mkdir -m 755 {rundir}), or name another with --rundir"
+        raise UserError(f"there is no run directory {rundir}", hint) from None
     except OSError as error:
-        hint = "does a server for this table run already? or it takes root, or a --rundir of yours"
+        hint = "is its disk full, or read-only? --rundir names another place"
+        if isinstance(error, PermissionError):
+            hint = "start the server as root, or give it a --rundir that it may write to"
+        raise UserError(f"cannot open {path}: {error.strerror}", hint) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        hint = f"stop that one first; it holds {path}"
+        problem = f"a server for the table {config.family} {config.table} runs already"
+        raise UserError(problem, hint) from None
+    except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}", hint) from None
     return lock
+
+
+def empty_directory(rundir: str) -> int:
+    """A directory that has been removed is empty and stays so, and nothing is left of it. It is the
+    root directory of every network process, made once: a disk that is full later keeps none of
+    them from starting. Returns its descriptor. Raises UserError."""
+    path = f"{rundir}/letmeind-{os.urandom(8).hex()}"
+    try:
+        os.mkdir(path, 0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.rmdir(path)
+    except OSError as error:
+        hint = "is its disk full? 'df -i' and 'df' tell; --rundir names another place"
+        raise UserError(f"cannot make a directory in {rundir}: {error.strerror}", hint) from None
+    return descriptor
+
+
+def note_signals() -> int:
+    """From now on keep the signals that a server knows. Returns a pipe's descriptor, from which
+    their numbers can be read, also of those that were blocked until now."""
+    import signal
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return ours
 
 
 class Monitor:
@@ -2821,6 +2910,10 @@ class Monitor:
         self.arguments = arguments
         self.log = Log()
         self.lock = lock_table(arguments.rundir, config)
+        self.root = empty_directory(arguments.rundir)
+        for controls in arguments.activated.values():
+            for control in controls:
+                prepare_control(control)
         self.sockets = control_sockets(config, arguments.activated)
         for protocol, port in arguments.activated.keys() - self.sockets.keys():
             problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
@@ -2828,10 +2921,12 @@ class Monitor:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
-        self.ready = self.stopping = False
+        self.ready = self.is_open = self.stopping = self.reload_wanted = False
 
         self.network = 0  # the network process, if there is one
         self.link: socket.socket | None = None  # to the network process
+        self.pipe = -1  # from the network process
+        self.shared: list[socket.socket] = []  # the sockets that it was given
         self.start_at = 0.0  # when to start it
         self.pause = NETWORK_PAUSE_S[0]
 
@@ -2839,6 +2934,7 @@ class Monitor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
+        self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
         self._catch_signals()
         if self.arguments.user == "none":
             self.log("warning", reason="--user none: the network process keeps the server's rights")
@@ -2847,13 +2943,20 @@ class Monitor:
                 self._turn()
             self._open_status()
             self.firewall.open(self.selector)
+            self.is_open = True
             while self.firewall.is_adopting and not self.stopping:
                 self._turn()
             self._tell_ready("ready")
             while not self.stopping:
+                if self.reload_wanted:
+                    self.reload_wanted = False
+                    self._reload()
                 self._turn()
         finally:
             self._stop_network(1)
+            for group in (self.shared, *self.arguments.activated.values()):
+                for control in group:
+                    close_control(control)
             with contextlib.suppress(OSError):
                 os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
             if self.firewall.installed:
@@ -2865,8 +2968,8 @@ class Monitor:
         """Say that this configuration is in force; to systemd, too: sd_notify(3)."""
         path = os.environ.get("NOTIFY_SOCKET", "")
         if path:
-            notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with notify, contextlib.suppress(OSError):
+            unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
+            with contextlib.suppress(OSError), socket.socket(*unix) as notify:
                 notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
@@ -2885,34 +2988,35 @@ class Monitor:
         listener.listen()
         listener.setblocking(False)
 
+        spare = os.open(os.devnull, os.O_RDONLY)
+
         def serve() -> None:
+            nonlocal spare
             counts = {"refused": self.log.refusals, "counts": self.log.counts}
             document = {"process": os.getpid(), "leases": len(self.firewall.leases), **counts}
+            # Where descriptors are scarce, a peer that cannot be accepted would wake us up for ever.
+            os.close(spare)
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.setblocking(False)
                 peer.send(json.dumps(document).encode())
+            spare = os.open(os.devnull, os.O_RDONLY)
 
         self.selector.register(listener, selectors.EVENT_READ, serve)
 
     def _catch_signals(self) -> None:
-        """Have signals wake the selector up, by way of a pipe."""
+        """Have the signals that are noted wake the selector up."""
         import signal
-        ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
 
         def on_signal() -> None:
-            numbers = os.read(ours, 4096)
+            numbers = os.read(self.arguments.signals, 4096)
+            self.reload_wanted |= signal.SIGHUP in numbers  # until the firewall is open, it waits
             self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
             changes = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
             child = self.network and os.waitid(os.P_PID, self.network, changes)
             if child and child.si_code == os.CLD_STOPPED:  # of its end the link tells
                 self._lose_network("it was stopped")
-            if signal.SIGHUP in numbers:
-                self._reload()
 
-        self.selector.register(ours, selectors.EVENT_READ, on_signal)
+        self.selector.register(self.arguments.signals, selectors.EVENT_READ, on_signal)
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
@@ -2947,32 +3051,58 @@ class Monitor:
             self._send_settings()
             self._tell_ready("reloaded")
 
+    def _connect(self) -> tuple[socket.socket, BinaryIO]:
+        """Make the channels to a network process, and return its ends: of the link to read from, of
+        the pipe to write to. Neither has a flag in common with ours: we never wait for it."""
+        import fcntl
+        self.link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link.setblocking(False)
+        self.link.shutdown(socket.SHUT_RD)  # it can send nothing: unix(7)
+        link.setblocking(False)
+        # O_DIRECT: what was written at once is read at once, pipe(2).
+        self.pipe, pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC | os.O_DIRECT)
+        with contextlib.suppress(OSError):  # then it holds fewer records
+            fcntl.fcntl(self.pipe, F_SETPIPE_SZ, PIPE_SIZE)
+        self.selector.register(self.pipe, selectors.EVENT_READ, self._on_pipe)
+        return link, os.fdopen(pipe, "wb", buffering=0)
+
     def _start_network(self) -> None:
-        """Start it with its end of the link as standard input and nothing else. Its program is the
-        compiled form of this one, even if the file has been replaced; that saves 6 MB, too."""
+        """Start it with its ends of the channels as standard input and output. Its program is the
+        compiled form of this one, even if the file has been replaced; that saves 6 MB, too. It
+        inherits that and the root directory, and nothing else. Raises OSError."""
         import marshal
         self.start_at = NEVER
         self.started = time.monotonic()
-        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.link.setblocking(False)
-        self.selector.register(self.link, selectors.EVENT_READ, self._on_link)
+        try:
+            self.sockets = control_sockets(self.config, self.sockets)  # if some are missing
+        except UserError as error:
+            return self._lose_network(error.problem)
+        link, pipe = self._connect()
         self._send_settings()  # before it may have gone, having said why
-        with theirs, os.fdopen(os.memfd_create("letmein-program"), "w+b") as program:
+        with link, pipe, os.fdopen(os.memfd_create("letmein-program", 0), "w+b") as program:
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
-            start = "import marshal; exec(marshal.load(open(1, 'rb')), {'__name__': '__main__'})"
-            limits = (self.arguments.num_connections, self.arguments.num_ip_connections)
-            words = (NETWORK_COMMAND, self.arguments.user, self.config.seccomp, *map(str, limits))
-            command = [sys.executable, "-IB", "-c", start, *words]
+            code = f"marshal.load(open({program.fileno()}, 'rb'))"
+            start = f"import marshal; exec({code}, {{'__name__': '__main__'}})"
+            words: list[Any] = [NETWORK_COMMAND, self.arguments.user, self.config.seccomp]
+            words += [self.arguments.num_connections, self.arguments.num_ip_connections, self.root]
+            command = [sys.executable, "-IB", "-c", start, *map(str, words)]
             dup = os.POSIX_SPAWN_DUP2
-            streams: list[Any] = [(dup, theirs.fileno(), 0), (dup, program.fileno(), 1)]
+            streams: list[Any] = [(dup, link.fileno(), 0), (dup, pipe.fileno(), 1)]
             streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
-            self.network = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
+            os.set_inheritable(self.root, True)
+            try:
+                self.network = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
+            finally:
+                os.set_inheritable(self.root, False)
 
     def _send_settings(self) -> None:
         payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout)
-        descriptors = [control.fileno() for control in self.sockets.values()]
-        self._send(Record(SETTINGS, payload=payload), descriptors)
+        controls = [control for group in self.sockets.values() for control in group]
+        self._send(Record(SETTINGS, payload=payload), [control.fileno() for control in controls])
+        for control in set(self.shared).difference(controls):
+            close_control(control)
+        self.shared = controls
 
     def _lose_network(self, reason: str) -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
@@ -2981,32 +3111,56 @@ class Monitor:
             reason += f", with status {status}"
         if not self.ready:
             raise UserError(*reason.split("\n")[:2])
+        self._replace_sockets()
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause = NETWORK_PAUSE_S[0]
         self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
         self.start_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
 
+    def _replace_sockets(self) -> None:
+        """Open the control sockets anew: if the network process was taken over, it may have made
+        them deaf. Those of systemd are not ours to open: they stay, with their options as at
+        first, but a filter or an interface that they were bound to stays as well."""
+        for control in self.shared:
+            if not any(control in group for group in self.arguments.activated.values()):
+                close_control(control)
+        opened = {name: group for name, group in self.sockets.items() if group[0].fileno() >= 0}
+        self.sockets, self.shared = opened, []
+        with contextlib.suppress(UserError):  # it is tried again with the next network process
+            self.sockets = control_sockets(self.config, opened)
+        for group in self.arguments.activated.values():
+            for control in group:
+                with contextlib.suppress(OSError):
+                    prepare_control(control)
+
     def _stop_network(self, patience: float) -> int:
         """It ends when its link closes, or is killed after so many seconds. Returns its status."""
         if self.link is not None:
-            self.selector.unregister(self.link)
             self.link.close()
             self.link = None
+        if self.pipe >= 0:
+            with contextlib.suppress(KeyError):  # if there was no memory to register it
+                self.selector.unregister(self.pipe)
+            os.close(self.pipe)
+            self.pipe = -1
         process, self.network = self.network, 0
-        return await_end(process, patience) if process else 0
+        try:
+            return await_end(process, patience) if process else 0
+        except OSError:  # to wait for a time takes a descriptor
+            import signal
+            os.kill(process, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-    def _on_link(self) -> None:
-        """Take what the network process has sent, at most a batch's worth."""
+    def _on_pipe(self) -> None:
+        """Take what the network process has said, at most a batch's worth."""
         for _ in range(256):
-            if self.link is None:
-                return
+            if self.pipe < 0 or (self.ready and not self.is_open):
+                return  # it is gone; or what comes behind READY waits for the firewall
             try:
-                data = self.link.recv(TEXT_LIMIT)
+                data = os.read(self.pipe, TEXT_LIMIT)
             except BlockingIOError:
                 return
-            except OSError:
-                continue  # it has not read all: what it has said comes after the error
             if len(data) == RECORD.size:
                 self._receive(Record(*RECORD.unpack(data)))
             else:
@@ -3022,6 +3176,11 @@ class Monitor:
             except BlockingIOError:
                 if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
                     self._lose_network("it reads nothing")
+            except ConnectionError:  # it has closed its end: why, and its own end, the pipe tells
+                if self.network:
+                    import signal
+                    os.kill(self.network, signal.SIGKILL)
+                return
             except OSError as error:
                 self._lose_network(error.strerror or "")
 
@@ -3112,14 +3271,15 @@ class Monitor:
 # between peers and the monitor. It knows no key, and could not run a program.
 
 ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct in6_pktinfo, ipv6(7)
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
+MSG_DONTWAIT = 0x40  # linux/socket.h
 ACCEPTS_PER_TURN = 64
-LISTENERS_LIMIT = 16
 TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
 
 
 class Connection:
     """One TCP connection. It competes for a slot until its second message has come."""
+
+    is_owed = False  # an answer: it waits for the monitor, and is not the one to go
 
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
@@ -3144,11 +3304,13 @@ def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]
 
 
 class Network:
-    """The network process's loop, after it has given up its privileges. Args: link, the
-    socketpair to the monitor; limit, to connections, and prefix_limit, to one peer's."""
+    """The network process's loop, for after it has given up its privileges. It sets no option and
+    no flag: what its sockets need has been set by the monitor. Args: link, from the monitor; pipe,
+    to it, a descriptor; limit, to connections, and prefix_limit, to one peer's."""
 
-    def __init__(self, link: socket.socket, limit: int, prefix_limit: int) -> None:
+    def __init__(self, link: socket.socket, pipe: int, limit: int, prefix_limit: int) -> None:
         self.link = link
+        self.pipe = pipe
         self.limit = limit
         self.prefix_limit = prefix_limit
         # By number, oldest first: those that compete for slots, and by prefix the same ones.
@@ -3161,7 +3323,6 @@ class Network:
         self.listeners: list[socket.socket] = []
         self.selector = selectors.DefaultSelector()
         self.selector.register(link, selectors.EVENT_READ, self._on_link)
-        link.setblocking(False)
 
     def _settle(self, payload: bytes, listeners: list[socket.socket]) -> None:
         """Begin, or go on, with these settings and sockets; connections stay."""
@@ -3171,18 +3332,10 @@ class Network:
         self.listeners = listeners
         (self.timeout,) = SETTINGS_PAYLOAD.unpack_from(payload)
         for number, listener in enumerate(listeners):
-            listener.setblocking(False)
             if listener.type == socket.SOCK_STREAM:
                 serve = functools.partial(self._accept, listener)
-                # Connections inherit these. What is less than a message stays in the kernel.
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MESSAGE_SIZE)
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             else:
                 serve = functools.partial(self._receive, listener, number)
-                # Which of our addresses a datagram came to: RFC 3542, section 6.1; ip(7).
-                ipv6 = listener.family == socket.AF_INET6
-                level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
-                listener.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
             self.selector.register(listener, selectors.EVENT_READ, serve)
         self._send(Record(READY))
 
@@ -3207,9 +3360,9 @@ class Network:
 
     def _send(self, record: Record) -> None:
         """Pass a record on. While the monitor lags behind, nothing is taken from the internet."""
-        while not select.select([self.link], [self.link], [])[1]:
+        while not select.select([self.link], [self.pipe], [])[1]:
             self._on_link()
-        self.link.send(RECORD.pack(*record))
+        os.write(self.pipe, RECORD.pack(*record))
 
     def _on_link(self) -> None:
         try:
@@ -3226,10 +3379,12 @@ class Network:
         connection = self.connections.get(record.connection) or self.answered.get(record.connection)
         if connection is None:
             return
+        connection.is_owed = False
         sent = 0
         with contextlib.suppress(OSError):
             # Two messages at most: a socket that does not take them at once is no client's.
-            sent = connection.socket.send(record.payload) if any(record.payload) else 0
+            if any(record.payload):
+                sent = connection.socket.send(record.payload, MSG_DONTWAIT)
         if record.kind == LAST or sent != MESSAGE_SIZE:
             self._close(connection)
 
@@ -3246,7 +3401,6 @@ class Network:
                 if self.connections:
                     self._close(next(iter(self.connections.values())), "evicted")
                 return
-            peer.setblocking(False)
             self.number = (self.number + 1) & 0xFFFFFFFF
             connection = Connection(self.number, peer, name)
             self._make_room(connection.prefix)
@@ -3263,13 +3417,17 @@ class Network:
             if len(self.connections) < self.limit:
                 return
             crowd = max(self.prefixes.values(), key=len)
-        self._close(next(iter(crowd.values())), "evicted")
+        # What a peer has said earns it nothing: a replayed KNOCK would, too. But who waits for the
+        # monitor does not sit there; of these there are never more than its channels hold.
+        idle = next((one for one in crowd.values() if not one.is_owed), None)
+        if idle:
+            self._close(idle, "evicted")
 
     def _read(self, connection: Connection) -> None:
         if connection.number not in self.connections:
             return  # closed earlier in this turn
         try:
-            payload = connection.socket.recv(MESSAGE_SIZE)
+            payload = connection.socket.recv(MESSAGE_SIZE, MSG_DONTWAIT)
             Message.decode(payload)
         except OSError:
             return self._close(connection)
@@ -3280,6 +3438,7 @@ class Network:
         if record.kind == ANSWER:
             self._leave(connection)
             self.answered[connection.number] = connection
+        connection.is_owed = True
         self._send(record)
 
     def _leave(self, connection: Connection) -> None:
@@ -3302,7 +3461,7 @@ class Network:
     def _receive(self, listener: socket.socket, number: int) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                data, extra, _, name = listener.recvmsg(MESSAGE_SIZE + 1, 64)
+                data, extra, _, name = listener.recvmsg(MESSAGE_SIZE + 1, 64, MSG_DONTWAIT)
                 Message.decode(data)
             except ProtocolError:
                 self.counts["garbage"] += 1
@@ -3325,7 +3484,8 @@ class Network:
             else:
                 name = (record.peer, port)
                 extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
-            listener.sendmsg([record.payload], [extra] if any(local) else [], 0, name)
+            ancillary = [extra] if any(local) else []
+            listener.sendmsg([record.payload], ancillary, MSG_DONTWAIT, name)
 
 
 # ==== 7  Sandbox =============================================================
@@ -3339,26 +3499,40 @@ MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
 # The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
 # or aarch64. A name that an architecture does not have stands for nothing there.
 NETWORK_CALLS = """
-    accept accept4 brk clock_gettime close epoll_create1 epoll_ctl epoll_pwait epoll_wait exit
-    exit_group fcntl fstat futex getpeername getpid getrandom getsockname getsockopt ioctl
-    madvise mmap mprotect mremap munmap poll ppoll pselect6 read recvfrom recvmsg
-    restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto setitimer
-    setsockopt sigaltstack write writev"""
+    accept4 brk clock_gettime close epoll_ctl epoll_pwait epoll_wait exit exit_group futex
+    getpeername getrandom getsockname getsockopt madvise mmap mprotect mremap munmap pselect6
+    recvfrom recvmsg restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto
+    setitimer sigaltstack write"""
+# Some of these with such arguments alone, (position, value): one of these sets must fit.
+# A datagram that waits for more (MSG_MORE) would wait in a socket that the next process gets, too.
+NETWORK_ARGUMENTS = {
+    "getsockopt": (((1, 1), (2, 3)), ((1, 1), (2, 38))),  # SOL_SOCKET: SO_TYPE, SO_PROTOCOL
+    "recvfrom": (((3, MSG_DONTWAIT),),),
+    "recvmsg": (((2, MSG_DONTWAIT),), ((2, 0),)),  # recv_fds() passes no flags on
+    "sendmsg": (((2, MSG_DONTWAIT),),),
+    "sendto": (((3, MSG_DONTWAIT),),),
+    "setitimer": (((0, 2),),),  # ITIMER_PROF
+}
 CLIENT_CALLS = NETWORK_CALLS + """
-    access bind clock_nanosleep clone clone3 connect dup dup2 dup3 faccessat faccessat2 fstatfs
-    getcwd getdents64 getegid geteuid getgid gettid getuid lseek lstat membarrier newfstatat open
-    openat pread64 prlimit64 readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield
-    sendmmsg set_robust_list shutdown socket stat statfs statx sysinfo uname"""
+    access bind clock_nanosleep clone clone3 connect dup dup2 dup3 epoll_create1 faccessat
+    faccessat2 fcntl fstat fstatfs getcwd getdents64 getegid geteuid getgid getpid gettid
+    getuid ioctl lseek lstat membarrier newfstatat open openat poll ppoll pread64 prlimit64
+    read readlink readlinkat recvmmsg rseq sched_getaffinity sched_yield sendmmsg set_robust_list
+    setsockopt shutdown socket stat statfs statx sysinfo uname writev"""
 # A filter is inherited: this one has to let Python start, and nft work, or a script around it.
 MONITOR_CALLS = CLIENT_CALLS + """
-    arch_prctl chdir chroot close_range copy_file_range execve fadvise64 flock fork getppid kill
-    listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir seccomp set_tid_address
-    setgroups setresgid setresuid socketpair umask unlink unlinkat vfork wait4 waitid"""
+    accept arch_prctl chdir chroot close_range copy_file_range execve fadvise64 fchdir flock fork
+    getppid kill listen memfd_create mkdir mkdirat pidfd_open pipe pipe2 prctl rmdir seccomp
+    set_tid_address setgroups setresgid setresuid socketpair umask unlink unlinkat vfork wait4
+    waitid"""
 
 
-def system_call_filter(mode: str, names: str) -> Callable[[], None]:
+def system_call_filter(
+    mode: str, names: str, arguments: Mapping[str, Any] | None = None
+) -> Callable[[], None]:
     """What has the kernel allow only these system calls to this process and all that it starts:
-    others end it (mode "kill"), or are logged ("log"); see seccomp(2). Raises UserError."""
+    others end it (mode "kill"), or are logged ("log"); see seccomp(2). Args: arguments, by name of
+    a call, as NETWORK_ARGUMENTS. Raises UserError."""
     if mode == "off":
         return lambda: None
     try:
@@ -3366,8 +3540,11 @@ def system_call_filter(mode: str, names: str) -> Callable[[], None]:
         import pyseccomp  # type: ignore
         action = pyseccomp.KILL_PROCESS if mode == "kill" else pyseccomp.LOG
         allowed = pyseccomp.SyscallFilter(action)
+        low = 0xFFFFFFFF  # these are ints, of which the kernel reads no more
         for name in names.split():
-            allowed.add_rule(pyseccomp.ALLOW, name)
+            for values in (arguments or {}).get(name, [()]):
+                conditions = [pyseccomp.Arg(n, pyseccomp.MASKED_EQ, low, v) for n, v in values]
+                allowed.add_rule(pyseccomp.ALLOW, name, *conditions)
         return lambda: allowed.load()
     except (ImportError, OSError, RuntimeError) as error:
         hint = "install it (pip install pyseccomp; it needs libseccomp), or set seccomp = off"
@@ -3409,12 +3586,13 @@ def find_account(name: str) -> tuple[int, int]:
     return user, group
 
 
-def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
-    """Become account (a user's name, or "none" to stay what we are), in an empty root
-    directory, with no way to get more. Raises UserError naming the step that failed."""
+def enter_sandbox(account: str, connections: int, root: int, seccomp: str) -> None:
+    """Become account (a user's name, or "none" to stay what we are), in an empty root directory, of
+    which root is a descriptor, with no way to get more. Raises UserError naming the step that
+    failed."""
     import resource
     user, group = find_account(account)
-    filter_system_calls = system_call_filter(seccomp, NETWORK_CALLS)
+    filter_system_calls = system_call_filter(seccomp, NETWORK_CALLS, NETWORK_ARGUMENTS)
     step = "limit descriptors and memory"
     try:
         # Beside the slots: link, listeners, and peers that wait for nft, which the link bounds.
@@ -3425,12 +3603,8 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
             limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
             resource.setrlimit(kind, (limit, limit))
         if account != "none":
-            # A directory that has been removed is empty and stays so, and nothing is left of it.
-            step = "enter an empty root directory in /tmp"
-            path = f"/tmp/letmeind-{os.urandom(8).hex()}"
-            os.mkdir(path, 0o700)
-            os.chdir(path)
-            os.rmdir(path)
+            step = "enter an empty root directory"
+            os.fchdir(root)
             with open("/proc/self/status", "rb") as status:
                 os.chroot(".")
                 step = f"become the user {account}"
@@ -3442,6 +3616,7 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
                 step = "give up its capabilities"  # of a server that is not root, they stay
                 if b"CapPrm:\t0000000000000000\n" not in status.read():
                     raise OSError(0, "it has some left")
+        os.close(root)  # it would be a way to it without a root directory
         step = f"filter system calls (seccomp = {seccomp})"
         filter_system_calls()
     except OSError as error:
@@ -3449,18 +3624,22 @@ def enter_sandbox(account: str, connections: int, seccomp: str) -> None:
         raise UserError(f"the network process cannot {step}: {error.strerror}", hint) from None
 
 
-def network_process(account: str, seccomp: str, limit: str, prefix_limit: str) -> None:
-    """The whole life of the network process; its standard input is the link to the monitor."""
+def network_process(
+    account: str, seccomp: str, limit: str, prefix_limit: str, root: str
+) -> None:
+    """The whole life of the network process. What the monitor says is its standard input, and its
+    standard output goes there."""
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the monitor's to see to
-    link = socket.socket(fileno=0)
+    # Ctrl-C is the monitor's to see to, and so is SIGHUP, which has been blocked since our start.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        enter_sandbox(account, int(limit), seccomp)
-        Network(link, int(limit), int(prefix_limit)).run()
+        network = Network(socket.socket(fileno=0), 1, int(limit), int(prefix_limit))
+        enter_sandbox(account, int(limit), int(root), seccomp)
+        network.run()
     except Exception as error:
         what = "" if isinstance(error, UserError) else f"it failed with {type(error).__name__}: "
         with contextlib.suppress(OSError):  # the monitor may be gone
-            link.send(f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
+            os.write(1, f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
 
 
 # ==== 8  Command line ========================================================
@@ -3533,10 +3712,18 @@ def list_leases(config: Config) -> list[dict[str, object]]:
     return leases
 
 
+def begin_service(arguments: argparse.Namespace) -> None:
+    """What comes before all else: take over what systemd has given us, and note signals, so that a
+    change of the file behind which a SIGHUP came is never missed. Raises UserError."""
+    arguments.activated = given = activated_sockets()
+    first = 3 + sum(map(len, given.values()))
+    os.closerange(first, 1 << 16)  # what else our parent has left open is for nobody
+    if not arguments.check:
+        arguments.signals = note_signals()
+
+
 def serve(config: Config, arguments: argparse.Namespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
-    arguments.activated = given = activated_sockets()
-    os.closerange(3 + len(given), 1 << 16)  # what else our parent has left open is for nobody
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
@@ -3591,12 +3778,13 @@ WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
-    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3 UMask=0077
-        SyslogIdentifier=letmeind LockPersonality MemoryDenyWriteExecute NoNewPrivileges
-        PrivateDevices PrivateMounts PrivateTmp ProtectClock ProtectControlGroups ProtectHome=tmpfs
-        ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables
-        ProtectProc=invisible ProtectSystem=strict RestrictNamespaces RestrictRealtime
-        RestrictSUIDSGID SystemCallArchitectures=native SystemCallErrorNumber=EPERM"""
+    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
+        RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
+        MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
+        ProtectControlGroups ProtectHome=tmpfs ProtectHostname ProtectKernelLogs
+        ProtectKernelModules ProtectKernelTunables ProtectProc=invisible ProtectSystem=strict
+        RestrictNamespaces RestrictRealtime RestrictSUIDSGID SystemCallArchitectures=native
+        SystemCallErrorNumber=EPERM"""
     lines = "\n".join(word if "=" in word else f"{word}=yes" for word in settings.split())
     return f"""\
 [Unit]
@@ -3606,6 +3794,7 @@ After=nftables.service network.target
 ExecStart={command} --rundir /run/letmeind
 ExecReload=/bin/kill -HUP $MAINPID
 {lines}
+# Not PrivateTmp=: that makes a directory in /tmp, and whoever fills that up keeps us from starting.
 # Not User=: what it gives is not lost by a change of user, so the network process would keep it.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SYS_CHROOT CAP_KILL
 RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX
@@ -3680,7 +3869,7 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = functools.partial(parse_number, least=1, limit=1_000_000)
     command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=8)
+    command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=128)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
     name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
@@ -3722,8 +3911,18 @@ def parse_words(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def allow_hangup() -> None:
+    """Take SIGHUP from now on, and the one that has come since our start."""
+    signal = sys.modules.get("signal")  # who has blocked it has imported that
+    if signal and hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
+    if arguments.command == "server":
+        begin_service(arguments)
+    allow_hangup()
     is_server = arguments.command in ("server", "service", "status")
     name = "letmeind.conf" if is_server else "letmein.conf"
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
