@@ -10016,15 +10016,22 @@ class TestDeadAddress:
     def test_costs_little(
         self, lab: Lab, hold: Server, host: str, option: str, control: str
     ) -> None:
+        dead = "fd01::99" if option == "-4" else "10.1.0.99"
         times: dict[str, list[float]] = {"": [], option: []}
-        for _, words in itertools.product(range(5), times):
-            options = [words] if words else []
-            result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
-            result.assert_good()
-            times[words].append(result.took)
-        extra = min(times[""]) - min(times[option])
+        extra = float("inf")
+        # A busy machine takes its own time, but hardly five times: a deadline takes 5 s.
+        while extra >= 1 and len(times[option]) < 5:
+            for words, took in times.items():
+                options = [words] if words else []
+                knock = ("--verbose", "knock", *options, control, host, "22")
+                result = lab.letmein(*knock, conf=HOLD_CONF)
+                result.assert_good()
+                waited = f"letmein: {dead}: no answer within {letmein.OTHER_ADDRESS_S} s more\n"
+                assert (waited in result.err) == (words == "")
+                took.append(result.took)
+            extra = min(times[""]) - min(times[option])
         print(f"{extra:.3f} s more")
-        assert extra < 0.3
+        assert extra < 1
 
     def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
         """-4 and -6: what one address has opened does not stay open without the other."""
