@@ -65,7 +65,7 @@ from letmein import Message
 HERE = Path(__file__).resolve().parent
 LETMEIN = HERE / "letmein.py"
 NFT = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "nft"
-LIMIT_S = 10.0  # no single step of a test takes longer
+LIMIT_S = 60.0  # no single step of a test takes longer, on however busy a machine
 SECCOMP = os.environ.get("SECCOMP", "off")  # what every server and client of a test is started with
 
 # ----------------------------------------------------------------------------
@@ -372,7 +372,7 @@ class Lab:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
-            timeout=30,
+            timeout=LIMIT_S,
             # The tests of the command line measure the client; here it only takes time.
             env=unmeasured(),
         )
@@ -455,9 +455,21 @@ class Server:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         self.stop()
+
+    def kill(self) -> None:
+        """SIGKILL for both processes. Once they are gone, nobody holds the control port: not even
+        a network process that would not notice its monitor's end for a while."""
+        if self.process.poll() is None:
+            network = Path("/proc/none")
+            with contextlib.suppress(AssertionError, OSError):
+                number = self.network_process()
+                network = Path(f"/proc/{number}")
+                os.kill(number, signal.SIGKILL)
+            self.process.kill()
+            self.wait()
+            eventually(lambda: not alive(network), "the network process lives on")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -746,8 +758,7 @@ class Shared:
         """End the server if it is not as good as new, without asking for more."""
         server = self.server
         if server is not None and (server.process.poll() is not None or self.lab.elements()):
-            server.process.kill()
-            server.wait()
+            server.kill()
             self.server = None
 
     def stop(self) -> None:
@@ -1001,13 +1012,10 @@ class TestTime:
     def test_a_lease_survives_sigkill_and_ends_by_itself(self, lab: Lab) -> None:
         lab.load()
         with Server(lab, server_conf("22 = port: 22 / timeout: 4")) as server:
-            network = server.network_process()
             before = time.monotonic()
             assert handshake(lab) == COMEIN
             told = time.monotonic()
-            server.process.kill()
-            os.kill(network, signal.SIGKILL)
-            server.wait()
+            server.kill()
             assert lab.reaches(22, CLIENT_4)
             result = lab.command("status", "--json", "-c", server.path)
             assert [lease["address"] for lease in json.loads(result.out)["leases"]] == [CLIENT_4]
@@ -4235,9 +4243,7 @@ class World:
     def drop(self) -> None:
         """Something went wrong: the next sequence is to have a new server."""
         if self.server is not None:
-            self.server.process.kill()
-            self.server.wait()
-            eventually(lambda: attempt(self.lab) is None, "the control port is still served")
+            self.server.kill()
             self.server = None
         self.nft.mode("good")
 
@@ -4618,8 +4624,7 @@ class Mute:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.process.kill()
-        self.server.process.wait()
+        self.server.kill()
         os.close(self.end)
 
     def fill(self) -> None:
@@ -4774,8 +4779,7 @@ class TestCounters:
         lab.load()
         with Server(lab, server_conf()) as server:
             assert handshake(lab) == COMEIN
-            server.process.kill()
-            server.wait()
+            server.kill()
             assert status_socket(server).exists()
             assert counted(server) is None
             with Server(lab, server_conf(), "--rundir", str(server.rundir)) as successor:
@@ -6431,7 +6435,7 @@ def program(*words: object) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT_S,
     )
     assert "Traceback" not in done.stderr
     return done
@@ -9161,7 +9165,7 @@ class Running:
             self.process.send_signal(number)
         out, err = b"", b""
         if not self.stdout.closed:
-            out, err = self.process.communicate(timeout=30)
+            out, err = self.process.communicate(timeout=LIMIT_S)
         took = time.monotonic() - self.started
         return Result(self.process.returncode, out.decode(), err.decode(), took)
 
@@ -9218,12 +9222,9 @@ def echo(connection: socket.socket) -> None:
         connection.sendall(data)
 
 
-def shut_within(lab: Lab, seconds: float = 1.0) -> None:
-    """All leases end in this time, without waiting for their own."""
-    end = time.monotonic() + seconds
-    while elements := lab.elements():
-        assert time.monotonic() < end, elements
-        time.sleep(0.02)
+def shut_soon(lab: Lab) -> None:
+    """All leases end long before their time."""
+    eventually(lambda: not lab.elements(), "a port stays open")
 
 
 @pytest.fixture(scope="class")
@@ -9287,6 +9288,7 @@ def sshd(lab: Lab) -> Iterator[Sshd]:
     made = Sshd(lab)
     yield made
     made.process.kill()
+    made.process.wait()  # or its port is still taken when the next test wants it
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int:
@@ -9304,7 +9306,7 @@ class TestSsh:
     def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
         with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
             assert ssh.end()[:3] == (5, "42\n", "")
-        shut_within(lab)
+        shut_soon(lab)
         assert not lab.reaches(9000, CLIENT_4)
 
     def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
@@ -9318,7 +9320,7 @@ class TestSsh:
             assert ssh.hear(-1) == data
             assert ssh.process.wait(LIMIT_S) == 0
         path.unlink()
-        shut_within(lab)
+        shut_soon(lab)
 
     @pytest.mark.parametrize("whom", ["ssh", "letmein"])
     @pytest.mark.parametrize("name", [*ENDINGS, "SIGKILL"])
@@ -9331,7 +9333,7 @@ class TestSsh:
             os.kill(pid, getattr(signal, name))
             assert ssh.end().status != 0
         if (whom, name) != ("letmein", "SIGKILL"):
-            shut_within(lab)
+            shut_soon(lab)
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
@@ -9341,7 +9343,7 @@ class TestSsh:
                 ssh.say(b"here\n")
                 assert ssh.hear(5) == b"here\n"
             assert sessions[first].end()[:3] == (0, "", "")
-            shut_within(lab)
+            shut_soon(lab)
             sessions[1 - first].say(b"still here\n")
             assert sessions[1 - first].end()[:3] == (0, "still here\n", "")
         assert lab.elements() == []
@@ -9536,7 +9538,7 @@ class TestConnect:
         assert service.data == heard
         assert result.out in ("", "greeting")
         assert ("warning" in result.err) == ("2>" not in redirection)
-        shut_within(lab)
+        shut_soon(lab)
 
 
 class Door:
@@ -9981,7 +9983,7 @@ class TestWords:
         with lab.client():
             lab.command(program=shell(redirection, *words, lab=lab))
         eventually(path.exists, "COMMAND ran")
-        shut_within(lab)
+        shut_soon(lab)
         path.unlink()
 
     @pytest.mark.parametrize("word", ["knock", "revoke"])
@@ -10161,7 +10163,7 @@ class TestConfigurationPlaces:
         places = [str(directory / place) for place in ("opt/letmein/etc", "etc")]
         done = subprocess.run(
             [sys.executable, "-c", script, *places, *map(str, words), "knock", "::1", "22"],
-            capture_output=True, encoding="utf-8", timeout=30, env=env, cwd=HERE,
+            capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=env, cwd=HERE,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
         return done.stderr
@@ -10427,7 +10429,7 @@ class TestImports:
             with lab.client():
                 done = subprocess.run(
                     [sys.executable, "-I", "-c", script, HERE, lab.file(HOLD_CONF)],
-                    capture_output=True, encoding="utf-8", timeout=30, env=unmeasured(),
+                    capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=unmeasured(),
                 )  # fmt: skip
             assert done.returncode == 0, done.stderr
             seen.append({name.split(".")[0] for name in done.stderr.split()})
