@@ -9102,6 +9102,7 @@ HOLD_RESOURCES = """
 """
 HOLD_CONF = client_conf(resources=HOLD_RESOURCES.replace("USERS", "1"))  # but the server:
 HOLD_SERVER = server_conf(HOLD_RESOURCES.replace("USERS", "2"))
+PATIENT_CONF = client_conf(timeout=5 * LIMIT_S, resources=HOLD_RESOURCES.replace("USERS", "1"))
 ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP"]
 
 
@@ -9624,19 +9625,37 @@ class TestDoor:
 
     def test_the_slow_address_is_closed_as_well(self, lab: Lab) -> None:
         """Its knock came to an end while COMMAND ran already."""
-        with Door({"tcp6": 0.4}) as door:
-            result = lab.letmein("knock", "both.test", "22", "--", "sleep", "1.5", conf=HOLD_CONF)
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+
+        def granted(operation: int, where: str) -> None:
+            """COMMAND runs before IPv6 is open, and for a second more."""
+            if (operation, where) == (KNOCK, SERVER_6):
+                eventually((place / "runs").exists, "COMMAND does not run")
+                (place / "open").touch()
+
+        script = f"cd {place}; touch runs; until [ -e open ]; do sleep 0.05; done; sleep 1"
+        words = ["knock", "both.test", "22", "--", "sh", "-c", script]
+        with Door(granted=granted) as door:
+            result = lab.letmein(*words, conf=PATIENT_CONF)
         assert result.status == 0, result
-        assert result.took < 4, result
+        assert result.took < LIMIT_S, result
         assert "opened port 22 on both.test (10.1.0.1)\n" in result.err
         assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
 
     def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
-        with Door({"tcp6": 1}) as door:
-            result = lab.letmein("knock", "both.test", "22", conf=HOLD_CONF)
+        done = threading.Event()
+
+        def granted(operation: int, where: str) -> None:
+            if where == SERVER_6:
+                done.wait(2 * LIMIT_S)
+
+        with Door(granted=granted) as door:
+            result = lab.letmein("knock", "both.test", "22", conf=PATIENT_CONF)
+            grants = door.grants.copy()
+            done.set()
         assert result[:3] == (0, "opened port 22 on both.test (10.1.0.1)\n", "")
-        assert result.took < 1
-        assert door.grants == [(KNOCK, SERVER_4)]
+        assert result.took < LIMIT_S
+        assert grants == [(KNOCK, SERVER_4)]
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_ctrl_c_while_the_server_opens(self, lab: Lab, control: str) -> None:
@@ -9649,7 +9668,7 @@ class TestDoor:
                 time.sleep(0.15)
 
         words = ["connect", control, "both.test", "9000"]
-        with Door(granted=granted) as door, Running(lab, *words) as client:
+        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
             assert opening.wait(LIMIT_S)
             assert client.end(signal.SIGINT)[:3] == (128 + signal.SIGINT, "", "")
             time.sleep(0.3)
@@ -9665,10 +9684,10 @@ class TestDoor:
 
     def test_what_failed_is_not_asked_to_close(self, lab: Lab) -> None:
         """One error, and the time of one."""
-        conf = client_conf(timeout=1)
+        conf = client_conf(timeout=3)
         result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
-        result.assert_error("fd01::98: no answer over tcp within 1 s")
-        assert result.took < 1.8
+        result.assert_error("fd01::98: no answer over tcp within 3 s")
+        assert result.took < 6
 
     @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
     @pytest.mark.parametrize("opens", [True, False])
@@ -9724,7 +9743,7 @@ class TestDoor:
         finally:
             lab.load("")
         assert result[:3] == (0, "here", "")
-        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + 1.5
+        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + LIMIT_S / 2  # not 2 minutes
 
 
 REACH = f"import socket; socket.create_connection(('{SERVER_4}', PORT)).recv(4)"
@@ -10384,9 +10403,11 @@ class TestNames:
         """An IPv6 address that a name has costs nothing where no packet can go there."""
         with lab.without_ipv6():
             for host in (SERVER_4, "both.test", "v6dead.test"):
-                result = lab.letmein("knock", host, "22", conf=HOLD_CONF)
+                words = ("--verbose", "knock", host, "22")
+                result = lab.letmein(*words, conf=PATIENT_CONF, script=lab.patient)
                 result.assert_good()
-                assert result.took < 1
+                assert "no answer" not in result.err, "it was waited for"
+                assert result.took < LIMIT_S
             lab.letmein("knock", SERVER_6, "22").assert_error("Cannot assign", SERVER_6)
             words = ["connect", "both.test", "9000"]
             with Service(9000, echo), Running(lab, *words) as client:
