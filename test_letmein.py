@@ -5071,7 +5071,7 @@ class TestService:
                 nft_do(before, fw4)
                 server.wait_for("healed", turn, leases="2")
                 for source in (CLIENT_4, CLIENT_6):
-                    assert lab.reaches(22, source)
+                    eventually(functools.partial(lab.reaches, 22, source), "not healed")
                 assert not lab.reaches(22, OTHER_4)
                 assert handshake(lab, 0x23, protocol="udp") == COMEIN
                 assert handshake(lab, 0x23, REVOKE, protocol="udp") == COMEIN
@@ -9518,7 +9518,7 @@ class TestConnect:
             for _ in range(5):
                 client.say(b"here")
                 assert client.hear(4) == b"here"
-                assert len(lab.elements()) == 1
+                eventually(lambda: len(lab.elements()) == 1, "it is not renewed")
                 time.sleep(0.8)
             assert client.end()[:3] == (0, "", "")
             assert lab.elements() == []
