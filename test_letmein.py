@@ -2949,7 +2949,7 @@ class TestHeal:
         knock_all(lab, *HOLDERS)
         agree(lab, guarded, *HOLDERS)
         before = Remaining(CLIENT_4)
-        looks = []
+        counts = []
         for turn in range(1, 4):
             began = time.monotonic()
             damage(lab)
@@ -2958,13 +2958,13 @@ class TestHeal:
                 now = kernel()
                 return now.rules == TRUTH_RULES and set(now.elements) == rows(*HOLDERS)
 
-            looks.append(looks_until(healed, f"not healed:\n{guarded.log}"))
+            counts.append(looks_until(healed, f"not healed:\n{guarded.log}"))
             healing_s = time.monotonic() - began
             guarded.wait_for("healed", turn, leases="5")
             quiet(watched)
-        print(f"{looks} looks", end=" ")
-        assert min(looks) <= 10
-        assert max(looks) <= 20
+        print(f"looks: {counts}", end=" ")
+        assert min(counts) <= 10
+        assert max(counts) <= 20
         agree(lab, guarded, *HOLDERS)
         # They have the time left that they had.
         now = Remaining(CLIENT_4)
@@ -3051,13 +3051,13 @@ class TestHeal:
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
         began = time.monotonic()
         flush_and_reload(lab)
-        looks = looks_until(
+        count = looks_until(
             lambda: kernel().rules == TRUTH_RULES and set(kernel().elements) == rows(*HOLDERS),
             "the table came back, and is not healed",
         )
         healing_s = time.monotonic() - began
-        print(f"{looks} looks", end=" ")
-        assert looks <= 20
+        print(f"looks: {count}", end=" ")
+        assert count <= 20
         agree(lab, guarded, *HOLDERS)
         assert lab.reaches(22, CLIENT_4)
         Remaining(CLIENT_4).assert_runs_on_from(before, more=0.3 + healing_s)
@@ -3077,8 +3077,8 @@ class TestHeal:
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
         flush_and_reload(lab)
-        looks = looks_until(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
-        assert looks <= 20
+        count = looks_until(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
+        assert count <= 20
         agree(lab, guarded, *HOLDERS)
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
