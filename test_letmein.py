@@ -3086,7 +3086,7 @@ class TestHeal:
     def test_a_reload_every_100_ms(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
         sources = [f"10.77.{number >> 8}.{number & 255}" for number in range(1281, 2280)]
-        let_in = []
+        let_in: list[tuple[str, int, int]] = []
         started = following = time.monotonic()
         reloads = 0
         for source in sources:
@@ -10419,8 +10419,8 @@ class TestNames:
         """An IPv6 address that a name has costs nothing where no packet can go there."""
         with lab.without_ipv6():
             for host in (SERVER_4, "both.test", "v6dead.test"):
-                words = ("--verbose", "knock", host, "22")
-                result = lab.letmein(*words, conf=PATIENT_CONF, script=lab.patient)
+                call = ("--verbose", "knock", host, "22")
+                result = lab.letmein(*call, conf=PATIENT_CONF, script=lab.patient)
                 result.assert_good()
                 assert "no answer" not in result.err, "it was waited for"
                 assert result.took < LIMIT_S
