@@ -235,11 +235,19 @@ disable_warnings = no-data-collected
 endef
 
 # A .pth file is read by every Python of the .venv. letmein's network process starts with an empty
-# environment; whether it counts is then said by a file that its parent, the server, has left.
+# environment; whether it counts is then said by a file that its parent, the server, has left. It is
+# named after the parent's id and start, for ids come again within one run of the suite, and who
+# counts under a filter of system calls is ended by it.
 define COVERAGE_START
 import atexit
 import os
 import sys
+
+
+def mark(process):
+    with open(f"/proc/{process}/stat") as status:
+        start = status.read().rpartition(")")[2].split()[19]
+    return f"{sys.prefix}/measured/process-{process}-{start}"
 
 
 def save():
@@ -250,13 +258,12 @@ def save():
         pass  # a process that has given up the right to write files
 
 
-directory = os.path.join(sys.prefix, "measured")
 if os.environ.get("COVERAGE_PROCESS_START") or (
-    "PATH" not in os.environ and os.path.exists(f"{directory}/process-{os.getppid()}")
+    "PATH" not in os.environ and os.path.exists(mark(os.getppid()))
 ):
     import coverage
 
-    open(f"{directory}/process-{os.getpid()}", "w").close()
+    open(mark(os.getpid()), "w").close()
     measurement = coverage.Coverage(config_file=os.path.join(sys.prefix, "coverage.ini"))
     measurement.start()
     atexit.register(save)

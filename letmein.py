@@ -2994,7 +2994,7 @@ class Monitor:
             nonlocal spare
             counts = {"refused": self.log.refusals, "counts": self.log.counts}
             document = {"process": os.getpid(), "leases": len(self.firewall.leases), **counts}
-            # Where descriptors are scarce, a peer that cannot be accepted would wake us up for ever.
+            # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
             os.close(spare)
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.setblocking(False)

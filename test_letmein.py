@@ -23,10 +23,12 @@ import collections
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import hashlib
 import hmac
 import importlib.metadata
+import io
 import ipaddress
 import itertools
 import json
@@ -68,7 +70,7 @@ HERE = Path(__file__).resolve().parent
 LETMEIN = HERE / "letmein.py"
 NFT = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "nft"
 TICK_S = 0.01  # the kernel's timeouts count in ticks, of up to 10 ms
-LIMIT_S = 10.0  # no single step of a test takes longer
+LIMIT_S = 60.0  # no single step of a test takes longer, on however busy a machine
 SECCOMP = os.environ.get("SECCOMP", "off")  # what every server and client of a test is started with
 
 # ----------------------------------------------------------------------------
@@ -83,7 +85,9 @@ SERVER_4, CLIENT_4, OTHER_4, BEHIND_4 = "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.
 SERVER_6, CLIENT_6, OTHER_6, BEHIND_6 = "fd01::1", "fd01::2", "fd01::3", "fd02::9"
 PORTS = (22, 23, 24, 25, 26, 27, 8080)  # of the server's host, TCP and UDP
 
-# The network part of the lab. "server" and "client" say where a command runs.
+# The network part of the lab. "server" and "client" say where a command runs. The dead addresses
+# of LAB_HOSTS have neighbours that never answer: to ask for a missing one takes the kernel 3 s, and
+# whoever connects meanwhile gets "No route to host" in the end, by whatever test has asked first.
 LAB_LINKS = """
 client ip link set lo up
 client ip link add wan type veth peer name lan netns {pid}
@@ -92,6 +96,8 @@ client ip addr add 10.1.0.3/24 dev wan
 client ip link set wan up
 client ip route add local 10.77.0.0/16 dev lo
 client ip route add 10.2.0.0/24 via 10.1.0.1
+client ip neigh replace 10.1.0.98 lladdr 02:00:00:00:00:98 dev wan nud permanent
+client ip neigh replace 10.1.0.99 lladdr 02:00:00:00:00:99 dev wan nud permanent
 server ip link set lo up
 server ip addr add 10.1.0.1/24 dev lan
 server ip link set lan up
@@ -103,6 +109,8 @@ client ip -6 addr add fd01::2/64 dev wan nodad
 client ip -6 addr add fd01::3/64 dev wan nodad preferred_lft 0
 client ip -6 route add local fd77::/64 dev lo
 client ip -6 route add fd02::/64 via fd01::1
+client ip -6 neigh replace fd01::98 lladdr 02:00:00:00:00:98 dev wan nud permanent
+client ip -6 neigh replace fd01::99 lladdr 02:00:00:00:00:99 dev wan nud permanent
 server ip -6 addr add fd01::1/64 dev lan nodad
 server ip -6 route add fd77::/64 via fd01::2
 server ip -6 route add fd02::/64 via fd01::3
@@ -339,7 +347,7 @@ class Lab:
 
     def reaches(self, port: int, source: str, protocol: str = "tcp") -> bool:
         """Whether somebody at source gets through to the server's port."""
-        with self.socket(protocol, source, timeout=2) as probe:
+        with self.socket(protocol, source) as probe:
             try:
                 probe.connect((server_for(source), port))
                 if protocol == "udp":
@@ -348,11 +356,24 @@ class Lab:
             except (ConnectionError, socket.timeout):
                 return False
 
-    def letmein(self, *arguments: str | Path, conf: str | None = None) -> Result:
+    @functools.cached_property
+    def patient(self) -> Path:
+        """letmein.py, but its client waits for the other address of a host as long as for the
+        first. The real one goes on after 0.25 s, which a busy machine may take for anything."""
+        text = LETMEIN.read_text(encoding="utf-8")
+        patience = f"OTHER_ADDRESS_S = {LIMIT_S}"
+        text, count = re.subn(r"(?m)^OTHER_ADDRESS_S = [0-9.]+", patience, text)
+        assert count == 1
+        return self.file(text, "patient-letmein.py", 0o755)
+
+    def letmein(
+        self, *arguments: str | Path, conf: str | None = None, script: Path = LETMEIN
+    ) -> Result:
         """Run the client on the client's host."""
         path = self.file(CLIENT_CONF if conf is None else conf)
+        words = ("-c", path, "--seccomp", seccomp_for(arguments), *arguments)
         with self.client():
-            return self.command("-c", path, "--seccomp", seccomp_for(arguments), *arguments)
+            return self.command(*words, program=(sys.executable, script))
 
     def command(self, *arguments: str | Path, program: Sequence[str | Path] = ()) -> Result:
         """Run letmein.py, or another program, to its end."""
@@ -363,7 +384,7 @@ class Lab:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
-            timeout=30,
+            timeout=LIMIT_S,
             # The tests of the command line measure the client; here it only takes time.
             env=unmeasured(),
         )
@@ -446,9 +467,21 @@ class Server:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         self.stop()
+
+    def kill(self) -> None:
+        """SIGKILL for both processes. Once they are gone, nobody holds the control port: not even
+        a network process that would not notice its monitor's end for a while."""
+        if self.process.poll() is None:
+            network = Path("/proc/none")
+            with contextlib.suppress(AssertionError, OSError):
+                number = self.network_process()
+                network = Path(f"/proc/{number}")
+                os.kill(number, signal.SIGKILL)
+            self.process.kill()
+            self.wait()
+            eventually(lambda: not alive(network), "the network process lives on")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -530,6 +563,36 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+class Ending:
+    """When a port that is open for somebody shuts, for a test that may be slow to look: it was
+    open when the last packet that got through was sent, and shut when the first one that did not
+    had come back."""
+
+    def __init__(self, lab: Lab, port: int, source: str = CLIENT_4) -> None:
+        self.lab, self.port, self.source = lab, port, source
+        self.open_at = float("-inf")
+        self.shut_at = float("inf")
+
+    def look(self) -> bool:
+        """Whether it is open still."""
+        began = time.monotonic()
+        is_open = self.lab.reaches(self.port, self.source)
+        if is_open:
+            self.open_at = began
+        else:
+            self.shut_at = min(self.shut_at, time.monotonic())
+        return is_open
+
+    def wait(self) -> None:
+        eventually(lambda: not self.look(), f"port {self.port} stays open")
+
+    def assert_took(self, seconds: float, before: float, told: float, more: float = 1) -> None:
+        """It shut so many seconds after what began and was done at these times, or a little
+        more."""
+        assert self.shut_at >= before + seconds - TICK_S, "it shuts early"
+        assert self.open_at <= told + seconds + more, "it shuts late"
 
 
 # ----------------------------------------------------------------------------
@@ -705,8 +768,7 @@ class Shared:
         """End the server if it is not as good as new, without asking for more."""
         server = self.server
         if server is not None and (server.process.poll() is not None or self.lab.elements()):
-            server.process.kill()
-            server.wait()
+            server.kill()
             self.server = None
 
     def stop(self) -> None:
@@ -824,10 +886,11 @@ class TestPackets:
 
     def test_a_name_with_both_families(self, lab: Lab, server: Server) -> None:
         for options in ([], ["-4", "-6"]):
-            lab.letmein("knock", *options, "both.test", "22").assert_good()
+            words = (*options, "both.test", "22")
+            lab.letmein("knock", *words, script=lab.patient).assert_good()
             assert lab.reaches(22, CLIENT_4)
             assert lab.reaches(22, CLIENT_6)
-            lab.letmein("revoke", *options, "both.test", "22").assert_good()
+            lab.letmein("revoke", *words, script=lab.patient).assert_good()
             assert lab.elements() == []
 
     @pytest.mark.parametrize(
@@ -852,19 +915,20 @@ class TestPackets:
     def test_a_name_with_one_dead_family(
         self, lab: Lab, server: Server, control: str, name: str, alive: str
     ) -> None:
-        impatient = client_conf(timeout=0.3)
-        result = lab.letmein("knock", control, name, "22", conf=impatient)
+        result = lab.letmein("knock", control, name, "22")
         assert result.status == 0, result
-        assert result.took < 3, result
+        assert result.took < 4, "the dead family is waited for"
         assert lab.reaches(22, alive)
-        result = lab.letmein("revoke", control, "-4", "-6", name, "22", conf=impatient)
+        # Time enough for the one that lives.
+        conf = client_conf(timeout=1.5)
+        result = lab.letmein("revoke", control, "-4", "-6", name, "22", conf=conf)
         result.assert_error()
         assert lab.elements() == []
 
     def test_a_name_with_two_dead_families(self, lab: Lab, server: Server) -> None:
         result = lab.letmein("knock", "dead.test", "22", conf=client_conf(timeout=0.3))
         result.assert_error("no answer")
-        assert result.took < 2, result
+        assert result.took < 4, result
 
     def test_a_family_that_the_host_does_not_have(self, lab: Lab, server: Server) -> None:
         lab.letmein("knock", "-6", SERVER_4, "22").assert_error(SERVER_4)
@@ -936,30 +1000,20 @@ class TestTime:
         with Server(lab, server_conf(resources)):
             before = time.monotonic()
             assert handshake(lab, 0x25) == COMEIN
-            comein = time.monotonic()
+            told = time.monotonic()
             assert handshake(lab, 0x23) == COMEIN
+            ending, other = Ending(lab, 25), Ending(lab, 23)
             # The other lease is to last 2 s from its second knock.
-            again = None
-            other_shut = None
-            while lab.reaches(25, CLIENT_4):
-                now = time.monotonic()
-                assert now < comein + 5, "the lease does not end"
-                if again is None and now > comein + 1.5:
-                    assert handshake(lab, 0x23, protocol="udp") == COMEIN
-                    again = now
-                if not lab.reaches(23, CLIENT_4) and other_shut is None:
-                    other_shut = time.monotonic()
+            while time.monotonic() < told + 1.5:
+                ending.look()
                 time.sleep(0.02)
-            shut = time.monotonic()
+            again = time.monotonic()
+            assert handshake(lab, 0x23, protocol="udp") == COMEIN
+            told_again = time.monotonic()
+            eventually(lambda: not ending.look() | other.look(), "the leases do not end")
             # The kernel counts from just before it says so: that is what `before` allows for.
-            assert shut - before >= 3.0 - TICK_S
-            assert shut - comein <= 4.0
-            assert again is not None
-            while other_shut is None:
-                if not lab.reaches(23, CLIENT_4):
-                    other_shut = time.monotonic()
-                assert time.monotonic() < again + 4, "the other lease does not end"
-            assert 2.0 - TICK_S <= other_shut - again <= 3.0
+            ending.assert_took(3, before, told)
+            other.assert_took(2, again, told_again)
             # What has ended by itself can be revoked and opened again.
             assert handshake(lab, 0x25, REVOKE) == COMEIN
             assert handshake(lab, 0x23) == COMEIN
@@ -967,23 +1021,17 @@ class TestTime:
 
     def test_a_lease_survives_sigkill_and_ends_by_itself(self, lab: Lab) -> None:
         lab.load()
-        with Server(lab, server_conf("22 = port: 22 / timeout: 2")) as server:
-            network = server.network_process()
+        with Server(lab, server_conf("22 = port: 22 / timeout: 4")) as server:
             before = time.monotonic()
             assert handshake(lab) == COMEIN
-            comein = time.monotonic()
-            server.process.kill()
-            os.kill(network, signal.SIGKILL)
-            server.wait()
+            told = time.monotonic()
+            server.kill()
             assert lab.reaches(22, CLIENT_4)
             result = lab.command("status", "--json", "-c", server.path)
             assert [lease["address"] for lease in json.loads(result.out)["leases"]] == [CLIENT_4]
-            while lab.reaches(22, CLIENT_4):
-                assert time.monotonic() < comein + 4, "the lease does not end"
-                time.sleep(0.02)
-            shut = time.monotonic()
-            assert shut - before >= 2.0
-            assert shut - comein <= 3.0
+            ending = Ending(lab, 22)
+            ending.wait()
+            ending.assert_took(4, before, told)
         # And the next server takes up the place.
         with Server(lab, server_conf()):
             assert handshake(lab) == COMEIN
@@ -1234,7 +1282,6 @@ TRANSPARENT = {socket.AF_INET: (socket.SOL_IP, 19), socket.AF_INET6: (socket.IPP
 def jumps(lab: Lab, source: str) -> str:
     """The hooks whose target chain a packet from source comes to."""
     before = lab.counters()
-    through = lab.reaches(8080, source)
     behind = (BEHIND_6 if ":" in source else BEHIND_4, 9)
     with lab.socket("udp", source) as sender:
         sender.sendto(b"", behind)
@@ -1244,6 +1291,8 @@ def jumps(lab: Lab, source: str) -> str:
         sender.setsockopt(*TRANSPARENT[family], 1)
         sender.bind((source, 0))
         sender.sendto(b"", behind)
+    # Packets go the same way in turn: once this one is answered, those before it are counted.
+    through = lab.reaches(8080, source)
     after = lab.counters()
     hooks = [
         name[5:]
@@ -1321,33 +1370,37 @@ class TestJumps:
         with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
             before = time.monotonic()
             assert handshake(lab, 0x32) == COMEIN
-            while lab.reaches(8080, CLIENT_4):
-                assert time.monotonic() < before + 3, "the lease does not end"
-            assert time.monotonic() - before >= 0.59  # a tick of the kernel is 4 ms
+            told = time.monotonic()
+            ending = Ending(lab, 8080)
+            ending.wait()
+            ending.assert_took(0.6, before, told)
             # A gate is open as long as the longest lease, and not longer.
             assert handshake(lab, 0x33) == COMEIN
             time.sleep(0.3)
             before = time.monotonic()
             assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
-            while lab.reaches(8080, CLIENT_6):
-                assert time.monotonic() < before + 3, "the gate does not close"
-            assert time.monotonic() - before >= 0.59  # a tick of the kernel is 4 ms
+            told = time.monotonic()
+            ending = Ending(lab, 8080, CLIENT_6)
+            ending.wait()
+            ending.assert_took(0.6, before, told)
             assert handshake(lab, 0x33, REVOKE) == COMEIN
             assert not lab.reaches(8080, CLIENT_4)
 
     def test_the_gate_closes_early_when_the_longest_lease_is_revoked(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
-        resources = "33 = jump / input: DOOR-INPUT / timeout: 0.6"
+        resources = "33 = jump / input: DOOR-INPUT / timeout: 3"
         with Server(lab, server_conf(resources, nftables=CHAINS)):
-            first = time.monotonic()
+            before = time.monotonic()
             assert handshake(lab, 0x33) == COMEIN
-            time.sleep(0.3)
+            told = time.monotonic()
+            time.sleep(1)
             assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
             assert handshake(lab, 0x33, REVOKE, source=OTHER_4) == COMEIN
             assert lab.reaches(8080, OTHER_6)
-            while lab.reaches(8080, OTHER_6):
-                assert time.monotonic() < first + 3, "the gate does not close"
-            assert 0.6 <= time.monotonic() - first < 0.85
+            ending = Ending(lab, 8080, OTHER_6)
+            ending.wait()
+            # The lease that was revoked would have lasted a second more.
+            ending.assert_took(3, before, told, more=0.5)
 
     def test_other_users_and_rules(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
@@ -1588,6 +1641,7 @@ TCP_FAULTS = [
         BASIC_AUTH,
     ),
 ]
+SLOWLY_S = 4.0  # to say a KNOCK
 # What never becomes a message. The last one takes time to say.
 TCP_WAITS = [
     says(),
@@ -1595,7 +1649,7 @@ TCP_WAITS = [
     byte_57,
     after_challenge(lambda token: b""),
     after_challenge(lambda token: message(RESPONSE, 0x22, token=token)[:55]),
-    slowly(GOOD_KNOCK, 0.03),
+    slowly(GOOD_KNOCK, SLOWLY_S / 56),
 ]
 # A server that keeps no state cannot know whom a RESPONSE follows: it speaks under `always` only.
 UDP_FAULTS = [
@@ -1641,7 +1695,7 @@ class Strict(NamedTuple):
 
 @pytest.fixture(scope="class", params=list(POLICIES))
 def shared_strict(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Shared, int]]:
-    general = f"control-error-policy = {request.param}\ncontrol-timeout = 0.4"
+    general = f"control-error-policy = {request.param}\ncontrol-timeout = 5"
     shared = Shared(lab, server_conf(WIRE_RESOURCES, general=general), "-n", "20")
     yield shared, POLICIES[request.param]
     shared.stop()
@@ -1649,7 +1703,7 @@ def shared_strict(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Sh
 
 @pytest.fixture
 def strict(shared_strict: tuple[Shared, int]) -> Iterator[Strict]:
-    """A server with each of the error policies, and a short control-timeout."""
+    """A server with each of the error policies."""
     shared, policy = shared_strict
     yield Strict(shared.get(), policy)
     shared.renew()
@@ -1701,14 +1755,22 @@ class TestWire:
 
     def test_too_slow(self, lab: Lab, strict: Strict) -> None:
         """The control-timeout of 0.4 s is for the whole of a handshake, not for each byte."""
+        patient = strict.server.path.read_text(encoding="utf-8")
+        hurried = patient.replace("control-timeout = 5\n", "control-timeout = 0.4\n")
+        assert hurried != patient
+        # Who waits for a challenge gets it in time.
         started = time.monotonic()
         peers = [Peer(lab) for _ in TCP_WAITS]
-        for peer, speak in zip(peers, TCP_WAITS):
+        for peer, speak in zip(peers, TCP_WAITS[:-1]):
             speak(peer)
+        reconfigure(strict.server, hurried)
+        TCP_WAITS[-1](peers[-1])
         for peer in peers:
             with peer:
                 assert peer.rest() == b""
-        assert 0.4 <= time.monotonic() - started < 2
+        assert 0.4 <= time.monotonic() - started < SLOWLY_S
+        # An honest client is not to be late as well, however busy the machine is.
+        reconfigure(strict.server, patient)
         assert_serves(lab, strict.server, "tcp")
 
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
@@ -2012,10 +2074,11 @@ class TestLyingServers:
         steps = [step for step in script if protocol == "tcp" or step != HANG]
         with FakeServer(protocol, steps):
             option = "-T" if protocol == "tcp" else "-U"
-            conf = client_conf(timeout=0.3)
+            # Only silence ends with the client's patience.
+            conf = client_conf(timeout=5 if word not in ("", "no answer") else 0.3)
             result = lab.letmein("knock", option, SERVER_4, "22", conf=conf)
             result.assert_error(SERVER_4, word)
-            assert result.took < 3, result
+            assert result.took < 4, result
 
     def test_a_reset_connection(self, lab: Lab) -> None:
         with FakeServer("tcp", [None], reset=True):
@@ -2417,7 +2480,8 @@ def resident_kb(pid: int) -> int:
 
 class TestMany:
     def test_2000_knocks(self, lab: Lab) -> None:
-        """More than 3 times as fast as one nft for each, and in less than 40 MB."""
+        """Each takes a third of the processor's time that an nft takes, or less; and all of them
+        less than 40 MB."""
         count = 2000
         first = ipaddress.IPv4Address("10.77.8.0")
         addresses = [str(first + number) for number in range(count)]
@@ -2427,28 +2491,29 @@ class TestMany:
         )
 
         def one_by_one(number: int) -> float:
-            """Knocks a second if each runs nft."""
-            started = time.monotonic()
+            """What one knock would cost if each ran nft, in seconds of the processor's time."""
+            used = children_s()
             for address in addresses[:number]:
                 text = f"add element ip measure s {{ {address} . tcp . 22 timeout 600s }}\n"
                 subprocess.run([NFT, "-f", "-"], input=text.encode(), check=True)
-            return number / (time.monotonic() - started)
+            return (children_s() - used) / number
 
         conf = server_conf(nftables="max-nr-rules = 5000")
         with Server(lab, conf, env=unmeasured()) as server:
-            before = one_by_one(150)
+            pids = (server.process.pid, server.network_process())
+            before, used = one_by_one(150), sum(map(used_s, pids))
             result = storm(lab, addresses, 32, KNOCK)
-            after = one_by_one(150)
-            single, rate = (before + after) / 2, count / result.seconds
-            memory = resident_kb(server.process.pid) + resident_kb(server.network_process())
-            print(f"{rate:.0f} knocks/s, {single:.0f} nft/s, {memory} kB", end=" ")
+            each, after = (sum(map(used_s, pids)) - used) / count, one_by_one(150)
+            single = (before + after) / 2
+            memory = sum(map(resident_kb, pids))
+            print(f"{each * 1000:.2f} ms a knock, {single * 1000:.2f} an nft, {memory} kB", end=" ")
             assert result.good == count
             assert len(lab.elements()) == count
             assert lab.reaches(22, addresses[0])
             assert lab.reaches(22, addresses[-1])
             assert not lab.reaches(22, str(first + count))
             assert memory < (40 if SECCOMP == "off" else 48) * 1024  # pyseccomp has its own
-            assert rate >= 3 * single
+            assert each <= single / 3
 
 
 # ----------------------------------------------------------------------------
@@ -2551,7 +2616,7 @@ def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
         pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
 
     def call(*arguments: str) -> Result:
-        return lab.letmein(*arguments, conf=REFERENCE_CLIENT)
+        return lab.letmein(*arguments, conf=REFERENCE_CLIENT, script=lab.patient)
 
     lab.load(JUMP_RULESET.format(family="inet"))
     with ReferenceServer(lab, programs, server_conf(REFERENCE_RESOURCES, general="")):
@@ -2705,12 +2770,15 @@ def kernel(family: str = "inet") -> Kernel:
     return found._replace(rules=rules)
 
 
-def status(lab: Lab, server: Server) -> dict[Row, int]:
-    """What `status --json` says, in the same form."""
-    result = lab.command("status", "--json", "-c", server.path)
-    assert result.status == 0, result
+def status(server: Server) -> dict[Row, int]:
+    """What `status --json` says, in the same form. It runs in this process: most tests ask several
+    times, and a Python of its own takes ten times as long to start as to answer."""
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(said):
+        assert letmein.main(["status", "--json", "-c", str(server.path)]) == 0
+    said.seek(0)
     told = {}
-    for lease in json.loads(result.out)["leases"]:
+    for lease in json.load(said)["leases"]:
         opens = f"{lease['protocol']}/{lease['port']}" if lease["port"] else ""
         row = Row(lease["address"], opens, lease["resource"] or "?", lease["user"] or "?")
         assert row not in told
@@ -2739,7 +2807,7 @@ def agree(
         lambda: set(kernel(family).elements) == wanted,
         f"the kernel does not have what it should: {sorted(wanted)}\n{server.log}",
     )
-    assert set(status(lab, server)) == wanted
+    assert set(status(server)) == wanted
 
 
 def attempt(
@@ -2901,11 +2969,31 @@ def reconfigure(server: Server, conf: str, good: bool = True) -> None:
     server.wait_for(event, count + 1)
 
 
-def after(condition: Callable[[], bool], what: str) -> float:
-    """How long it takes from now until something holds."""
-    started = time.monotonic()
-    eventually(condition, what)
-    return time.monotonic() - started
+def looks_until(condition: Callable[[], bool], what: str) -> int:
+    """How often one has to look until something holds. A busy machine makes each look slower, and
+    what is waited for; so their number says how long it took where seconds do not. (On a machine
+    that has nothing else to do, a look with kernel() comes every 20 ms.)"""
+    looks = itertools.count(1)
+    eventually(lambda: next(looks) > 0 and condition(), what)
+    return next(looks) - 1
+
+
+class Remaining:
+    """The seconds that the leases of an address have left, by the kernel, and when it was asked:
+    between `began` and `done`."""
+
+    def __init__(self, address: str) -> None:
+        self.began = time.monotonic()
+        self.seconds = milliseconds_left(address)
+        self.done = time.monotonic()
+
+    def assert_runs_on_from(self, before: Remaining, more: float = 0.3, less: float = 0.3) -> None:
+        """A second for each second since then, whatever was done to them: they have at most so
+        much more or less."""
+        lost = min(before.seconds) - max(self.seconds), min(before.seconds) - min(self.seconds)
+        passed = self.began - before.done, self.done - before.began
+        assert passed[0] - more <= lost[0], "they have got more time"
+        assert lost[1] <= passed[1] + less, "they have lost time"
 
 
 HOLDERS = [
@@ -2987,8 +3075,8 @@ class TestHeal:
         that is left, and only they."""
         knock_all(lab, *HOLDERS)
         agree(lab, guarded, *HOLDERS)
-        before, at = milliseconds_left(CLIENT_4), time.monotonic()
-        times = []
+        before = Remaining(CLIENT_4)
+        counts = []
         for turn in range(1, 4):
             damage(lab)
 
@@ -2996,20 +3084,18 @@ class TestHeal:
                 now = kernel()
                 return now.rules == TRUTH_RULES and set(now.elements) == rows(*HOLDERS)
 
-            times.append(after(healed, f"not healed:\n{guarded.log}"))
+            counts.append(looks_until(healed, f"not healed:\n{guarded.log}"))
             if damage is not restore_what_was_saved:  # that has brought it all back by itself
                 guarded.wait_for("healed", turn, leases="5")
             quiet(guarded)
-        print(f"{max(times) * 1000:.0f} ms", end=" ")
-        # A look around the firewall costs some 10 ms of it; a busy machine may double it.
-        assert min(times) < 0.2
-        assert max(times) < 0.4
+        print(f"looks: {counts}", end=" ")
+        assert min(counts) <= 10
+        assert max(counts) <= 20
         agree(lab, guarded, *HOLDERS)
         # They have the time left that they had.
-        now = milliseconds_left(CLIENT_4)
-        passed = time.monotonic() - at
-        assert len(now) == len(before) == 4
-        assert min(before) - max(now) == pytest.approx(passed, abs=0.3)
+        now = Remaining(CLIENT_4)
+        assert len(now.seconds) == len(before.seconds) == 4
+        now.assert_runs_on_from(before)
         # Those get through who did, and nobody else; knocks are answered.
         for port, source, protocol in ((22, CLIENT_4, "tcp"), (23, CLIENT_4, "udp"),
                                        (24, CLIENT_6, "udp"), (8080, OTHER_4, "tcp")):
@@ -3076,7 +3162,7 @@ class TestHeal:
     def test_a_table_that_comes_back_later(self, lab: Lab, guarded: Server) -> None:
         """Until then nobody is told that a port was opened; then all is as it was."""
         knock_all(lab, *HOLDERS)
-        at, before = time.monotonic(), milliseconds_left(CLIENT_4)
+        before = Remaining(CLIENT_4)
         nft_do("delete table inet filter")
         guarded.wait_for("cannot-heal")
         tries = looks(guarded)
@@ -3088,16 +3174,15 @@ class TestHeal:
         assert "inet filter" in event["reason"], event
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
         flush_and_reload(lab)
-        took = after(
+        count = looks_until(
             lambda: kernel().rules == TRUTH_RULES and set(kernel().elements) == rows(*HOLDERS),
             "the table came back, and is not healed",
         )
-        print(f"{took * 1000:.0f} ms", end=" ")
-        assert took < 0.4
+        print(f"looks: {count}", end=" ")
+        assert count <= 20
         agree(lab, guarded, *HOLDERS)
         assert lab.reaches(22, CLIENT_4)
-        passed = time.monotonic() - at
-        assert min(before) - max(milliseconds_left(CLIENT_4)) == pytest.approx(passed, abs=0.3)
+        Remaining(CLIENT_4).assert_runs_on_from(before)
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
 
     def test_a_chain_that_is_missing(self, lab: Lab, guarded: Server) -> None:
@@ -3112,8 +3197,8 @@ class TestHeal:
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
         flush_and_reload(lab)
-        took = after(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
-        assert took < 0.4
+        count = looks_until(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
+        assert count <= 20
         agree(lab, guarded, *HOLDERS)
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
@@ -3125,19 +3210,21 @@ class TestHeal:
 
     def test_a_reload_every_100_ms(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
-        sources = [f"10.77.5.{number}" for number in range(1, 200)]
-        let_in = []
+        sources = [f"10.77.{number >> 8}.{number & 255}" for number in range(1281, 2280)]
+        let_in: list[tuple[str, int, int]] = []
         started = following = time.monotonic()
         reloads = 0
         for source in sources:
             now = time.monotonic()
-            if now > started + (10 if SOAK else 3):
+            enough = now > started + (10 if SOAK else 3) and min(reloads, len(let_in)) > 3
+            if enough or now > started + LIMIT_S:
                 break
             if now >= following:
                 following += 0.1
                 reloads += 1
                 flush_and_reload(lab)
-            if attempt(lab, 0x22, source=source) == COMEIN:
+            # (There is room for a hundred rules.)
+            if len(let_in) < 80 and attempt(lab, 0x22, source=source) == COMEIN:
                 let_in.append((source, 0x22, 1))
             time.sleep(max(0, following - time.monotonic()) / 2)
         print(f"{reloads} reloads, {len(let_in)} knocks", end=" ")
@@ -3352,37 +3439,38 @@ class TestTenThousand:
         lab.load(more=DOOR)
         conf = watched.conf(nftables="max-nr-rules = 20000")
 
-        def knocks() -> float:
-            """A knock's median time."""
-            times = []
-            for number in range(30):
-                started = time.monotonic()
+        def knocks(server: Server) -> float:
+            """The processor's time that goes into knocks, in seconds: it has to be said of the
+            server alone, and not of what else the machine does."""
+            pids = (server.process.pid, server.network_process())
+            used = sum(map(used_s, pids))
+            for number in range(100):
                 assert handshake(lab, 0x22, source=f"10.77.1.{number}") == COMEIN
-                times.append(time.monotonic() - started)
-            return statistics.median(times)
+            return sum(map(used_s, pids)) - used
 
-        with Server(lab, conf) as server:
-            knocks()
-            alone = min(knocks(), knocks())
+        with Server(lab, conf, env=unmeasured()) as server:
+            alone = min(knocks(server), knocks(server))
             crash(server)
         listed = ", ".join(f"{a} . tcp . 22 timeout 600s {comment()}" for a in addresses)
         nft_do(f"add element inet filter letmein-4 {{ {listed} }}")
-        with Server(lab, conf) as server:
-            server.wait_for("adopted", leases=str(count + 30))
-            knocks()
-            among_many = min(knocks(), knocks())
+        with Server(lab, conf, env=unmeasured()) as server:
+            server.wait_for("adopted", leases=str(count + 100))
+            among_many = min(knocks(server), knocks(server))
+            used = used_s(server.process.pid)
+            healed_before = len(server.events("healed"))
             flush_and_reload(lab)
 
             def healed() -> bool:
                 text = run(NFT, "list", "chain", "inet", "filter", "LETMEIN-INPUT")
                 return text.count('comment "letmein') == TRUTH_RULES
 
-            took = after(healed, "not healed")
-            server.wait_for("healed", leases=str(count + 30))
-            print(f"healed {took * 1000:.0f} ms", end=", ")
-            print(f"knock {alone * 1000:.1f} / {among_many * 1000:.1f} ms", end=" ")
-            assert len(kernel().elements) == count + 30
-            assert len(status(lab, server)) == count + 30
+            eventually(healed, "not healed")
+            server.wait_for("healed", healed_before + 1)
+            took = used_s(server.process.pid) - used
+            print(f"healed in {took:.2f} s of CPU", end=", ")
+            print(f"a knock costs {alone * 10:.1f} / {among_many * 10:.1f} ms", end=" ")
+            assert len(kernel().elements) == count + 100
+            assert len(status(server)) == count + 100
             assert lab.reaches(22, addresses[-1])
             assert took < 2.0
             assert among_many < 1.5 * alone
@@ -3409,7 +3497,7 @@ class TestLargeTable:
         assert checked.status == 0 and "took" not in checked.err, checked
         with Server(lab, conf) as server:
             knock_all(lab, *HOLDERS)
-            assert len(status(lab, server)) == len(rows(*HOLDERS))
+            assert len(status(server)) == len(rows(*HOLDERS))
             for damage in (flush_the_chain, delete_the_sets_alone):
                 count = len(server.events("healed"))
                 damage(lab)
@@ -3432,7 +3520,7 @@ class TestAdopt:
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
-            before, at = milliseconds_left(CLIENT_4), time.monotonic()
+            before = Remaining(CLIENT_4)
             crash(server, network)
         assert lab.reaches(22, CLIENT_4)
         assert lab.reaches(8080, OTHER_4)
@@ -3440,8 +3528,7 @@ class TestAdopt:
             server.wait_for("adopted", leases="5")
             agree(lab, server, *HOLDERS)
             # Never longer than it was, up to 1 s shorter.
-            now, passed = milliseconds_left(CLIENT_4), time.monotonic() - at
-            assert -0.3 < min(before) - min(now) - passed < 1.3
+            Remaining(CLIENT_4).assert_runs_on_from(before, less=1.3)
             assert lab.reaches(22, CLIENT_4)
             assert lab.reaches(8080, OTHER_4), "the gate"
             # They are this server's in every way.
@@ -4457,9 +4544,7 @@ class World:
     def drop(self) -> None:
         """Something went wrong: the next sequence is to have a new server."""
         if self.server is not None:
-            self.server.process.kill()
-            self.server.wait()
-            eventually(lambda: attempt(self.lab) is None, "the control port is still served")
+            self.server.kill()
             self.server = None
         self.nft.mode("good")
 
@@ -4584,7 +4669,7 @@ class World:
         assert self.server is not None
         before = time.monotonic()
         said = kernel()
-        told = status(self.lab, self.server)
+        told = status(self.server)
         now = time.monotonic()
         if said.rules != self.variant.rules:
             return f"{said.rules} rules in place of {self.variant.rules}"
@@ -4832,8 +4917,7 @@ class Mute:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.process.kill()
-        self.server.process.wait()
+        self.server.kill()
         os.close(self.end)
 
     def fill(self) -> None:
@@ -4908,7 +4992,7 @@ class TestCounters:
 
     def test_what_is_counted(self, lab: Lab) -> None:
         lab.load()
-        conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 0.5")
+        conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 60")
         with Server(lab, conf, "-N", "2") as server:
             before = counted(server)
             assert before["process"] == server.process.pid
@@ -4922,8 +5006,11 @@ class TestCounters:
                 refused_knock(lab, protocol, OTHER_4, user=9)
             refused_knock(lab, "udp", OTHER_4, user=9)
             assert handshake(lab, 0x27) == GOAWAY
+            # Nobody else is late, however busy the machine is.
             with Peer(lab, source=OTHER_4) as peer:
+                reconfigure(server, conf.replace("control-timeout = 60", "control-timeout = 0.1"))
                 assert peer.rest() == b"", "it is late"
+            reconfigure(server, conf)
             idle = [Peer(lab) for _ in range(3)]
             assert idle[0].rest() == b"", "it is evicted"
             for peer in idle[1:]:
@@ -4984,8 +5071,7 @@ class TestCounters:
         lab.load()
         with Server(lab, server_conf()) as server:
             assert handshake(lab) == COMEIN
-            server.process.kill()
-            server.wait()
+            server.kill()
             assert status_socket(server).exists()
             assert counted(server) is None
             with Server(lab, server_conf(), "--rundir", str(server.rundir)) as successor:
@@ -5350,7 +5436,7 @@ class TestService:
                 nft_do(before, fw4)
                 server.wait_for("healed", turn, leases="2")
                 for source in (CLIENT_4, CLIENT_6):
-                    assert lab.reaches(22, source)
+                    eventually(functools.partial(lab.reaches, 22, source), "not healed")
                 assert not lab.reaches(22, OTHER_4)
                 assert handshake(lab, 0x23, protocol="udp") == COMEIN
                 assert handshake(lab, 0x23, REVOKE, protocol="udp") == COMEIN
@@ -5878,6 +5964,12 @@ def used_s(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
+def children_s() -> float:
+    """The same of all processes that this one has started, and that have ended."""
+    used = limits.getrusage(limits.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class TestNetworkProcess:
     """The process that faces the internet dies, hangs, or turns against us."""
 
@@ -5952,7 +6044,8 @@ class TestNetworkProcess:
             assert handshake(lab) == COMEIN
             leases, memory = lab.elements(), resident_kb(server.process.pid)
             used = used_s(server.process.pid)
-            os.kill(server.network_process(), signal.SIGUSR1)
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
             # It is at work, for so long in its own time as no machine makes shorter.
             eventually(lambda: used_s(server.process.pid) > used + 0.5, "it does not work")
             assert lab.elements() == leases
@@ -5962,9 +6055,9 @@ class TestNetworkProcess:
             assert server.events("network-process-lost") == []
             assert len(server.lines) < 100, "the disk gets full"
             assert lab.reaches(22, CLIENT_4)
-            before = time.monotonic()
+            before = children_s() + sum(map(used_s, (server.process.pid, network)))
             server.stop()
-            assert time.monotonic() - before < 3
+            assert children_s() - before < 3, "it does not stop at once"
 
     @pytest.mark.parametrize("attack", ATTACKS_ON_THE_MONITOR)
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
@@ -7153,7 +7246,7 @@ def program(*words: object) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT_S,
     )
     assert "Traceback" not in done.stderr
     return done
@@ -9608,27 +9701,31 @@ def refused_burst(lab: Lab) -> None:
 class TestSeccomp:
     """`seccomp = kill` and `log`."""
 
-    def client(self, lab: Lab, *words: str, conf: str = CLIENT_CONF) -> Result:
+    def client(
+        self, lab: Lab, *words: str, conf: str = CLIENT_CONF, script: Path = LETMEIN
+    ) -> Result:
         with lab.client():
-            return lab.command("-c", lab.file(conf), "--seccomp", "kill", *words)
+            program = (sys.executable, script, "-c", lab.file(conf), "--seccomp", "kill")
+            return lab.command(*words, program=program)
 
     def test_everything_under_kill(self, lab: Lab) -> None:
         """All that client and server can do, once."""
         lab.load()
-        short = server_conf(RESOURCES.replace("timeout: 3", "timeout: 1"))
-        with confined(lab, short, seccomp="kill") as server:
+        with confined(lab, server_conf(), seccomp="kill") as server:
             pair = (server.process.pid, server.network_process())
             for options in ("-T both.test 22", "-U both.test 23", "-4 both.test 24"):
-                self.client(lab, "--verbose", "knock", *options.split()).assert_good()
+                words = ("--verbose", "knock", *options.split())
+                self.client(lab, *words, script=lab.patient).assert_good()
             self.client(lab, "knock", "-6", "-U", "both.test", "25").assert_good()
+            assert lab.reaches(25, CLIENT_6)
             for source in (CLIENT_4, CLIENT_6):
                 assert lab.reaches(22, source) and lab.reaches(23, source, "udp")
-            assert lab.reaches(24, CLIENT_4, "udp") and lab.reaches(25, CLIENT_6)
+            assert lab.reaches(24, CLIENT_4, "udp")
 
             # Errors.
             wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
-            hurried = client_conf(timeout=1.5)
-            self.client(lab, "knock", "v4dead.test", "22", conf=hurried).assert_good()
+            hurried = client_conf(timeout=0.5)
+            self.client(lab, "knock", "v4dead.test", "22").assert_good()
             self.client(lab, "knock", "dead.test", "22", conf=hurried).assert_error("no answer")
             self.client(lab, "knock", SERVER_4, "22", conf=wrong).assert_error("closed")
             self.client(lab, "knock", SERVER_4, "27").assert_error("rejected")
@@ -9881,6 +9978,7 @@ HOLD_RESOURCES = """
 """
 HOLD_CONF = client_conf(resources=HOLD_RESOURCES.replace("USERS", "1"))  # but the server:
 HOLD_SERVER = server_conf(HOLD_RESOURCES.replace("USERS", "2"))
+PATIENT_CONF = client_conf(timeout=5 * LIMIT_S, resources=HOLD_RESOURCES.replace("USERS", "1"))
 ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"]
 
 
@@ -9889,7 +9987,8 @@ UNMEASURED = {"COVERAGE_PROCESS_START": ""}
 
 class Running:
     """A program on the client's host, of which a test holds standard input and output. Args:
-    words, of letmein.py's command line, or of a whole one with program=().
+    words, of the command line of letmein.py, or of another script, or of a whole one with
+    program=().
     """
 
     def __init__(
@@ -9897,11 +9996,12 @@ class Running:
         lab: Lab,
         *words: str | Path,
         conf: str = HOLD_CONF,
+        script: Path = LETMEIN,
         program: Sequence[str | Path] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         if program is None:
-            program = (sys.executable, LETMEIN, "-c", lab.file(conf))
+            program = (sys.executable, script, "-c", lab.file(conf))
             program = (*program, "--seccomp", seccomp_for(words))
         with lab.client():
             self.process = subprocess.Popen(
@@ -9942,18 +10042,20 @@ class Running:
             self.process.send_signal(number)
         out, err = b"", b""
         if not self.stdout.closed:
-            out, err = self.process.communicate(timeout=30)
+            out, err = self.process.communicate(timeout=LIMIT_S)
         took = time.monotonic() - self.started
         return Result(self.process.returncode, out.decode(), err.decode(), took)
 
 
-def patched(lab: Lab, code: str, *words: str, conf: str = HOLD_CONF) -> list[str | Path]:
+def patched(
+    lab: Lab, code: str, *words: str, conf: str = HOLD_CONF, script: Path = LETMEIN
+) -> list[str | Path]:
     """A command line that runs letmein.py as a program, in a Python that ran this code before."""
     lines = f"import runpy\n{textwrap.dedent(code)}\n" + (
         "import sys; sys.argv = sys.argv[1:]"
         "\nsys.path[0] = ''; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    return [sys.executable, lab.file(lines), LETMEIN, "-c", lab.file(conf), *words]
+    return [sys.executable, lab.file(lines), script, "-c", lab.file(conf), *words]
 
 
 def assert_no_traceback(result: Result) -> None:
@@ -9997,12 +10099,9 @@ def echo(connection: socket.socket) -> None:
         connection.sendall(data)
 
 
-def shut_within(lab: Lab, seconds: float = 1.0) -> None:
-    """All leases end in this time, without waiting for their own."""
-    end = time.monotonic() + seconds
-    while elements := lab.elements():
-        assert time.monotonic() < end, elements
-        time.sleep(0.02)
+def shut_soon(lab: Lab) -> None:
+    """All leases end long before their time."""
+    eventually(lambda: not lab.elements(), "a port stays open")
 
 
 @pytest.fixture(scope="class")
@@ -10053,7 +10152,7 @@ class Sshd:
             "ssh", *options.split(), "-o", f"UserKnownHostsFile={directory}/known",
             "-o", "StrictHostKeyChecking=accept-new",
         ]  # fmt: skip
-        self.proxy = f"{sys.executable} {LETMEIN} -c {lab.file(HOLD_CONF)} connect %h %p"
+        self.proxy = f"{sys.executable} {lab.patient} -c {lab.file(HOLD_CONF)} connect %h %p"
 
     def log_in(self, *words: str, host: str = SERVER_4) -> Running:
         """ssh to the server by `letmein connect`, to run this."""
@@ -10066,6 +10165,7 @@ def sshd(lab: Lab) -> Iterator[Sshd]:
     made = Sshd(lab)
     yield made
     made.process.kill()
+    made.process.wait()  # or its port is still taken when the next test wants it
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int:
@@ -10083,7 +10183,7 @@ class TestSsh:
     def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
         with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
             assert ssh.end()[:3] == (5, "42\n", "")
-        shut_within(lab)
+        shut_soon(lab)
         assert not lab.reaches(9000, CLIENT_4)
 
     def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
@@ -10097,7 +10197,7 @@ class TestSsh:
             assert ssh.hear(-1) == data
             assert ssh.process.wait(LIMIT_S) == 0
         path.unlink()
-        shut_within(lab)
+        shut_soon(lab)
 
     @pytest.mark.parametrize("whom", ["ssh", "letmein"])
     @pytest.mark.parametrize("name", [*ENDINGS, "SIGKILL"])
@@ -10110,7 +10210,7 @@ class TestSsh:
             os.kill(pid, getattr(signal, name))
             assert ssh.end().status != 0
         if (whom, name) != ("letmein", "SIGKILL"):
-            shut_within(lab)
+            shut_soon(lab)
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
@@ -10120,7 +10220,7 @@ class TestSsh:
                 ssh.say(b"here\n")
                 assert ssh.hear(5) == b"here\n"
             assert sessions[first].end()[:3] == (0, "", "")
-            shut_within(lab)
+            shut_soon(lab)
             sessions[1 - first].say(b"still here\n")
             assert sessions[1 - first].end()[:3] == (0, "still here\n", "")
         assert lab.elements() == []
@@ -10163,7 +10263,9 @@ class TestConnect:
             client.say(data)
             client.end_input()
 
-        with Service(9000, echo), Running(lab, "connect", control, host, "9000") as client:
+        script = LETMEIN if "dead" in host else lab.patient
+        words = ["connect", control, host, "9000"]
+        with Service(9000, echo), Running(lab, *words, script=script) as client:
             threading.Thread(target=give).start()
             assert client.hear(-1) == data
             assert client.end()[:3] == (0, "", "")
@@ -10376,7 +10478,8 @@ class TestConnect:
     def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
         with Service(9000, echo):
             for step in range(30):
-                with Running(lab, words[0], "both.test", words[1], env=UNMEASURED) as client:
+                call = [words[0], "both.test", words[1]]
+                with Running(lab, *call, script=lab.patient, env=UNMEASURED) as client:
                     time.sleep(0.03 + 0.01 * step)
                     result = client.end(signal.SIGINT)
                     assert_no_traceback(result)
@@ -10389,7 +10492,7 @@ class TestConnect:
             for _ in range(5):
                 client.say(b"here")
                 assert client.hear(4) == b"here"
-                assert len(lab.elements()) == 1
+                eventually(lambda: len(lab.elements()) == 1, "it is not renewed")
                 time.sleep(0.8)
             assert client.end()[:3] == (0, "", "")
             assert lab.elements() == []
@@ -10402,7 +10505,9 @@ class TestConnect:
     def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
         pytest.importorskip("pyseccomp")
         words = ["--seccomp", "kill", "connect", "both.test", "9001"]
-        with Service(9001, echo), Running(lab, *words, env=UNMEASURED) as client:
+        with Service(9001, echo), Running(
+            lab, *words, script=lab.patient, env=UNMEASURED
+        ) as client:
             client.say(b"here")
             assert client.hear(4) == b"here"
             time.sleep(1.5)  # so that it knocks again
@@ -10429,13 +10534,14 @@ class TestConnect:
         conf = f"{HOLD_CONF}\n[UNKNOWN]\n"
         words = shell(redirection, "connect", SERVER_4, "9000", conf=conf, lab=lab)
         with Service(9000, service), Running(lab, *words, program=()) as client:
-            client.say(b"in")
+            with contextlib.suppress(BrokenPipeError):  # its input may be closed by now
+                client.say(b"in")
             result = client.end()
             assert service.ended.wait(LIMIT_S)
         assert service.data == heard
         assert result.out in ("", "greeting")
         assert ("warning" in result.err) == ("2>" not in redirection)
-        shut_within(lab)
+        shut_soon(lab)
 
 
 VANISH = """
@@ -10562,19 +10668,37 @@ class TestDoor:
 
     def test_the_slow_address_is_closed_as_well(self, lab: Lab) -> None:
         """Its knock came to an end while COMMAND ran already."""
-        with Door({"tcp6": 0.4}) as door:
-            result = lab.letmein("knock", "both.test", "22", "--", "sleep", "1.5", conf=HOLD_CONF)
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+
+        def granted(operation: int, where: str) -> None:
+            """COMMAND runs before IPv6 is open, and for a second more."""
+            if (operation, where) == (KNOCK, SERVER_6):
+                eventually((place / "runs").exists, "COMMAND does not run")
+                (place / "open").touch()
+
+        script = f"cd {place}; touch runs; until [ -e open ]; do sleep 0.05; done; sleep 1"
+        words = ["knock", "both.test", "22", "--", "sh", "-c", script]
+        with Door(granted=granted) as door:
+            result = lab.letmein(*words, conf=PATIENT_CONF)
         assert result.status == 0, result
-        assert result.took < 4, result
+        assert result.took < LIMIT_S, result
         assert "opened port 22 on both.test (10.1.0.1)\n" in result.err
         assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
 
     def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
-        with Door({"tcp6": 1}) as door:
-            result = lab.letmein("knock", "both.test", "22", conf=HOLD_CONF)
+        done = threading.Event()
+
+        def granted(operation: int, where: str) -> None:
+            if where == SERVER_6:
+                done.wait(2 * LIMIT_S)
+
+        with Door(granted=granted) as door:
+            result = lab.letmein("knock", "both.test", "22", conf=PATIENT_CONF)
+            grants = door.grants.copy()
+            done.set()
         assert result[:3] == (0, "opened port 22 on both.test (10.1.0.1)\n", "")
-        assert result.took < 1
-        assert door.grants == [(KNOCK, SERVER_4)]
+        assert result.took < LIMIT_S
+        assert grants == [(KNOCK, SERVER_4)]
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_ctrl_c_while_the_server_opens(self, lab: Lab, control: str) -> None:
@@ -10587,7 +10711,7 @@ class TestDoor:
                 time.sleep(0.15)
 
         words = ["connect", control, "both.test", "9000"]
-        with Door(granted=granted) as door, Running(lab, *words) as client:
+        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
             assert opening.wait(LIMIT_S)
             assert client.end(signal.SIGINT)[:3] == (128 + signal.SIGINT, "", "")
             time.sleep(0.3)
@@ -10630,10 +10754,10 @@ class TestDoor:
 
     def test_what_failed_is_not_asked_to_close(self, lab: Lab) -> None:
         """One error, and the time of one."""
-        conf = client_conf(timeout=1)
+        conf = client_conf(timeout=3)
         result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
-        result.assert_error("fd01::98: no answer over tcp within 1 s")
-        assert result.took < 1.8
+        result.assert_error("fd01::98: no answer over tcp within 3 s")
+        assert result.took < 6
 
     @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
     @pytest.mark.parametrize("opens", [True, False])
@@ -10649,7 +10773,8 @@ class TestDoor:
                 if opens and is_second and not services:
                     services.append(Service(9000, echo))
 
-        with Door(granted=granted) as door, Running(lab, "connect", host, "9000") as client:
+        words = ["connect", host, "9000"]
+        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
             client.say(b"here")
             result = client.end()
         for service in services:
@@ -10688,7 +10813,7 @@ class TestDoor:
         finally:
             lab.load("")
         assert result[:3] == (0, "here", "")
-        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + 1.5
+        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + LIMIT_S / 2  # not 2 minutes
 
 
 REACH = f"import socket; socket.create_connection(('{SERVER_4}', PORT)).recv(4)"
@@ -10802,10 +10927,10 @@ class TestCommand:
         with Running(lab, "knock", "-q", SERVER_4, "22", "--", "sh", "-c", script) as client:
             assert client.hear(5) == b"here\n"
             client.process.terminate()
-            time.sleep(0.3)
+            assert client.hear(7) == b"caught\n"
             assert len(lab.elements()) == 1
             client.say(b"go\n")
-            assert client.end()[:3] == (3, "caught\n", "")
+            assert client.end()[:3] == (3, "", "")
         assert lab.elements() == []
 
     def test_a_signal_at_any_moment(self, lab: Lab) -> None:
@@ -10813,14 +10938,14 @@ class TestCommand:
         mark = f"60.{os.getpid()}"
         for step in range(25):
             words = ["knock", SERVER_4, "22", "--", "sleep", mark]
-            with Running(lab, *words, env=UNMEASURED) as client:
+            with Running(lab, *words, script=lab.patient, env=UNMEASURED) as client:
                 time.sleep(0.04 + step * 0.02)
                 name = ENDINGS[step % len(ENDINGS)]
                 result = client.end(getattr(signal, name))
                 assert_no_traceback(result)
                 assert result.status in (-getattr(signal, name), 128 + getattr(signal, name), 1)
             assert lab.elements() == []
-            assert run("pgrep", "-f", f"^sleep {mark}", check=False) == ""
+            assert run("pgrep", "-f", f"^sleep {mark}$", check=False) == ""
 
     @pytest.mark.parametrize("where", ["before", "after"])
     def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
@@ -10838,7 +10963,7 @@ class TestCommand:
         with Running(lab, *words, program=()) as client:
             assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
         assert lab.elements() == []
-        assert run("pgrep", "-f", f"^sleep {seconds}", check=False) == ""
+        assert run("pgrep", "-f", f"^sleep {seconds}$", check=False) == ""
 
     def test_not_under_a_filter_of_system_calls(self, lab: Lab) -> None:
         words = ["--seccomp", "kill", "knock", SERVER_4, "22", "--", "echo", "run"]
@@ -10921,7 +11046,9 @@ class TestWords:
     def test_a_failure_in_two_lines(self, lab: Lab, words: str) -> None:
         problem, hint = FAILURES[words]
         wrong = "".join(f"{user} = {os.urandom(32).hex()}\n" for user in (2, 3))
-        conf = client_conf(timeout=0.4, resources=HOLD_RESOURCES.replace("USERS", "1"))
+        # Patience ends soon where silence is what the client gets, and nowhere else.
+        patience = 0.4 if "no answer" in problem else 5
+        conf = client_conf(timeout=patience, resources=HOLD_RESOURCES.replace("USERS", "1"))
         path = lab.file(conf.replace(f"2 = {KEYS[2].hex()}\n", wrong))
         with lab.client():
             options = ["--seccomp", seccomp_for(words.split())]
@@ -10938,7 +11065,7 @@ class TestWords:
     def test_success(self, lab: Lab, control: str) -> None:
         words = [control, "both.test", "22"]
         for word, done in (("knock", "opened"), ("revoke", "closed")):
-            result = lab.letmein(word, *words, conf=HOLD_CONF)
+            result = lab.letmein(word, *words, conf=HOLD_CONF, script=lab.patient)
             first, second = sorted([SERVER_4, SERVER_6])
             orders = [f"({first}, {second})", f"({second}, {first})"]
             assert result.out in [f"{done} port 22 on both.test {order}\n" for order in orders]
@@ -10950,7 +11077,7 @@ class TestWords:
         assert result.status == 0
         for line in (
             f"letmein: server: fd01::99 and {SERVER_4}, port 5800/tcp\n",
-            "letmein: fd01::99: ",  # no answer, or no route: the kernel has asked for it before
+            f"letmein: fd01::99: no answer within {letmein.OTHER_ADDRESS_S} s more\n",
             f"letmein: {SERVER_4}: COMEIN\n",
         ):
             assert line in result.err
@@ -10964,15 +11091,16 @@ class TestWords:
         with lab.client():
             lab.command(program=shell(redirection, *words, lab=lab))
         eventually(path.exists, "COMMAND ran")
-        shut_within(lab)
+        shut_soon(lab)
         path.unlink()
 
     @pytest.mark.parametrize("word", ["knock", "revoke"])
     def test_nobody_reads_our_output(self, lab: Lab, word: str) -> None:
         """All is done, but it is no success."""
+        gone = "trap '' PIPE; while echo; do :; done 2>/dev/null"  # whoever might have read
         for end, unbuffered in itertools.product(("| true", ">/dev/full"), ("", "1")):
             words = shell("", word, SERVER_4, "22", "23", lab=lab)[2]
-            script = f"{{ sleep 0.2; {words}; }} {end}; echo ${{PIPESTATUS[0]}}"
+            script = f"{{ {gone}; {words}; }} {end}; echo ${{PIPESTATUS[0]}}"
             env = {"PYTHONUNBUFFERED": unbuffered}
             with Running(lab, "bash", "-c", script, program=(), env=env) as client:
                 result = client.end()
@@ -11091,7 +11219,7 @@ def knock_lossily(lab: Lab, knocks: int) -> list[float]:
     """How long each knock took, infinite for one that failed."""
     times = []
     for _ in range(knocks):
-        result = lab.letmein("knock", "-U", SERVER_4, "22", conf=HOLD_CONF)
+        result = lab.letmein("knock", "-U", SERVER_4, "22", conf=PATIENT_CONF)
         times.append(result.took if result.status == 0 else float("inf"))
     print(" ".join(f"{took:.2f}" for took in sorted(times)))
     return times
@@ -11099,7 +11227,8 @@ def knock_lossily(lab: Lab, knocks: int) -> list[float]:
 
 @pytest.mark.usefixtures("lossy")
 class TestLossyPath:
-    """Over UDP. (TCP sees to lost packets by itself.)"""
+    """Over UDP. (TCP sees to lost packets by itself.) One knock of 2,000 is so unlucky that none of
+    its tries gets through in 5 s, and of a million in 10 s."""
 
     def test_our_server(self, lab: Lab) -> None:
         lab.load(more=LOSSY)
@@ -11112,7 +11241,7 @@ class TestLossyPath:
         lab.load(more=LOSSY)
         with Server(lab, HOLD_SERVER):
             for word in ("knock", "revoke"):
-                lab.letmein(word, "-U", SERVER_4, "22", conf=HOLD_CONF).assert_good()
+                lab.letmein(word, "-U", SERVER_4, "22", conf=PATIENT_CONF).assert_good()
             run(NFT, "delete", "table", "ip", "lossy")
 
     def test_the_reference_server(self, lab: Lab) -> None:
@@ -11192,13 +11321,20 @@ class TestDeadAddress:
     def test_costs_little(
         self, lab: Lab, hold: Server, host: str, option: str, control: str
     ) -> None:
+        dead = "fd01::99" if option == "-4" else "10.1.0.99"
         times: dict[str, list[float]] = {"": [], option: []}
-        for _, words in itertools.product(range(5), times):
-            options = [words] if words else []
-            result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
-            result.assert_good()
-            times[words].append(result.took)
-        extra = min(times[""]) - min(times[option])
+        extra = float("inf")
+        # A busy machine takes its own time, but hardly five times: a deadline takes 5 s.
+        while extra >= 1 and len(times[option]) < 5:
+            for words, took in times.items():
+                options = [words] if words else []
+                knock = ("--verbose", "knock", *options, control, host, "22")
+                result = lab.letmein(*knock, conf=HOLD_CONF)
+                result.assert_good()
+                waited = f"letmein: {dead}: no answer within {letmein.OTHER_ADDRESS_S} s more\n"
+                assert (waited in result.err) == (words == "")
+                took.append(result.took)
+            extra = min(times[""]) - min(times[option])
         print(f"{extra:.3f} s more")
         assert extra < 1  # a dead address would cost 5 s
 
@@ -11268,7 +11404,7 @@ class TestDeadAddress:
 
     def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
         """-4 and -6: what one address has opened does not stay open without the other."""
-        conf = client_conf(timeout=0.5)
+        conf = client_conf(timeout=1.5)  # enough for the one that lives
         words = ["-4", "-6", "v6dead.test", "22"]
         result = lab.letmein("knock", *words, "--", "echo", "run", conf=conf)
         assert (result.status, result.out) == (1, "")
@@ -11306,7 +11442,7 @@ class TestConfigurationPlaces:
         places = [str(directory / place) for place in ("opt/letmein/etc", "etc")]
         done = subprocess.run(
             [sys.executable, "-c", script, *places, *map(str, words), "knock", "::1", "22"],
-            capture_output=True, encoding="utf-8", timeout=30, env=env, cwd=HERE,
+            capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=env, cwd=HERE,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
         return done.stderr
@@ -11421,8 +11557,10 @@ class TestElsewhere:
     @pytest.mark.parametrize("control", ["-T", "-U"])
     @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
     def test_knock_and_revoke(self, lab: Lab, system: str, host: str, control: str) -> None:
+        script = LETMEIN if "dead" in host else lab.patient
         for word, done in (("knock", "opened"), ("revoke", "closed")):
-            words = patched(lab, CLIENT_ELSEWHERE[system], word, control, host, "22")
+            code = CLIENT_ELSEWHERE[system]
+            words = patched(lab, code, word, control, host, "22", script=script)
             with Running(lab, *words, program=()) as client:
                 result = client.end()
             assert (result.status, result.err) == (0, "")
@@ -11430,7 +11568,8 @@ class TestElsewhere:
             assert bool(lab.elements()) == (word == "knock")
 
     def test_connect(self, lab: Lab, system: str) -> None:
-        words = patched(lab, CLIENT_ELSEWHERE[system], "connect", "both.test", "9001")
+        call = ["connect", "both.test", "9001"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
         with Service(9001, echo), Running(lab, *words, program=()) as client:
             client.say(b"here")
             assert client.hear(4) == b"here"
@@ -11440,7 +11579,8 @@ class TestElsewhere:
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
     def test_a_signal(self, lab: Lab, system: str, name: str) -> None:
-        words = patched(lab, CLIENT_ELSEWHERE[system], "connect", "both.test", "9000")
+        call = ["connect", "both.test", "9000"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
         number = getattr(signal, name)
         with Service(9000, echo), Running(lab, *words, program=()) as client:
             client.say(b"here")
@@ -11450,7 +11590,7 @@ class TestElsewhere:
 
     def test_command(self, lab: Lab, system: str) -> None:
         command = ["-q", "both.test", "22", "--", "sh", "-c", "echo here; exit 7"]
-        words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command)
+        words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command, script=lab.patient)
         with Running(lab, *words, program=()) as client:
             assert client.end()[:3] == (7, "here\n", "")
         assert lab.elements() == []
@@ -11522,9 +11662,11 @@ class TestNames:
         """An IPv6 address that a name has costs nothing where no packet can go there."""
         with lab.without_ipv6():
             for host in (SERVER_4, "both.test", "v6dead.test"):
-                result = lab.letmein("knock", host, "22", conf=HOLD_CONF)
+                call = ("--verbose", "knock", host, "22")
+                result = lab.letmein(*call, conf=PATIENT_CONF, script=lab.patient)
                 result.assert_good()
-                assert result.took < 1
+                assert "no answer" not in result.err, "it was waited for"
+                assert result.took < LIMIT_S
             lab.letmein("knock", SERVER_6, "22").assert_error("Cannot assign", SERVER_6)
             words = ["connect", "both.test", "9000"]
             with Service(9000, echo), Running(lab, *words) as client:
@@ -11567,7 +11709,7 @@ class TestImports:
             with lab.client():
                 done = subprocess.run(
                     [sys.executable, "-I", "-c", script, HERE, lab.file(HOLD_CONF)],
-                    capture_output=True, encoding="utf-8", timeout=30, env=unmeasured(),
+                    capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=unmeasured(),
                 )  # fmt: skip
             assert done.returncode == 0, done.stderr
             seen.append({name.split(".")[0] for name in done.stderr.split()})
