@@ -4279,26 +4279,28 @@ class TestExactly:
         resources = re.sub(r"(?m)^(23 .*|4. .*)$", r"\1 / timeout: 3", TRUTH_RESOURCES)
         every = [0x25, 0x23, 0x40, 0x41]
         runner = (sys.executable, program, "server")
-        with Server(lab, watched.conf(resources), program=runner) as server:
-            knock_all(lab, *((CLIENT_4, resource, 1) for resource in every))
-            began = time.monotonic()
-            time.sleep(1.5)
-            before = time.monotonic()
-            knock_all(lab, *((CLIENT_4, resource, 1) for resource in every))
-            told = time.monotonic()
-            agree(lab, server, *((CLIENT_4, resource, 1) for resource in every))
-            assert len(milliseconds_left(CLIENT_4)) == 5
-            shut: dict[int, float] = {}
-            while len(shut) < 3:
-                assert time.monotonic() < told + 6, "the leases do not end"
-                for port in {25, 23, 8080} - set(shut):
-                    if not lab.reaches(port, CLIENT_4):
-                        shut[port] = time.monotonic()
-            print({port: round(at - told, 2) for port, at in shut.items()}, end=" ")
-            for port, at in shut.items():
-                assert at - before >= 3.0 - TICK_S, port
-                assert at - told <= 4.0, port
-            assert told - began < 3.0, "the machine was too slow for this test"
+        with Server(lab, watched.conf(resources), program=runner):
+            told = 0.0
+            # On a busy machine the first ones may have ended before they are knocked for again.
+            for _ in range(5):
+                began = time.monotonic()
+                knock_all(lab, *((CLIENT_4, resource, 1) for resource in every))
+                time.sleep(1.5)
+                before = time.monotonic()
+                knock_all(lab, *((CLIENT_4, resource, 1) for resource in every))
+                told = time.monotonic()
+                if told - began < 3:
+                    break
+            assert told - began < 3, "the machine was too slow for this test"
+            held = set(kernel().elements)
+            wanted = rows(*((CLIENT_4, resource, 1) for resource in every))
+            assert held == wanted or time.monotonic() > before + 3
+            endings = [Ending(lab, port) for port in (25, 23, 8080)]
+            eventually(
+                lambda: not any([ending.look() for ending in endings]), "the leases do not end"
+            )
+            for ending in endings:
+                ending.assert_took(3, before, told)
 
     @pytest.mark.parametrize("refreshes", [True, False])
     def test_another_user_takes_a_lease_over(
@@ -4432,12 +4434,10 @@ class TestExactly:
             before = time.monotonic()
             assert handshake(lab, 0x25) == COMEIN
             told = time.monotonic()
+            ending = Ending(lab, 25)
             crash(server, network=True)
-            eventually(lambda: not lab.reaches(25, CLIENT_4), "the lease does not end")
-            shut = time.monotonic()
-            print(f"{shut - told:.2f} s", end=" ")
-            assert shut - before >= 3.0 - TICK_S
-            assert shut - told <= 4.0
+            ending.wait()
+            ending.assert_took(3, before, told)
 
     def test_3_seconds_with_reloads(self, lab: Lab, guarded: Server) -> None:
         """Neither healing nor a SIGHUP lets a lease end later."""
@@ -4446,13 +4446,13 @@ class TestExactly:
         told = time.monotonic()
         while time.monotonic() < before + 2.5:
             flush_and_reload(lab)
-            eventually(lambda: lab.reaches(25, CLIENT_4), "not healed")
+            eventually(
+                lambda: lab.reaches(25, CLIENT_4) or time.monotonic() > before + 3, "not healed"
+            )
             guarded.process.send_signal(signal.SIGHUP)
-        eventually(lambda: not lab.reaches(25, CLIENT_4), "the lease does not end")
-        shut = time.monotonic()
-        print(f"{shut - told:.2f} s", end=" ")
-        assert shut - before >= 3.0 - TICK_S
-        assert shut - told <= 4.0
+        ending = Ending(lab, 25)
+        ending.wait()
+        ending.assert_took(3, before, told)
 
 
 # -- anything, in any order -----------------------------------------------------
