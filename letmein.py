@@ -2735,6 +2735,7 @@ NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, a
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
+BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
@@ -2778,7 +2779,7 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
                 control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             else:
                 set_receive_buffer(control, DATAGRAM_BUFFER)
-            control.bind(("::" if ipv6 else "0.0.0.0", config.port))
+            bind_soon(control, ("::" if ipv6 else "0.0.0.0", config.port))
             prepare_control(control)
         except OSError as error:
             problem = f"cannot serve the control port {config.port}/{name[0]}"
@@ -2786,6 +2787,19 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             raise UserError(f"{problem}: {error.strerror}", hint) from None
         sockets[name] = (control,)
     return sockets
+
+
+def bind_soon(control: socket.socket, name: tuple[str, int]) -> None:
+    """Bind a socket. After a quick change of the configuration and back, the network process may
+    not have closed the old one yet. Raises OSError."""
+    give_up = time.monotonic() + BIND_LIMIT_S
+    while True:
+        try:
+            return control.bind(name)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > give_up:
+                raise
+        time.sleep(BIND_LIMIT_S / 20)
 
 
 def prepare_control(control: socket.socket) -> None:
