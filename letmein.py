@@ -218,6 +218,14 @@ class ProtocolError(Exception):
     """The peer said something that the protocol does not allow here."""
 
 
+class Rejection(ProtocolError):
+    """The server said GOAWAY. Args: is_challenged, whether that was after its CHALLENGE."""
+
+    def __init__(self, is_challenged: bool) -> None:
+        super().__init__("the server rejected the request")
+        self.is_challenged = is_challenged
+
+
 class Message(NamedTuple):
     """One message: three numbers below 2**32, the salt of 8 bytes, auth of 32 bytes."""
 
@@ -274,7 +282,7 @@ def client_handshake(
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         answer = Message.decode((yield signed(said, user, resource, key, token)))
         if answer.operation == GOAWAY:
-            raise ProtocolError("the server rejected the request")
+            raise Rejection(is_challenged=due == COMEIN)
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
             raise ProtocolError("the server sent {}, not {}".format(*names))
@@ -860,8 +868,9 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
     for entry in found:
         queues[entry[0]].append(entry[4])
-    if not all(queues[family] for family in families):
-        raise UserError(f"{host!a} has no IPv6 address, or no IPv4 address", "leave out -4 or -6")
+    for family, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
+        if family in families and not queues[family]:
+            raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
     # In turns: a family with many addresses leaves room for the other.
@@ -1100,8 +1109,8 @@ class Client:
         self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
         self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
-        port = arguments.server_port or config.port
-        self.targets = resolve(arguments.host, port, arguments.families)
+        self.port = arguments.server_port or config.port
+        self.targets = resolve(arguments.host, self.port, arguments.families)
         # By address of the server the socket address to come from, where that matters.
         self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
@@ -1110,7 +1119,7 @@ class Client:
         self.races: list[Race] = []  # those that may still run
         self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
         self.say(f"configuration: {config.path}")
-        self.say(f"server: {' and '.join(self.targets)}, port {port}/{self.protocol}")
+        self.say(f"server: {' and '.join(self.targets)}, port {self.port}/{self.protocol}")
 
     def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
@@ -1120,17 +1129,48 @@ class Client:
         except StopIteration:
             return None
         except ProtocolError as error:
-            hint = "are key, user and resource the same there? the log of that server says more"
-            return Rejected(f"{where}: {error}", hint)
+            return Rejected(f"{self.place(where)}: {error}", self.rejection_hint(error))
         except OSError as error:
             if where in self.local and error.errno == errno.EADDRNOTAVAIL:
                 lost = f"this machine no longer has the address {self.local[where][0]}"
                 return AddressLost(f"{where}: {lost}", "what is open for it closes by itself")
-            reason = error.strerror or f"no answer over {self.protocol} within {self.timeout:g} s"
-            hint = "does a server run there, is its control port right (-P, -T, -U), and the key?"
-            return UserError(f"{where}: {reason}", hint)
+            return UserError(f"{self.place(where)}: {self.reason(error)}", self.network_hint(error))
         except Exception as error:  # in a thread nobody else would tell
             return UserError(f"{where}: {error!r}", FAULT_HINT)
+
+    def place(self, where: str) -> str:
+        """An address of the server, and the name that the user gave."""
+        return where if where == self.arguments.host else f"{self.arguments.host} ({where})"
+
+    def reason(self, error: OSError) -> str:
+        """What went wrong on the way to the server."""
+        port = f"control port {self.port}/{self.protocol}"
+        if isinstance(error, ConnectionRefusedError):
+            return f"nothing listens on its {port}"
+        if isinstance(error, socket.timeout):
+            return f"no answer on its {port} within {self.timeout:g} s"
+        return f"{error.strerror or error} (its {port})"
+
+    def network_hint(self, error: OSError) -> str:
+        """The most likely thing to do about it."""
+        if isinstance(error, ConnectionRefusedError):
+            return "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
+        if isinstance(error, socket.timeout) and self.protocol == "udp":
+            return "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
+        if isinstance(error, socket.timeout):
+            return "see whether the host is up, and whether a firewall on the way drops this port"
+        return "see whether this machine is online, and has IPv6 if the address is one"
+
+    @staticmethod
+    def rejection_hint(error: ProtocolError) -> str:
+        """What a server may mean that does not do what it was asked for."""
+        if isinstance(error, Rejection) and error.is_challenged:
+            return "the key is right: event=failed in the server's log says what is in the way"
+        if isinstance(error, Rejection):
+            return "compare user, key and resource with the server's file; its log says which it is"
+        if isinstance(error, HungUp):
+            return "compare user and key with the server's file: it may be silent about wrong ones"
+        return "see whether it is a letmein server that listens there"
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
@@ -2948,6 +2988,7 @@ class Monitor:
         self.pause = NETWORK_PAUSE_S[0]
 
         self.tokens = Tokens(os.urandom(32))
+        self.since = time.time()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
@@ -3009,8 +3050,7 @@ class Monitor:
 
         def serve() -> None:
             nonlocal spare
-            counts = {"refused": self.log.refusals, "counts": self.log.counts}
-            document = {"process": os.getpid(), "leases": len(self.firewall.leases), **counts}
+            document = self._status()
             # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
             os.close(spare)
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
@@ -3019,6 +3059,21 @@ class Monitor:
             spare = os.open(os.devnull, os.O_RDONLY)
 
         self.selector.register(listener, selectors.EVENT_READ, serve)
+
+    def _status(self) -> dict[str, object]:
+        """What the server tells of itself; README documents the names."""
+        config, leases = self.config, self.firewall.leases
+        return {
+            "process": os.getpid(),
+            "since": self.since,
+            "port": f"{config.port}/{'+'.join(config.protocols)}",
+            "table": f"{config.family}/{config.table}",
+            "leases": len(leases),
+            "rules": leases.weight + len(config.protocols),
+            "max_nr_rules": config.max_nr_rules,
+            "refused": self.log.refusals,
+            "counts": self.log.counts,
+        }
 
     def _catch_signals(self) -> None:
         """Have the signals that are noted wake the selector up."""
@@ -3672,33 +3727,154 @@ def network_process(
 STATUS_PATIENCE_S = 8.0  # with a server that is busy
 
 
-def status(config: Config, rundir: str, as_json: bool) -> int:
-    """Print who holds what, as the kernel has it, and what a running server has counted."""
+class Row(NamedTuple):
+    """One line of the table of leases: what an address has, with all protocols of a port in one."""
+
+    address: str
+    what: str  # such as "22/tcp", or a jump resource with its chains
+    user: str
+    left: str
+    packets: str
+    octets: str
+
+
+HEADINGS = Row("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
+ALIGNMENT = "<<<>>>"  # of the columns, as format() has it
+BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
+CLEAR = "\x1b[H\x1b[J"  # the whole terminal
+SOON_S = 60  # a lease that ends earlier is coloured
+WATCH_S = 1.0
+
+
+def show_status(config: Config, rundir: str, as_json: bool) -> None:
+    """Print who holds what, as the kernel has it, and what a running server tells of itself.
+    Raises UserError."""
     import json
-    server: Any = None
-    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(STATUS_PATIENCE_S)
-        peer.connect(run_path(rundir, config) + ".status")
-        server = json.load(peer.makefile("rb"))
     leases = list_leases(config)
+    server, why = ask_server(config, rundir)
     if as_json:
         table = {"family": config.family, "table": config.table}
-        print(json.dumps({**table, "leases": leases, "server": server}, indent=1))
-        return 0
+        print(json.dumps({**table, "leases": leases, "server": server}, indent=1), flush=True)
+        return
+    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
+    lines += server_lines(server) if server else [why]
+    print("\n".join(lines), flush=True)
+
+
+def watch_status(config: Config, rundir: str) -> None:
+    """Show the status anew each second, until Ctrl-C. Raises UserError."""
+    import signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            print(CLEAR, end="")
+            show_status(config, rundir, as_json=False)
+            time.sleep(WATCH_S)
+    print()
+
+
+def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
+    """What a running server tells of itself, or None and why there is nothing."""
+    import json
+    table = f"table {config.family} {config.table}"
+    try:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(STATUS_PATIENCE_S)
+            peer.connect(run_path(rundir, config) + ".status")
+            return json.load(peer.makefile("rb")), ""
+    except (FileNotFoundError, ConnectionRefusedError):
+        where = f"in {rundir} (another run directory: --rundir)"
+        return None, f"No server for {table} runs {where}; leases end by themselves."
+    except socket.timeout:
+        return None, f"The server for {table} does not answer: see its log."
+    except (OSError, ValueError) as error:
+        return None, f"The server for {table} cannot be asked: {error}."
+
+
+def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
+    """The lines of the table of leases, the first to end first; none if there are no leases."""
+    rows = table_rows(leases, config)
+    if not rows:
+        return []
+    shown = [HEADINGS, *(row for _, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    lines = []
+    for row in shown:
+        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, ALIGNMENT, widths))
+        lines.append("  ".join(cells).rstrip())
+    if is_coloured:
+        lines[0] = BOLD + lines[0] + PLAIN
+        for number, (left, _) in enumerate(rows, 1):
+            if left < SOON_S:
+                lines[number] = YELLOW + lines[number] + PLAIN
+    return [*lines, ""]
+
+
+def table_rows(leases: list[dict[str, Any]], config: Config) -> list[tuple[float, Row]]:
+    """A row for each lease, behind the seconds that it has left; sorted by them."""
+    parts: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for lease in leases:
-        print(*(f"{name}={value}" for name, value in lease.items() if value is not None))
-    if not leases:
-        print("nobody holds a lease")
-    print("since the server's start:" if server else "no server runs")
-    for title in ("refused", "counts") if server else ():
-        counts = [f"{name} {number}" for name, number in server[title].items()]
-        print(f"  {title}: {', '.join(counts) or 'none'}")
-    return 0
+        parts.setdefault((lease["address"], lease["resource"], lease["port"]), []).append(lease)
+    rows = []
+    for some in parts.values():
+        first = some[0]
+        left = min(NEVER if each["seconds_left"] is None else each["seconds_left"] for each in some)
+        packets, octets = (sum(lease[name] for lease in some) for name in ("packets", "bytes"))
+        numbers = (duration(left), scaled(packets), scaled(octets))
+        what = opened_by(some, config)
+        rows.append((left, Row(first["address"], what, first["user"] or "?", *numbers)))
+    return sorted(rows)
 
 
-def list_leases(config: Config) -> list[dict[str, object]]:
+def opened_by(elements: list[dict[str, Any]], config: Config) -> str:
+    """What a lease with these elements opens: a port, or chains of a jump resource."""
+    first = elements[0]
+    if first["port"] is not None:
+        return f"{first['port']}/{'+'.join(sorted(each['protocol'] for each in elements))}"
+    if first["resource"] is None:
+        return "?"
+    resource = config.resources.get(int(first["resource"], 16))
+    targets = ", ".join(target for _, target, _ in resource.jumps) if resource else "?"
+    return f"{first['resource']}: {targets}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: its two largest units, such as 9m 58s."""
+    if seconds == NEVER:
+        return "for ever"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    first = next((at for at, (number, _) in enumerate(units) if number), 3)
+    return " ".join(f"{number}{unit}" for number, unit in units[first : first + 2])
+
+
+def scaled(number: float) -> str:
+    """A number for people: three digits at least, such as 1500, 64.2k, 3.1M."""
+    for unit in ("", "k", "M", "G"):
+        if number < 10_000 or unit == "G":
+            break
+        number /= 1000
+    return f"{number:.1f}{unit}" if unit else str(number)
+
+
+def server_lines(server: dict[str, Any]) -> list[str]:
+    """What to say of a running server."""
+    up = duration(max(time.time() - server["since"], 0))
+    where = f"port {server['port']}, {server['table']}"
+    rules = f"rules {server['rules']} of {server['max_nr_rules']}"
+    lines = [f"Server: pid {server['process']}, up {up}, {where}, {rules}"]
+    for title in ("refused", "counts"):
+        counts = ", ".join(f"{name} {number}" for name, number in server[title].items())
+        lines.append(f"{title.capitalize()}: {counts or 'none'}")
+    return lines
+
+
+def list_leases(config: Config) -> list[dict[str, Any]]:
     """Who holds what, as the kernel has it. Raises UserError."""
-    leases: list[dict[str, object]] = []
+    leases: list[dict[str, Any]] = []
     protocols = {number: name for name, number in PROTOCOL_NUMBERS.items()}
     try:
         kernel = Kernel(config.family, config.table)
@@ -3907,7 +4083,8 @@ def build_parser(first: str) -> argparse.ArgumentParser:
 
     command = add_command("status", help="who holds what")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", help="one document for other programs")
+    command.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
     return parser
 
 
@@ -3979,7 +4156,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "server":
         return serve(config, arguments)
     if arguments.command == "status":
-        return status(config, arguments.rundir, arguments.json)
+        if arguments.watch:
+            watch_status(config, arguments.rundir)
+        else:
+            show_status(config, arguments.rundir, arguments.json)
+        return 0
     if arguments.to_run and config.seccomp != "off":
         hint = "use connect, or --seccomp off"
         raise UserError("COMMAND would run with the filter that seccomp gives the client", hint)

@@ -572,6 +572,27 @@ def lab() -> Lab:
     return _lab[0]
 
 
+def on_a_terminal(
+    words: list[str], env: dict[str, str], is_enough: Callable[[str], bool]
+) -> str:
+    """What a program prints on a terminal, until that is enough; then Ctrl-C has to end it as a
+    success."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+    )
+    os.close(theirs)
+    text = ""
+    with contextlib.suppress(OSError):  # EIO: it has ended
+        while not is_enough(text):
+            assert select.select([ours], [], [], LIMIT_S)[0], text
+            text += os.read(ours, 4096).decode()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(LIMIT_S) == 0, text
+    os.close(ours)
+    return text
+
+
 def eventually(condition: Callable[[], bool], what: str) -> None:
     """Wait until something holds that nobody can tell us about."""
     deadline = time.monotonic() + LIMIT_S
@@ -954,20 +975,20 @@ class TestPackets:
             assert result.status == 0, result
             return result.out
 
-        assert re.search(r"nobody|no lease", status())
+        assert "Nobody holds a lease" in status()
         assert json.loads(status("--json"))["leases"] == []
 
         assert handshake(lab, 0x22) == COMEIN
         assert handshake(lab, 0x24, source=CLIENT_6, user=2) == COMEIN
         assert lab.reaches(22, CLIENT_4)
-        text = status()
-        rows = {line.split()[0]: line.split() for line in text.splitlines()}
-        row = rows[f"address={CLIENT_4}"]
-        assert {"protocol=tcp", "port=22", "resource=00000022", "user=00000001"} < set(row), text
-        assert any(re.fullmatch("seconds_left=(59.|600)", word) for word in row), text
-        row = rows[f"address={CLIENT_6}"]
-        assert {"protocol=udp", "port=24", "user=00000002", "packets=0"} < set(row), text
-        assert any(re.fullmatch("seconds_left=(5.|60)", word) for word in row), text
+        table = re.sub(" +", " ", status())
+        # What ends next comes first.
+        assert re.match(
+            "ADDRESS OPEN USER LEFT PACKETS BYTES\n"
+            rf"{CLIENT_6} 24/udp 00000002 (5.s|1m 0s) 0 0\n"
+            rf"{CLIENT_4} 22/tcp 00000001 (9m 5.s|10m 0s) [1-9]\d* [1-9]\d*\n\n",
+            table,
+        ), table
 
         leases = {lease["address"]: lease for lease in json.loads(status("--json"))["leases"]}
         assert set(leases) == {CLIENT_4, CLIENT_6}
@@ -985,6 +1006,37 @@ class TestPackets:
         assert handshake(lab, 0x22, operation=REVOKE, user=1) == COMEIN
         assert handshake(lab, 0x24, operation=REVOKE, source=CLIENT_6, user=2) == COMEIN
         assert json.loads(status("--json"))["leases"] == []
+
+    def test_the_table_of_leases(self, lab: Lab, server: Server) -> None:
+        """It is aligned and fits 80 columns; on a terminal it has colours, unless NO_COLOR is set;
+        --watch shows it again and again, and Ctrl-C ends that as a success."""
+        assert handshake(lab, 0x23) == COMEIN
+        assert handshake(lab, 0x24, source=CLIENT_6, user=2) == COMEIN
+        words = [sys.executable, str(LETMEIN), "status", "-c", str(server.path)]
+        words += ["--rundir", str(server.rundir)]
+        plain = lab.command(*words[2:]).out
+        lines = plain.split("\n\n")[0].splitlines()
+        assert "23/tcp+udp" in plain and max(map(len, plain.splitlines())) <= 80
+        starts = [[match.start() for match in re.finditer(r"(?<!\S)\S", line)][1] for line in lines]
+        assert len(set(starts)) == 1, "the second column is aligned"
+        assert f"Server: pid {server.process.pid}, up " in plain
+        assert "port 5800/tcp+udp, inet/filter, rules 5 of 100" in plain
+        for colour in (True, False):
+            env = {**environment("NO_COLOR"), **({} if colour else {"NO_COLOR": "1"})}
+            shown = on_a_terminal([*words, "--watch"], env, lambda text: text.count("ADDRESS") == 2)
+            assert ("\x1b[1mADDRESS" in shown) == colour
+        for resource, source in ((0x23, CLIENT_4), (0x24, CLIENT_6)):
+            assert handshake(lab, resource, REVOKE, source=source) == COMEIN
+
+    def test_a_status_that_cannot_be_had(self, lab: Lab, server: Server) -> None:
+        """Each cause has its own words: no server, no table, no right."""
+        arguments = ("status", "-c", server.path)
+        nowhere = lab.command(*arguments, "--rundir", lab.directory)
+        assert f"No server for table inet filter runs in {lab.directory}" in nowhere.out
+        path = lab.file(server_conf().replace("table = filter", "table = filtr"))
+        lab.command("status", "-c", path).assert_error("table inet filtr does not exist")
+        words = ["unshare", "--user", "--", sys.executable, str(LETMEIN), *map(str, arguments)]
+        lab.command(program=words).assert_error("Operation not permitted", "root")
 
     def test_the_network_process_is_replaced(self, lab: Lab, server: Server) -> None:
         assert handshake(lab, 0x22) == COMEIN
@@ -1353,7 +1405,7 @@ class TestJumps:
             (lease,) = json.loads(result.out)["leases"]
             assert (lease["address"], lease["resource"]) == (source, "00000030")
             text = lab.command("status", "-c", server.path).out
-            assert f"address={source} resource=00000030 " in text
+            assert re.search(f"(?m)^{source} +00000030: DOOR-INPUT, ", text), text
             call("revoke", "30")
             assert jumps(lab, source) == ""
 
@@ -5060,7 +5112,7 @@ class TestCounters:
                 assert f"{name} {number}" in text
             server.stop()
             assert counted(server) is None
-            assert re.search("no server", lab.command(*arguments).out)
+            assert re.search("No server", lab.command(*arguments).out)
 
     def test_who_may_ask(self, lab: Lab) -> None:
         """The administrator, and nobody else: the counters tell of attacks, and who holds what."""
