@@ -202,6 +202,11 @@ class Lab:
     process makes one, and before it starts a thread."""
 
     def __init__(self) -> None:
+        # Whoever runs the tests behind nohup, or in the background, has these ignored, and so would
+        # all that the tests start.
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         uid, gid = os.getuid(), os.getgid()
         try:
             call_libc("unshare", CLONE_NEWNET | CLONE_NEWNS)
