@@ -8516,7 +8516,8 @@ def test_client_survives_any_bytes(
         patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.local = {"server": target}, {}
+        caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
+        caller.arguments = argparse.Namespace(host="server")
         error = caller.attempt(lambda: client, "server")
     feeder.close()
 
@@ -10513,7 +10514,7 @@ class TestConnect:
                 told = lines[0].partition(f"what was opened is not renewed: {SERVER_4}: ")[2]
                 # A renewal that was under way just then gets no answer.
                 lost = f"this machine no longer has the address {moving}"
-                assert told.startswith((lost, "no answer over")), lines
+                assert told.startswith((lost, "no answer on its control port")), lines
                 eventually(lambda: lab.elements() == [], "the lease does not end")
                 result = client.end(signal.SIGTERM)
                 assert (result.status, result.out) == (128 + signal.SIGTERM, "")
@@ -10832,7 +10833,7 @@ class TestDoor:
         """One error, and the time of one."""
         conf = client_conf(timeout=3)
         result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
-        result.assert_error("fd01::98: no answer over tcp within 3 s")
+        result.assert_error("(fd01::98): no answer on its control port 5800/tcp within 3 s")
         assert result.took < 6
 
     @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
@@ -11048,27 +11049,41 @@ class TestCommand:
         assert lab.elements() == []
 
 
-REJECTED = "are key, user and resource the same there? the log of that server says more"
-UNANSWERED = "does a server run there, is its control port right (-P, -T, -U), and the key?"
+REJECTED = "compare user, key and resource with the server's file; its log says which it is"
+SILENT = "compare user and key with the server's file: it may be silent about wrong ones"
+SILENT_UDP = "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
+DROPPED_ON_THE_WAY = "see whether the host is up, and whether a firewall on the way drops this port"
+NOBODY_THERE = "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
+OFFLINE = "see whether this machine is online, and has IPv6 if the address is one"
 NO_NAME = "check the name, and that this machine can resolve names"
 FAILURES = {  # by the command line the error and its hint, word for word
     "knock SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
     "knock SERVER 26": ("SERVER: the server rejected the request", REJECTED),
     "knock SERVER 26 -U": ("SERVER: the server rejected the request", REJECTED),
     "revoke SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
-    "knock SERVER 22 -u 2": (
-        "SERVER: the server closed the connection without an answer", REJECTED,
+    "knock SERVER 22 -u 2": ("SERVER: the server closed the connection without an answer", SILENT),
+    "knock SERVER 22 -u 3": ("SERVER: the server closed the connection without an answer", SILENT),
+    "knock SERVER 22 -U -u 3": (
+        "SERVER: no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
     ),
-    "knock SERVER 22 -u 3": (
-        "SERVER: the server closed the connection without an answer", REJECTED,
+    "knock 10.1.0.99 22": (
+        "10.1.0.99: no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
     ),
-    "knock SERVER 22 -U -u 3": ("SERVER: no answer over udp within 0.4 s", UNANSWERED),
-    "knock 10.1.0.99 22": ("10.1.0.99: no answer over tcp within 0.4 s", UNANSWERED),
-    "knock 10.1.0.99 22 -U": ("10.1.0.99: no answer over udp within 0.4 s", UNANSWERED),
-    "revoke fd01::99 22": ("fd01::99: no answer over tcp within 0.4 s", UNANSWERED),
-    "knock SERVER 22 -P 5801": ("SERVER: Connection refused", UNANSWERED),
-    "knock SERVER 22 -P 5801 -U": ("SERVER: Connection refused", UNANSWERED),
-    "knock 10.9.9.9 22": ("10.9.9.9: Network is unreachable", UNANSWERED),
+    "knock 10.1.0.99 22 -U": (
+        "10.1.0.99: no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
+    ),
+    "revoke fd01::99 22": (
+        "fd01::99: no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
+    ),
+    "knock SERVER 22 -P 5801": (
+        "SERVER: nothing listens on its control port 5801/tcp", NOBODY_THERE,
+    ),
+    "knock SERVER 22 -P 5801 -U": (
+        "SERVER: nothing listens on its control port 5801/udp", NOBODY_THERE,
+    ),
+    "knock 10.9.9.9 22": (
+        "10.9.9.9: Network is unreachable (its control port 5800/tcp)", OFFLINE,
+    ),
     "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
     "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
     "knock b\xfccher.invalid 22": (
@@ -11076,7 +11091,7 @@ FAILURES = {  # by the command line the error and its hint, word for word
     ),
     "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", NO_NAME),
     "knock v4dead.test.not 22 -4 -6": (
-        "'v4dead.test.not' has no IPv6 address, or no IPv4 address", "leave out -4 or -6",
+        "'v4dead.test.not' has no IPv6 address", "leave out -6",
     ),
     "knock SERVER 80": (
         "CONF: [RESOURCES] has no port 80 for user 00000001",
@@ -11355,7 +11370,7 @@ class TestClientLimits:
         with lab.client():
             words = ("-c", path, "knock", "-U", "10.1.0.99", "22")
             result = lab.command(*words, program=program)
-        result.assert_error("10.1.0.99: no answer over udp within 1 s")
+        result.assert_error("10.1.0.99: no answer on its control port 5800/udp within 1 s")
 
     @pytest.mark.parametrize("words", [["knock", "-U"], ["revoke", "-U"]])
     def test_a_thread_that_dies(self, lab: Lab, words: list[str]) -> None:
@@ -11476,7 +11491,7 @@ class TestDeadAddress:
         """And not that another address is silent."""
         conf = HOLD_CONF.replace("control-timeout = 5", "control-timeout = 0.5")
         result = lab.letmein("knock", "v6dead.test", "-r", "99", conf=conf)
-        result.assert_error(f"error: {SERVER_4}: the server rejected the request")
+        result.assert_error(f"error: v6dead.test ({SERVER_4}): the server rejected the request")
 
     def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
         """-4 and -6: what one address has opened does not stay open without the other."""
@@ -11484,7 +11499,7 @@ class TestDeadAddress:
         words = ["-4", "-6", "v6dead.test", "22"]
         result = lab.letmein("knock", *words, "--", "echo", "run", conf=conf)
         assert (result.status, result.out) == (1, "")
-        assert "fd01::99: no answer" in result.err
+        assert "(fd01::99): no answer" in result.err
         assert lab.elements() == []
 
 
@@ -11675,7 +11690,7 @@ class TestElsewhere:
         for word, problem in (
             ("no.invalid", "cannot find the address of 'no.invalid': "),
             ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
-            ("dead.test", "fd01::98: no answer over tcp within 0.2 s"),
+            ("dead.test", "dead.test (fd01::98): no answer on its control port 5800/tcp"),
         ):
             conf = client_conf(timeout=0.2)
             words = patched(lab, CLIENT_ELSEWHERE[system], "knock", word, "22", conf=conf)
