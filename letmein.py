@@ -538,7 +538,7 @@ class Config(NamedTuple):
         if found.users and user not in found.users:
             return "resource not allowed for this user"
         if found.port == self.port:
-            return "it is the control port"
+            return f"port {found.port} is the control port"
         for hook, *_ in found.jumps:
             if hook not in self.chains:
                 return f"chain-{hook} is not set in [NFTABLES]"
@@ -562,7 +562,7 @@ def shown(text: str) -> str:
 def matched(text: str, pattern: str, expected: str) -> str:
     """The text without white space around it. Raises Unfit unless it has this pattern."""
     if not re.fullmatch(pattern, text.strip()):
-        raise Unfit(f"{shown(text.strip())} will not do", expected)
+        raise Unfit(f"{shown(text.strip())} is not valid", expected)
     return text.strip()
 
 
@@ -648,7 +648,7 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
         if not colon:
             flags.append(key)
         elif key not in ITEMS or (key in values and key in PORT_ITEMS):
-            raise Unfit(f"{shown(key)} is not known here, or stands there twice", RESOURCE)
+            raise Unfit(f"{shown(key)} is unknown here, or appears twice", RESOURCE)
         else:
             values[key] = ITEMS[key](value)
 
@@ -659,7 +659,7 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     is_port = port and values.keys() <= PORT_ITEMS
     is_jump = not port and hooks and set(flags) == {"jump"}
     if not (is_port or is_jump):
-        raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
+        raise Unfit("a resource opens a port or has jumps: not both, and not neither", RESOURCE)
     timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
     return Resource(identifier, port, protocols, jumps, timeout, users)
 
@@ -701,7 +701,7 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if NO_TEXT.search(line):
             hint = "expected: UTF-8, without control characters"
-            raise ConfigError(f"{path}:{number}: this is no text", hint)
+            raise ConfigError(f"{path}:{number}: this is not text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
             place, value = sections[section][name]
             sections[section][name] = (place, f"{value} {line.lstrip()}")
@@ -713,12 +713,12 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
         found = ENTRY.fullmatch(line)
         if not found or not (section or found["section"]):
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
-            raise ConfigError(f"{path}:{number}: neither a section nor an option in one", hint)
+            raise ConfigError(f"{path}:{number}: this is not a section, nor an option of one", hint)
         section, name = found["section"] or section, (found["name"] or "").rstrip()
         place = f"{path}:{number}: [{shown(section)[1:-1]}] "
         place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{place}stands above already", "expected: each name once")
+            raise ConfigError(f"{place}appears twice", "expected: each name once")
         sections[section][name] = (place, found["value"] or "")
     return sections
 
@@ -751,7 +751,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
                 elif section == "RESOURCES":
                     resource = parse_resource(parse_identifier(name), value, values["timeout"])
                     if resource.identifier in resources or resource.port in ports:
-                        raise Unfit("its id or port has a resource already", "each of them once")
+                        raise Unfit("another resource has the same id or port", "each of them once")
                     resources[resource.identifier] = resource
                     ports |= {resource.port} - {0}
                 elif name not in known:
@@ -777,7 +777,7 @@ def parse_config(text: str, path: str, server: bool) -> Config:
         somebody = min(resource.users, default=0)  # who may have it, if anybody can
         objection = config.objection(somebody, resource.identifier)
         if server and (objection or not resource.timeout):
-            warnings.append(f"{place}cannot be had: {objection or 'its timeout is 0'}")
+            warnings.append(f"{place}nobody can knock for it: {objection or 'its timeout is 0'}")
     return config._replace(warnings=tuple(warnings))
 
 
@@ -800,7 +800,8 @@ def read_config(path: str, server: bool) -> Config:
         warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
     if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
         mode = f"{status.st_mode & 0o777:o}"
-        warnings.append(f"{path}: others have rights on it (mode {mode}); chmod 600 {path}")
+        what = f"mode {mode} lets other users of this machine read or change it"
+        warnings.append(f"{path}: {what}; chmod 600 {path}")
     return config._replace(warnings=tuple(warnings))
 
 
@@ -3620,7 +3621,7 @@ def system_call_filter(
         return lambda: allowed.load()
     except (ImportError, OSError, RuntimeError) as error:
         hint = "install it (pip install pyseccomp; it needs libseccomp), or set seccomp = off"
-        raise UserError(f"seccomp = {mode} cannot be had: {error}", hint) from None
+        raise UserError(f"seccomp = {mode} does not work here: {error}", hint) from None
 
 
 def give_up_rights() -> tuple[str, ...]:
@@ -4017,6 +4018,52 @@ An authenticated port knocker. For example:
   ssh -o ProxyCommand='letmein connect %h %p' server"""
 
 
+def parser_class() -> type[argparse.ArgumentParser]:
+    """A parser that says in two lines what is wrong, and how the one command is used."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            """Tell the user, and end the program with status 2."""
+            usage = " ".join(self.format_usage().split())
+            choice = r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)"
+            if command := re.match(choice, message):
+                message = f"there is no command {shown(command[1])}"
+                known = re.findall(r"[a-z-]+", command[2])
+                usage = f"{did_you_mean(command[1], known)}'letmein --help' lists all commands"
+            tell_error(UserError(message, usage))
+            sys.exit(2)
+
+        def unknown(self, word: str) -> NoReturn:
+            """Tell the user that there is no such option."""
+            known = re.findall(r"--[a-z0-9-]+", self.format_help())
+            question = did_you_mean(word, known, "; ").rstrip()
+            self.error(f"there is no option {shown(word)}{question}")
+
+    return Parser
+
+
+def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
+    """A question that names the known word most like this one; "" if none is."""
+    import difflib
+    found = difflib.get_close_matches(word, list(known), 1)
+    return "".join(f"{before}did you mean {name}? " for name in found)
+
+
+def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Have argparse name the option if a value is not what it should be."""
+
+    def convert(text: str) -> Any:
+        import argparse
+        try:
+            return parse(text)
+        except Unfit as unfit:
+            problem = f"{unfit.problem}; expected: {unfit.hint}"
+            raise argparse.ArgumentTypeError(problem) from None
+
+    return convert
+
+
 def build_parser(first: str) -> argparse.ArgumentParser:
     """The command line, as README's tables have it. A knock has no time for what is other
     commands': if its first word is one of the client's commands, there is that one alone."""
@@ -4025,7 +4072,7 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
     # Without a width argparse would import shutil, to ask for the terminal's.
     form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    new_parser = functools.partial(argparse.ArgumentParser, formatter_class=form)
+    new_parser = functools.partial(parser_class(), formatter_class=form)
     # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
     common = new_parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("-c", "--config", metavar="FILE")
@@ -4035,17 +4082,21 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
     parser = new_parser(prog="letmein", description=ABOUT, parents=[common])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    add_command = functools.partial(commands.add_parser, parents=[common], formatter_class=form)
+
+    def add_command(name: str, **more: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, formatter_class=form, **{"parents": [common], **more})
+        command.set_defaults(parser=command)
+        return command
 
     # A PORT may stand behind an option, where argparse loses it: see parse_words().
     client = new_parser(add_help=False)
     client.add_argument("host", metavar="HOST")
     client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
     client.add_argument("--keep", action="store_true", help="do not close at the end")
-    client.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
-    client.add_argument("-P", "--server-port", metavar="PORT", type=parse_port)
+    client.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
+    client.add_argument("-P", "--server-port", metavar="PORT", type=option(parse_port))
     add = functools.partial(client.add_argument, dest="resources", action="append", default=[])
-    add("-r", "--resource", metavar="ID", type=parse_identifier)
+    add("-r", "--resource", metavar="ID", type=option(parse_identifier))
     add = functools.partial(client.add_argument, dest="protocol", action="store_const")
     add("-T", "--server-port-tcp", const="tcp")
     add("-U", "--server-port-udp", const="udp")
@@ -4064,22 +4115,22 @@ def build_parser(first: str) -> argparse.ArgumentParser:
         return parser
 
     command = add_command("gen-key", help="print a new key")
-    command.add_argument("-u", "--user", metavar="ID", type=parse_identifier)
+    command.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
 
     command = add_command("server", help="run the server")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = functools.partial(parse_number, least=1, limit=1_000_000)
-    command.add_argument("-n", "--num-connections", metavar="N", type=slots, default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=slots, default=128)
+    command.add_argument("-n", "--num-connections", metavar="N", type=option(slots), default=1024)
+    command.add_argument("-N", "--num-ip-connections", metavar="N", type=option(slots), default=128)
     command.add_argument("--no-systemd", action="store_true")
     command.add_argument("--check", action="store_true", help="try the configuration and leave")
     name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
     account = functools.partial(matched, pattern=name, expected="a user's name, or none")
-    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
+    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
 
     command = add_command("service", help="print what starts the server with the system")
     command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
-    command.add_argument("--user", metavar="NAME", type=account, default="letmeind")
+    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
 
     command = add_command("status", help="who holds what")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
@@ -4091,25 +4142,31 @@ def build_parser(first: str) -> argparse.ArgumentParser:
 def parse_words(words: list[str]) -> argparse.Namespace:
     """The command line. Ends the program (status 2) if it is wrong."""
     import argparse
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     parser = build_parser(words[0] if words else "")
     arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
     at = words.index("--") if "--" in words else len(words)
-    try:
-        _, rest = parser.parse_known_args(words[:at], arguments)
-        if hasattr(arguments, "host") and not any(word.startswith("-") for word in rest):
+    _, rest = parser.parse_known_args(words[:at], arguments)
+    command = arguments.parser
+    for word in rest:
+        if word.startswith("-"):
+            command.unknown(word)
+    if hasattr(arguments, "host"):
+        try:
             arguments.ports, rest = [parse_port(word) for word in rest], []
-    except Unfit as unfit:
-        parser.error(f"{unfit.problem}; expected: {unfit.hint}")
+        except Unfit as unfit:
+            command.error(f"PORT {unfit.problem}; expected: {unfit.hint}")
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command.error(f"there is no use for {shown(rest[0])}")
     arguments.to_run = words[at + 1 :]
     if arguments.command == "connect":
         if len(arguments.ports) != 1:
-            parser.error("give one PORT to connect to")
+            command.error("give one PORT to connect to")
     elif hasattr(arguments, "host") and bool(arguments.ports) == bool(arguments.resources):
-        parser.error("give a PORT, or a resource by -r/--resource ID, but not both")
+        command.error("give a PORT, or a resource with -r/--resource ID, but not both")
     if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
-        parser.error("-- stands behind 'knock HOST PORT', and in front of a COMMAND")
+        command.error("-- goes behind 'knock HOST PORT', and in front of a COMMAND")
     return arguments
 
 

@@ -7364,7 +7364,31 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 def test_usage_error(conf: Path, words: str, complaint: str) -> None:
     done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert "usage: " in done.stderr and complaint in done.stderr.splitlines()[-1]
+    first, second = done.stderr.splitlines()
+    assert first.startswith("letmein: error: ") and complaint in first
+    assert second.startswith(("  usage: letmein ", "  did you mean", "  'letmein --help'"))
+
+
+@pytest.mark.parametrize(
+    "words, suggestion",
+    [
+        ("kock server 22", "there is no command 'kock'\n  did you mean knock? "),
+        ("knock --quite server 22", "there is no option '--quite'; did you mean --quiet?\n"),
+        ("knock server 22 -u alice", "argument -u/--user: 'alice' is not valid; expected: "),
+        ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
+    ],
+)
+def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
+    """It names the option, and what may have been meant; its usage is that of the one command."""
+    done = program(*words.split())
+    assert done.returncode == 2 and suggestion in done.stderr, done.stderr
+
+
+def test_help() -> None:
+    """`help` and `help COMMAND` are the same as --help."""
+    assert program("help").stdout == program("--help").stdout
+    assert program("help", "knock").stdout == program("knock", "--help").stdout
+    assert "HOST" in program("help", "knock").stdout
 
 
 def test_unknown_user(conf: Path) -> None:
@@ -9862,7 +9886,7 @@ class TestSeccomp:
             (("knock", SERVER_4, "22"), CLIENT_CONF.replace("[GENERAL]", f"[GENERAL]\n{general}")),
         ):
             result = lab.command("-c", lab.file(conf), *words, *command, program=program)
-            result.assert_error(f"seccomp = {mode} cannot be had", "pip install pyseccomp")
+            result.assert_error(f"seccomp = {mode} does not work here", "pip install pyseccomp")
         assert lab.ruleset() == rules
         # With it, or without seccomp, the same commands work.
         lab.command("gen-key", program=program).assert_good()
@@ -11564,7 +11588,8 @@ class TestConfigurationPlaces:
     @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
     def test_others_may_read_it(self, homes: Path, mode: int) -> None:
         path = self.write(homes, "xdg/letmein", mode)
-        rights = f"{path}: others have rights on it (mode {mode:o}); chmod 600 {path}"
+        rights = f"{path}: mode {mode:o} lets other users of this machine read or change it"
+        rights += f"; chmod 600 {path}"
         assert (f"letmein: warning: {rights}\n" in self.run(homes)) == (mode != 0o600)
 
 
