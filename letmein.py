@@ -1790,7 +1790,7 @@ class Nft:
         """Raise UserError if nft did not do what it was told."""
         if status == -9:
             limit, self.limit = self.limit, min(2 * self.limit, NFT_LIMIT_S[1])
-            hint = "does the table hold large sets of others? give them a table of their own"
+            hint = "the machine is busy, or the table holds large sets of others: move those away"
             raise UserError(f"nft did not end within {limit:g} s", hint)
         if status:
             # What is wrong, and the statement it is about.
@@ -2431,6 +2431,7 @@ class Firewall:
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
+        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
         with contextlib.suppress(OSError):
             self.kernel.table_facts()
             self._run(deletion_script(self.config, self._rules_left()))
