@@ -3946,6 +3946,58 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def resource_text(resource: Resource) -> str:
+    """A resource's value as it is written in a file, without its users."""
+    items = [f"port: {resource.port}", ", ".join(resource.protocols)]
+    if resource.jumps:
+        items = ["jump"]
+    for hook, target, match_saddr in resource.jumps:
+        items.append(f"{hook}: {target}")
+        if match_saddr:
+            items.append(f"{hook}-match: saddr")
+    return " / ".join([*items, f"timeout: {resource.timeout:g}"])
+
+
+def client_file(config: Config, user: int, host: str) -> str:
+    """The complete letmein.conf of a user, from the server's configuration: what that user may
+    have, and the key. Raises UserError."""
+    if user not in config.keys:
+        hint = f"make one: letmein gen-key -u {user:X} >>{config.path}"
+        raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
+    allowed = [
+        resource
+        for resource in config.resources.values()
+        if not config.objection(user, resource.identifier) and resource.timeout
+    ]
+    ports = [str(resource.port) for resource in allowed if resource.port]
+    example = f"letmein knock {host} {ports[0] if ports else '-r ID'}"
+    lines = [
+        f"# letmein.conf of user {user:08X} for {host}. It holds a key: show it to nobody else.",
+        "# Install it, on the client:",
+        "#     umask 077; mkdir -p ~/.config/letmein; cat >~/.config/letmein/letmein.conf",
+        f"# Then: {example}",
+        "[GENERAL]",
+        f"port = {config.port} / {', '.join(config.protocols)}",
+        "[CLIENT]",
+        f"default-user = {user:08X}",
+        "[KEYS]",
+        f"{user:08X} = {config.keys[user].hex().upper()}",
+        "[RESOURCES]",
+        *(f"{resource.identifier:08X} = {resource_text(resource)}" for resource in allowed),
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def new_key_line(user: int) -> str:
+    """A line for [KEYS] with a new key, of the package cryptography where it is there."""
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
+        key = AESGCM.generate_key(8 * KEY_SIZE)
+    except ImportError:
+        key = os.urandom(KEY_SIZE)
+    return f"{user:08X} = {key.hex().upper()}"
+
+
 def service_file(kind: str, path: str, account: str) -> str:
     """A file that starts this copy of the program with the system. Args: kind, as on the command
     line; path, of letmeind.conf; account, of the network process."""
@@ -4118,6 +4170,12 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     command = add_command("gen-key", help="print a new key")
     command.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
 
+    command = add_command("client-conf", help="print a user's client file, on the server")
+    whose = option(parse_identifier)
+    command.add_argument("-u", "--user", metavar="ID", type=whose, required=True, help="whose")
+    text = "how the client reaches this server (default: its own name)"
+    command.add_argument("--host", metavar="NAME", dest="host_name", help=text)
+
     command = add_command("server", help="run the server")
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     slots = functools.partial(parse_number, least=1, limit=1_000_000)
@@ -4183,22 +4241,23 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "server":
         begin_service(arguments)
     allow_hangup()
-    is_server = arguments.command in ("server", "service", "status")
+    is_server = arguments.command in ("server", "service", "status", "client-conf")
     name = "letmeind.conf" if is_server else "letmein.conf"
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     homes = () if is_server else (f"{home}/letmein",)
     places = [f"{place}/{name}" for place in (*homes, *CONFIG_PLACES)]
     path = arguments.config or next(filter(os.path.exists, places), places[-1])
+    if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
+        where = arguments.config or ", ".join(places)
+        hint = "have the server's administrator make one: letmein client-conf -u ID"
+        raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
         user = arguments.user
         with contextlib.suppress(ConfigError):  # one needs a key before there is a file
             user = read_config(path, False).default_user if user is None else user
-        try:
-            from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
-            key = AESGCM.generate_key(8 * KEY_SIZE)
-        except ImportError:
-            key = os.urandom(KEY_SIZE)
-        print(f"{user or 0:08X} = {key.hex().upper()}")
+        print(new_key_line(user or 0), flush=True)
+        tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
+        tell("'letmein client-conf' on the server prints the whole client's file")
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")
@@ -4213,6 +4272,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     config = config._replace(seccomp=arguments.seccomp or config.seccomp)
     if arguments.command == "server":
         return serve(config, arguments)
+    if arguments.command == "client-conf":
+        host = arguments.host_name or socket.gethostname()
+        print(client_file(config, arguments.user, host), end="")
+        return 0
     if arguments.command == "status":
         if arguments.watch:
             watch_status(config, arguments.rundir)

@@ -7453,12 +7453,53 @@ def test_gen_key(tmp_path: Path, text: str) -> None:
     assert lines[0][11:] != lines[1][11:]
 
 
+def test_gen_key_says_where_the_line_belongs() -> None:
+    """On standard error: standard output is the line alone."""
+    done = program("gen-key", "-u", "7")
+    assert len(done.stdout.splitlines()) == 1
+    assert "letmeind.conf" in done.stderr and "client-conf" in done.stderr
+
+
+def test_client_conf(tmp_path: Path) -> None:
+    """It is a file that the client reads, with what this user may have on the server, and no more;
+    nothing but the file goes to standard output."""
+    path = tmp_path / "letmeind.conf"
+    lines = ["22 = port: 22 / timeout: 60", "23 = port: 23 / tcp, udp / users: 2",
+             "40 = jump / input: DOOR / input-match: saddr", "58 = port: 5900"]
+    path.write_text("\n".join([
+        "[GENERAL]", "port = 5900 / udp", "[KEYS]", f"1 = {KEY.hex()}", f"2 = {OTHER_KEY.hex()}",
+        "[RESOURCES]", *lines, server_text("NFTABLES"),
+    ]))  # fmt: skip
+    path.chmod(0o600)
+    done = program("-c", path, "client-conf", "-u", "1", "--host", "server.example")
+    assert done.returncode == 0, done
+    config = parse(done.stdout, server=False)
+    assert not config.warnings
+    assert (config.port, config.protocols, config.default_user) == (5900, ("udp",), 1)
+    assert config.keys == {1: KEY}
+    assert [(r.identifier, r.port, r.timeout) for r in config.resources.values()] == [
+        (0x22, 22, 60), (0x40, 0, 600),
+    ]  # fmt: skip
+    assert "letmein knock server.example 22" in done.stdout
+    done = program("-c", path, "client-conf", "-u", "9")
+    assert done.returncode == 1 and not done.stdout
+    assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
+
+
+def test_no_client_file(tmp_path: Path) -> None:
+    """Whoever has none is told where it was looked for, and who can make one."""
+    done = program("-c", tmp_path / "missing.conf", "knock", "host", "22")
+    assert done.returncode == 1
+    assert f"no configuration file, and so no key: {tmp_path}/missing.conf" in done.stderr
+    assert "client-conf" in done.stderr
+
+
 def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
     path = tmp_path / "letmein.conf"
     path.write_text("[CLIENT]\ndefault-user = 7\n")
     path.chmod(0o600)
     done = program("-c", path, "gen-key")
-    assert done.stdout.startswith("00000007 = ") and (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("00000007 = ") and done.returncode == 0
 
 
 @pytest.mark.parametrize("command", [["knock", "127.0.0.1", "22"], ["server"], ["status"]])
@@ -11578,7 +11619,7 @@ class TestConfigurationPlaces:
 
     def test_none_is_there(self, homes: Path) -> None:
         said = self.run(homes)
-        assert f"{homes}/etc/letmein.conf: [KEYS] has no key for user 00000000\n" in said
+        assert f"no configuration file, and so no key: {homes}/xdg/letmein/letmein.conf, " in said
 
     def test_verbose_says_which(self, lab: Lab, homes: Path) -> None:
         path = homes / "xdg/letmein/letmein.conf"
