@@ -1770,7 +1770,8 @@ NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 3, 4
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_USERDATA = 1, 2, 3, 7
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_HANDLE = 1, 2, 16
 NFTA_LIST_TABLE, NFTA_LIST_SET, NFTA_LIST_ELEMENTS, NFTA_LIST_ELEMENT = 1, 2, 3, 1
-NFTA_ELEM_KEY, NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 1, 4, 5, 6
+NFTA_ELEM_KEY, NFTA_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL = 1, 3, 0x2
+NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 4, 5, 6
 NFTA_ELEM_EXPR, NFTA_ELEM_EXPRESSIONS, NFTA_DATA_VALUE, NFTA_EXPR_DATA = 7, 11, 1, 2
 NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 2
 NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
@@ -1786,7 +1787,7 @@ SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 class Element(NamedTuple):
     """One element of a set, as the kernel has it."""
 
-    key: bytes
+    key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
     asked: float  # when that was not yet known, by time.monotonic(): it ends after asked + left
     comment: str
@@ -1846,6 +1847,13 @@ def netlink_socket() -> socket.socket:
     netlink.bind((0, 0))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
+
+
+def key_attribute(key: bytes) -> bytes:
+    """What names an element in a message; see Element."""
+    if not key:
+        return attribute(NFTA_ELEM_FLAGS, struct.pack("!I", NFT_SET_ELEM_CATCHALL))
+    return nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
 
 
 def comment_of(userdata: bytes) -> str:
@@ -1986,7 +1994,7 @@ class Kernel:
 
     def has_element(self, name: str, key: bytes) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
-        element = nested(NFTA_LIST_ELEMENT, nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key)))
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(key))
         try:
             return bool(self._ask(GETSETELEM, self._elements_of(name, element)))
         except FileNotFoundError:
@@ -1995,10 +2003,11 @@ class Kernel:
     @staticmethod
     def _element(facts: bytes, asked: float) -> Element:
         found = dict(each_attribute(facts))
-        key = dict(each_attribute(found[NFTA_ELEM_KEY]))[NFTA_DATA_VALUE]
+        key = dict(each_attribute(found.get(NFTA_ELEM_KEY, b""))).get(NFTA_DATA_VALUE, b"")
         left = NEVER
-        if NFTA_ELEM_TIMEOUT in found:  # in ms
-            left = int.from_bytes(found.get(NFTA_ELEM_EXPIRATION, b""), "big") / 1000
+        # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
+        if NFTA_ELEM_EXPIRATION in found:  # in ms
+            left = int.from_bytes(found[NFTA_ELEM_EXPIRATION], "big") / 1000
         counter = found.get(NFTA_ELEM_EXPR, b"")
         if NFTA_ELEM_EXPRESSIONS in found:
             counter = dict(each_attribute(found[NFTA_ELEM_EXPRESSIONS])).get(1, b"")
@@ -2016,7 +2025,7 @@ class Kernel:
         text = comment.encode("ascii") + b"\0"
         element = nested(
             NFTA_LIST_ELEMENT,
-            nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1])),
+            key_attribute(name[1]),
             # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
             attribute(NFTA_ELEM_TIMEOUT, time_left),
             attribute(NFTA_ELEM_EXPIRATION, time_left),
@@ -2028,8 +2037,7 @@ class Kernel:
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not: the kernel objects if it
         is not, and it may just have expired. So it is added first."""
-        key = nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1]))
-        element = nested(NFTA_LIST_ELEMENT, key)
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name[1]))
         brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
         return [brief, (DELSETELEM, 0, self._elements_of(name[0], element))]
 
@@ -3717,9 +3725,11 @@ def list_leases(config: Config) -> list[dict[str, object]]:
             continue
         size = 16 if name.endswith("-6") else 4
         family = socket.AF_INET6 if size == 16 else socket.AF_INET
-        address = socket.inet_ntop(family, element.key[:size])
+        address = element.key.hex() or "*"  # for what is none of ours: as nft has it
         protocol = port = None
-        if len(element.key) > size:
+        if len(element.key) in (size, size + PORT_KEY.size):
+            address = socket.inet_ntop(family, element.key[:size])
+        if len(element.key) == size + PORT_KEY.size:
             number, port = PORT_KEY.unpack(element.key[size:])
             protocol = protocols.get(number, str(number))
         comment = COMMENT.fullmatch(element.comment)

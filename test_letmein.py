@@ -1230,6 +1230,22 @@ class TestRules:
         path = lab.file(server_conf())
         lab.command("status", "-c", path).assert_error("filter")
 
+    def test_status_of_what_is_none_of_ours(self, lab: Lab) -> None:
+        """Sets of somebody else that have our names, of whatever type: each element is shown."""
+        lab.load()
+        path = lab.file(server_conf())
+        nft_do(
+            "add set inet filter letmein-4 { type inet_service; elements = { 22 }; }",
+            "add set inet filter letmein-6 { type ipv4_addr . inet_service;"
+            " elements = { 10.77.6.1 . 22 }; }",
+            "add set inet filter letmein-00000040-4 { type ether_addr; elements = { * }; }",
+        )
+        result = lab.command("status", "-c", path)
+        result.assert_good()
+        assert "address=0016 " in result.out
+        assert "address=0a4d060100160000 " in result.out
+        assert "address=* " in result.out
+
     def test_the_account_of_the_network_process(self, lab: Lab) -> None:
         """As root it becomes another user; where that cannot be, there is no server."""
         lab.load()
@@ -3293,6 +3309,9 @@ class TestHeal:
             ("letmein-00000040-4", "10.77.6.1"),
             ("letmein-00000041-gate", "ip"),
             ("letmein-00000041-gate", "0x1234 timeout 60s"),
+            ("letmein-4", "* timeout 60s"),
+            ("letmein-6", "*"),
+            ("letmein-00000041-gate", "*"),
         ],
     )
     def test_what_somebody_plants_is_removed(
@@ -3305,6 +3324,30 @@ class TestHeal:
         assert kernel().gates == {}
         assert not lab.reaches(22, "10.77.6.1")
         assert lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("seconds", [0, 60, 3600])
+    def test_what_somebody_plants_in_a_set_with_a_timeout_of_its_own(
+        self, lab: Lab, guarded: Server, seconds: int
+    ) -> None:
+        """The set's own timeout changes how the kernel tells of an element's: it is seen all the
+        same, and what is ours is left alone."""
+        nft_do(
+            "add set inet filter letmein-4 { type ipv4_addr . inet_proto . inet_service;"
+            " flags timeout; counter; timeout 1h; }"
+        )
+        if "timeout 1h" not in lab.ruleset():
+            pytest.skip("this kernel does not change a set's own timeout")
+        holder = ("10.77.6.2", 0x22, 1)
+        text = guarded.path.read_text(encoding="utf-8")
+        reconfigure(guarded, text.replace("22 = port: 22", "22 = port: 22 / timeout: 3600"))
+        knock_all(lab, holder)
+        quiet(guarded)
+        before = guarded.events("healed")
+        nft_do(f"add element inet filter letmein-4 {{ 10.77.6.1 . tcp . 22 timeout {seconds}s }}")
+        eventually(lambda: len(guarded.events("healed")) > len(before), "it is not seen")
+        agree(lab, guarded, holder)
+        quiet(guarded)
+        assert len(guarded.events("healed")) == len(before) + 1
 
     def test_a_lease_prolonged_by_hand_is_cut(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, HOLDERS[0])
