@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     LeaseKey = tuple[str, int]  # the client's address, the resource
     ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
     Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
+    Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     NewHandshake = Callable[[], Handshake]
@@ -1916,12 +1917,20 @@ class Kernel:
         end = self._message(NFNL_MSG_BATCH_END, 0, b"", batch=True)
         # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *bodies, end)))
-        answers: list[bytes] = []
-        with contextlib.suppress(BlockingIOError):
-            while True:  # to the last one: the next question is to find nothing here
-                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
-        for body in answers:
+        for body in self._answers():
             self._raise_error(body)
+
+    def _answers(self) -> list[bytes]:
+        """What has come, to the last one: the next question is to find nothing here."""
+        answers: list[bytes] = []
+        while True:
+            try:
+                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
+            except BlockingIOError:
+                return answers
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more than it holds: the first ones are there
+                    raise
 
     def table_facts(self) -> tuple[int, int]:
         """The table's handle and its flags."""
@@ -2110,7 +2119,7 @@ class Firewall:
         self.log = log
         self.leases = Leases()
         self.installed = False  # whether there is something to remove in the end
-        self.sets: dict[str, tuple[int, int]] = {}  # by name the handles of table and set, as known
+        self.sets: Handles = {}  # as known
         self.look_at = NEVER  # when to look whether the kernel has what it should
         self.work: Generator[None, None, str] | None = None  # a look that is under way
         self.changed: set[LeaseKey] = set()  # the leases that were changed since it began
@@ -2513,9 +2522,9 @@ class Firewall:
             if not name.endswith("-gate"):
                 yield from self._survey_set(survey, name)
         adopted = yield from self._adopt(survey)
-        missing = yield from self._find_missing(survey, renewed)
+        missing = yield from self._find_missing(survey, renewed, handles)
         yield from self._mend(survey, missing)
-        gates_were_wrong = self._mend_gates(renewed)
+        gates_were_wrong = self._mend_gates(renewed, handles)
         self.sets = handles  # not before what was lost with the old ones is back
         if self.is_adopting:
             # A listing may be incomplete if something was changed meanwhile.
@@ -2538,15 +2547,19 @@ class Firewall:
             self.log("adopted", leases=len(self.leases))
         self._warn_of_limit()
 
-    def _inspect(self) -> tuple[str, dict[str, tuple[int, int]]]:
-        """What is wrong with our sets and rules, and the handles of table and set of each set. (The
-        table's belongs to it: a new table counts its sets from the start.) Raises UserError."""
+    def _handles(self) -> Handles:
+        """The handles of table and set of each of our sets. (The table's belongs to it: a new table
+        counts its sets from the start.) Raises UserError."""
         try:
             table, _ = self.kernel.table_facts()
         except OSError as error:
             name = f"table {self.config.family} {self.config.table}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
-        handles = {name: (table, handle) for name, handle in self._sets().items()}
+        return {name: (table, handle) for name, handle in self._sets().items()}
+
+    def _inspect(self) -> tuple[str, Handles]:
+        """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
+        handles = self._handles()
         wanted = ruleset(self.config)
         tags = [rule.comment for rule in self._rules()]
         if wanted.sets.keys() - handles.keys():
@@ -2630,31 +2643,38 @@ class Firewall:
         return len(survey.heirs)
 
     def _find_missing(
-        self, survey: Survey, renewed: set[str]
+        self, survey: Survey, renewed: set[str], handles: Handles
     ) -> Generator[None, None, list[Lease]]:
         """The leases of which elements have gone together with their set. One whose elements have
         gone alone was revoked by an administrator."""
         missing = []
-        for number, lease in enumerate(list(self.leases.by_key.values())):
-            if number % (10 * ELEMENTS_PER_BATCH) == 0:
-                yield
-            resource = self.config.resources[lease.resource]
-            is_whole = survey.found.get(lease.key) == resource.parts
-            if is_whole or lease.key in self.changed:
-                continue
-            names = lease_elements(lease, resource)
-            is_ending = lease.ends < time.monotonic() + EARLY_S
-            if renewed.intersection(name for name, _ in names):
-                missing.append(lease)
-            elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
-                self._end_by_hand(lease)
+        for some in in_batches(list(self.leases.by_key.values())):
+            yield
+            deleted = []
+            for lease in some:
+                resource = self.config.resources[lease.resource]
+                is_whole = survey.found.get(lease.key) == resource.parts
+                if is_whole or lease.key in self.changed:
+                    continue
+                names = lease_elements(lease, resource)
+                is_ending = lease.ends < time.monotonic() + EARLY_S
+                if renewed.intersection(name for name, _ in names):
+                    missing.append(lease)
+                elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
+                    deleted.append(lease)
+            self._end_by_hand(deleted, handles)
         return missing
 
-    def _end_by_hand(self, lease: Lease) -> None:
-        """An administrator has deleted an element of a lease: that ends all of it."""
-        self.kernel.change(self._changes([], [lease], time.monotonic()))
-        self._forget(lease.key)
-        self._log_end(lease, "by hand")
+    def _end_by_hand(self, leases: list[Lease], handles: Handles) -> None:
+        """An administrator has deleted an element of each of these leases: that ends all of it.
+        Args: handles, as they were when the look began. Raises OSError if they have changed: then
+        the elements have gone with their set."""
+        if leases and self._handles() != handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+        for lease in leases:
+            self.kernel.change(self._changes([], [lease], time.monotonic()))
+            self._forget(lease.key)
+            self._log_end(lease, "by hand")
 
     def _mend(self, survey: Survey, missing: list[Lease]) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
@@ -2682,7 +2702,7 @@ class Firewall:
                 self.kernel.change(self._changes(leases, [], now, replace))
             yield
 
-    def _mend_gates(self, renewed: set[str]) -> bool:
+    def _mend_gates(self, renewed: set[str], handles: Handles) -> bool:
         """Have each gate open until its last lease ends. Returns whether one was not so. Where
         somebody shut one by hand, all who hold it have lost it."""
         ends: dict[int, float] = {}
@@ -2692,19 +2712,20 @@ class Firewall:
         is_wrong = False
         for resource in self.config.resources.values():
             if resource.is_gate:
-                is_wrong |= self._mend_gate(resource.identifier, ends, renewed)
+                is_wrong |= self._mend_gate(resource.identifier, ends, renewed, handles)
         return is_wrong
 
-    def _mend_gate(self, resource: int, ends: dict[int, float], renewed: set[str]) -> bool:
+    def _mend_gate(
+        self, resource: int, ends: dict[int, float], renewed: set[str], handles: Handles
+    ) -> bool:
         now = time.monotonic()
         wanted = gate_elements(self.config, resource) if ends.get(resource, 0.0) > now else []
         set_name = f"letmein-{resource:08X}-gate"
         found = {(set_name, each.key): now + each.left for each in self.kernel.elements(set_name)}
         lost = [name for name in wanted if name not in found]
         if lost and set_name not in renewed and not self.is_adopting:
-            for lease in list(self.leases.by_key.values()):
-                if lease.resource == resource:
-                    self._end_by_hand(lease)
+            holders = [each for each in self.leases.by_key.values() if each.resource == resource]
+            self._end_by_hand(holders, handles)
             return False
         strange = [name for name in found.keys() - set(wanted) if found[name] > now + EARLY_S]
         for name in strange:

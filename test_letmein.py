@@ -3490,6 +3490,84 @@ class TestHeal:
         agree(lab, guarded, *HOLDERS)
 
 
+class Held4And6(NamedTuple):
+    """A firewall without its processes, which a test makes go on step by step, and who is in."""
+
+    firewall: letmein.Firewall
+    holders: tuple[tuple[str, int, int], ...]
+
+
+@pytest.fixture
+def stepwise(lab: Lab) -> Iterator[Held4And6]:
+    """Its look at the kernel's table has begun, and has read the IPv4 leases."""
+    lab.load(more=DOOR)
+    log = letmein.Log()
+    config = letmein.parse_config(server_conf(TRUTH_RESOURCES), "", server=True)
+    firewall = letmein.Firewall(letmein.Nft(NFT), config, BOOT, log)
+    holders = (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1), (OTHER_6, 0x41, 1)
+    with selectors.DefaultSelector() as selector:
+        firewall.open(selector)
+        settle(firewall)
+        for holder in holders:
+            assert firewall.knock(*holder) == ""
+        firewall.look_at = 0.0
+        settle(firewall)
+        firewall.work = firewall._look()
+        next(firewall.work)
+        yield Held4And6(firewall, holders)
+        for key in list(selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+    firewall.close()
+
+
+def settle(firewall: letmein.Firewall) -> None:
+    """Have it look at the kernel's table until it finds no reason to do so again."""
+    deadline = time.monotonic() + LIMIT_S
+    while firewall.wakes_at < letmein.NEVER:
+        assert time.monotonic() < deadline, "it looks for ever"
+        firewall.advance()
+        time.sleep(max(0.0, min(firewall.look_at - time.monotonic(), 1.0)))
+
+
+class TestBetweenTwoSteps:
+    """A look at the kernel's table takes its time, in which others change it."""
+
+    def test_a_reload_and_a_knock_in_the_middle_of_a_look(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """The knock makes the sets anew. That those of the others are empty now is nobody's wish to
+        have them out."""
+        flush_and_reload(lab)
+        assert stepwise.firewall.knock(OTHER_4, 0x22, 2) == ""
+        settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
+        assert len(kernel().gates) == 2
+
+    def test_an_old_ruleset_is_restored_in_the_middle_of_a_look(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """It brings sets, but not all leases: they come back as well."""
+        saved = run(NFT, "list", "ruleset").replace(f"{CLIENT_6} . tcp . 22", "fd77::7 . tcp . 22")
+        nft_do("flush ruleset", saved)
+        settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders)
+
+    def test_more_complaints_than_fit(self, lab: Lab, stepwise: Held4And6) -> None:
+        """The kernel complains of each element of a large change. What is left of that is no word
+        on the next change, whose element would stand there without anybody's knowing."""
+        lease = letmein.Lease("10.77.6.1", 0x22, 1, "proof", 1, time.monotonic() + 60)
+        many = [lease._replace(address=f"10.77.6.{n}") for n in range(250)]
+        firewall = stepwise.firewall
+        lab.load(more=DOOR)
+        with pytest.raises(OSError):
+            firewall.kernel.change(firewall._changes(many, [], time.monotonic(), replace=True))
+        run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
+        assert firewall.knock(OTHER_4, 0x22, 2) == ""
+        settle(firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
+
+
 class TestTenThousand:
     def test_10_000_leases(self, lab: Lab, watched: WatchedNft) -> None:
         """Adopted, healed within 1 s, and no burden to a further knock."""
