@@ -5867,11 +5867,12 @@ def libc(name, *arguments):
 
 class Hostile(Network):
     def __init__(self, *arguments):
-        self.answer = None
+        self.request = self.answer = None
         signal.signal(signal.SIGUSR1, lambda *_: self.attack())
         super().__init__(*arguments)
 
     def _send(self, record):
+        self.request = record if record.kind == REQUEST else self.request
         self.answer = record if record.kind == ANSWER else self.answer
         super()._send(record)
 
@@ -5945,6 +5946,20 @@ FLOODS = {
     "counts": """
             self.say(COUNTS, payload=COUNTS_PAYLOAD.pack(*[0xFFFFFFFF] * 3).ljust(56))
             self.say(READY)
+""",
+    # What a client who has the key has said, as if from others, at other times, in any order.
+    "all at once": """
+            record = numbers.choice([self.request, self.answer])
+            near = IPV4_MAPPED + bytes([10, 77, 7, 7])
+            local = bytes.fromhex("fe80") + bytes(13) + b"1"
+            self.tell(RECORD.pack(*record._replace(
+                kind=numbers.choice([READY, REQUEST, REQUEST, ANSWER, ANSWER, COUNTS]),
+                protocol=numbers.choice([TCP, UDP]),
+                connection=numbers.choice([record.connection, numbers.getrandbits(32)]),
+                address=numbers.choice([record.address, near, local, numbers.randbytes(16)]),
+                route=numbers.choice([record.route, numbers.randbytes(26)]),
+            )))
+            self.hear()
 """,
 }
 NOT_READING = """
@@ -6109,6 +6124,11 @@ def children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def things_of(pid: int) -> tuple[int, int]:
+    """How many threads and descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
+
+
 class TestNetworkProcess:
     """The process that faces the internet dies, hangs, or turns against us."""
 
@@ -6182,6 +6202,7 @@ class TestNetworkProcess:
         with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
             assert handshake(lab) == COMEIN
             leases, memory = lab.elements(), resident_kb(server.process.pid)
+            things = things_of(server.process.pid)
             used = used_s(server.process.pid)
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
@@ -6191,6 +6212,7 @@ class TestNetworkProcess:
             reconfigure(server, server_conf())
             assert counted(server)["process"] == server.process.pid
             assert resident_kb(server.process.pid) < memory + 10 * 1024
+            assert things_of(server.process.pid) == things
             assert server.events("network-process-lost") == []
             assert len(server.lines) < 100, "the disk gets full"
             assert lab.reaches(22, CLIENT_4)
@@ -8711,6 +8733,7 @@ FLOOD_KINDS = {  # what can be done over which protocol
     "random": ("tcp", "udp"),  # 56 bytes that look like a message, the rest of them random
     "slow": ("tcp",),  # a message of one byte a second
     "reset": ("tcp",),  # connect, and reset
+    "key": ("tcp", "udp"),  # all that one can do with a key of one's own
 }
 FLOOD_SOURCES = {
     # Half of them IPv4 addresses, half of them of different IPv6 /56.
@@ -8720,6 +8743,7 @@ FLOOD_SOURCES = {
     # Over TCP a neighbour behind the client's NAT, over UDP somebody else who forges it.
     "own": [CLIENT_4],
 }
+FLOOD_RULES = 10  # max-nr-rules, which an attacker with a key reaches at once
 FLOOD_SLOT_S = 0.002  # the pace: what is due in this time is done in one go, and no more
 FLOOD_CONNECTIONS = 4096  # that an attacker holds at the same time
 UDP_SOCKETS = 256  # of an attacker with one address
@@ -8899,6 +8923,77 @@ def flood_tcp(plan: Flood) -> FloodSteps:
     return one, tend
 
 
+KEY_REQUESTS = ((KNOCK, 0x23), (KNOCK, 0x23), (REVOKE, 0x23), (KNOCK, 0x26), (REVOKE, 0x26))
+# How user 2 answers a CHALLENGE: with so many RESPONSEs of different salts, for what was asked for
+# or for what is user 1's alone.
+KEY_ANSWERS = ((1, None), (0, None), (1, None), (8, None), (1, 0x26))
+
+
+def flood_with_key(plan: Flood) -> FloodSteps:
+    """Who holds a key, and wants more: handshakes that are complete, and others that are not."""
+    poll = select.epoll()
+    peers: dict[int, socket.socket] = {}
+    requests = itertools.cycle(KEY_REQUESTS)
+    answers = itertools.cycle(KEY_ANSWERS)
+    is_udp = plan.protocol == "udp"
+    kind = (socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM) | socket.SOCK_NONBLOCK
+
+    def connect(address: str) -> socket.socket:
+        peer = socket.socket(family_of(address), kind)
+        if not is_udp:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        peer.bind((address, 0))
+        with contextlib.suppress(BlockingIOError):
+            peer.connect((server_for(address), 5800))
+        peers[peer.fileno()] = peer
+        poll.register(peer, select.EPOLLIN if is_udp else select.EPOLLOUT)
+        return peer
+
+    def request(peer: socket.socket) -> None:
+        operation, resource = next(requests)
+        peer.send(message(operation, resource, 2))
+
+    each = UDP_SOCKETS if len(plan.addresses) == 1 else 1
+    pool = itertools.cycle([connect(address) for address in plan.addresses * each if is_udp])
+    addresses = itertools.cycle(plan.addresses)
+
+    def one() -> int:
+        try:
+            if is_udp:
+                request(next(pool))
+            else:
+                connect(next(addresses))
+        except OSError:
+            return 0
+        return 1
+
+    def answer(peer: socket.socket, said: Reply) -> None:
+        count, resource = next(answers)
+        for _ in range(count):
+            peer.send(message(RESPONSE, resource or said.resource, 2, said.auth))
+
+    def serve(peer: socket.socket, event: int) -> bool:
+        """Returns whether this connection goes on."""
+        if event & select.EPOLLOUT:
+            request(peer)
+            poll.modify(peer, select.EPOLLIN)
+            return True
+        said = Reply.parse(peer.recv(57))
+        if said.operation == CHALLENGE:
+            answer(peer, said)
+        return is_udp or said.operation == CHALLENGE
+
+    def tend() -> None:
+        for descriptor, event in poll.poll(0):
+            goes_on = is_udp
+            with contextlib.suppress(OSError, AssertionError):  # of Reply.parse(): it was closed
+                goes_on = serve(peers[descriptor], event)
+            if not goes_on:
+                peers.pop(descriptor).close()
+
+    return one, tend
+
+
 def flood_messages(plan: Flood) -> list[bytes]:
     """What is sent, in turn."""
     if plan.kind != "random":
@@ -8913,7 +9008,9 @@ def flood_process() -> None:
     limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
     gc.disable()
     plan = Flood(**json.loads(sys.stdin.readline()))
-    one, tend = (flood_udp if plan.protocol == "udp" else flood_tcp)(plan)
+    flood = {"udp": flood_udp, "tcp": flood_tcp}[plan.protocol]
+    flood = flood_with_key if plan.kind == "key" else flood
+    one, tend = flood(plan)
     print("ready", flush=True)
     sys.stdin.readline()
     used = time.process_time()
@@ -9070,6 +9167,7 @@ class Outcome(NamedTuple):
     descriptors_after: int
     back_s: float  # how long it took until the descriptors were as before
     lost: int  # network processes
+    faults: list[str]  # of the leases in the end
     cpu: tuple[float, float, float]
 
     @property
@@ -9096,10 +9194,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 def knock_steadily(
-    lab: Lab, protocol: str, sources: Sequence[str], seconds: float, meanwhile: Callable[[], None]
+    lab: Lab,
+    protocol: str,
+    sources: Sequence[str],
+    seconds: float,
+    meanwhile: Callable[[], None],
+    then: Callable[[str], None],
 ) -> tuple[list[float], list[str], float]:
-    """A knock every 200 ms, however long the ones before take; returns how long the good ones
-    took, why the others failed, and what the slowest of all took."""
+    """A knock every 200 ms, however long the ones before take, and then() with its source; returns
+    how long the good ones took, why the others failed, and what the slowest of all took."""
     good: list[float] = []
     failed: list[str] = []
     slowest: list[float] = [0.0]
@@ -9108,7 +9211,9 @@ def knock_steadily(
         began = time.monotonic()
         try:
             assert handshake(lab, protocol=protocol, source=source) == COMEIN, "GOAWAY"
-            good.append(time.monotonic() - began)
+            took = time.monotonic() - began
+            then(source)
+            good.append(took)
         except (OSError, AssertionError) as error:
             failed.append(f"{source}: {error!r}"[:200])
         slowest.append(time.monotonic() - began)
@@ -9149,8 +9254,11 @@ def flood_case(
         host = "client" if source == "own" and protocol == "tcp" else "attacker"
         process = stack.enter_context(attacker.start(host, "flood"))
         stack.callback(process.kill)
-        server = stack.enter_context(Server(lab, server_conf(), env=unmeasured()))
+        conf = server_conf(nftables=f"max-nr-rules = {FLOOD_RULES}")
+        server = stack.enter_context(Server(lab, conf, env=unmeasured()))
         sources = [CLIENT_4] if source == "own" else [CLIENT_4, CLIENT_6]
+        if kind == "key" and source != "own":
+            sources = [f"10.77.9.{n}" for n in range(5)] + [f"fd77::9:{n}" for n in range(5)]
         with Peer(lab, protocol) as peer:  # this is where it was recorded
             peer.send(knock)
             peer.send(message(RESPONSE, 0x22, token=peer.receive().auth))
@@ -9179,7 +9287,13 @@ def flood_case(
         tell(process, json.dumps(flood._asdict()))
         assert hear(process) == "ready"
         tell(process, "")
-        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look)
+
+        def go_in(source: str) -> None:
+            assert lab.reaches(22, source), "the lease is lost"
+            if kind == "key" and source != CLIENT_4:  # so that the next knock is for a new lease
+                assert handshake(lab, 0x22, REVOKE, protocol, source) == COMEIN, "not revoked"
+
+        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look, go_in)
         sent, flood_cpu = json.loads(hear(process))
         process.wait(LIMIT_S)
         look()
@@ -9195,6 +9309,9 @@ def flood_case(
             left, after = descriptors(), memory() - before
             used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
         lost = sum("network-process-lost" in line for line in server.lines)
+        faults = lease_faults()
+        if kind == "key" and not server.events("granted", user=f"{2:08X}"):
+            faults.append("nobody was let in with a key, so it was no attack")
     return Outcome(
         sent=sent / flood.seconds,
         arrived=arrived / flood.seconds,
@@ -9207,8 +9324,21 @@ def flood_case(
         descriptors_after=left,
         back_s=back_s,
         lost=lost,
+        faults=faults,
         cpu=(used[0], used[1], flood_cpu),
     )
+
+
+def lease_faults() -> list[str]:
+    """What is wrong with the leases after a flood: who has user 2's key may have been let in to
+    port 23 and nowhere else, and there are no more rules than there may be."""
+    elements = kernel().elements
+    others = [row for row in elements if row.user != f"{1:08X}"]
+    faults = [f"{row} is too much" for row in others if row.resource != f"{0x23:08X}"]
+    faults += [f"{row} lasts too long" for row, left in elements.items() if not 0 <= left <= 600]
+    if len(elements) > FLOOD_RULES - 2:
+        faults.append(f"{len(elements)} rules for leases")
+    return faults
 
 
 def forget_connections() -> None:
@@ -9343,6 +9473,10 @@ class TestFloods:
             pytest.param("idle", "tcp", "own", 20, 0, id="idle-own"),
             pytest.param("replay", "udp", "own", 20, 0, id="replay-udp-own"),
             pytest.param("replay", "tcp", "many", 300, 0.05, id="replay-tcp-far"),
+            pytest.param("key", "tcp", "many", 300, 0, id="key-tcp"),
+            pytest.param("key", "udp", "many", 300, 0, id="key-udp"),
+            pytest.param("key", "tcp", "one", 300, 0, id="key-tcp-one"),
+            pytest.param("key", "udp", "one", 300, 0, id="key-udp-one"),
         ],
     )
     def test_a_knock_succeeds(
@@ -9354,6 +9488,7 @@ class TestFloods:
         assert outcome.failed == []
         assert outcome.knocks == 5
         assert outcome.lost == 0
+        assert outcome.faults == []
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
