@@ -2764,6 +2764,7 @@ NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, a
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
+SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
@@ -3041,11 +3042,16 @@ class Monitor:
             counts = {"refused": self.log.refusals, "counts": self.log.counts}
             document = {"process": os.getpid(), "leases": len(self.firewall.leases), **counts}
             # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
-            os.close(spare)
+            if spare >= 0:
+                os.close(spare)
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.setblocking(False)
                 peer.send(json.dumps(document).encode())
-            spare = os.open(os.devnull, os.O_RDONLY)
+            try:
+                spare = os.open(os.devnull, os.O_RDONLY)
+            except OSError:  # there are none at all: then it wakes us up, but not all the time
+                spare = -1
+                time.sleep(SCARCE_PAUSE_S)
 
         self.selector.register(listener, selectors.EVENT_READ, serve)
 

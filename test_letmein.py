@@ -6334,7 +6334,12 @@ class TestLimits:
             assert "Too many open files" in lost["reason"], lost
             server.process.send_signal(signal.SIGHUP)
             server.wait_for("reload-failed")
-            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(status_socket(server)))
+                server.process.send_signal(signal.SIGHUP)
+                server.wait_for("reload-failed", 2)
+                limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+                assert json.load(peer.makefile("rb"))["process"] == monitor
             eventually(lambda: server_is_back(server), "no new network process")
             assert lab.reaches(22, CLIENT_4), "the lease"
             assert_lives(server)
