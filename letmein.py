@@ -1526,6 +1526,7 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
+DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
 IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
@@ -2127,6 +2128,7 @@ class Firewall:
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
+        self.disturbed = 0  # how often in a row the kernel has objected to something
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
@@ -2480,10 +2482,14 @@ class Firewall:
             return
         except StopIteration as end:
             damage = end.value
+            self.disturbed = 0
         except UserError as error:
             trouble = error.problem
         except OSError as error:
             damage = f"changed meanwhile: {error.strerror}"
+            self.disturbed += 1
+            if self.disturbed >= DISTURBED_LIMIT:
+                trouble = f"the kernel does not take it: {error.strerror}"
         self.work = None
         self.changed.clear()
         if trouble and trouble != self.trouble:
