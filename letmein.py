@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     LeaseKey = tuple[str, int]  # the client's address, the resource
     ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
     Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
+    Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     NewHandshake = Callable[[], Handshake]
@@ -1566,6 +1567,7 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
+DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
 IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
@@ -1811,7 +1813,8 @@ NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 3, 4
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_USERDATA = 1, 2, 3, 7
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_HANDLE = 1, 2, 16
 NFTA_LIST_TABLE, NFTA_LIST_SET, NFTA_LIST_ELEMENTS, NFTA_LIST_ELEMENT = 1, 2, 3, 1
-NFTA_ELEM_KEY, NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 1, 4, 5, 6
+NFTA_ELEM_KEY, NFTA_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL = 1, 3, 0x2
+NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 4, 5, 6
 NFTA_ELEM_EXPR, NFTA_ELEM_EXPRESSIONS, NFTA_DATA_VALUE, NFTA_EXPR_DATA = 7, 11, 1, 2
 NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 2
 NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
@@ -1827,7 +1830,7 @@ SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 class Element(NamedTuple):
     """One element of a set, as the kernel has it."""
 
-    key: bytes
+    key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
     asked: float  # when that was not yet known, by time.monotonic(): it ends after asked + left
     comment: str
@@ -1887,6 +1890,13 @@ def netlink_socket() -> socket.socket:
     netlink.bind((0, 0))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
+
+
+def key_attribute(key: bytes) -> bytes:
+    """What names an element in a message; see Element."""
+    if not key:
+        return attribute(NFTA_ELEM_FLAGS, struct.pack("!I", NFT_SET_ELEM_CATCHALL))
+    return nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
 
 
 def comment_of(userdata: bytes) -> str:
@@ -1949,12 +1959,20 @@ class Kernel:
         end = self._message(NFNL_MSG_BATCH_END, 0, b"", batch=True)
         # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *bodies, end)))
-        answers: list[bytes] = []
-        with contextlib.suppress(BlockingIOError):
-            while True:  # to the last one: the next question is to find nothing here
-                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
-        for body in answers:
+        for body in self._answers():
             self._raise_error(body)
+
+    def _answers(self) -> list[bytes]:
+        """What has come, to the last one: the next question is to find nothing here."""
+        answers: list[bytes] = []
+        while True:
+            try:
+                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
+            except BlockingIOError:
+                return answers
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more than it holds: the first ones are there
+                    raise
 
     def table_facts(self) -> tuple[int, int]:
         """The table's handle and its flags."""
@@ -2027,7 +2045,7 @@ class Kernel:
 
     def has_element(self, name: str, key: bytes) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
-        element = nested(NFTA_LIST_ELEMENT, nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key)))
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(key))
         try:
             return bool(self._ask(GETSETELEM, self._elements_of(name, element)))
         except FileNotFoundError:
@@ -2036,10 +2054,11 @@ class Kernel:
     @staticmethod
     def _element(facts: bytes, asked: float) -> Element:
         found = dict(each_attribute(facts))
-        key = dict(each_attribute(found[NFTA_ELEM_KEY]))[NFTA_DATA_VALUE]
+        key = dict(each_attribute(found.get(NFTA_ELEM_KEY, b""))).get(NFTA_DATA_VALUE, b"")
         left = NEVER
-        if NFTA_ELEM_TIMEOUT in found:  # in ms
-            left = int.from_bytes(found.get(NFTA_ELEM_EXPIRATION, b""), "big") / 1000
+        # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
+        if NFTA_ELEM_EXPIRATION in found:  # in ms
+            left = int.from_bytes(found[NFTA_ELEM_EXPIRATION], "big") / 1000
         counter = found.get(NFTA_ELEM_EXPR, b"")
         if NFTA_ELEM_EXPRESSIONS in found:
             counter = dict(each_attribute(found[NFTA_ELEM_EXPRESSIONS])).get(1, b"")
@@ -2057,7 +2076,7 @@ class Kernel:
         text = comment.encode("ascii") + b"\0"
         element = nested(
             NFTA_LIST_ELEMENT,
-            nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1])),
+            key_attribute(name[1]),
             # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
             attribute(NFTA_ELEM_TIMEOUT, time_left),
             attribute(NFTA_ELEM_EXPIRATION, time_left),
@@ -2069,8 +2088,7 @@ class Kernel:
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not: the kernel objects if it
         is not, and it may just have expired. So it is added first."""
-        key = nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, name[1]))
-        element = nested(NFTA_LIST_ELEMENT, key)
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name[1]))
         brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
         return [brief, (DELSETELEM, 0, self._elements_of(name[0], element))]
 
@@ -2143,7 +2161,7 @@ class Firewall:
         self.log = log
         self.leases = Leases()
         self.installed = False  # whether there is something to remove in the end
-        self.sets: dict[str, tuple[int, int]] = {}  # by name the handles of table and set, as known
+        self.sets: Handles = {}  # as known
         self.look_at = NEVER  # when to look whether the kernel has what it should
         self.work: Generator[None, None, str] | None = None  # a look that is under way
         self.changed: set[LeaseKey] = set()  # the leases that were changed since it began
@@ -2151,6 +2169,7 @@ class Firewall:
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
+        self.disturbed = 0  # how often in a row the kernel has objected to something
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
@@ -2505,10 +2524,14 @@ class Firewall:
             return
         except StopIteration as end:
             damage = end.value
+            self.disturbed = 0
         except UserError as error:
             trouble = error.problem
         except OSError as error:
             damage = f"changed meanwhile: {error.strerror}"
+            self.disturbed += 1
+            if self.disturbed >= DISTURBED_LIMIT:
+                trouble = f"the kernel does not take it: {error.strerror}"
         self.work = None
         self.changed.clear()
         if trouble and trouble != self.trouble:
@@ -2547,9 +2570,9 @@ class Firewall:
             if not name.endswith("-gate"):
                 yield from self._survey_set(survey, name)
         adopted = yield from self._adopt(survey)
-        missing = yield from self._find_missing(survey, renewed)
+        missing = yield from self._find_missing(survey, renewed, handles)
         yield from self._mend(survey, missing)
-        gates_were_wrong = self._mend_gates(renewed)
+        gates_were_wrong = self._mend_gates(renewed, handles)
         self.sets = handles  # not before what was lost with the old ones is back
         if self.is_adopting:
             # A listing may be incomplete if something was changed meanwhile.
@@ -2572,15 +2595,19 @@ class Firewall:
             self.log("adopted", leases=len(self.leases))
         self._warn_of_limit()
 
-    def _inspect(self) -> tuple[str, dict[str, tuple[int, int]]]:
-        """What is wrong with our sets and rules, and the handles of table and set of each set. (The
-        table's belongs to it: a new table counts its sets from the start.) Raises UserError."""
+    def _handles(self) -> Handles:
+        """The handles of table and set of each of our sets. (The table's belongs to it: a new table
+        counts its sets from the start.) Raises UserError."""
         try:
             table, _ = self.kernel.table_facts()
         except OSError as error:
             name = f"table {self.config.family} {self.config.table}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
-        handles = {name: (table, handle) for name, handle in self._sets().items()}
+        return {name: (table, handle) for name, handle in self._sets().items()}
+
+    def _inspect(self) -> tuple[str, Handles]:
+        """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
+        handles = self._handles()
         wanted = ruleset(self.config)
         tags = [rule.comment for rule in self._rules()]
         if wanted.sets.keys() - handles.keys():
@@ -2664,31 +2691,38 @@ class Firewall:
         return len(survey.heirs)
 
     def _find_missing(
-        self, survey: Survey, renewed: set[str]
+        self, survey: Survey, renewed: set[str], handles: Handles
     ) -> Generator[None, None, list[Lease]]:
         """The leases of which elements have gone together with their set. One whose elements have
         gone alone was revoked by an administrator."""
         missing = []
-        for number, lease in enumerate(list(self.leases.by_key.values())):
-            if number % (10 * ELEMENTS_PER_BATCH) == 0:
-                yield
-            resource = self.config.resources[lease.resource]
-            is_whole = survey.found.get(lease.key) == resource.parts
-            if is_whole or lease.key in self.changed:
-                continue
-            names = lease_elements(lease, resource)
-            is_ending = lease.ends < time.monotonic() + EARLY_S
-            if renewed.intersection(name for name, _ in names):
-                missing.append(lease)
-            elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
-                self._end_by_hand(lease)
+        for some in in_batches(list(self.leases.by_key.values())):
+            yield
+            deleted = []
+            for lease in some:
+                resource = self.config.resources[lease.resource]
+                is_whole = survey.found.get(lease.key) == resource.parts
+                if is_whole or lease.key in self.changed:
+                    continue
+                names = lease_elements(lease, resource)
+                is_ending = lease.ends < time.monotonic() + EARLY_S
+                if renewed.intersection(name for name, _ in names):
+                    missing.append(lease)
+                elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
+                    deleted.append(lease)
+            self._end_by_hand(deleted, handles)
         return missing
 
-    def _end_by_hand(self, lease: Lease) -> None:
-        """An administrator has deleted an element of a lease: that ends all of it."""
-        self.kernel.change(self._changes([], [lease], time.monotonic()))
-        self._forget(lease.key)
-        self._log_end(lease, "by hand")
+    def _end_by_hand(self, leases: list[Lease], handles: Handles) -> None:
+        """An administrator has deleted an element of each of these leases: that ends all of it.
+        Args: handles, as they were when the look began. Raises OSError if they have changed: then
+        the elements have gone with their set."""
+        if leases and self._handles() != handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+        for lease in leases:
+            self.kernel.change(self._changes([], [lease], time.monotonic()))
+            self._forget(lease.key)
+            self._log_end(lease, "by hand")
 
     def _mend(self, survey: Survey, missing: list[Lease]) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
@@ -2716,7 +2750,7 @@ class Firewall:
                 self.kernel.change(self._changes(leases, [], now, replace))
             yield
 
-    def _mend_gates(self, renewed: set[str]) -> bool:
+    def _mend_gates(self, renewed: set[str], handles: Handles) -> bool:
         """Have each gate open until its last lease ends. Returns whether one was not so. Where
         somebody shut one by hand, all who hold it have lost it."""
         ends: dict[int, float] = {}
@@ -2726,19 +2760,20 @@ class Firewall:
         is_wrong = False
         for resource in self.config.resources.values():
             if resource.is_gate:
-                is_wrong |= self._mend_gate(resource.identifier, ends, renewed)
+                is_wrong |= self._mend_gate(resource.identifier, ends, renewed, handles)
         return is_wrong
 
-    def _mend_gate(self, resource: int, ends: dict[int, float], renewed: set[str]) -> bool:
+    def _mend_gate(
+        self, resource: int, ends: dict[int, float], renewed: set[str], handles: Handles
+    ) -> bool:
         now = time.monotonic()
         wanted = gate_elements(self.config, resource) if ends.get(resource, 0.0) > now else []
         set_name = f"letmein-{resource:08X}-gate"
         found = {(set_name, each.key): now + each.left for each in self.kernel.elements(set_name)}
         lost = [name for name in wanted if name not in found]
         if lost and set_name not in renewed and not self.is_adopting:
-            for lease in list(self.leases.by_key.values()):
-                if lease.resource == resource:
-                    self._end_by_hand(lease)
+            holders = [each for each in self.leases.by_key.values() if each.resource == resource]
+            self._end_by_hand(holders, handles)
             return False
         strange = [name for name in found.keys() - set(wanted) if found[name] > now + EARLY_S]
         for name in strange:
@@ -2777,6 +2812,7 @@ NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, a
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
+SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
@@ -3054,11 +3090,16 @@ class Monitor:
             nonlocal spare
             document = self._status()
             # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
-            os.close(spare)
+            if spare >= 0:
+                os.close(spare)
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
                 peer.setblocking(False)
                 peer.send(json.dumps(document).encode())
-            spare = os.open(os.devnull, os.O_RDONLY)
+            try:
+                spare = os.open(os.devnull, os.O_RDONLY)
+            except OSError:  # there are none at all: then it wakes us up, but not all the time
+                spare = -1
+                time.sleep(SCARCE_PAUSE_S)
 
         self.selector.register(listener, selectors.EVENT_READ, serve)
 
@@ -3895,9 +3936,11 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
             continue
         size = 16 if name.endswith("-6") else 4
         family = socket.AF_INET6 if size == 16 else socket.AF_INET
-        address = socket.inet_ntop(family, element.key[:size])
+        address = element.key.hex() or "*"  # for what is none of ours: as nft has it
         protocol = port = None
-        if len(element.key) > size:
+        if len(element.key) in (size, size + PORT_KEY.size):
+            address = socket.inet_ntop(family, element.key[:size])
+        if len(element.key) == size + PORT_KEY.size:
             number, port = PORT_KEY.unpack(element.key[size:])
             protocol = protocols.get(number, str(number))
         comment = COMMENT.fullmatch(element.comment)

@@ -1287,6 +1287,22 @@ class TestRules:
         path = lab.file(server_conf())
         lab.command("status", "-c", path).assert_error("filter")
 
+    def test_status_of_what_is_none_of_ours(self, lab: Lab) -> None:
+        """Sets of somebody else that have our names, of whatever type: each element is shown."""
+        lab.load()
+        path = lab.file(server_conf())
+        nft_do(
+            "add set inet filter letmein-4 { type inet_service; elements = { 22 }; }",
+            "add set inet filter letmein-6 { type ipv4_addr . inet_service;"
+            " elements = { 10.77.6.1 . 22 }; }",
+            "add set inet filter letmein-00000040-4 { type ether_addr; elements = { * }; }",
+        )
+        result = lab.command("status", "-c", path)
+        result.assert_good()
+        assert "address=0016 " in result.out
+        assert "address=0a4d060100160000 " in result.out
+        assert "address=* " in result.out
+
     def test_the_account_of_the_network_process(self, lab: Lab) -> None:
         """As root it becomes another user; where that cannot be, there is no server."""
         lab.load()
@@ -3283,6 +3299,26 @@ class TestHeal:
         flush_and_reload(lab)
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_a_set_that_takes_no_leases(self, lab: Lab, guarded: Server) -> None:
+        """Somebody has made ours anew, without its timeouts: that is said, and mended when the set
+        is as it was."""
+        knock_all(lab, *HOLDERS)
+        chain = run(NFT, "list", "chain", "inet", "filter", "LETMEIN-INPUT")
+        rules = re.findall(r"\S.* comment \"letmein .*", chain)
+        nft_do(
+            "flush chain inet filter LETMEIN-INPUT",
+            "delete set inet filter letmein-4",
+            "add set inet filter letmein-4 { type ipv4_addr . inet_proto . inet_service; }",
+            *(f"add rule inet filter LETMEIN-INPUT {rule}" for rule in rules),
+        )
+        event = guarded.wait_for("cannot-heal")
+        assert "Invalid argument" in event["reason"], event
+        assert attempt(lab, 0x22, source=OTHER_4) == GOAWAY
+        delete_the_sets_alone(lab)
+        guarded.wait_for("healed", leases="5")
+        agree(lab, guarded, *HOLDERS)
+        assert len(guarded.events("cannot-heal")) == 1, guarded.log
+
     def test_a_reload_every_100_ms(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
         sources = [f"10.77.{number >> 8}.{number & 255}" for number in range(1281, 2280)]
@@ -3351,6 +3387,9 @@ class TestHeal:
             ("letmein-00000040-4", "10.77.6.1"),
             ("letmein-00000041-gate", "ip"),
             ("letmein-00000041-gate", "0x1234 timeout 60s"),
+            ("letmein-4", "* timeout 60s"),
+            ("letmein-6", "*"),
+            ("letmein-00000041-gate", "*"),
         ],
     )
     def test_what_somebody_plants_is_removed(
@@ -3363,6 +3402,31 @@ class TestHeal:
         assert kernel().gates == {}
         assert not lab.reaches(22, "10.77.6.1")
         assert lab.reaches(22, CLIENT_4)
+
+    def test_a_set_with_a_timeout_of_its_own(self, lab: Lab, guarded: Server) -> None:
+        """The kernel then tells of an element's timeout in another way: an element without end is
+        seen and removed, and a lease of just the set's timeout is left alone."""
+        nft_do(
+            "add set inet filter letmein-4 { type ipv4_addr . inet_proto . inet_service;"
+            " flags timeout; counter; timeout 1h; }"
+        )
+        if "timeout 1h" not in lab.ruleset():
+            pytest.skip("this kernel does not change a set's own timeout")
+        text = guarded.path.read_text(encoding="utf-8")
+        reconfigure(guarded, text.replace("22 = port: 22", "22 = port: 22 / timeout: 3600"))
+        holder = (CLIENT_4, 0x22, 1)
+        knock_all(lab, holder)
+        # As a newer nft does it; nft 1.0.6 takes "timeout 0s" for none, which is the set's.
+        table = letmein.Kernel("inet", "filter")
+        for_ever = letmein.attribute(letmein.NFTA_ELEM_TIMEOUT, bytes(8))
+        key = socket.inet_aton("10.77.6.1") + letmein.PORT_KEY.pack(6, 22)
+        element = letmein.nested(1, letmein.key_attribute(key), for_ever)
+        where = table._elements_of("letmein-4", element)
+        table.change([(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
+        guarded.wait_for("healed", leases="1")
+        agree(lab, guarded, holder)
+        time.sleep(1.2)  # the look that must not be would come within 1 s
+        assert len(guarded.events("healed")) == 1, guarded.log
 
     def test_a_lease_prolonged_by_hand_is_cut(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, HOLDERS[0])
@@ -3502,6 +3566,84 @@ class TestHeal:
             if text != good:
                 guarded.wait_for("cannot-heal")
         agree(lab, guarded, *HOLDERS)
+
+
+class Held4And6(NamedTuple):
+    """A firewall without its processes, which a test makes go on step by step, and who is in."""
+
+    firewall: letmein.Firewall
+    holders: tuple[tuple[str, int, int], ...]
+
+
+@pytest.fixture
+def stepwise(lab: Lab) -> Iterator[Held4And6]:
+    """Its look at the kernel's table has begun, and has read the IPv4 leases."""
+    lab.load(more=DOOR)
+    log = letmein.Log()
+    config = letmein.parse_config(server_conf(TRUTH_RESOURCES), "", server=True)
+    firewall = letmein.Firewall(letmein.Nft(NFT), config, BOOT, log)
+    holders = (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1), (OTHER_6, 0x41, 1)
+    with selectors.DefaultSelector() as selector:
+        firewall.open(selector)
+        settle(firewall)
+        for holder in holders:
+            assert firewall.knock(*holder) == ""
+        firewall.look_at = 0.0
+        settle(firewall)
+        firewall.work = firewall._look()
+        next(firewall.work)
+        yield Held4And6(firewall, holders)
+        for key in list(selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+    firewall.close()
+
+
+def settle(firewall: letmein.Firewall) -> None:
+    """Have it look at the kernel's table until it finds no reason to do so again."""
+    deadline = time.monotonic() + LIMIT_S
+    while firewall.wakes_at < letmein.NEVER:
+        assert time.monotonic() < deadline, "it looks for ever"
+        firewall.advance()
+        time.sleep(max(0.0, min(firewall.look_at - time.monotonic(), 1.0)))
+
+
+class TestBetweenTwoSteps:
+    """A look at the kernel's table takes its time, in which others change it."""
+
+    def test_a_reload_and_a_knock_in_the_middle_of_a_look(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """The knock makes the sets anew. That those of the others are empty now is nobody's wish to
+        have them out."""
+        flush_and_reload(lab)
+        assert stepwise.firewall.knock(OTHER_4, 0x22, 2) == ""
+        settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
+        assert len(kernel().gates) == 2
+
+    def test_an_old_ruleset_is_restored_in_the_middle_of_a_look(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """It brings sets, but not all leases: they come back as well."""
+        saved = run(NFT, "list", "ruleset").replace(f"{CLIENT_6} . tcp . 22", "fd77::7 . tcp . 22")
+        nft_do("flush ruleset", saved)
+        settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders)
+
+    def test_more_complaints_than_fit(self, lab: Lab, stepwise: Held4And6) -> None:
+        """The kernel complains of each element of a large change. What is left of that is no word
+        on the next change, whose element would stand there without anybody's knowing."""
+        lease = letmein.Lease("10.77.6.1", 0x22, 1, "proof", 1, time.monotonic() + 60)
+        many = [lease._replace(address=f"10.77.6.{n}") for n in range(250)]
+        firewall = stepwise.firewall
+        lab.load(more=DOOR)
+        with pytest.raises(OSError):
+            firewall.kernel.change(firewall._changes(many, [], time.monotonic(), replace=True))
+        run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
+        assert firewall.knock(OTHER_4, 0x22, 2) == ""
+        settle(firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
 
 
 class TestTenThousand:
@@ -5803,11 +5945,12 @@ def libc(name, *arguments):
 
 class Hostile(Network):
     def __init__(self, *arguments):
-        self.answer = None
+        self.request = self.answer = None
         signal.signal(signal.SIGUSR1, lambda *_: self.attack())
         super().__init__(*arguments)
 
     def _send(self, record):
+        self.request = record if record.kind == REQUEST else self.request
         self.answer = record if record.kind == ANSWER else self.answer
         super()._send(record)
 
@@ -5881,6 +6024,20 @@ FLOODS = {
     "counts": """
             self.say(COUNTS, payload=COUNTS_PAYLOAD.pack(*[0xFFFFFFFF] * 3).ljust(56))
             self.say(READY)
+""",
+    # What a client who has the key has said, as if from others, at other times, in any order.
+    "all at once": """
+            record = numbers.choice([self.request, self.answer])
+            near = IPV4_MAPPED + bytes([10, 77, 7, 7])
+            local = bytes.fromhex("fe80") + bytes(13) + b"1"
+            self.tell(RECORD.pack(*record._replace(
+                kind=numbers.choice([READY, REQUEST, REQUEST, ANSWER, ANSWER, COUNTS]),
+                protocol=numbers.choice([TCP, UDP]),
+                connection=numbers.choice([record.connection, numbers.getrandbits(32)]),
+                address=numbers.choice([record.address, near, local, numbers.randbytes(16)]),
+                route=numbers.choice([record.route, numbers.randbytes(26)]),
+            )))
+            self.hear()
 """,
 }
 NOT_READING = """
@@ -6045,6 +6202,11 @@ def children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def things_of(pid: int) -> tuple[int, int]:
+    """How many threads and descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
+
+
 class TestNetworkProcess:
     """The process that faces the internet dies, hangs, or turns against us."""
 
@@ -6118,6 +6280,7 @@ class TestNetworkProcess:
         with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
             assert handshake(lab) == COMEIN
             leases, memory = lab.elements(), resident_kb(server.process.pid)
+            things = things_of(server.process.pid)
             used = used_s(server.process.pid)
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
@@ -6127,6 +6290,7 @@ class TestNetworkProcess:
             reconfigure(server, server_conf())
             assert counted(server)["process"] == server.process.pid
             assert resident_kb(server.process.pid) < memory + 10 * 1024
+            assert things_of(server.process.pid) == things
             assert server.events("network-process-lost") == []
             assert len(server.lines) < 100, "the disk gets full"
             assert lab.reaches(22, CLIENT_4)
@@ -6248,7 +6412,12 @@ class TestLimits:
             assert "Too many open files" in lost["reason"], lost
             server.process.send_signal(signal.SIGHUP)
             server.wait_for("reload-failed")
-            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(status_socket(server)))
+                server.process.send_signal(signal.SIGHUP)
+                server.wait_for("reload-failed", 2)
+                limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+                assert json.load(peer.makefile("rb"))["process"] == monitor
             eventually(lambda: server_is_back(server), "no new network process")
             assert lab.reaches(22, CLIENT_4), "the lease"
             assert_lives(server)
@@ -8713,6 +8882,7 @@ FLOOD_KINDS = {  # what can be done over which protocol
     "random": ("tcp", "udp"),  # 56 bytes that look like a message, the rest of them random
     "slow": ("tcp",),  # a message of one byte a second
     "reset": ("tcp",),  # connect, and reset
+    "key": ("tcp", "udp"),  # all that one can do with a key of one's own
 }
 FLOOD_SOURCES = {
     # Half of them IPv4 addresses, half of them of different IPv6 /56.
@@ -8722,6 +8892,7 @@ FLOOD_SOURCES = {
     # Over TCP a neighbour behind the client's NAT, over UDP somebody else who forges it.
     "own": [CLIENT_4],
 }
+FLOOD_RULES = 10  # max-nr-rules, which an attacker with a key reaches at once
 FLOOD_SLOT_S = 0.002  # the pace: what is due in this time is done in one go, and no more
 FLOOD_CONNECTIONS = 4096  # that an attacker holds at the same time
 UDP_SOCKETS = 256  # of an attacker with one address
@@ -8901,6 +9072,77 @@ def flood_tcp(plan: Flood) -> FloodSteps:
     return one, tend
 
 
+KEY_REQUESTS = ((KNOCK, 0x23), (KNOCK, 0x23), (REVOKE, 0x23), (KNOCK, 0x26), (REVOKE, 0x26))
+# How user 2 answers a CHALLENGE: with so many RESPONSEs of different salts, for what was asked for
+# or for what is user 1's alone.
+KEY_ANSWERS = ((1, None), (0, None), (1, None), (8, None), (1, 0x26))
+
+
+def flood_with_key(plan: Flood) -> FloodSteps:
+    """Who holds a key, and wants more: handshakes that are complete, and others that are not."""
+    poll = select.epoll()
+    peers: dict[int, socket.socket] = {}
+    requests = itertools.cycle(KEY_REQUESTS)
+    answers = itertools.cycle(KEY_ANSWERS)
+    is_udp = plan.protocol == "udp"
+    kind = (socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM) | socket.SOCK_NONBLOCK
+
+    def connect(address: str) -> socket.socket:
+        peer = socket.socket(family_of(address), kind)
+        if not is_udp:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        peer.bind((address, 0))
+        with contextlib.suppress(BlockingIOError):
+            peer.connect((server_for(address), 5800))
+        peers[peer.fileno()] = peer
+        poll.register(peer, select.EPOLLIN if is_udp else select.EPOLLOUT)
+        return peer
+
+    def request(peer: socket.socket) -> None:
+        operation, resource = next(requests)
+        peer.send(message(operation, resource, 2))
+
+    each = UDP_SOCKETS if len(plan.addresses) == 1 else 1
+    pool = itertools.cycle([connect(address) for address in plan.addresses * each if is_udp])
+    addresses = itertools.cycle(plan.addresses)
+
+    def one() -> int:
+        try:
+            if is_udp:
+                request(next(pool))
+            else:
+                connect(next(addresses))
+        except OSError:
+            return 0
+        return 1
+
+    def answer(peer: socket.socket, said: Reply) -> None:
+        count, resource = next(answers)
+        for _ in range(count):
+            peer.send(message(RESPONSE, resource or said.resource, 2, said.auth))
+
+    def serve(peer: socket.socket, event: int) -> bool:
+        """Returns whether this connection goes on."""
+        if event & select.EPOLLOUT:
+            request(peer)
+            poll.modify(peer, select.EPOLLIN)
+            return True
+        said = Reply.parse(peer.recv(57))
+        if said.operation == CHALLENGE:
+            answer(peer, said)
+        return is_udp or said.operation == CHALLENGE
+
+    def tend() -> None:
+        for descriptor, event in poll.poll(0):
+            goes_on = is_udp
+            with contextlib.suppress(OSError, AssertionError):  # of Reply.parse(): it was closed
+                goes_on = serve(peers[descriptor], event)
+            if not goes_on:
+                peers.pop(descriptor).close()
+
+    return one, tend
+
+
 def flood_messages(plan: Flood) -> list[bytes]:
     """What is sent, in turn."""
     if plan.kind != "random":
@@ -8915,7 +9157,9 @@ def flood_process() -> None:
     limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
     gc.disable()
     plan = Flood(**json.loads(sys.stdin.readline()))
-    one, tend = (flood_udp if plan.protocol == "udp" else flood_tcp)(plan)
+    flood = {"udp": flood_udp, "tcp": flood_tcp}[plan.protocol]
+    flood = flood_with_key if plan.kind == "key" else flood
+    one, tend = flood(plan)
     print("ready", flush=True)
     sys.stdin.readline()
     used = time.process_time()
@@ -9072,6 +9316,7 @@ class Outcome(NamedTuple):
     descriptors_after: int
     back_s: float  # how long it took until the descriptors were as before
     lost: int  # network processes
+    faults: list[str]  # of the leases in the end
     cpu: tuple[float, float, float]
 
     @property
@@ -9098,10 +9343,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 def knock_steadily(
-    lab: Lab, protocol: str, sources: Sequence[str], seconds: float, meanwhile: Callable[[], None]
+    lab: Lab,
+    protocol: str,
+    sources: Sequence[str],
+    seconds: float,
+    meanwhile: Callable[[], None],
+    then: Callable[[str], None],
 ) -> tuple[list[float], list[str], float]:
-    """A knock every 200 ms, however long the ones before take; returns how long the good ones
-    took, why the others failed, and what the slowest of all took."""
+    """A knock every 200 ms, however long the ones before take, and then() with its source; returns
+    how long the good ones took, why the others failed, and what the slowest of all took."""
     good: list[float] = []
     failed: list[str] = []
     slowest: list[float] = [0.0]
@@ -9110,7 +9360,9 @@ def knock_steadily(
         began = time.monotonic()
         try:
             assert handshake(lab, protocol=protocol, source=source) == COMEIN, "GOAWAY"
-            good.append(time.monotonic() - began)
+            took = time.monotonic() - began
+            then(source)
+            good.append(took)
         except (OSError, AssertionError) as error:
             failed.append(f"{source}: {error!r}"[:200])
         slowest.append(time.monotonic() - began)
@@ -9151,8 +9403,11 @@ def flood_case(
         host = "client" if source == "own" and protocol == "tcp" else "attacker"
         process = stack.enter_context(attacker.start(host, "flood"))
         stack.callback(process.kill)
-        server = stack.enter_context(Server(lab, server_conf(), env=unmeasured()))
+        conf = server_conf(nftables=f"max-nr-rules = {FLOOD_RULES}")
+        server = stack.enter_context(Server(lab, conf, env=unmeasured()))
         sources = [CLIENT_4] if source == "own" else [CLIENT_4, CLIENT_6]
+        if kind == "key" and source != "own":
+            sources = [f"10.77.9.{n}" for n in range(5)] + [f"fd77::9:{n}" for n in range(5)]
         with Peer(lab, protocol) as peer:  # this is where it was recorded
             peer.send(knock)
             peer.send(message(RESPONSE, 0x22, token=peer.receive().auth))
@@ -9181,7 +9436,13 @@ def flood_case(
         tell(process, json.dumps(flood._asdict()))
         assert hear(process) == "ready"
         tell(process, "")
-        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look)
+
+        def go_in(source: str) -> None:
+            assert lab.reaches(22, source), "the lease is lost"
+            if kind == "key" and source != CLIENT_4:  # so that the next knock is for a new lease
+                assert handshake(lab, 0x22, REVOKE, protocol, source) == COMEIN, "not revoked"
+
+        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look, go_in)
         sent, flood_cpu = json.loads(hear(process))
         process.wait(LIMIT_S)
         look()
@@ -9197,6 +9458,10 @@ def flood_case(
             left, after = descriptors(), memory() - before
             used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
         lost = sum("network-process-lost" in line for line in server.lines)
+        faults = lease_faults()
+        is_blind = source == "own" and protocol == "udp"  # no answer comes to who forges a sender
+        if kind == "key" and not is_blind and not server.events("granted", user=f"{2:08X}"):
+            faults.append("nobody was let in with a key, so it was no attack")
     return Outcome(
         sent=sent / flood.seconds,
         arrived=arrived / flood.seconds,
@@ -9209,8 +9474,21 @@ def flood_case(
         descriptors_after=left,
         back_s=back_s,
         lost=lost,
+        faults=faults,
         cpu=(used[0], used[1], flood_cpu),
     )
+
+
+def lease_faults() -> list[str]:
+    """What is wrong with the leases after a flood: who has user 2's key may have been let in to
+    port 23 and nowhere else, and there are no more rules than there may be."""
+    elements = kernel().elements
+    others = [row for row in elements if row.user != f"{1:08X}"]
+    faults = [f"{row} is too much" for row in others if row.resource != f"{0x23:08X}"]
+    faults += [f"{row} lasts too long" for row, left in elements.items() if not 0 <= left <= 600]
+    if len(elements) > FLOOD_RULES - 2:
+        faults.append(f"{len(elements)} rules for leases")
+    return faults
 
 
 def forget_connections() -> None:
@@ -9345,6 +9623,10 @@ class TestFloods:
             pytest.param("idle", "tcp", "own", 20, 0, id="idle-own"),
             pytest.param("replay", "udp", "own", 20, 0, id="replay-udp-own"),
             pytest.param("replay", "tcp", "many", 300, 0.05, id="replay-tcp-far"),
+            pytest.param("key", "tcp", "many", 300, 0, id="key-tcp"),
+            pytest.param("key", "udp", "many", 300, 0, id="key-udp"),
+            pytest.param("key", "tcp", "one", 300, 0, id="key-tcp-one"),
+            pytest.param("key", "udp", "one", 300, 0, id="key-udp-one"),
         ],
     )
     def test_a_knock_succeeds(
@@ -9356,6 +9638,7 @@ class TestFloods:
         assert outcome.failed == []
         assert outcome.knocks == 5
         assert outcome.lost == 0
+        assert outcome.faults == []
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
