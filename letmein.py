@@ -2736,6 +2736,7 @@ NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long i
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
+NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
@@ -2987,7 +2988,9 @@ class Monitor:
         if path:
             unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
             with contextlib.suppress(OSError), socket.socket(*unix) as notify:
-                notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
+                notify.settimeout(NOTIFY_PATIENCE_S)
+                notify.connect("\0" + path[1:] if path[0] == "@" else path)
+                notify.send(b"READY=1")
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"

@@ -5326,6 +5326,22 @@ class TestService:
         found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
         assert found and float(found[1]) <= 2.6, said
 
+    def test_a_systemd_that_reads_nothing(self, lab: Lab) -> None:
+        """Nobody takes its word that it is ready: it serves all the same, and takes a SIGHUP."""
+        lab.load()
+        path = str(lab.directory / "notify")
+        unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
+        with socket.socket(*unix) as busy, socket.socket(*unix) as sender:
+            busy.bind(path)
+            sender.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"no room", path)
+            with Server(lab, server_conf(), env={**environment(), "NOTIFY_SOCKET": path}) as server:
+                assert handshake(lab) == COMEIN
+                reconfigure(server, server_conf())
+                assert handshake(lab, 0x23) == COMEIN
+
     def test_the_rights_are_enough(self, lab: Lab) -> None:
         """The server does all its work with the capabilities of the unit alone."""
         if not lab.real_root:
