@@ -2037,6 +2037,13 @@ class Kernel:
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
+    check_table(kernel, config)
+    nft.run(ruleset_script(config), "-c")
+
+
+def check_table(kernel: Kernel, config: Config) -> None:
+    """See that table and chains are there, and that nobody else has a claim to them. Raises
+    UserError."""
     table = f"table {config.family} {config.table}"
     try:
         _, flags = kernel.table_facts()
@@ -2058,7 +2065,6 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
             raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
         check_chain(kernel, config, hook, chain)
-    nft.run(ruleset_script(config), "-c")
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
@@ -2109,6 +2115,7 @@ class Firewall:
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
+        self.claim = ""  # of somebody else to our table or chains, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
@@ -2499,6 +2506,7 @@ class Firewall:
                     raise UserError(f"nft reports success, but {remains}")
                 return damage
         self.futile = 0
+        self._warn_of_claims()
         renewed = {name for name, handle in handles.items() if self.sets.get(name) != handle}
         survey = Survey()
         for name in ruleset(self.config).sets:
@@ -2529,6 +2537,19 @@ class Firewall:
         if len(self.leases):
             self.log("adopted", leases=len(self.leases))
         self._warn_of_limit()
+
+    def _warn_of_claims(self) -> None:
+        """Say so, once, if somebody has made the table unfit for us: it works still, but neither
+        SIGHUP nor a start will take it."""
+        claim = hint = ""
+        try:
+            check_table(self.kernel, self.config)
+        except UserError as error:
+            claim, hint = error.problem, error.hint
+        if claim not in ("", self.claim):
+            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            self.log("warning", reason=reason, hint=hint)
+        self.claim = claim
 
     def _inspect(self) -> tuple[str, dict[str, tuple[int, int]]]:
         """What is wrong with our sets and rules, and the handles of table and set of each set. (The

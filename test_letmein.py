@@ -3136,6 +3136,29 @@ class TestHeal:
         assert kernel().gates == {}
         assert not lab.reaches(22, CLIENT_4)
 
+    @pytest.mark.parametrize("told", ["a rule", "a table of iptables"])
+    def test_what_others_make_of_our_table(self, lab: Lab, told: str) -> None:
+        """It is told when it happens, once, and not when a SIGHUP fails that a stolen key makes
+        urgent."""
+        base = "{ type filter hook input priority filter; policy drop; jump LETMEIN-INPUT; }"
+        lab.load(f"table ip filter {{ chain LETMEIN-INPUT {{ }}; chain input {base}; }}")
+        change, said = {
+            "a rule": ("add rule ip filter LETMEIN-INPUT tcp dport 443 accept", "holds rules"),
+            "a table of iptables": (f"add chain ip filter INPUT {base}", "belongs to iptables"),
+        }[told]
+        with Server(lab, server_conf(family="ip")) as server:
+            began = len(server.events("warning"))
+            nft_do(change)
+            reason = server.wait_for("warning", began + 1)["reason"]
+            assert said in reason
+            assert "SIGHUP and the next start fail" in reason
+            assert handshake(lab) == COMEIN
+            nft_do("flush chain ip filter LETMEIN-INPUT")
+            server.wait_for("healed")
+            quiet(server)
+            assert len(server.events("warning")) == began + 1
+            lab.load()
+
     def test_elements_deleted_by_hand_are_revoked(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
         nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
