@@ -459,6 +459,7 @@ CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SECCOMP = ("off", "log", "kill")
+IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
@@ -765,6 +766,10 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     if server and config.error_policy == NO_AUTH and "udp" in protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
         warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    if server and config.family != "inet" and config.table in IPTABLES_TABLES:
+        place, _ = sections["NFTABLES"]["table"]
+        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        warnings.append(f"{place}{text} our rules lets everybody in; give the table another name")
     for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
         somebody = min(resource.users, default=0)  # who may have it, if anybody can
         objection = config.objection(somebody, resource.identifier)

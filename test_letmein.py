@@ -2240,6 +2240,15 @@ class TestStart:
         conf = server_conf(family=family)
         self.fails(lab, f"table {family} filter belongs to iptables", conf=conf)
 
+    @pytest.mark.parametrize("table, told", [("filter", True), ("mangle", True), ("own", False)])
+    def test_a_table_that_iptables_may_take(self, lab: Lab, table: str, told: bool) -> None:
+        """Whoever gives the table the name of one of iptables' is told before iptables comes."""
+        lab.load(f"table ip {table} {{ chain LETMEIN-INPUT {{ }}; }}")
+        conf = server_conf(family="ip").replace("table = filter", f"table = {table}")
+        checked = lab.command("server", "--check", "--user", "none", "-c", lab.file(conf))
+        assert checked.status == 0, checked
+        assert (f"table: iptables uses ip {table}, too" in checked.err) == told, checked
+
     def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
         """As firewalld's may be: nobody else can change it."""
         lab.load("")
