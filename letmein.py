@@ -2893,9 +2893,19 @@ def run_path(rundir: str, config: Config) -> str:
     return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
 
 
+def check_rundir(rundir: str) -> None:
+    """See that nobody else may put files into the run directory: theirs could keep the server from
+    starting, or answer `status` in its name. Raises UserError."""
+    with contextlib.suppress(OSError):  # if it is not there: who needs it will say so
+        if os.stat(rundir).st_mode & 0o022:
+            hint = "take one that is root's alone: mkdir -m 755 DIR, and --rundir DIR"
+            raise UserError(f"others may write to the run directory {rundir}", hint)
+
+
 def lock_table(rundir: str, config: Config) -> int:
     """Have no other server work on this table. Returns the lock's descriptor. Raises UserError."""
     import fcntl
+    check_rundir(rundir)
     path = run_path(rundir, config) + ".lock"
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -3028,10 +3038,15 @@ class Monitor:
         import json
         path = run_path(self.arguments.rundir, self.config) + ".status"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # a predecessor's: we hold the lock
-        listener.bind(path)
-        listener.listen()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a predecessor's: we hold the lock
+            listener.bind(path)
+            listener.listen()
+        except OSError as error:
+            hint = "is its disk full, or its path too long? a shorter --rundir helps"
+            reason = error.strerror or error  # of a path above 107 bytes Python alone complains
+            raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
         listener.setblocking(False)
 
         spare = os.open(os.devnull, os.O_RDONLY)
@@ -3704,6 +3719,7 @@ STATUS_PATIENCE_S = 8.0  # with a server that is busy
 def status(config: Config, rundir: str, as_json: bool) -> int:
     """Print who holds what, as the kernel has it, and what a running server has counted."""
     import json
+    check_rundir(rundir)
     server: Any = None
     with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(STATUS_PATIENCE_S)

@@ -2174,6 +2174,27 @@ class TestStart:
             said = ("a server for the table inet filter runs already", "stop that one first")
             lab.command(*words, server.rundir).assert_error(*said)
 
+    @pytest.mark.parametrize("mode", [0o1777, 0o775, 0o757])
+    def test_a_run_directory_that_others_may_write_to(self, lab: Lab, mode: int) -> None:
+        """They could hold the lock, or answer `status`: neither the server nor `status` uses it."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(mode)
+        for words in (("server", "--user", "none"), ("status",)):
+            result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
+            result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
+        assert not list(place.iterdir())
+
+    def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
+        """Its path is named, and nothing is installed."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory)) / ("d" * 80)
+        place.mkdir()
+        words = ("server", "--user", "none", "-c", lab.file(server_conf()), "--rundir", place)
+        result = lab.command(*words)
+        result.assert_error(f"cannot make the socket {place}/letmeind-", ".status: ", "--rundir")
+        assert "letmein" not in lab.ruleset()
+
     def test_a_run_directory_of_somebody_else(self, lab: Lab) -> None:
         """Who may not write there is told so, and not that a server may run."""
         need_root(lab)
