@@ -112,12 +112,15 @@ class Log:
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
+        # systemd sets the variable also where only standard output goes there: systemd.exec(5).
+        place = os.fstat(2)
+        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. Under systemd, which adds a time itself, the line has none."""
+        escaped. In systemd's journal, which adds a time itself, the line has none."""
         self.counts[event] += 1
-        words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        words = [] if self.is_journal else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
@@ -2859,7 +2862,11 @@ def activated_sockets() -> ControlSockets:
     may be several of one protocol and port, for different addresses. Raises UserError."""
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     most = LISTENERS_LIMIT - 1  # one more may be ours
-    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
+    try:
+        number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
+    except Unfit as unfit:
+        hint = f"expected: {unfit.hint} sockets; unset LISTEN_PID if systemd has not set it"
+        raise UserError(f"LISTEN_FDS in the environment: {unfit.problem}", hint) from None
     kinds = {  # by type, protocol, and whether it listens
         (socket.SOCK_STREAM, socket.IPPROTO_TCP, 1): "tcp",
         (socket.SOCK_DGRAM, socket.IPPROTO_UDP, 0): "udp",

@@ -4934,11 +4934,14 @@ class TestLogUnderAttack:
         events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
         assert events == ["summary", "stopped"]
 
-    @pytest.mark.parametrize("journal", [False, True])
-    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, journal: bool) -> None:
+    @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
+    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
+        """Each line has a time, unless systemd's journal is where standard error goes."""
+        journal = "stat" in stream
         lab.load()
-        env = {**environment(), **({"JOURNAL_STREAM": "8:1"} if journal else {})}
-        with Server(lab, ANSWERS_ALL, env=env) as server:
+        shell = ("sh", "-c", f'JOURNAL_STREAM={stream} exec "$@"', "sh")
+        program = (*shell, sys.executable, lab.installed, "server")
+        with Server(lab, ANSWERS_ALL, program=program) as server:
             for text in (b"\nev=", b"\x1b[2J", b"' a=", b"\0\r\xff%"):
                 number = int.from_bytes(text, "big")
                 for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
@@ -5378,6 +5381,15 @@ class TestService:
         said = run(program, "security", "--offline=true", "--no-pager", unit)
         found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
         assert found and float(found[1]) <= 2.6, said
+
+    @pytest.mark.parametrize("number", ["", "x", "-1", "16"])
+    def test_a_wrong_number_of_sockets(self, lab: Lab, number: str) -> None:
+        """The error names the variable that says so."""
+        lab.load()
+        shell = ("sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={number} exec "$@"', "sh")
+        words = ("server", "-c", lab.file(server_conf()), "--user", "none")
+        result = lab.command(*words, program=(*shell, sys.executable, lab.installed))
+        result.assert_error("LISTEN_FDS in the environment", "from 0 to 15 sockets")
 
     def test_a_systemd_that_reads_nothing(self, lab: Lab) -> None:
         """Nobody takes its word that it is ready: it serves all the same, and takes a SIGHUP."""
