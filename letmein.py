@@ -2125,6 +2125,7 @@ class Firewall:
         self.trouble = ""  # what keeps us from healing, once it was logged
         self.claim = ""  # of somebody else to our table or chains, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
+        self.is_contested = False  # whether healing has not lasted for a while, once it was logged
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
@@ -2496,6 +2497,12 @@ class Firewall:
         if damage or trouble:
             pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
             self.look_at = min(self.look_at, time.monotonic() + pause)
+            if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
+                self.is_contested = True
+                hint = "is there a second server for this table, with another --rundir?"
+                self.log("warning", reason="what is healed is changed again at once", hint=hint)
+        else:
+            self.is_contested = False
 
     def _look(self) -> Generator[None, None, str]:
         """Make the kernel's part of our table what it should be, in pieces: others have their turn
@@ -3095,7 +3102,7 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                self._lose_network(error.strerror or "")
+                self._lose_network(f"it cannot be started: {error.strerror}")
         self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()

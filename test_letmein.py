@@ -3189,6 +3189,19 @@ class TestHeal:
             assert len(server.events("warning")) == began + 1
             lab.load()
 
+    def test_two_servers_for_one_table(self, lab: Lab, guarded: Server) -> None:
+        """The lock does not keep them apart where each has its own run directory: they undo each
+        other's work, and say what it may be. When one goes, the other has all it needs."""
+        knock_all(lab, *HOLDERS)
+        with Server(lab, server_conf(TRUTH_RESOURCES, port="5900")) as other:
+            hint = "is there a second server for this table, with another --rundir?"
+            guarded.wait_for("warning", hint=hint)
+            other.kill()
+            quiet(guarded)
+        agree(lab, guarded, *HOLDERS)
+        assert kernel().rules == TRUTH_RULES
+        assert len(guarded.events("warning", hint=hint)) == 1
+
     def test_elements_deleted_by_hand_are_revoked(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
         nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
