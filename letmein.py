@@ -1533,6 +1533,7 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
+TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
 IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
@@ -1712,8 +1713,13 @@ def await_end(process: int, limit: float) -> int:
     import signal
     try:
         descriptor = os.pidfd_open(process)
-    except OSError:  # there are no more descriptors: it cannot be waited for with a limit
-        os.kill(process, signal.SIGKILL)
+    except OSError:  # there are no more descriptors: look again and again
+        give_up = time.monotonic() + limit
+        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if time.monotonic() > give_up:
+                os.kill(process, signal.SIGKILL)
+                break
+            time.sleep(TICK_S)
     else:
         if not select.select([descriptor], [], [], limit)[0]:
             os.kill(process, signal.SIGKILL)
@@ -2820,7 +2826,9 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             prepare_control(control)
         except OSError as error:
             problem = f"cannot serve the control port {config.port}/{name[0]}"
-            hint = "does another server run already? 'ss -lntup' tells"
+            hint = "does another program have it? 'ss -lntup' tells; below 1024 it takes root"
+            if error.errno != errno.EADDRINUSE and not isinstance(error, PermissionError):
+                hint = "is a limit of descriptors or memory reached?"
             raise UserError(f"{problem}: {error.strerror}", hint) from None
         sockets[name] = (control,)
     return sockets
@@ -3102,7 +3110,9 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                self._lose_network(f"it cannot be started: {error.strerror}")
+                hint = "is a limit of descriptors, processes or memory reached?"
+                problem = f"the network process cannot be started: {error.strerror}"
+                self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
@@ -4069,7 +4079,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            drop_output()  # or Python tries again at its end to write what is left, and says so
+            with contextlib.suppress(OSError):
+                drop_output()  # or Python tries again at its end to write the rest, and says so
         if not isinstance(error, BrokenPipeError):
             tell_error(error)
         return 1

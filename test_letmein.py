@@ -6289,6 +6289,31 @@ class TestLimits:
             assert lab.reaches(22, CLIENT_4), "the lease"
             assert_lives(server)
 
+    def test_no_descriptor_to_wait_for_nft(self, lab: Lab) -> None:
+        """Descriptors for what nft reads and says are enough: it is not killed for want of one to
+        wait for its end."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            monitor = server.process.pid
+            taken = {int(name) for name in os.listdir(f"/proc/{monitor}/fd")}
+            free = itertools.filterfalse(taken.__contains__, itertools.count())
+            _, last = next(free), next(free)
+            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (last + 1, most))
+            flush_the_chain(lab)
+            server.wait_for("healed")
+            assert "cannot-heal" not in server.log
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            assert_serves(lab, server)
+
+    @pytest.mark.parametrize("number", range(7, 12))
+    def test_too_few_descriptors_to_start(self, lab: Lab, number: int) -> None:
+        """Wherever they run out, that is said, without a traceback."""
+        lab.load()
+        program = ("prlimit", f"--nofile={number}", sys.executable, lab.installed)
+        words = ("server", "-c", lab.file(server_conf()), "--rundir", lab.directory)
+        lab.command(*words, "--user", "none", program=program).assert_error("Too many open files")
+
     def test_an_office(self, lab: Lab) -> None:
         """A hundred people behind one address knock in the same moment, and nobody pushes anybody
         out."""
