@@ -558,7 +558,7 @@ def shown(text: str) -> str:
 def matched(text: str, pattern: str, expected: str) -> str:
     """The text without white space around it. Raises Unfit unless it has this pattern."""
     if not re.fullmatch(pattern, text.strip()):
-        raise Unfit(f"{shown(text.strip())} will not do", expected)
+        raise Unfit(f"{shown(text.strip())} is not valid here", expected)
     return text.strip()
 
 
@@ -644,7 +644,7 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
         if not colon:
             flags.append(key)
         elif key not in ITEMS or (key in values and key in PORT_ITEMS):
-            raise Unfit(f"{shown(key)} is not known here, or stands there twice", RESOURCE)
+            raise Unfit(f"{shown(key)} is unknown, or appears twice", RESOURCE)
         else:
             values[key] = ITEMS[key](value)
 
@@ -655,7 +655,7 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     is_port = port and values.keys() <= PORT_ITEMS
     is_jump = not port and hooks and set(flags) == {"jump"}
     if not (is_port or is_jump):
-        raise Unfit("neither a port nor a jump resource, or both", RESOURCE)
+        raise Unfit("this is no port, and no jump, or a mixture of both", RESOURCE)
     timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
     return Resource(identifier, port, protocols, jumps, timeout, users)
 
@@ -697,7 +697,7 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if NO_TEXT.search(line):
             hint = "expected: UTF-8, without control characters"
-            raise ConfigError(f"{path}:{number}: this is no text", hint)
+            raise ConfigError(f"{path}:{number}: this line is not plain text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
             place, value = sections[section][name]
             sections[section][name] = (place, f"{value} {line.lstrip()}")
@@ -714,7 +714,7 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
         place = f"{path}:{number}: [{shown(section)[1:-1]}] "
         place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{place}stands above already", "expected: each name once")
+            raise ConfigError(f"{place}appears a second time", "expected: each name once")
         sections[section][name] = (place, found["value"] or "")
     return sections
 
@@ -1185,8 +1185,9 @@ class Client:
 
         results = race.wait(is_enough)
         for where in race.addresses:
-            error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
-            self.say(f"{where}: {error.problem if error else 'COMEIN'}")
+            none_yet = UserError(f"{where}: no answer within {OTHER_ADDRESS_S:g} s more")
+            error = results.get(where, none_yet)
+            self.say(error.problem if error else f"{where}: COMEIN")
         return results
 
     def ask(self, operation: int, resource: Resource) -> bool:
@@ -2547,7 +2548,7 @@ class Firewall:
             self._tell_adopted()
             return damage
         if survey.strange or survey.wrong or gates_were_wrong:
-            damage = damage or "there are foreign elements"
+            damage = damage or "somebody has added or changed elements"
         if missing:
             damage = damage or "leases are missing"
         if damage:
@@ -3673,8 +3674,8 @@ def find_account(name: str) -> tuple[int, int]:
     with contextlib.suppress(KeyError):
         user, group = pwd.getpwnam(name)[2:4]
     if not user or not group:
-        hint = f"useradd --system {name} makes one; --user names another, or none"
-        raise UserError(f"there is no account {name} without root's rights", hint)
+        hint = f"make it (useradd --system {name}), or name another with --user"
+        raise UserError(f"the account {name} does not exist, or has root's rights", hint)
     return user, group
 
 

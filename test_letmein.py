@@ -854,6 +854,8 @@ class TestPackets:
         assert "22" in result.out
         assert SERVER_4 in result.out
         assert "COMEIN" in result.err
+        result = lab.letmein("--verbose", "knock", SERVER_4, "-r", "99")
+        assert f"letmein: {SERVER_4}: the server rejected the request\n" in result.err, result
         result = lab.letmein("close", SERVER_4, "-r", "22")
         result.assert_good()
         assert result.out.count("\n") == 1
@@ -9737,10 +9739,10 @@ class TestPrivileges:
         call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
         try:
             for name in ("root", "toor", "rootgroup"):
-                TestStart().fails(lab, f"no account {name} without root's", user=name)
+                TestStart().fails(lab, f"the account {name} does not exist, or has root's", user=name)
         finally:
             call_libc("umount", b"/etc/passwd")
-        TestStart().fails(lab, "no account rootgroup", "useradd --system", user="rootgroup")
+        TestStart().fails(lab, "the account rootgroup does not exist", "useradd --system", user="rootgroup")
 
     def test_user_none_is_loud(self, lab: Lab) -> None:
         lab.load()
