@@ -9739,10 +9739,12 @@ class TestPrivileges:
         call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
         try:
             for name in ("root", "toor", "rootgroup"):
-                TestStart().fails(lab, f"the account {name} does not exist, or has root's", user=name)
+                said = f"the account {name} does not exist, or has root's rights"
+                TestStart().fails(lab, said, user=name)
         finally:
             call_libc("umount", b"/etc/passwd")
-        TestStart().fails(lab, "the account rootgroup does not exist", "useradd --system", user="rootgroup")
+        words = ("the account rootgroup does not exist", "useradd --system")
+        TestStart().fails(lab, *words, user="rootgroup")
 
     def test_user_none_is_loud(self, lab: Lab) -> None:
         lab.load()
