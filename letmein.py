@@ -113,12 +113,15 @@ class Log:
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
+        # systemd sets the variable also where only standard output goes there: systemd.exec(5).
+        place = os.fstat(2)
+        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. Under systemd, which adds a time itself, the line has none."""
+        escaped. In systemd's journal, which adds a time itself, the line has none."""
         self.counts[event] += 1
-        words = [] if "JOURNAL_STREAM" in os.environ else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        words = [] if self.is_journal else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
@@ -468,6 +471,7 @@ CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SECCOMP = ("off", "log", "kill")
+IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
@@ -774,6 +778,10 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     if server and config.error_policy == NO_AUTH and "udp" in protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
         warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    if server and config.family != "inet" and config.table in IPTABLES_TABLES:
+        place, _ = sections["NFTABLES"]["table"]
+        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        warnings.append(f"{place}{text} our rules lets everybody in; give the table another name")
     for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
         somebody = min(resource.users, default=0)  # who may have it, if anybody can
         objection = config.objection(somebody, resource.identifier)
@@ -1219,8 +1227,9 @@ class Client:
 
         results = race.wait(is_enough)
         for where in race.addresses:
-            error = results.get(where, UserError(f"no answer within {OTHER_ADDRESS_S:g} s more"))
-            self.say(f"{where}: {error.problem if error else 'COMEIN'}")
+            none_yet = UserError(f"{where}: no answer within {OTHER_ADDRESS_S:g} s more")
+            error = results.get(where, none_yet)
+            self.say(error.problem if error else f"{where}: COMEIN")
         return results
 
     def ask(self, operation: int, resource: Resource) -> bool:
@@ -1568,6 +1577,7 @@ HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if heali
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
+TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
 IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
@@ -1747,8 +1757,13 @@ def await_end(process: int, limit: float) -> int:
     import signal
     try:
         descriptor = os.pidfd_open(process)
-    except OSError:  # there are no more descriptors: it cannot be waited for with a limit
-        os.kill(process, signal.SIGKILL)
+    except OSError:  # there are no more descriptors: look again and again
+        give_up = time.monotonic() + limit
+        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if time.monotonic() > give_up:
+                os.kill(process, signal.SIGKILL)
+                break
+            time.sleep(TICK_S)
     else:
         if not select.select([descriptor], [], [], limit)[0]:
             os.kill(process, signal.SIGKILL)
@@ -2096,6 +2111,13 @@ class Kernel:
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
+    check_table(kernel, config)
+    nft.run(ruleset_script(config), "-c")
+
+
+def check_table(kernel: Kernel, config: Config) -> None:
+    """See that table and chains are there, and that nobody else has a claim to them. Raises
+    UserError."""
     table = f"table {config.family} {config.table}"
     try:
         _, flags = kernel.table_facts()
@@ -2117,7 +2139,6 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
             raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
         check_chain(kernel, config, hook, chain)
-    nft.run(ruleset_script(config), "-c")
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
@@ -2168,8 +2189,10 @@ class Firewall:
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
+        self.claim = ""  # of somebody else to our table or chains, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
         self.disturbed = 0  # how often in a row the kernel has objected to something
+        self.is_contested = False  # whether healing has not lasted for a while, once it was logged
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
         self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
@@ -2546,6 +2569,12 @@ class Firewall:
         if damage or trouble:
             pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
             self.look_at = min(self.look_at, time.monotonic() + pause)
+            if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
+                self.is_contested = True
+                hint = "is there a second server for this table, with another --rundir?"
+                self.log("warning", reason="what is healed is changed again at once", hint=hint)
+        else:
+            self.is_contested = False
 
     def _look(self) -> Generator[None, None, str]:
         """Make the kernel's part of our table what it should be, in pieces: others have their turn
@@ -2564,6 +2593,7 @@ class Firewall:
                     raise UserError(f"nft reports success, but {remains}")
                 return damage
         self.futile = 0
+        self._warn_of_claims()
         renewed = {name for name, handle in handles.items() if self.sets.get(name) != handle}
         survey = Survey()
         for name in ruleset(self.config).sets:
@@ -2583,7 +2613,7 @@ class Firewall:
             self._tell_adopted()
             return damage
         if survey.strange or survey.wrong or gates_were_wrong:
-            damage = damage or "there are foreign elements"
+            damage = damage or "somebody has added or changed elements"
         if missing:
             damage = damage or "leases are missing"
         if damage:
@@ -2594,6 +2624,19 @@ class Firewall:
         if len(self.leases):
             self.log("adopted", leases=len(self.leases))
         self._warn_of_limit()
+
+    def _warn_of_claims(self) -> None:
+        """Say so, once, if somebody has made the table unfit for us: it works still, but neither
+        SIGHUP nor a start will take it."""
+        claim = hint = ""
+        try:
+            check_table(self.kernel, self.config)
+        except UserError as error:
+            claim, hint = error.problem, error.hint
+        if claim not in ("", self.claim):
+            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            self.log("warning", reason=reason, hint=hint)
+        self.claim = claim
 
     def _handles(self) -> Handles:
         """The handles of table and set of each of our sets. (The table's belongs to it: a new table
@@ -2814,6 +2857,7 @@ PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one 
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
 SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
+NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
@@ -2861,7 +2905,9 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             prepare_control(control)
         except OSError as error:
             problem = f"cannot serve the control port {config.port}/{name[0]}"
-            hint = "does another server run already? 'ss -lntup' tells"
+            hint = "does another program have it? 'ss -lntup' tells; below 1024 it takes root"
+            if error.errno != errno.EADDRINUSE and not isinstance(error, PermissionError):
+                hint = "is a limit of descriptors or memory reached?"
             raise UserError(f"{problem}: {error.strerror}", hint) from None
         sockets[name] = (control,)
     return sockets
@@ -2910,7 +2956,11 @@ def activated_sockets() -> ControlSockets:
     may be several of one protocol and port, for different addresses. Raises UserError."""
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     most = LISTENERS_LIMIT - 1  # one more may be ours
-    number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
+    try:
+        number = parse_number(os.environ.get("LISTEN_FDS", ""), limit=most) if mine else 0
+    except Unfit as unfit:
+        hint = f"expected: {unfit.hint} sockets; unset LISTEN_PID if systemd has not set it"
+        raise UserError(f"LISTEN_FDS in the environment: {unfit.problem}", hint) from None
     kinds = {  # by type, protocol, and whether it listens
         (socket.SOCK_STREAM, socket.IPPROTO_TCP, 1): "tcp",
         (socket.SOCK_DGRAM, socket.IPPROTO_UDP, 0): "udp",
@@ -2944,9 +2994,19 @@ def run_path(rundir: str, config: Config) -> str:
     return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
 
 
+def check_rundir(rundir: str) -> None:
+    """See that nobody else may put files into the run directory: theirs could keep the server from
+    starting, or answer `status` in its name. Raises UserError."""
+    with contextlib.suppress(OSError):  # if it is not there: who needs it will say so
+        if os.stat(rundir).st_mode & 0o022:
+            hint = "take one that is root's alone: mkdir -m 755 DIR, and --rundir DIR"
+            raise UserError(f"others may write to the run directory {rundir}", hint)
+
+
 def lock_table(rundir: str, config: Config) -> int:
     """Have no other server work on this table. Returns the lock's descriptor. Raises UserError."""
     import fcntl
+    check_rundir(rundir)
     path = run_path(rundir, config) + ".lock"
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -3066,7 +3126,9 @@ class Monitor:
         if path:
             unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
             with contextlib.suppress(OSError), socket.socket(*unix) as notify:
-                notify.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
+                notify.settimeout(NOTIFY_PATIENCE_S)
+                notify.connect("\0" + path[1:] if path[0] == "@" else path)
+                notify.send(b"READY=1")
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
@@ -3078,10 +3140,15 @@ class Monitor:
         import json
         path = run_path(self.arguments.rundir, self.config) + ".status"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # a predecessor's: we hold the lock
-        listener.bind(path)
-        listener.listen()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a predecessor's: we hold the lock
+            listener.bind(path)
+            listener.listen()
+        except OSError as error:
+            hint = "is its disk full, or its path too long? a shorter --rundir helps"
+            reason = error.strerror or error  # of a path above 107 bytes Python alone complains
+            raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
         listener.setblocking(False)
 
         spare = os.open(os.devnull, os.O_RDONLY)
@@ -3142,7 +3209,9 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                self._lose_network(error.strerror or "")
+                hint = "is a limit of descriptors, processes or memory reached?"
+                problem = f"the network process cannot be started: {error.strerror}"
+                self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
@@ -3703,8 +3772,8 @@ def find_account(name: str) -> tuple[int, int]:
     with contextlib.suppress(KeyError):
         user, group = pwd.getpwnam(name)[2:4]
     if not user or not group:
-        hint = f"useradd --system {name} makes one; --user names another, or none"
-        raise UserError(f"there is no account {name} without root's rights", hint)
+        hint = f"make it (useradd --system {name}), or name another with --user"
+        raise UserError(f"the account {name} does not exist, or has root's rights", hint)
     return user, group
 
 
@@ -3793,6 +3862,7 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, as the kernel has it, and what a running server tells of itself.
     Raises UserError."""
     import json
+    check_rundir(rundir)
     leases = list_leases(config)
     server, why = ask_server(config, rundir)
     if as_json:
@@ -4355,7 +4425,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            drop_output()  # or Python tries again at its end to write what is left, and says so
+            with contextlib.suppress(OSError):
+                drop_output()  # or Python tries again at its end to write the rest, and says so
         if not isinstance(error, BrokenPipeError):
             tell_error(error)
         return 1

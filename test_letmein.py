@@ -880,6 +880,8 @@ class TestPackets:
         assert "22" in result.out
         assert SERVER_4 in result.out
         assert "COMEIN" in result.err
+        result = lab.letmein("--verbose", "knock", SERVER_4, "-r", "99")
+        assert f"letmein: {SERVER_4}: the server rejected the request\n" in result.err, result
         result = lab.letmein("close", SERVER_4, "-r", "22")
         result.assert_good()
         assert result.out.count("\n") == 1
@@ -2248,6 +2250,27 @@ class TestStart:
             said = ("a server for the table inet filter runs already", "stop that one first")
             lab.command(*words, server.rundir).assert_error(*said)
 
+    @pytest.mark.parametrize("mode", [0o1777, 0o775, 0o757])
+    def test_a_run_directory_that_others_may_write_to(self, lab: Lab, mode: int) -> None:
+        """They could hold the lock, or answer `status`: neither the server nor `status` uses it."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(mode)
+        for words in (("server", "--user", "none"), ("status",)):
+            result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
+            result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
+        assert not list(place.iterdir())
+
+    def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
+        """Its path is named, and nothing is installed."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory)) / ("d" * 80)
+        place.mkdir()
+        words = ("server", "--user", "none", "-c", lab.file(server_conf()), "--rundir", place)
+        result = lab.command(*words)
+        result.assert_error(f"cannot make the socket {place}/letmeind-", ".status: ", "--rundir")
+        assert "letmein" not in lab.ruleset()
+
     def test_a_run_directory_of_somebody_else(self, lab: Lab) -> None:
         """Who may not write there is told so, and not that a server may run."""
         need_root(lab)
@@ -2313,6 +2336,15 @@ class TestStart:
         )
         conf = server_conf(family=family)
         self.fails(lab, f"table {family} filter belongs to iptables", conf=conf)
+
+    @pytest.mark.parametrize("table, told", [("filter", True), ("mangle", True), ("own", False)])
+    def test_a_table_that_iptables_may_take(self, lab: Lab, table: str, told: bool) -> None:
+        """Whoever gives the table the name of one of iptables' is told before iptables comes."""
+        lab.load(f"table ip {table} {{ chain LETMEIN-INPUT {{ }}; }}")
+        conf = server_conf(family="ip").replace("table = filter", f"table = {table}")
+        checked = lab.command("server", "--check", "--user", "none", "-c", lab.file(conf))
+        assert checked.status == 0, checked
+        assert (f"table: iptables uses ip {table}, too" in checked.err) == told, checked
 
     def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
         """As firewalld's may be: nobody else can change it."""
@@ -3209,6 +3241,42 @@ class TestHeal:
         agree(lab, guarded, *HOLDERS[1:4])
         assert kernel().gates == {}
         assert not lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("told", ["a rule", "a table of iptables"])
+    def test_what_others_make_of_our_table(self, lab: Lab, told: str) -> None:
+        """It is told when it happens, once, and not when a SIGHUP fails that a stolen key makes
+        urgent."""
+        base = "{ type filter hook input priority filter; policy drop; jump LETMEIN-INPUT; }"
+        lab.load(f"table ip filter {{ chain LETMEIN-INPUT {{ }}; chain input {base}; }}")
+        change, said = {
+            "a rule": ("add rule ip filter LETMEIN-INPUT tcp dport 443 accept", "holds rules"),
+            "a table of iptables": (f"add chain ip filter INPUT {base}", "belongs to iptables"),
+        }[told]
+        with Server(lab, server_conf(family="ip")) as server:
+            began = len(server.events("warning"))
+            nft_do(change)
+            reason = server.wait_for("warning", began + 1)["reason"]
+            assert said in reason
+            assert "SIGHUP and the next start fail" in reason
+            assert handshake(lab) == COMEIN
+            nft_do("flush chain ip filter LETMEIN-INPUT")
+            server.wait_for("healed")
+            quiet(server)
+            assert len(server.events("warning")) == began + 1
+            lab.load()
+
+    def test_two_servers_for_one_table(self, lab: Lab, guarded: Server) -> None:
+        """The lock does not keep them apart where each has its own run directory: they undo each
+        other's work, and say what it may be. When one goes, the other has all it needs."""
+        knock_all(lab, *HOLDERS)
+        with Server(lab, server_conf(TRUTH_RESOURCES, port="5900")) as other:
+            hint = "is there a second server for this table, with another --rundir?"
+            guarded.wait_for("warning", hint=hint)
+            other.kill()
+            quiet(guarded)
+        agree(lab, guarded, *HOLDERS)
+        assert kernel().rules == TRUTH_RULES
+        assert len(guarded.events("warning", hint=hint)) == 1
 
     def test_elements_deleted_by_hand_are_revoked(self, lab: Lab, guarded: Server) -> None:
         knock_all(lab, *HOLDERS)
@@ -5081,11 +5149,14 @@ class TestLogUnderAttack:
         events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
         assert events == ["summary", "stopped"]
 
-    @pytest.mark.parametrize("journal", [False, True])
-    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, journal: bool) -> None:
+    @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
+    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
+        """Each line has a time, unless systemd's journal is where standard error goes."""
+        journal = "stat" in stream
         lab.load()
-        env = {**environment(), **({"JOURNAL_STREAM": "8:1"} if journal else {})}
-        with Server(lab, ANSWERS_ALL, env=env) as server:
+        shell = ("sh", "-c", f'JOURNAL_STREAM={stream} exec "$@"', "sh")
+        program = (*shell, sys.executable, lab.installed, "server")
+        with Server(lab, ANSWERS_ALL, program=program) as server:
             for text in (b"\nev=", b"\x1b[2J", b"' a=", b"\0\r\xff%"):
                 number = int.from_bytes(text, "big")
                 for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
@@ -5525,6 +5596,31 @@ class TestService:
         said = run(program, "security", "--offline=true", "--no-pager", unit)
         found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
         assert found and float(found[1]) <= 2.6, said
+
+    @pytest.mark.parametrize("number", ["", "x", "-1", "16"])
+    def test_a_wrong_number_of_sockets(self, lab: Lab, number: str) -> None:
+        """The error names the variable that says so."""
+        lab.load()
+        shell = ("sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={number} exec "$@"', "sh")
+        words = ("server", "-c", lab.file(server_conf()), "--user", "none")
+        result = lab.command(*words, program=(*shell, sys.executable, lab.installed))
+        result.assert_error("LISTEN_FDS in the environment", "from 0 to 15 sockets")
+
+    def test_a_systemd_that_reads_nothing(self, lab: Lab) -> None:
+        """Nobody takes its word that it is ready: it serves all the same, and takes a SIGHUP."""
+        lab.load()
+        path = str(lab.directory / "notify")
+        unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
+        with socket.socket(*unix) as busy, socket.socket(*unix) as sender:
+            busy.bind(path)
+            sender.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"no room", path)
+            with Server(lab, server_conf(), env={**environment(), "NOTIFY_SOCKET": path}) as server:
+                assert handshake(lab) == COMEIN
+                reconfigure(server, server_conf())
+                assert handshake(lab, 0x23) == COMEIN
 
     def test_the_rights_are_enough(self, lab: Lab) -> None:
         """The server does all its work with the capabilities of the unit alone."""
@@ -6421,6 +6517,31 @@ class TestLimits:
             eventually(lambda: server_is_back(server), "no new network process")
             assert lab.reaches(22, CLIENT_4), "the lease"
             assert_lives(server)
+
+    def test_no_descriptor_to_wait_for_nft(self, lab: Lab) -> None:
+        """Descriptors for what nft reads and says are enough: it is not killed for want of one to
+        wait for its end."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            monitor = server.process.pid
+            taken = {int(name) for name in os.listdir(f"/proc/{monitor}/fd")}
+            free = itertools.filterfalse(taken.__contains__, itertools.count())
+            _, last = next(free), next(free)
+            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (last + 1, most))
+            flush_the_chain(lab)
+            server.wait_for("healed")
+            assert "cannot-heal" not in server.log
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            assert_serves(lab, server)
+
+    @pytest.mark.parametrize("number", range(7, 12))
+    def test_too_few_descriptors_to_start(self, lab: Lab, number: int) -> None:
+        """Wherever they run out, that is said, without a traceback."""
+        lab.load()
+        program = ("prlimit", f"--nofile={number}", sys.executable, lab.installed)
+        words = ("server", "-c", lab.file(server_conf()), "--rundir", lab.directory)
+        lab.command(*words, "--user", "none", program=program).assert_error("Too many open files")
 
     def test_an_office(self, lab: Lab) -> None:
         """A hundred people behind one address knock in the same moment, and nobody pushes anybody
@@ -10025,10 +10146,12 @@ class TestPrivileges:
         call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
         try:
             for name in ("root", "toor", "rootgroup"):
-                TestStart().fails(lab, f"no account {name} without root's", user=name)
+                said = f"the account {name} does not exist, or has root's rights"
+                TestStart().fails(lab, said, user=name)
         finally:
             call_libc("umount", b"/etc/passwd")
-        TestStart().fails(lab, "no account rootgroup", "useradd --system", user="rootgroup")
+        words = ("the account rootgroup does not exist", "useradd --system")
+        TestStart().fails(lab, *words, user="rootgroup")
 
     def test_user_none_is_loud(self, lab: Lab) -> None:
         lab.load()
