@@ -6480,7 +6480,7 @@ class TestLimits:
         need_root(lab)
         lab.load()
         place = Path(tempfile.mkdtemp(dir=lab.directory))
-        call_libc("mount", b"none", bytes(place), b"tmpfs", 0, b"nr_inodes=20")
+        call_libc("mount", b"none", bytes(place), b"tmpfs", 0, b"nr_inodes=20,mode=755")
         try:
             with confined(lab, server_conf(), "--rundir", str(place)) as server:
                 with contextlib.suppress(OSError):
