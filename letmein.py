@@ -3993,8 +3993,10 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
         kernel = Kernel(config.family, config.table)
         kernel.table_facts()
         # By name: the kernel may tell of an element twice while a set grows.
-        names = sorted(kernel.sets())
-        found = {(name, each.key): each for name in names for each in kernel.elements(name)}
+        found: dict[ElementName, Element] = {}
+        for name in sorted(kernel.sets()):
+            with contextlib.suppress(FileNotFoundError):  # it has just been deleted
+                found.update({(name, each.key): each for each in kernel.elements(name)})
     except OSError as error:
         table = f"table {config.family} {config.table}"
         if isinstance(error, FileNotFoundError):

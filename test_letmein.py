@@ -1305,6 +1305,27 @@ class TestRules:
         assert "address=0a4d060100160000 " in result.out
         assert "address=* " in result.out
 
+    def test_status_while_a_set_goes(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A reload in the middle of a listing: what is still there is shown."""
+        kind = "type ipv4_addr; elements = { 10.77.6.1 };"
+        lab.load(more=f"add set inet filter letmein-00000040-4 {{ {kind} }}")
+        nft_do("add set inet filter letmein-4 { type ipv4_addr . inet_proto . inet_service; }")
+        names = letmein.Kernel.sets
+
+        def sets(table: letmein.Kernel) -> dict[str, int]:
+            found = names(table)
+            nft_do("delete set inet filter letmein-4")
+            return found
+
+        monkeypatch.setattr(letmein.Kernel, "sets", sets)
+        conf = lab.file(server_conf("22 = port: 22"))
+        status = letmein.main(["status", "-c", str(conf)])
+        told = capsys.readouterr()
+        assert (status, told.err) == (0, ""), told
+        assert "address=10.77.6.1 " in told.out
+
     def test_the_account_of_the_network_process(self, lab: Lab) -> None:
         """As root it becomes another user; where that cannot be, there is no server."""
         lab.load()
