@@ -1023,10 +1023,11 @@ class TestPackets:
         words += ["--rundir", str(server.rundir)]
         plain = lab.command(*words[2:]).out
         lines = plain.split("\n\n")[0].splitlines()
-        assert "23/tcp+udp" in plain and max(map(len, plain.splitlines())) <= 80
+        assert "23/tcp+udp" in plain and max(map(len, lines)) <= 80
         starts = [[match.start() for match in re.finditer(r"(?<!\S)\S", line)][1] for line in lines]
         assert len(set(starts)) == 1, "the second column is aligned"
-        assert f"Server: pid {server.process.pid}, up " in plain
+        (told,) = [line for line in plain.splitlines() if line.startswith("Server: ")]
+        assert f"pid {server.process.pid}, up " in told and len(told) <= 80
         assert "port 5800/tcp+udp, inet/filter, rules 5 of 100" in plain
         for colour in (True, False):
             env = {**environment("NO_COLOR"), **({} if colour else {"NO_COLOR": "1"})}
@@ -1301,9 +1302,8 @@ class TestRules:
         )
         result = lab.command("status", "-c", path)
         result.assert_good()
-        assert "address=0016 " in result.out
-        assert "address=0a4d060100160000 " in result.out
-        assert "address=* " in result.out
+        addresses = [line.split()[0] for line in result.out.splitlines() if line]
+        assert {"0016", "0a4d060100160000", "*"} < set(addresses)
 
     def test_status_while_a_set_goes(
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -3750,8 +3750,8 @@ class TestTenThousand:
             server alone, and not of what else the machine does."""
             pids = (server.process.pid, server.network_process())
             used = sum(map(used_s, pids))
-            for number in range(100):
-                assert handshake(lab, 0x22, source=f"10.77.1.{number}") == COMEIN
+            for number in range(1000):  # the system counts in units of 10 ms
+                assert handshake(lab, 0x22, source=f"10.77.1.{number % 100}") == COMEIN
             return sum(map(used_s, pids)) - used
 
         with Server(lab, conf, env=unmeasured()) as server:
@@ -3774,7 +3774,7 @@ class TestTenThousand:
             server.wait_for("healed", healed_before + 1)
             took = used_s(server.process.pid) - used
             print(f"healed in {took:.2f} s of CPU", end=", ")
-            print(f"a knock costs {alone * 10:.1f} / {among_many * 10:.1f} ms", end=" ")
+            print(f"a knock costs {alone:.2f} / {among_many:.2f} ms", end=" ")
             assert len(kernel().elements) == count + 100
             assert len(status(server)) == count + 100
             assert lab.reaches(22, addresses[-1])
@@ -8244,7 +8244,9 @@ class ServerModel(RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.patch = pytest.MonkeyPatch()
-        clock = SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime)
+        clock = SimpleNamespace(
+            monotonic=lambda: self.now, strftime=time.strftime, time=time.time
+        )
         self.patch.setattr(letmein, "time", clock)
         self.patch.setattr(letmein, "ANSWERS_LIMIT", 4)
         self.conf = Conf()
@@ -10299,7 +10301,7 @@ class TestSeccomp:
             self.client(lab, "knock", SERVER_4, "27").assert_error("rejected")
             self.client(lab, "knock", SERVER_4, "99").assert_error("no port 99")
             self.client(lab, "knock", "nowhere.invalid", "22").assert_error("nowhere.invalid")
-            self.client(lab, "knock", "-P", "5801", SERVER_4, "22").assert_error("refused")
+            self.client(lab, "knock", "-P", "5801", SERVER_4, "22").assert_error("nothing listens")
             self.client(lab, "gen-key").assert_good()
             refused_burst(lab)
 
@@ -11773,7 +11775,7 @@ class TestRenewal:
                 assert time.monotonic() - client.started < 7.5
                 result = client.end()
             assert (result.status, lab.elements()) == (0, [])
-            assert "not renewed yet: 10.1.0.1: Connection refused" in result.err
+            assert "not renewed yet: 10.1.0.1: nothing listens on its control port" in result.err
 
 
 class TestOffice:
@@ -12224,7 +12226,7 @@ class TestLightServer:
             server.process.send_signal(signal.SIGHUP)
             server.wait_for("reloaded")
             result = lab.command("status", "-c", server.path, "--rundir", server.rundir)
-            assert "nobody holds a lease\nsince the server's start:" in result.out
+            assert "Nobody holds a lease.\nServer: pid " in result.out
 
 
 class TestNames:
