@@ -1824,7 +1824,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 GETTABLE, GETCHAIN, GETRULE, GETSET = 1, 4, 7, 10
 NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_HANDLE, NFT_TABLE_F_OWNER = 1, 2, 4, 0x2
-NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 3, 4
+NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_USE = 1, 3, 4, 6
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_USERDATA = 1, 2, 3, 7
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_HANDLE = 1, 2, 16
 NFTA_LIST_TABLE, NFTA_LIST_SET, NFTA_LIST_ELEMENTS, NFTA_LIST_ELEMENT = 1, 2, 3, 1
@@ -2006,6 +2006,13 @@ class Kernel:
                 names.append(found[NFTA_CHAIN_NAME].rstrip(b"\0").decode("utf-8", "replace"))
         return names
 
+    def jumps_to(self, chain: str) -> int:
+        """How many rules, or elements of verdict maps, lead to a chain."""
+        table = text_attribute(NFTA_CHAIN_TABLE, self.table)
+        (facts,) = self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))
+        uses = int.from_bytes(dict(each_attribute(facts))[NFTA_CHAIN_USE], "big")
+        return uses - len(self.rules(chain))  # the kernel counts its own rules as well
+
     def rules(self, chain: str) -> list[Rule]:
         """The rules of a chain, in their order."""
         table = text_attribute(NFTA_RULE_TABLE, self.table)
@@ -2156,6 +2163,18 @@ def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
         raise UserError(problem, hint)
 
 
+def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
+    """Warnings of chains that no other chain jumps to: what letmein puts there has no effect.
+    Raises OSError."""
+    warnings = []
+    for hook, chain in config.chains.items():
+        if not kernel.jumps_to(chain):
+            command = f"nft add rule {config.family} {config.table} {hook} jump {chain}"
+            problem = f"nothing jumps to {chain}, so its rules have no effect"
+            warnings.append(f"{problem}; such as: {command}")
+    return warnings
+
+
 def is_ours(rule: Rule) -> bool:
     """Whether a rule was made by letmein, this one or the one in Rust."""
     return rule.comment.startswith("letmein ") or rule.comment.endswith("/LETMEIN")
@@ -2212,6 +2231,7 @@ class Firewall:
         self.kernel = Kernel(self.config.family, self.config.table)
         self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
         check_kernel(self.kernel, self.nft, self.config)
+        self._warn_of_unreached_chains()
         netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
         netlink.setblocking(False)
@@ -2399,6 +2419,7 @@ class Firewall:
         for lease in shortened:
             self._keep(lease)
         self._warn_of_limit()
+        self._warn_of_unreached_chains()
 
     def _differences(self, config: Config, now: float) -> tuple[list[Lease], list[Lease]]:
         """The leases that this configuration would not give, and those that it would give for less
@@ -2423,6 +2444,11 @@ class Firewall:
         if lease_proof(config.keys[user], self.boot, found.meaning) != proof:
             return 0.0
         return found.timeout
+
+    def _warn_of_unreached_chains(self) -> None:
+        with contextlib.suppress(OSError):
+            for warning in unreached_chains(self.kernel, self.config):
+                self.log("warning", reason=warning)
 
     def _warn_of_limit(self) -> None:
         """Say so if more stands than may: adopted, or given before the limit was lowered."""
@@ -4047,7 +4073,10 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
         began = time.monotonic()
         nft = Nft(config.nft)
         nft.limit = NFT_LIMIT_S[1]
-        check_kernel(Kernel(config.family, config.table), nft, config)
+        kernel = Kernel(config.family, config.table)
+        check_kernel(kernel, nft, config)
+        for warning in unreached_chains(kernel, config):
+            warn(warning)
         took = time.monotonic() - began
         if took > SLOW_NFT_S:
             warn(f"nft took {took:.1f} s: large sets of others belong in a table of their own")

@@ -2339,6 +2339,23 @@ class TestStart:
         more = ("--check",) if check else ()
         self.fails(lab, "LETMEIN-INPUT holds rules that are not", more_words=more)
 
+    def test_a_chain_that_nothing_jumps_to(self, lab: Lab) -> None:
+        """The server works, and says that its rules have no effect, and what to do about it; it
+        says nothing where some chain jumps there."""
+        lab.load("table inet filter { chain LETMEIN-INPUT { }; chain input { }; }")
+        path = lab.file(server_conf())
+        words = ("server", "-c", path, "--check", "--user", "nobody")
+        warning = "nothing jumps to LETMEIN-INPUT"
+        checked = lab.command(*words)
+        assert checked.status == 0 and warning in checked.err
+        assert "nft add rule inet filter input jump LETMEIN-INPUT" in checked.err
+        with Server(lab, server_conf()) as server:
+            assert warning in server.log
+            nft_do("add rule inet filter input jump LETMEIN-INPUT")
+            reconfigure(server, server_conf())
+            assert server.log.count(warning) == 1
+        assert warning not in lab.command(*words).err
+
     def test_what_the_rust_server_has_left(self, lab: Lab) -> None:
         """Its rules go when this one takes over."""
         rule = 'tcp dport 22 accept comment "10.1.0.2/port/22/TCP/accept/LETMEIN"'
