@@ -799,7 +799,9 @@ def read_config(path: str, server: bool) -> Config:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
-        hint = "write one, letmeind.conf.example is a start, or name one with --config"
+        hint = "name another file with --config, or let this user read it"
+        if isinstance(error, FileNotFoundError):
+            hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
@@ -1799,6 +1801,8 @@ class Nft:
                 status = await_end(process, self.limit)
             except OSError as error:
                 hint = "install nftables, or set exe in [NFTABLES] to an absolute path"
+                if error.errno in (errno.EAGAIN, errno.ENOMEM):
+                    hint = "a limit of processes or memory is reached: end other programs"
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
             self._judge(status, said.read(4096).decode("utf-8", "replace"))
