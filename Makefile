@@ -10,7 +10,9 @@ DESTDIR =
 
 # The tests work in network namespaces. To make one, an ordinary user needs a user namespace, and
 # to make that, a process must not have threads yet.
-ROOTLESS = $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user)
+# There the user is called root, so pytest's temporary files must not meet those of the real one.
+ROOTLESS = $(if $(filter 0,$(shell id -u)),,env PYTEST_DEBUG_TEMPROOT=$(CURDIR)/$(VENV) \
+	unshare --user --map-root-user)
 
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
