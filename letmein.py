@@ -159,6 +159,11 @@ class Log:
             self("summary", seconds=f"{SUMMARY_S:g}", **more)
 
 
+def ids_of(request: Message | Lease) -> dict[str, str]:
+    """Whose it is and what for, as fields of a log line."""
+    return {"user": f"{request.user:08X}", "resource": f"{request.resource:08X}"}
+
+
 class Backoff:
     """Pauses between attempts, each twice as long as the one before. Args: limits, in s: the first
     pause, and the longest."""
@@ -2326,8 +2331,8 @@ class Firewall:
     def _log_changes(self, new: list[Lease], ended: list[Lease], now: float) -> None:
         for event, leases in (("ended", ended), ("kept", new)):
             for lease in leases:
-                ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
-                self.log(event, peer=lease.address, **ids, seconds=f"{lease.ends - now:.3f}")
+                left = f"{lease.ends - now:.3f}"
+                self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
 
     def _changes(
         self, new: list[Lease], ended: list[Lease], now: float, replace: bool = False
@@ -2394,8 +2399,7 @@ class Firewall:
 
     def _log_end(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
-        ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
-        self.log.often("revoked", peer=lease.address, **ids, reason=reason)
+        self.log.often("revoked", peer=lease.address, **ids_of(lease), reason=reason)
 
     # -- what should be there
 
@@ -2803,8 +2807,7 @@ class Firewall:
             lease = self.leases.by_key.get(key)
             if lease is not None and key not in self.changed:
                 self.leases.keep(lease._replace(ends=ends))
-                ids = {"user": f"{lease.user:08X}", "resource": f"{lease.resource:08X}"}
-                self.log("shortened", peer=lease.address, **ids, reason="by hand")
+                self.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
         yield from self._write([lease.key for lease in missing], replace=False)
         yield from self._write(list(survey.wrong), replace=True)
         for strange in in_batches(survey.strange):
@@ -3113,7 +3116,7 @@ class Monitor:
         self.pipe = -1  # from the network process
         self.shared: list[socket.socket] = []  # the sockets that it was given
         self.start_at = 0.0  # when to start it
-        self.pause = NETWORK_PAUSE_S[0]
+        self.pause = Backoff(NETWORK_PAUSE_S)
 
         self.tokens = Tokens(os.urandom(32))
         self.since = time.time()
@@ -3327,10 +3330,10 @@ class Monitor:
             raise UserError(*reason.split("\n")[:2])
         self._replace_sockets()
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
-            self.pause = NETWORK_PAUSE_S[0]
-        self.log("network-process-lost", reason=reason, pause=f"{self.pause:g}")
-        self.start_at = time.monotonic() + self.pause
-        self.pause = min(self.pause * 2, NETWORK_PAUSE_S[1])
+            self.pause.reset()
+        pause = self.pause.take()
+        self.log("network-process-lost", reason=reason, pause=f"{pause:g}")
+        self.start_at = time.monotonic() + pause
 
     def _replace_sockets(self) -> None:
         """Open the control sockets anew: if the network process was taken over, it may have made
@@ -3475,9 +3478,8 @@ class Monitor:
     def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
-        ids = {"user": f"{message.user:08X}", "resource": f"{message.resource:08X}"}
         why = {"reason": reason} if reason else {}
-        self.log.often(event, peer=record.peer, proto=protocol, **ids, **why)
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **why)
 
 
 # ==== 6  Network =============================================================
