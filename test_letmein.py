@@ -5790,12 +5790,13 @@ class TestReadme:
         (chain,), (line,) = readme_blocks("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
         rules = chain.text.replace("60000-61000", "24-25")
         lab.load(more=f"table inet filter {{\n{rules}\n}}")
-        ((_, _, *knock, _, _),) = letmein_words(readme_blocks("sh", text)[0].text)
+        ((command, _, *words),) = letmein_words(readme_blocks("sh", text)[0].text)
         with Server(lab, server_conf(f"22 = port: 22\n{line}")):
-            command = ("--", sys.executable, "-c", "")
-            knock.remove("--")
-            lab.letmein("knock", SERVER_4, *knock, *command, "--keep").assert_good()
-self, lab: Lab) -> None:
+            lab.letmein(command, SERVER_4, *words[: words.index("--")]).assert_good()
+            assert lab.reaches(22, CLIENT_4) and lab.reaches(25, CLIENT_4, "udp")
+            assert not lab.reaches(26, CLIENT_4, "udp") and not lab.reaches(25, OTHER_4, "udp")
+
+    def test_a_key_without_opening_anything(self, lab: Lab) -> None:
         """`revoke` tries a key: it succeeds with the right one, fails with a wrong one, opens
         nothing."""
         (block,) = readme_blocks("sh", readme_section("Try a key without opening anything"))
@@ -5826,9 +5827,9 @@ self, lab: Lab) -> None:
         required = "[NFTABLES]\nfamily = inet\ntable = filter\nchain-input = LETMEIN-INPUT\n"
         server, client = (HERE / f"{name}.conf.example" for name in ("letmeind", "letmein"))
         texts = [b.text for b in readme_blocks("conf")]
-        spans = re.findall("`([0-9A-F]{8} = [^`]*)`", readme().replace("\n", " "))
+        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
         chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
-        texts += [chains + span for span in spans if "KEY" not in span]
+        texts += [chains + span for span in spans]
         assert len(texts) > 4
         texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
         for text in texts:
