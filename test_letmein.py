@@ -17,7 +17,6 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import collections
 import contextlib
@@ -49,6 +48,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -5758,6 +5758,13 @@ class TestService:
         monkeypatch.setattr(os.path, "isdir", "/run".__eq__)
         assert letmein.parse_words([command]).rundir == "/run"
 
+    def test_no_unit_that_shows_all_of_the_disk(self, lab: Lab) -> None:
+        """A configuration file in / would make that directory visible to the service."""
+        words = ["-c", "/letmeind.conf", "service", "systemd"]
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
         conf = lab.file(server_conf())
         script = lab.file(service(lab, "openwrt", "-c", conf), "letmeind.init")
@@ -7745,7 +7752,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        pytest.param("", "COMMAND", id="no command"),
+        pytest.param("", "command", id="no command"),
         pytest.param("open host 22", "open", id="unknown command"),
         pytest.param("--frobnicate knock host 22", "--frobnicate", id="unknown option"),
         pytest.param("knock", "HOST", id="no host"),
@@ -7767,22 +7774,44 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
         pytest.param("-c", "", id="option without value"),
         pytest.param("server -n 0", "1", id="no connections"),
         pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
+        pytest.param("revoke host 22 -- ls", "revoke takes no COMMAND", id="COMMAND of revoke"),
+        pytest.param("knock host 22 --", "COMMAND is missing", id="no COMMAND behind --"),
+        pytest.param("connect host 22 23", "one PORT", id="two ports to connect to"),
+        pytest.param("connect host", "PORT", id="no port to connect to"),
+        pytest.param("status 5", "'5' is one word too many", id="word too many"),
+        pytest.param("client-conf", "-u/--user", id="whose client file"),
+        pytest.param("knock host 22 -x", "'-x'", id="unknown letter"),
+        pytest.param("knock host 22 -4x", "'-x'", id="unknown letter behind a known one"),
+        pytest.param("knock host 22 --quiet=1", "-q/--quiet takes no value", id="value of a flag"),
+        pytest.param("knock host 22 -u", "-u/--user needs its ID", id="no value at the end"),
+        pytest.param("knock host 22 -u --quiet", "-u/--user needs its ID", id="no value"),
+        pytest.param("revoke host 22 --keep", "--keep", id="nothing to keep"),
+        pytest.param("connect host 22 -q", "-q", id="always quiet"),
+        pytest.param("completion tcsh", "bash, zsh, fish", id="unknown shell"),
     ],
 )
 def test_usage_error(conf: Path, words: str, complaint: str) -> None:
     done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
-    assert first.startswith("letmein: error: ") and complaint in first
-    assert second.startswith(("  usage: letmein ", "  did you mean", "  'letmein --help'"))
+    assert first.startswith("letmein: error: ") and complaint in first + second
+    starts = "usage: letmein |did you mean|'letmein .*--help' |expected: |for example: "
+    assert re.match(f"  ({starts})", second)
 
 
 @pytest.mark.parametrize(
     "words, suggestion",
     [
         ("kock server 22", "there is no command 'kock'\n  did you mean knock? "),
-        ("knock --quite server 22", "there is no option '--quite'; did you mean --quiet?\n"),
-        ("knock server 22 -u alice", "argument -u/--user: 'alice' is not valid; expected: "),
+        ("knock --quite server 22", "there is no option '--quite'\n  did you mean --quiet? "),
+        ("knock server 22 -ualice", "-u/--user: 'alice' is not valid\n  expected: 1 to 8 hex"),
+        ("knock server ssh", "PORT: 'ssh' is not valid\n  expected: a number from 1 to 65535"),
+        ("service upstart", "KIND: 'upstart' is not valid\n  expected: one of: systemd, "),
+        ("revoke host 22 --keep", "no option '--keep'\n  'letmein revoke --help' lists all"),
+        ("--rundir /x status", "in front of a command\n  put it behind: letmein server --rundir"),
+        ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
+        ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
+        ("help kock", "there is no command 'kock'\n  did you mean knock? "),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
@@ -7792,11 +7821,78 @@ def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
     assert done.returncode == 2 and suggestion in done.stderr, done.stderr
 
 
-def test_help() -> None:
-    """`help` and `help COMMAND` are the same as --help."""
-    assert program("help").stdout == program("--help").stdout
-    assert program("help", "knock").stdout == program("knock", "--help").stdout
-    assert "HOST" in program("help", "knock").stdout
+HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # they are other programs', and do nothing
+
+
+@pytest.mark.parametrize("command", (letmein.LETMEIN, *letmein.COMMANDS), ids=lambda c: c.name)
+def test_help(command: letmein.Command) -> None:
+    """It explains each option and argument, has examples, and fits 80 columns. `help COMMAND` is
+    the same, wherever its options are."""
+    done = program("help", *filter(None, [command.name]))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == program(*filter(None, [command.name]), "-h").stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = [*command.arguments, *command.options, *letmein.COMMON]
+    assert {name for o in options if not o.text for name in o.names} <= HIDDEN
+    for option in options:
+        if option.text:
+            names = ", ".join(option.names)
+            assert re.search(rf"^  {names}( {option.metavar or '.*'})?\s+\S", done.stdout, re.M)
+            assert option.metavar != "N" and option.text[0].islower() and option.text[-1] != "."
+    assert command.about in done.stdout
+    assert f"\nExamples:\n{command.examples}\n" in done.stdout
+
+
+def test_examples_are_right() -> None:
+    """Each example of --help is a command line that we take."""
+    for command in (letmein.LETMEIN, *letmein.COMMANDS):
+        found = re.findall(r"^  letmein (.*?)(?:   .*| [>|].*)?$", command.examples, re.M)
+        assert found or command.name in ("connect", "completion")
+        for words in found:
+            assert letmein.parse_words(words.split()).about
+
+
+def test_help_on_a_terminal() -> None:
+    """It is as wide as the terminal, but not wider than people read."""
+    ours, theirs = os.openpty()
+    widths = []
+    for columns in (40, 90, 300):
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        process = subprocess.Popen([sys.executable, PROGRAM, "help", "knock"], stdout=theirs)
+        text = ""
+        while "close it\r\n" not in text:
+            text += os.read(ours, 65536).decode()
+        assert process.wait(LIMIT_S) == 0
+        options = text.partition("Options:")[2].partition("Examples:")[0]
+        widths.append(max(map(len, options.split("\r\n"))))
+    assert widths[0] <= 52 < 80 < widths[1] <= 90 < widths[2] <= 100
+    os.close(ours)
+    os.close(theirs)
+
+
+COMPLETED = {  # by the words so far what the last one may become
+    "letmein kn": "knock",
+    "letmein -c file knock server --server-port-": "--server-port-tcp --server-port-udp",
+    "letmein service ope": "openwrt",
+    "letmein status --j": "--json",
+    "letmein revoke --kee": "",
+}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion(shell: str) -> None:
+    """The shell itself, where it is installed, completes commands, options and values."""
+    if not shutil.which(shell):
+        return
+    script = program("completion", shell).stdout
+    for typed, wanted in COMPLETED.items():
+        ask = f"complete -C {shlex.quote(typed)} | cut -f 1"
+        if shell == "bash":
+            ask = f"COMP_WORDS=({typed}) COMP_CWORD={typed.count(' ')}; _letmein; "
+            ask += "printf '%s\\n' ${COMPREPLY[@]}"
+        words = [shell, "-c", f"{script}\n{ask}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
+        assert sorted(done.stdout.split()) == wanted.split(), (typed, done)
 
 
 def test_unknown_user(conf: Path) -> None:
@@ -7858,6 +7954,25 @@ def test_gen_key(tmp_path: Path, text: str) -> None:
     assert re.fullmatch("0000002A = [0-9A-F]{64}\n", lines[1])
     assert set(parse("[KEYS]\n" + "".join(lines), server=False).keys) == {0, 42}
     assert lines[0][11:] != lines[1][11:]
+
+
+def test_gen_key_takes_the_next_free_user(tmp_path: Path) -> None:
+    """Its lines can be added to letmeind.conf one after the other, and the client is told which
+    default-user it needs; a user who is named is replaced, and that is said."""
+    path = tmp_path / "letmeind.conf"
+    path.write_text("[KEYS]\n")
+    path.chmod(0o600)
+    errors = []
+    for _ in range(3):
+        done = program("-c", path, "gen-key")
+        path.write_text(path.read_text() + done.stdout)
+        errors.append(done.stderr)
+    assert set(parse(path.read_text(), server=False).keys) == {0, 1, 2}
+    assert f"user 00000000 has a key in {path}, so this one is for user 00000002" in errors[2]
+    assert ["default-user = 00000002" in text for text in errors] == [False, False, True]
+    done = program("-c", path, "gen-key", "-u", "1")
+    assert done.stdout.startswith("00000001 = ")
+    assert f"user 00000001 has a key in {path}: this line replaces that one" in done.stderr
 
 
 def test_gen_key_says_where_the_line_belongs() -> None:
@@ -8114,7 +8229,7 @@ class LoneMonitor(letmein.Monitor):
             patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, argparse.Namespace(rundir="/", activated={}))
+            super().__init__(config, SimpleNamespace(rundir="/", activated={}))
         self.firewall = NotedFirewall()
         self.tokens = letmein.Tokens(bytes(32))
         self.started = 0.0
@@ -8992,7 +9107,7 @@ def test_client_survives_any_bytes(
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
         caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
-        caller.arguments = argparse.Namespace(host="server")
+        caller.arguments = SimpleNamespace(host="server")
         error = caller.attempt(lambda: client, "server")
     feeder.close()
 
@@ -12292,7 +12407,7 @@ class TestElsewhere:
     def test_gen_key(self, lab: Lab, system: str) -> None:
         words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
         with Running(lab, *words, program=()) as client:
-            assert re.fullmatch("00000001 = [0-9A-F]{64}\n", client.end().out)
+            assert re.fullmatch("00000003 = [0-9A-F]{64}\n", client.end().out)
 
 
 def test_header_for_script_runners() -> None:
