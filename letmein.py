@@ -973,8 +973,8 @@ def read_config(path: str, server: bool) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
-    text = data.decode("utf-8-sig", "surrogateescape")  # some editors begin a file with a BOM
-    config = parse_config(text, path, server)
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
+    config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
     warnings = list(config.warnings)
     if os.name == "posix" and server and status.st_uid != 0:
         warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
@@ -4490,7 +4490,7 @@ PORT = Option(
 )  # fmt: skip
 QUIET = Option(("-q", "--quiet"), "quiet", "print only warnings and errors")
 RESOURCE_ID = Option(
-    ("-r", "--resource"), "resources", "resource in place of PORT, such as a jump; may be repeated",
+    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be repeated",
     "ID", parse_identifier, is_list=True,
 )  # fmt: skip
 CONTACT = (  # how the client reaches the server
@@ -4513,8 +4513,8 @@ CONTACT = (  # how the client reaches the server
     ),
 )  # fmt: skip
 RUNDIR = Option(
-    ("--rundir",), "rundir", "directory for what the running server keeps (default: /run/letmeind"
-    " if it exists, else /run)", "DIR", default=default_rundir,
+    ("--rundir",), "rundir", "run directory of the server (default: /run/letmeind if it exists,"
+    " else /run)", "DIR", default=default_rundir,
 )  # fmt: skip
 ACCOUNT = Option(
     ("--user",), "user", "account that the network process changes to; none: it stays root"
@@ -4523,9 +4523,9 @@ ACCOUNT = Option(
 
 LETMEIN = Command(
     "", "", "[OPTION...] COMMAND ...",
-    "An authenticated port knocker: a server's firewall opens a port to clients with a key.",
+    "An authenticated port knocker: a firewall opens a port to clients with a key.",
     """\
-  letmein knock server 22                  open port 22 of server for this address
+  letmein knock server 22                  open port 22 for this machine
   letmein knock server 22 -- ssh server    open it, log in, close it
   ssh -o ProxyCommand='letmein connect %h %p' server
   letmein help knock                       more about one command""",
@@ -4548,7 +4548,7 @@ allows. With COMMAND they stay open while it runs, and are closed at its end."""
         )),
         (
             RESOURCE_ID, *CONTACT, QUIET,
-            Option(("--keep",), "keep", "do not close what was opened when COMMAND ends"),
+            Option(("--keep",), "keep", "leave the ports open when COMMAND ends"),
         ),
     ),
     Command(
@@ -4570,11 +4570,11 @@ Open PORT of HOST and connect to it: standard input goes there, and what comes
 from there goes to standard output. The port is closed at the end.""",
         """\
   ssh -o ProxyCommand='letmein connect %h %p' server
-  letmein connect -r 80 server 8443        open resource 00000080, connect to 8443""",
+  letmein connect -r 80 server 8443        open 00000080, connect to port 8443""",
         (HOST, PORT._replace(text="port to open and to connect to")),
         (
             RESOURCE_ID._replace(text="open this resource, and connect to PORT"), *CONTACT,
-            Option(("--keep",), "keep", "do not close at the end what was opened"),
+            Option(("--keep",), "keep", "leave the port open at the end"),
         ),
     ),
     Command(
@@ -4630,9 +4630,9 @@ user's key, the control port and what the user may open.""",
         ),
     ),
     Command(
-        "service", "print what starts the server with the system", "[OPTION...] KIND",
+        "service", "print a file that starts the server at boot", "[OPTION...] KIND",
         """\
-Print a file that starts this copy of the program, with the file of --config:
+Print a file that starts this copy of the program at boot:
   systemd          the unit /etc/systemd/system/letmeind.service
   systemd-socket   an extra, letmeind.socket: systemd opens the control port
   openwrt          the init script /etc/init.d/letmeind""",
@@ -4656,11 +4656,11 @@ Print a file that starts this copy of the program, with the file of --config:
         ),
     ),
     Command(
-        "completion", "print what lets a shell complete these words", "[OPTION...] SHELL",
-        "Print a script for a shell, which then completes commands and options.",
+        "completion", "print a completion script for a shell", "[OPTION...] SHELL",
+        "Print a script with which a shell completes commands and options.",
         """\
   eval "$(letmein completion bash)"        in ~/.bashrc
-  eval "$(letmein completion zsh)"         in ~/.zshrc, behind compinit
+  eval "$(letmein completion zsh)"         in ~/.zshrc, after compinit
   letmein completion fish | source         in ~/.config/fish/config.fish""",
         (Option(("SHELL",), "shell", ", ".join(SHELLS), words=SHELLS),),
     ),
@@ -4776,8 +4776,8 @@ def no_option(name: str, command: Command) -> UsageError:
     hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
     for other in COMMANDS if command is LETMEIN else ():
         if any(name in option.names for option in other.options):
-            return UsageError(f"{name} is no option in front of a command",
-                              f"put it behind: letmein {other.name} {name} ...")
+            hint = f"put it behind: letmein {other.name} {name} ..."
+            return UsageError(f"{name} is no option in front of a command", hint)
     return UsageError(f"there is no option {shown(name)}", hint)
 
 
@@ -4798,7 +4798,7 @@ def take_option(
     is_long = word.startswith("--")
     name, equals, text = word.partition("=")
     if not is_long:
-        name, text = word[:2], word[2:]
+        name, text = word[:2], word[2:].removeprefix("=")
     found = [option for option in (*command.options, *COMMON) if name in option.names]
     if not found:
         raise no_option(name, command)
@@ -4852,7 +4852,7 @@ def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool
         if arguments.ports and arguments.resources:
             return "PORT and -r/--resource cannot be combined"
         if not arguments.ports and not arguments.resources:
-            return "PORT is missing, or a resource with -r/--resource ID"
+            return "PORT is missing (or a resource: -r/--resource ID)"
     if command.name == "connect" and len(arguments.ports) != 1:
         return "PORT is missing" if not arguments.ports else "connect takes one PORT"
     if command.name == "client-conf" and arguments.user is None:
@@ -4886,13 +4886,12 @@ def parse_words(words: list[str]) -> SimpleNamespace:
             places.append(word)
     arguments.about, arguments.command = command, command.name
     arguments.to_run = words[at + 1 :]
-    if arguments.help:
+    # `letmeind -v` prints the version, and letmeind is our server.
+    if arguments.help or (arguments.version and command.name in ("", "server")):
         return arguments
-    if arguments.version and command.name not in ("", "server"):  # letmeind is server
+    if arguments.version:
         problem = f"-v prints the version; it does not go with {command.name}"
         raise UsageError(problem, "did you mean --verbose?")
-    if arguments.version:
-        return arguments
     if command is LETMEIN:
         hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
         raise UsageError("a command is missing", hint)

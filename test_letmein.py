@@ -6001,6 +6001,7 @@ class TestInstall:
             "usr/local/share/doc/letmein/letmein.conf.example",
             "usr/local/share/doc/letmein/letmeind.conf.example",
             "usr/local/share/doc/letmein/nftables.conf",
+            "usr/local/share/man/man1/letmein.1",
         }
         modes = {name: mode for name, (mode, _) in installed.items() if name not in before}
         assert {name for name, mode in modes.items() if mode != 0o644} == {
@@ -6013,6 +6014,10 @@ class TestInstall:
         _, unit = installed["usr/local/lib/systemd/system/letmeind.service"]
         command = f"ExecStart={sys.executable} -I /usr/local/bin/letmein server -c /etc/"
         assert command in unit.decode()
+        page = installed["usr/local/share/man/man1/letmein.1"][1].decode().replace("\\-", "-")
+        assert page.startswith(".TH LETMEIN 1\n")
+        assert all(f".SH {command.name.upper()}\n" in page for command in letmein.COMMANDS)
+        assert "\n\\&  -r, --resource ID " in page
         # The same again changes nothing, and what is the owner's is never touched.
         self.make(lab, "install", f"DESTDIR={tmp_path}")
         assert self.tree(tmp_path) == installed
@@ -7522,13 +7527,15 @@ def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
     assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
 
 
-def test_a_warning_that_explains_an_error_comes_with_it() -> None:
+def test_a_warning_that_explains_an_error_comes_before_it(tmp_path: Path) -> None:
     """[NFTABLE] is the reason why nothing in [NFTABLES] is set."""
-    error = rejection(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
-    assert "[NFTABLES] family: is not set" in error.problem
-    assert error.warnings == (
-        "f.conf:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
-    )
+    path = tmp_path / "letmeind.conf"
+    path.write_text(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
+    assert program("-c", path, "server", "--check").stderr.splitlines() == [
+        f"letmein: warning: {path}:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
+        f"letmein: error: {path}:1: [NFTABLES] family: is not set",
+        "  expected: family, table and chain-input, as in nftables.conf",
+    ]
 
 
 FRAGMENTS = st.sampled_from(
@@ -8095,6 +8102,8 @@ def good_server(log: list[tuple[int, int, int]]) -> Answer:
     "words, operation",
     [
         pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
+        pytest.param("knock -4TuA423DDA7 127.0.0.1 22 -PPORT", KNOCK, id="in one word"),
+        pytest.param("knock 127.0.0.1 22 --user=A423DDA7 -P=PORT", KNOCK, id="with ="),
         pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
         pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
         pytest.param("knock --seccomp off -u a423dda7 127.0.0.1 22 -P PORT", KNOCK, id="of all"),
@@ -12483,13 +12492,12 @@ class TestNames:
             hosts.write_text(before, encoding="ascii")
 
 
-# What a knock imports beyond a bare Python: ours, what those need, and what argparse needs.
+# What a knock imports beyond a bare Python: ours, and what those need.
 KNOCK_IMPORTS = """
-    argparse collections contextlib errno functools hmac itertools letmein os re select selectors
+    collections contextlib errno functools hmac itertools letmein os re select selectors
     socket struct sys threading time
-    __future__ array copyreg enum grp hashlib heapq keyword locale math operator pwd reprlib
+    __future__ array copyreg enum hashlib heapq keyword math operator reprlib
     sre_compile sre_constants sre_parse types warnings
-    bz2 fnmatch gettext lzma shutil zlib
 """
 
 
