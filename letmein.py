@@ -4490,8 +4490,8 @@ PORT = Option(
 )  # fmt: skip
 QUIET = Option(("-q", "--quiet"), "quiet", "print only warnings and errors")
 RESOURCE_ID = Option(
-    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be repeated",
-    "ID", parse_identifier, is_list=True,
+    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be"
+    " repeated", "ID", parse_identifier, is_list=True,
 )  # fmt: skip
 CONTACT = (  # how the client reaches the server
     USER,
