@@ -4463,12 +4463,15 @@ def default_rundir() -> str:
 KINDS = ("systemd", "systemd-socket", "openwrt")
 SHELLS = ("bash", "zsh", "fish")
 
+CONFIG = Option(
+    ("-c", "--config"), "config", "configuration file (default: letmein.conf in ~/.config/letmein,"
+    " /opt/letmein/etc or /etc)", "FILE",
+)  # fmt: skip
+SERVER_CONFIG = CONFIG._replace(
+    text="configuration file (default: letmeind.conf in /opt/letmein/etc or /etc)"
+)
 COMMON = (  # options of all commands, in front of COMMAND or behind it
-    Option(
-        ("-c", "--config"), "config",
-        "configuration file (default: letmein.conf in ~/.config/letmein, /opt/letmein/etc or /etc;"
-        " for commands of the server letmeind.conf in the last two)", "FILE",
-    ),
+    CONFIG,
     Option(("--verbose",), "verbose", "print more about what happens"),
     Option(
         ("--seccomp",), "seccomp", "filter system calls: off, log or kill (default: seccomp of the"
@@ -4529,6 +4532,7 @@ LETMEIN = Command(
   letmein knock server 22 -- ssh server    open it, log in, close it
   ssh -o ProxyCommand='letmein connect %h %p' server
   letmein help knock                       more about one command""",
+    options=(CONFIG._replace(text="configuration file (each command's help names its default)"),),
 )  # fmt: skip
 COMMANDS = (
     Command(
@@ -4585,8 +4589,8 @@ from there goes to standard output. The port is closed at the end.""",
   letmein gen-key -u 2A                    a key for user 0000002A""",
         (),
         (USER._replace(
-            text="user that the key is for (default: default-user of the configuration file, else"
-            " 00000000; if letmeind.conf has a key for that one, the next user without a key)"
+            text="user that the key is for (default: the client's default-user; if letmeind.conf"
+            " has a key for it, the next one)"
         ),),
     ),
     Command(
@@ -4604,6 +4608,7 @@ user's key, the control port and what the user may open.""",
                 ("--host",), "host_name", "name by which the client reaches this server (default:"
                 " the name of this machine)", "NAME",
             ),
+            SERVER_CONFIG,
         ),
     ),
     Command(
@@ -4625,7 +4630,7 @@ user's key, the control port and what the user may open.""",
                 " from one IPv4 address or one IPv6 /56 (default: 128)", "COUNT", parse_slots,
                 default=128,
             ),
-            ACCOUNT,
+            ACCOUNT, SERVER_CONFIG,
             Option(("--no-systemd",), "no_systemd", ""),  # for the scripts of letmeind
         ),
     ),
@@ -4640,7 +4645,7 @@ Print a file that starts this copy of the program at boot:
   letmein service systemd >/etc/systemd/system/letmeind.service
   letmein service openwrt >/etc/init.d/letmeind""",
         (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
-        (ACCOUNT,),
+        (ACCOUNT, SERVER_CONFIG),
     ),
     Command(
         "status", "print who has opened what, on the server", "[OPTION...]",
@@ -4653,6 +4658,7 @@ Print a file that starts this copy of the program at boot:
             RUNDIR,
             Option(("--json",), "json", "print one JSON document, for other programs"),
             Option(("--watch",), "watch", "print it again each second, until Ctrl-C"),
+            SERVER_CONFIG,
         ),
     ),
     Command(
@@ -4666,6 +4672,12 @@ Print a file that starts this copy of the program at boot:
     ),
 )  # fmt: skip
 ALIASES = {"close": "revoke"}  # its older name
+
+
+def options_of(command: Command) -> list[Option]:
+    """What a command takes; an option of its own may have the name of a common one."""
+    fields = {option.field for option in command.options}
+    return [*command.options, *(option for option in COMMON if option.field not in fields)]
 
 
 def usage_line(command: Command) -> str:
@@ -4694,7 +4706,7 @@ def help_text(command: Command) -> str:
         width = HELP_WIDTHS[0]
     width = max(width, 2 * HELP_COLUMN)
     parts = [usage_line(command), "", command.about]
-    lists = {"Arguments": command.arguments, "Options": (*command.options, *COMMON)}
+    lists = {"Arguments": command.arguments, "Options": options_of(command)}
     if command is LETMEIN:
         parts += ["", "Commands:"]
         parts += [help_row(each.name, each.summary, width) for each in COMMANDS]
@@ -4728,7 +4740,7 @@ def completion_words(command: Command) -> list[str]:
     words = [command.name for command in COMMANDS] if command is LETMEIN else []
     for argument in command.arguments:
         words += argument.words
-    for option in (*command.options, *COMMON):
+    for option in options_of(command):
         words += option.names if option.text else ()
     return words
 
@@ -4771,12 +4783,12 @@ def find_command(word: str) -> Command:
 
 def no_option(name: str, command: Command) -> UsageError:
     """What to say of an option that a command does not have."""
-    names = [option.names[-1] for option in (*command.options, *COMMON)]
+    names = [option.names[-1] for option in options_of(command)]
     program = f"letmein {command.name}".rstrip()
     hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
     for other in COMMANDS if command is LETMEIN else ():
         if any(name in option.names for option in other.options):
-            hint = f"put it behind: letmein {other.name} {name} ..."
+            hint = f"put it behind the command: letmein {other.name} {name}"
             return UsageError(f"{name} is no option in front of a command", hint)
     return UsageError(f"there is no option {shown(name)}", hint)
 
@@ -4799,7 +4811,7 @@ def take_option(
     name, equals, text = word.partition("=")
     if not is_long:
         name, text = word[:2], word[2:].removeprefix("=")
-    found = [option for option in (*command.options, *COMMON) if name in option.names]
+    found = [option for option in options_of(command) if name in option.names]
     if not found:
         raise no_option(name, command)
     option = found[0]
@@ -4822,10 +4834,11 @@ def take_option(
 
 
 def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
-    """Set what holds for options that are not given."""
+    """Set what holds for options that are not given, unless something is set already."""
     for option in options:
         default = option.default() if callable(option.default) else option.default
-        setattr(arguments, option.field, [] if option.is_list else default)
+        if not hasattr(arguments, option.field):
+            setattr(arguments, option.field, [] if option.is_list else default)
 
 
 def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:

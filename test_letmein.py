@@ -7815,7 +7815,7 @@ def test_usage_error(conf: Path, words: str, complaint: str) -> None:
         ("knock server ssh", "PORT: 'ssh' is not valid\n  expected: a number from 1 to 65535"),
         ("service upstart", "KIND: 'upstart' is not valid\n  expected: one of: systemd, "),
         ("revoke host 22 --keep", "no option '--keep'\n  'letmein revoke --help' lists all"),
-        ("--rundir /x status", "in front of a command\n  put it behind: letmein server --rundir"),
+        ("--rundir /x status", "in front of a command\n  put it behind the command: letmein"),
         ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
         ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
         ("help kock", "there is no command 'kock'\n  did you mean knock? "),
@@ -7828,7 +7828,7 @@ def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
     assert done.returncode == 2 and suggestion in done.stderr, done.stderr
 
 
-HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # they are other programs', and do nothing
+HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # of the Rust programs; they do nothing
 
 
 @pytest.mark.parametrize("command", (letmein.LETMEIN, *letmein.COMMANDS), ids=lambda c: c.name)
@@ -7839,7 +7839,7 @@ def test_help(command: letmein.Command) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == program(*filter(None, [command.name]), "-h").stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    options = [*command.arguments, *command.options, *letmein.COMMON]
+    options = [*command.arguments, *letmein.options_of(command)]
     assert {name for o in options if not o.text for name in o.names} <= HIDDEN
     for option in options:
         if option.text:
