@@ -651,7 +651,7 @@ def parse_key(text: str) -> bytes:
     elif not re.fullmatch("[0-9A-Fa-f]+", digits):
         problem = "this key has characters that are not hex digits"
     elif not digits.strip("0") or not digits.strip("Ff"):
-        problem = f"this key is {digits[0]} from end to end, which anybody can guess"
+        problem = f"this key is all {digits[0]}, which anybody can guess"
     if problem:
         raise Unfit(problem, "64 hex digits, as 'letmein gen-key' prints them")
     return bytes.fromhex(digits)
@@ -730,7 +730,10 @@ def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
         elif key in values and key in PORT_ITEMS:
             raise Unfit(f"{key} appears twice", f"{key} once")
         else:
-            values[key] = ITEMS[key](value)
+            try:
+                values[key] = ITEMS[key](value)
+            except Unfit as unfit:
+                raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
     return values, flags
 
 
