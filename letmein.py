@@ -254,10 +254,10 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
-            raise ProtocolError("it sent something that is not a letmein message")
+            raise ProtocolError("not a letmein message")
         message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
-            raise ProtocolError(f"it sent the unknown operation {message.operation}")
+            raise ProtocolError(f"unknown operation {message.operation}")
         return message
 
     def authenticate(self, key: bytes, token: bytes) -> bytes:
@@ -292,14 +292,14 @@ def client_handshake(
     Args: say, told of each message."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
-        say(f"sending {OPERATIONS[said]}")
+        say(f"sending {OPERATIONS[said]} for resource {resource:08X}")
         answer = Message.decode((yield signed(said, user, resource, key, token)))
         say(f"received {OPERATIONS[answer.operation]}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=due == COMEIN)
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
-            raise ProtocolError("it sent {} instead of {}".format(*names))
+            raise ProtocolError("{} instead of {}".format(*names))
         if answer[1:3] != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
             warn(f"the server answered for {ids}, which is not what was asked for")
@@ -913,7 +913,7 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     (errno.ETIMEDOUT, "udp"): (
         UserError,
         "no answer on its control port {port} within {patience:g} s",
-        "compare user and key with the server's file: over UDP it does not answer wrong ones",
+        "see whether the server runs; compare user and key: over UDP it ignores wrong ones",
     ),
     Silent: (
         Rejected,
@@ -942,7 +942,7 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     ),
     ProtocolError: (
         Rejected,
-        "what answers on its control port {port} is not a letmein server: {error}",
+        "what answers on its control port {port} is not a letmein server ({error})",
         "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)",
     ),
 }
@@ -980,8 +980,8 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
     for found, _, _, _, address in look_up(host, port, wanted):
         queues[found].append(address)
-    for family, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if family in families and not queues[family]:
+    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
+        if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
@@ -1024,7 +1024,7 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
             raise Silent from None
         received += data
         if not MAGIC.startswith(received[:4]):  # others may say less, and wait for us
-            raise ProtocolError("it sent something that is not a letmein message")
+            raise ProtocolError("not a letmein message")
         if not data:
             raise HungUp
     return received
@@ -1379,7 +1379,7 @@ class Client:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
         server that cannot be reached for one is not asked for the others."""
         done = []
-        verb = "open" if operation == KNOCK else "close"
+        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
         for number, resource in enumerate(self.resources):
             race = self.begin(operation, resource)
             results = self.finish(race, resource)
@@ -1389,27 +1389,32 @@ class Client:
                     done.append(resource)
                 continue
             affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
-            names = ", ".join(map(name_of, affected))
-            tell_error(UserError(f"cannot {verb} {names} on {error}", error.hint))
+            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
             if affected != [resource]:
                 break
+        for error, names in failures.values():
+            tell_error(self.undone(operation, ", ".join(names), error))
         return done
+
+    def undone(self, operation: int, names: str, error: UserError) -> UserError:
+        """What to tell of an error with these resources."""
+        verb = "open" if operation == KNOCK else "close"
+        return UserError(f"cannot {verb} {names} on {error}", error.hint)
 
     def tell_done(
         self, operation: int, resource: Resource, race: Race, results: Results
     ) -> bool:
         """Tell the user of a success, unless that is too much; returns False if nobody reads."""
         name, host = name_of(resource), self.arguments.host
-        if operation == KNOCK and resource.port:
-            limit = f"for {resource.timeout:g} s, unless the server's file says otherwise"
-            self.say(f"{name} is open for this machine's address, {limit}")
+        if operation == KNOCK and (resource.port or resource.jumps):
+            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
+            self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
         for where, error in results.items():
             if isinstance(error, Rejected):
-                verb = "open" if operation == KNOCK else "close"
-                problem = f"cannot {verb} {name} on {self.place([where])}: {error}"
-                tell_error(UserError(problem, error.hint), "note")
+                here = UserError(f"{self.place([where])}: {error}", error.hint)
+                tell_error(self.undone(operation, name, here), "note")
         good = ", ".join(w for w in race.addresses if w in results and not results[w])
         line = f"{'opened' if operation == KNOCK else 'closed'} {name} on {host} ({good})"
         if self.arguments.to_run:
@@ -1544,8 +1549,7 @@ class Hold:
         address, _, *scope = peer.getsockname()
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
-        client = self.client
-        client.say(f"connected to port {client.arguments.ports[0]} on {client.place([where])}")
+        self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()
         return 0
 
@@ -1554,9 +1558,11 @@ class Hold:
         behind our address closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
+        resource = client.resources[0]
         for patience in (CONNECT_S, client.timeout):
-            for where in client.opened[client.resources[0]]:
-                address: Any = (where.encode(), port)  # as bytes: see resolve()
+            for where in client.opened[resource]:
+                address: Any = (where.encode(), port)  # as bytes: see look_up()
+                client.say(f"{client.place([where])}: connecting to port {port}")
                 try:
                     peer = socket.create_connection(address, patience)
                 except OSError as error:
@@ -1566,12 +1572,12 @@ class Hold:
                     return where, peer
             if patience == CONNECT_S:
                 client.ask_all(KNOCK)
-        opened = client.resources[0]
-        problem = f"opened {name_of(opened)}, but cannot connect to port {port}"
+        place = client.place(client.opened[resource])
         hint = "see whether the service runs on the server, and listens on this address"
-        if opened.port not in (0, port):
-            hint = f"name a resource that opens port {port}, or connect to port {opened.port}"
-        raise UserError(f"{problem} on {client.place([where])}: {reason}", hint)
+        if resource.port not in (0, port):
+            hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
+        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        raise UserError(f"{problem}: {reason}", hint)
 
 
 class RenewalPauses:
@@ -4563,6 +4569,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
         where = arguments.config or ", ".join(places)
         hint = "have the server's administrator make one: letmein client-conf -u ID"
+        if arguments.config:
+            hint = f"check the path, or {hint}"
         raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
         user = arguments.user
