@@ -233,7 +233,7 @@ class Rejection(ProtocolError):
     """The server said GOAWAY. Args: is_challenged, whether that was after its CHALLENGE."""
 
     def __init__(self, is_challenged: bool) -> None:
-        super().__init__()
+        super().__init__("the server rejected the request")
         self.is_challenged = is_challenged
 
 
@@ -917,7 +917,7 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     ),
     Silent: (
         Rejected,
-        "its control port {port} takes connections, but no answer came within {patience:g} s",
+        "no answer within {patience:g} s, though its control port {port} accepts connections",
         "see whether a letmein server listens there, and what it logs",
     ),
     HungUp: (
@@ -932,12 +932,12 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     ),
     Rejection: (
         Rejected,
-        "the server rejected the request",
+        "{error}",
         "compare user, key and resource with the server's file; its log says which is wrong",
     ),
     (Rejection, CHALLENGE): (
         Rejected,
-        "the server rejected the request",
+        "{error}",
         "the key is right: event=failed in the server's log says what went wrong",
     ),
     ProtocolError: (
@@ -946,6 +946,8 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
         "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)",
     ),
 }
+CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
 OTHER_CAUSE = (
     UserError,
     "{error} (on the way to its control port {port})",
@@ -1297,10 +1299,8 @@ class Client:
         elif isinstance(error, (socket.timeout, TimeoutError)):
             cause = (errno.ETIMEDOUT, self.protocol)
         elif isinstance(error, OSError):
-            # A firewall gives EPERM, a route of the kind "prohibit" EACCES.
-            cause = errno.EPERM if error.errno == errno.EACCES else error.errno
-            if cause == errno.EINVAL and where.startswith("fe"):
-                cause = "no zone"
+            is_local = error.errno == errno.EINVAL and where.startswith("fe")
+            cause = "no zone" if is_local else error.errno
         if cause == errno.EADDRNOTAVAIL and where in self.local:
             lost = f"this machine no longer has the address {self.local[where][0]}"
             return AddressLost(lost, "what is open for it closes by itself")
