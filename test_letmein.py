@@ -18,6 +18,7 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import collections
 import contextlib
@@ -7977,6 +7978,119 @@ def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> Non
     output = capsys.readouterr()
     assert str(conf) in output.err and str(port) in output.err
     assert KEY.hex() not in (output.out + output.err).lower()
+
+
+# What reads like a translation, or makes a reader think twice.
+TICS = re.compile(
+    r"will not do|cannot be had|\bshall\b|\bstands?\b|who can|what is .*\bthere\b|so long as|"
+    r"\bit is \w+ that\b"
+)
+# Functions whose errors have no hint.
+NO_HINT = {
+    "_rules", "_sets", "_handles",  # what the kernel says of a table that it has just had
+    "_look",  # an nft that lies: there is nothing to mend in the configuration
+}  # fmt: skip
+
+
+class Said(NamedTuple):
+    """A text in letmein.py that somebody may read: the function it is in, and what it is."""
+
+    function: str
+    kind: str  # "problem" and "hint" of an error, else "text"
+    text: str  # with "{}" for what is put in
+
+
+class Sayings(ast.NodeVisitor):
+    """Collects all of them: whatever string is not a docstring, and both parts of each error, by
+    way of the local names that they were given."""
+
+    def __init__(self) -> None:
+        self.function = "the module"
+        self.names: dict[str, list[str]] = {}
+        self.found: list[Said] = []
+        self.visit(ast.parse(LETMEIN.read_text(encoding="utf-8")))
+
+    def texts(self, node: ast.AST | None) -> list[str]:
+        """What a node may come to."""
+        if isinstance(node, ast.Constant):
+            return [node.value] if isinstance(node.value, str) else []
+        if isinstance(node, ast.JoinedStr):
+            parts = [(self.texts(value) or ["{}"])[0] for value in node.values]
+            return ["".join(parts)]
+        if isinstance(node, ast.BinOp):
+            return [(self.texts(node.left) or ["{}"])[0] + (self.texts(node.right) or ["{}"])[0]]
+        if isinstance(node, ast.IfExp):
+            return self.texts(node.body) + self.texts(node.orelse)
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, [])
+        return []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outside = self.function, self.names
+        self.function = node.name if self.function == "the module" else self.function
+        assigned = [each for each in ast.walk(node) if isinstance(each, ast.Assign)]
+        self.names = dict(self.names)
+        for each in assigned:
+            for name in each.targets:
+                if isinstance(name, ast.Name):
+                    self.names[name.id] = self.names.get(name.id, []) + self.texts(each.value)
+        self.generic_visit(node)
+        self.function, self.names = outside
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):  # a docstring
+            self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        self.note("text", self.texts(node))
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.note("text", self.texts(node))
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        kind = getattr(letmein, getattr(node.func, "id", ""), None)
+        is_error = isinstance(kind, type) and issubclass(kind, letmein.UserError)
+        if is_error and not isinstance(node.args[0], ast.Starred):
+            self.note("problem", self.texts(node.args[0]))
+            hints = self.texts(node.args[1]) if node.args[1:] else [""]
+            self.note("hint", hints)
+        for keyword in node.keywords:
+            if keyword.arg == "hint":
+                self.note("hint", filter(None, self.texts(keyword.value)))
+        self.generic_visit(node)
+
+    def note(self, kind: str, texts: Iterable[str]) -> None:
+        self.found += [Said(self.function, kind, text) for text in texts]
+
+
+def objection(said: Said) -> str:
+    """What is wrong with a text, by rules that keep them good; "" if nothing is."""
+    if said.kind == "hint" and not said.text and said.function not in NO_HINT:
+        return "an error without a hint"
+    if found := TICS.search(said.text):
+        return f"a tic: {found[0]}"
+    if re.search("[a-z]+ [a-z]+", said.text):
+        if not said.text.isascii():
+            return "not ASCII"
+        if max(map(len, said.text.splitlines())) > 120:
+            return "a long line"
+    if said.kind != "text" and said.text.endswith("."):
+        return "a full stop at its end"
+    if said.kind == "hint" and re.match("[A-Z][a-z]", said.text):
+        return "a hint that begins with a capital"
+    return ""
+
+
+def test_every_message_keeps_the_rules() -> None:
+    """Short, plain, in ASCII; and each error has a hint."""
+    found = Sayings().found
+    for _, problem, hint in letmein.CAUSES.values():
+        found += [Said("CAUSES", "problem", problem), Said("CAUSES", "hint", hint)]
+    assert len([said for said in found if said.kind == "hint"]) > 50
+    wrong = {f"{said.function}: {said.text!r}: {objection(said)}" for said in found}
+    wrong = {line for line in wrong if not line.endswith(": ")}
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_imports_cost_no_more_than_a_knock_needs() -> None:
