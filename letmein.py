@@ -842,6 +842,7 @@ RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is tw
 RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
 GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
 CHUNK = 1 << 16  # bytes
+VERBS = {KNOCK: "open", REVOKE: "close"}
 BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
@@ -876,75 +877,47 @@ class AddressLost(Unsent):
 # What can go wrong at one address, see Client.explain(): what it means, and the likely remedy.
 CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     errno.ENETUNREACH: (
-        Unsent,
-        "this machine has no route to it",
-        "see whether this machine is online and has IPv{version}",
-    ),
+        Unsent, "this machine has no route to it",
+        "see whether this machine is online and has IPv{version}"),
     errno.EADDRNOTAVAIL: (
-        Unsent,
-        "this machine has no IPv{version} address to send from",
-        "see whether this machine is online and has IPv{version}",
-    ),
+        Unsent, "this machine has no IPv{version} address to send from",
+        "see whether this machine is online and has IPv{version}"),
     errno.EPERM: (
-        Unsent,
-        "this machine does not let letmein send to control port {port} ({error})",
-        "allow it in this machine's own firewall, or in the sandbox that letmein runs in",
-    ),
+        Unsent, "this machine does not let letmein send to control port {port} ({error})",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
     "no zone": (
-        Unsent,
-        "a link-local address needs a zone, such as fe80::1%eth0",
-        "use another of its addresses if there is one: servers refuse link-local clients",
-    ),
+        Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
+        "use another of its addresses if there is one: servers refuse link-local clients"),
     errno.EHOSTUNREACH: (
-        UserError,
-        "the host is down, or a firewall rejects its control port {port} ({error})",
-        "see whether the host is up, and whether you may reach it from this network",
-    ),
+        UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
+        "see whether the host is up, and whether you may reach it from this network"),
     errno.ECONNREFUSED: (
-        UserError,
-        "nothing listens on its control port {port}",
-        "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)",
-    ),
+        UserError, "nothing listens on its control port {port}",
+        "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
     (errno.ETIMEDOUT, "tcp"): (
-        UserError,
-        "no answer on its control port {port} within {patience:g} s",
-        "see whether the host is up, and whether a firewall on the way drops this port",
-    ),
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the host is up, and whether a firewall on the way drops this port"),
     (errno.ETIMEDOUT, "udp"): (
-        UserError,
-        "no answer on its control port {port} within {patience:g} s",
-        "see whether the server runs; compare user and key: over UDP it ignores wrong ones",
-    ),
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
     Silent: (
-        Rejected,
-        "no answer within {patience:g} s, though its control port {port} accepts connections",
-        "see whether a letmein server listens there, and what it logs",
-    ),
+        Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
+        "see whether a letmein server listens there, and what it logs"),
     HungUp: (
-        Rejected,
-        "the server closed the connection without an answer",
-        "compare user and key with the server's file: it may not answer wrong ones",
-    ),
+        Rejected, "the server closed the connection without an answer",
+        "compare user and key with the server's file: it may not answer wrong ones"),
     (HungUp, CHALLENGE): (
-        Rejected,
-        "the server closed the connection after the challenge",
-        "user and resource are right: see the server's log",
-    ),
+        Rejected, "the server closed the connection after the challenge",
+        "the key is right: see the server's log for the time of this knock"),
     Rejection: (
-        Rejected,
-        "{error}",
-        "compare user, key and resource with the server's file; its log says which is wrong",
-    ),
+        Rejected, "{error}",
+        "compare user, key and resource with the server's file; its log says which is wrong"),
     (Rejection, CHALLENGE): (
-        Rejected,
-        "{error}",
-        "the key is right: event=failed in the server's log says what went wrong",
-    ),
+        Rejected, "{error}",
+        "the key is right: event=failed in the server's log says what went wrong"),
     ProtocolError: (
-        Rejected,
-        "what answers on its control port {port} is not a letmein server ({error})",
-        "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)",
-    ),
+        Rejected, "what answers on its control port {port} is not a letmein server ({error})",
+        "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
 }
 CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
 CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
@@ -1286,6 +1259,8 @@ class Client:
             return None
         except (ProtocolError, OSError) as error:
             failure = self.explain(error, where)
+        except Unsent as error:
+            failure = error
         except Exception as error:  # in a thread nobody else would tell
             failure = UserError(f"{error!r}", BUG_HINT)
         say(str(failure))
@@ -1323,7 +1298,7 @@ class Client:
 
             def new_handshake() -> Handshake:
                 if race.is_given_up:
-                    raise ProtocolError("given up")
+                    raise Unsent("given up: it is about to be closed")
                 return client_handshake(
                     *ids,
                     warn=lambda text: warn(f"{place}: {text}"),
@@ -1398,14 +1373,13 @@ class Client:
 
     def undone(self, operation: int, names: str, error: UserError) -> UserError:
         """What to tell of an error with these resources."""
-        verb = "open" if operation == KNOCK else "close"
-        return UserError(f"cannot {verb} {names} on {error}", error.hint)
+        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
 
     def tell_done(
         self, operation: int, resource: Resource, race: Race, results: Results
     ) -> bool:
         """Tell the user of a success, unless that is too much; returns False if nobody reads."""
-        name, host = name_of(resource), self.arguments.host
+        name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
             limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
             self.say(f"{name} is open to this machine for {limit}")
@@ -1416,7 +1390,7 @@ class Client:
                 here = UserError(f"{self.place([where])}: {error}", error.hint)
                 tell_error(self.undone(operation, name, here), "note")
         good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{'opened' if operation == KNOCK else 'closed'} {name} on {host} ({good})"
+        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1488,16 +1462,19 @@ class Hold:
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        pauses = RenewalPauses(lease)
+        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+        pause = lease / 2
         end = time.monotonic() + lease
         is_told = False
         while True:
-            time.sleep(pauses.next())
+            time.sleep(pause)
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pauses, end, is_told = RenewalPauses(lease), begun + lease, False
+                pause, end, is_told = lease / 2, begun + lease, False
+                retries.reset()
                 continue
+            pause = retries.take()
             client.say(f"not renewed yet: {error}")
             if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
                 is_told = True
@@ -1578,20 +1555,6 @@ class Hold:
             hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
         problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
         raise UserError(f"{problem}: {reason}", hint)
-
-
-class RenewalPauses:
-    """How long to wait before each try to renew a lease of so many seconds."""
-
-    def __init__(self, lease: float) -> None:
-        self.pause = lease / 2
-        self.retry = min(RENEWAL_RETRY_S, lease / 8)
-
-    def next(self) -> float:
-        """Seconds: half the lease, then short pauses that grow."""
-        pause, self.pause = self.pause, self.retry
-        self.retry = min(2 * self.retry, RENEWAL_RETRY_LIMIT_S)
-        return pause
 
 
 def tell_not_run(name: str, error: OSError) -> int:

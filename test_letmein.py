@@ -7989,6 +7989,7 @@ TICS = re.compile(
 NO_HINT = {
     "_rules", "_sets", "_handles",  # what the kernel says of a table that it has just had
     "_look",  # an nft that lies: there is nothing to mend in the configuration
+    "begin",  # told with --verbose, and never as an error
 }  # fmt: skip
 
 
