@@ -811,6 +811,8 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
         hint = "name another file with --config, or let this user read it"
+        if not server:
+            hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None

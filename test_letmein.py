@@ -7835,7 +7835,9 @@ def test_no_client_file(tmp_path: Path) -> None:
     done = program("-c", tmp_path / "missing.conf", "knock", "host", "22")
     assert done.returncode == 1
     assert f"no configuration file, and so no key: {tmp_path}/missing.conf" in done.stderr
-    assert "client-conf" in done.stderr
+    assert "client-conf" in done.stderr and "check the path" in done.stderr
+    said = failure(program("-c", tmp_path, "knock", "host", "22"))
+    assert f"{tmp_path}: cannot be read: Is a directory\n  name a letmein.conf that you" in said
 
 
 def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
