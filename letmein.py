@@ -254,7 +254,7 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
-            raise ProtocolError("not a letmein message")
+            raise ProtocolError("it speaks another protocol")
         message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
             raise ProtocolError(f"unknown operation {message.operation}")
@@ -1001,7 +1001,7 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
             raise Silent from None
         received += data
         if not MAGIC.startswith(received[:4]):  # others may say less, and wait for us
-            raise ProtocolError("not a letmein message")
+            raise ProtocolError("it speaks another protocol")
         if not data:
             raise HungUp
     return received
@@ -1370,7 +1370,9 @@ class Client:
             if affected != [resource]:
                 break
         for error, names in failures.values():
-            tell_error(self.undone(operation, ", ".join(names), error))
+            *others, last = names
+            listed = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, listed, error))
         return done
 
     def undone(self, operation: int, names: str, error: UserError) -> UserError:

@@ -11733,7 +11733,7 @@ FAILURES = {  # by the command line the error and its hint, word for word
     "knock SERVER 26": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
     "knock SERVER 26 -U": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
     "knock SERVER -r 98 -r 99": (
-        f"cannot open resource 00000098, resource 00000099 on SERVER: {REFUSED}", REJECTED,
+        f"cannot open resource 00000098 and resource 00000099 on SERVER: {REFUSED}", REJECTED,
     ),
     "revoke SERVER -r 99": (f"cannot close resource 00000099 on SERVER: {REFUSED}", REJECTED),
     "knock SERVER 22 -u 2": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
@@ -11742,8 +11742,8 @@ FAILURES = {  # by the command line the error and its hint, word for word
         "cannot open port 22 on SERVER: no answer on its control port 5800/udp within 0.4 s",
         SILENT_UDP,
     ),
-    "knock 10.1.0.99 22 23": (
-        "cannot open port 22, port 23 on 10.1.0.99:"
+    "knock 10.1.0.99 22 23 26": (
+        "cannot open port 22, port 23 and port 26 on 10.1.0.99:"
         " no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
     ),
     "knock dead.test 22 -U": (
