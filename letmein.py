@@ -80,13 +80,13 @@ class UserError(Exception):
 
 
 def tell(text: str) -> None:
-    """Tell the user. If nobody reads it any more, that is no reason to stop."""
+    """Tell the user. The program goes on even if nobody can read it any more."""
     with contextlib.suppress(OSError):  # the line in one piece: other threads tell things, too
         print(f"letmein: {text}\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """Tell the user of something that is not right, but no reason to stop."""
+    """Tell the user of something that is wrong, but does not stop the program."""
     tell(f"warning: {text}")
 
 
@@ -830,19 +830,19 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Shake hands with all addresses of the host at the same time: one that does not answer costs the
-# others no time. `connect` and COMMAND hold open what was opened for as long as they use it.
+# The client knocks at all addresses of a host at the same time, so one that does not answer delays
+# none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
 
-ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
-UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
-UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
-TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
-TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
-OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
-CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
-RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
-RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
-GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
+ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
+UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
+UDP_HANDSHAKES = 24  # at once; with 8 addresses they stay below macOS's limit of 256 descriptors
+TCP_RETRIES = 3  # after the server hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; it doubles from one try to the next
+OTHER_ADDRESS_S = 0.25  # how much longer to wait for the others once one address is open
+CONNECT_S = 2.0  # a slower connect may have met a port that was closed meanwhile
+RENEWAL_RETRY_S = 1.0  # the first pause after a failed renewal; it doubles from one try to the next
+RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
+GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
 VERBS = {KNOCK: "open", REVOKE: "close"}
 BUG_HINT = "this is a bug in letmein: please report it"
@@ -853,7 +853,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_
 
 
 class HungUp(ProtocolError):
-    """The server closed the connection in place of an answer. Args: as Rejection."""
+    """The server closed the connection instead of answering. Args: as Rejection."""
 
     def __init__(self, is_challenged: bool = False) -> None:
         super().__init__()
@@ -861,7 +861,7 @@ class HungUp(ProtocolError):
 
 
 class Silent(ProtocolError):
-    """Something takes connections, but does not answer."""
+    """Something accepts connections, but does not answer."""
 
 
 class Rejected(UserError):
@@ -876,7 +876,8 @@ class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
-# What can go wrong at one address, see Client.explain(): what it means, and the likely remedy.
+# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
+# and the most likely remedy. None is for all else.
 CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     errno.ENETUNREACH: (
         Unsent, "this machine has no route to it",
@@ -920,14 +921,12 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     ProtocolError: (
         Rejected, "what answers on its control port {port} is not a letmein server ({error})",
         "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    None: (
+        UserError, "{error} (on the way to its control port {port})",
+        "see whether this machine is online, and whether you can reach the host otherwise"),
 }
 CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
 CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
-OTHER_CAUSE = (
-    UserError,
-    "{error} (on the way to its control port {port})",
-    "see whether this machine is online, and whether you can reach the host otherwise",
-)
 
 
 def name_of(resource: Resource) -> str:
@@ -936,7 +935,8 @@ def name_of(resource: Resource) -> str:
 
 
 def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
-    """What is to be opened or closed, as far as the client knows it. Raises UserError."""
+    """The resources that the command line names, as far as the file knows them. Raises
+    UserError."""
     if arguments.resources:
         unknown = Resource(0, 0, (), (), config.timeout, frozenset())
         known = config.resources
@@ -951,8 +951,8 @@ def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> 
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, ADDRESSES_LIMIT at most. families (socket.AF_INET, AF_INET6) are
-    those that must be there; empty for what host has. Raises UserError."""
+    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
+    those that it must have; empty takes whatever it has. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
     for found, _, _, _, address in look_up(host, port, wanted):
@@ -972,8 +972,8 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
 
 
 def look_up(host: str, port: int, family: int) -> list[Any]:
-    """What getaddrinfo() has on host; addresses of other families, too, if there are none of this
-    one. Raises UserError."""
+    """What getaddrinfo() finds for host; without an address of this family, those of the other.
+    Raises UserError."""
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
         name = host.encode("ascii") if host.isascii() else host
@@ -1014,9 +1014,9 @@ def exchange_tcp(
     Args: local, the socket address to come from, None for any; say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
-    The pauses grow, and they are random, or clients that met once would meet again. But a server
-    may also hang up because of a wrong key, and then no patience helps: a client that got no
-    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
+    The pauses grow, and they are random, or clients that collided once would collide again. A
+    server may also hang up because of a wrong key, and then patience does not help: without a
+    CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
@@ -1067,7 +1067,7 @@ class UdpHandshake:
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it was one that is due. Ends with
+        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
         StopIteration, or raises ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
@@ -1091,7 +1091,7 @@ class UdpHandshakes:
         self.selector = selectors.DefaultSelector()
 
     def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; when there are too many, no more for the oldest's."""
+        """Wait for this one's answers too; at the limit, give up the oldest."""
         if len(self.running) == UDP_HANDSHAKES:
             self.drop(self.running[0])
         self.running.append(handshake)
@@ -1121,9 +1121,9 @@ class UdpHandshakes:
 def exchange_udp(
     new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
-    """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
-    a port of its own, and each RESPONSE is sent again, while the older ones may still be
-    answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
+    """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
+    port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
+    KNOCK is sent twice from one port: the reference's server rejects that."""
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.closing(UdpHandshakes()) as handshakes:
@@ -1163,7 +1163,7 @@ class Race:
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
         self.addresses = list(addresses)
-        self.is_given_up = False  # from then on nothing new is begun
+        self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
         self.news = threading.Semaphore(0)
@@ -1177,7 +1177,7 @@ class Race:
         for address, thread in zip(self.addresses, self.threads):
             try:
                 thread.start()
-            except RuntimeError:  # there are no more threads: then one after the other
+            except RuntimeError:  # no more threads: one address after the other
                 self._run(address)
 
     def _run(self, address: str) -> None:
@@ -1186,7 +1186,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """The results: all of them, or those that came until OTHER_ADDRESS_S after enough."""
+        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1281,7 +1281,7 @@ class Client:
         if cause == errno.EADDRNOTAVAIL and where in self.local:
             lost = f"this machine no longer has the address {self.local[where][0]}"
             return AddressLost(lost, "what is open for it closes by itself")
-        kind, problem, hint = CAUSES.get(cause, OTHER_CAUSE)
+        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
         facts = {
             "port": f"{self.port}/{self.protocol}",
             "patience": self.timeout,
@@ -1589,8 +1589,8 @@ class Carrier:
         self.failure: UserError | None = None  # of the upload
 
     def run(self) -> None:
-        """Until both directions have come to their ends, or nobody reads the output any more.
-        Raises UserError if anything may have been lost."""
+        """Carry until both directions have ended, or nobody reads the output any more. Raises
+        UserError if anything may have been lost."""
         import threading
         uploader = threading.Thread(target=self._upload, daemon=True)
         start_thread(uploader)
@@ -1611,7 +1611,7 @@ class Carrier:
             raise self.failure
 
     def _download(self) -> None:
-        """Until the peer's end. Raises UserError, and ConnectionError if nobody reads."""
+        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
         while data := self._receive():
             while data:
                 try:
@@ -1672,13 +1672,13 @@ def broken(error: OSError) -> UserError:
 
 
 def drop_output() -> None:
-    """Close standard output, in a way that leaves Python nothing to complain of."""
+    """Close standard output so that Python does not complain about it."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 
 
 def catch_signals(handler: Any) -> None:
-    """Have what would end this program go to handler, as of signal.signal()."""
+    """Set a handler, as for signal.signal(), for the signals that would end this program."""
     import signal
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
