@@ -7984,12 +7984,9 @@ TICS = re.compile(
     r"will not do|cannot be had|\bshall\b|\bstands?\b|who can|what is .*\bthere\b|so long as|"
     r"\bit is \w+ that\b"
 )
-# Functions whose errors have no hint.
-NO_HINT = {
-    "_rules", "_sets", "_handles",  # what the kernel says of a table that it has just had
-    "_look",  # an nft that lies: there is nothing to mend in the configuration
-    "begin",  # told with --verbose, and never as an error
-}  # fmt: skip
+# Errors that may come without a hint: what the kernel says of a table that was just there, an nft
+# that lies, and what --verbose alone tells.
+NO_HINT = re.compile("cannot read |nft reports success, but |given up: ")
 
 
 class Said(NamedTuple):
@@ -8052,9 +8049,10 @@ class Sayings(ast.NodeVisitor):
         kind = getattr(letmein, getattr(node.func, "id", ""), None)
         is_error = isinstance(kind, type) and issubclass(kind, letmein.UserError)
         if is_error and not isinstance(node.args[0], ast.Starred):
-            self.note("problem", self.texts(node.args[0]))
-            hints = self.texts(node.args[1]) if node.args[1:] else [""]
-            self.note("hint", hints)
+            problems = self.texts(node.args[0])
+            self.note("problem", problems)
+            if node.args[1:] or not any(map(NO_HINT.search, problems)):
+                self.note("hint", self.texts(node.args[1]) if node.args[1:] else [""])
         for keyword in node.keywords:
             if keyword.arg == "hint":
                 self.note("hint", filter(None, self.texts(keyword.value)))
@@ -8066,7 +8064,7 @@ class Sayings(ast.NodeVisitor):
 
 def objection(said: Said) -> str:
     """What is wrong with a text, by rules that keep them good; "" if nothing is."""
-    if said.kind == "hint" and not said.text and said.function not in NO_HINT:
+    if said.kind == "hint" and not said.text:
         return "an error without a hint"
     if found := TICS.search(said.text):
         return f"a tic: {found[0]}"
