@@ -77,27 +77,54 @@ class UserError(Exception):
         self.hint = hint
 
 
-def tell(text: str) -> None:
-    """Tell the user. If nobody reads it any more, that is no reason to stop."""
+ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: sd-daemon(3)
+
+
+def in_journal() -> bool:
+    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
+    sets it also where only standard output goes there, see systemd.exec(5)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return False
+    place = os.fstat(2)
+    return stream == f"{place.st_dev}:{place.st_ino}"
+
+
+def tell_at(priority: int, text: str) -> None:
+    """Tell the user, on standard error. If nobody reads it any more, that is no reason to stop."""
     with contextlib.suppress(OSError):
-        print(f"letmein: {text}", file=sys.stderr, flush=True)
+        text = f"letmein: {text}"
+        if in_journal():
+            text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+        print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Tell the user what happens."""
+    tell_at(INFO, text)
 
 
 def warn(text: str) -> None:
     """Tell the user of something that is not right, but no reason to stop."""
-    tell(f"warning: {text}")
+    tell_at(WARNING, f"warning: {text}")
 
 
 def tell_error(error: Exception) -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
     hint = getattr(error, "hint", "")
-    tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
+    tell_at(ERROR, f"error: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 USER_LINES_LIMIT = 100  # and on what each user has got or lost
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
+PRIORITIES = {  # in the journal, of events that are not INFO
+    **dict.fromkeys(("cannot-heal", "network-process-lost", "reload-failed"), ERROR),
+    **dict.fromkeys(("warning", "failed", "restart-wanted", "set-stays"), WARNING),
+    **dict.fromkeys(("refused", "healed", "summary"), NOTICE),
+    **dict.fromkeys(("nft", "kept", "ended"), DEBUG),
+}
 
 
 class Log:
@@ -113,20 +140,21 @@ class Log:
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
-        # systemd sets the variable also where only standard output goes there: systemd.exec(5).
-        place = os.fstat(2)
-        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
+        self.is_journal = in_journal()
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. In systemd's journal, which adds a time itself, the line has none."""
+        escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        words = [] if self.is_journal else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
+        if self.is_journal:
+            start = f"<{PRIORITIES.get(event, INFO)}>"
+        words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
         # A pipe that is ready takes so much at once, and without blocking: pipe(7).
-        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
+        line = (start + " ".join(words)).encode()[: select.PIPE_BUF - 1] + b"\n"
         written = 0
         with contextlib.suppress(OSError):
             written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
@@ -2131,57 +2159,254 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     nft.run(ruleset_script(config), "-c")
 
 
+def unreadable(config: Config, error: OSError) -> UserError:
+    """What to say of a table that cannot be read."""
+    table = f"table {config.family} {config.table}"
+    if isinstance(error, FileNotFoundError):
+        hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
+        return UserError(f"{config.path}: [NFTABLES] table: {table} does not exist", hint)
+    if isinstance(error, PermissionError):
+        return UserError(f"cannot read {table}: only root may", "run this as root")
+    return UserError(f"cannot read {table}: {error.strerror}")
+
+
 def check_table(kernel: Kernel, config: Config) -> None:
     """See that table and chains are there, and that nobody else has a claim to them. Raises
     UserError."""
     table = f"table {config.family} {config.table}"
+    where = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
-    except FileNotFoundError:
-        hint = "load your ruleset first, or name its table in [NFTABLES]"
-        raise UserError(f"{table} does not exist", hint) from None
     except OSError as error:
-        hint = "run this as root"
-        raise UserError(f"cannot read {table}: {error.strerror}", hint) from None
+        raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        raise UserError(f"{table} belongs to another program, which alone may change it", own_table)
+        problem = f"{where} table: {table} belongs to another program, which alone may change it"
+        raise UserError(problem, own_table)
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
-        problem = f"{table} belongs to iptables, which would restore our rules without their sets"
+        problem = f"{where} table: {table} belongs to iptables, which saves rules without sets"
         raise UserError(problem, own_table)
     for hook, chain in config.chains.items():
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
+            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
+            raise UserError(problem, hint)
         check_chain(kernel, config, hook, chain)
+    for resource in config.resources.values():
+        for hook, target, _ in resource.jumps:
+            if hook in config.chains:
+                option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+                rules_of(kernel, config, option, target)
+
+
+def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Rule]:
+    """The rules of a chain that an option names. Raises UserError if there is no such chain."""
+    try:
+        return kernel.rules(chain)
+    except OSError:
+        problem = f"table {config.family} {config.table} has no chain {chain}"
+        hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
+        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
     """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    where = f"{config.family} {config.table} {chain}"
-    try:
-        rules = kernel.rules(chain)
-    except OSError:
-        hint = f"make it: nft add chain {where}"
-        raise UserError(f"chain-{hook}: there is no chain {where}", hint) from None
+    option = f"[NFTABLES] chain-{hook}"
+    rules = rules_of(kernel, config, option, chain)
     foreign = sum(not is_ours(rule) for rule in rules)
     if foreign:
-        problem = f"chain-{hook}: {where} holds rules that are not letmein's ({foreign})"
+        where = f"{config.family} {config.table} {chain}"
+        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
         hint = f"move them to another chain, and empty this one: nft flush chain {where}"
         raise UserError(problem, hint)
 
 
+# Whether letmein can work at all depends on the rules of others. Their form: nf_tables.h, and for
+# what iptables-nft takes over from iptables nf_tables_compat.h.
+NF_INET_LOCAL_IN, NF_DROP, NF_ACCEPT, NFT_RETURN = 1, 0, 1, -5
+NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM, NFTA_RULE_EXPRESSIONS = 5, 1, 4
+NFTA_EXPR_NAME, NFTA_TARGET_NAME, NFTA_MATCH_INFO = 1, 1, 3
+NFTA_IMMEDIATE_DATA, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 2, 2, 1, 2
+NFTA_CMP_OP, NFTA_CMP_DATA, NFT_CMP_EQ, NFT_CMP_LTE, NFT_CMP_GTE = 2, 3, 0, 3, 5
+NFTA_RANGE_FROM_DATA, NFTA_RANGE_TO_DATA = 3, 4
+NFTA_LOOKUP_SET, NFT_SET_ELEM_INTERVAL_END = 1, 0x1
+DESTINATION_PORT = {2: 2, 3: 2, 4: 2}  # NFTA_PAYLOAD_BASE, _OFFSET, _LEN: of TCP and UDP
+
+
+def number_of(value: bytes) -> int:
+    return int.from_bytes(value, "big")
+
+
+def text_of(value: bytes) -> str:
+    return value.rstrip(b"\0").decode("utf-8", "replace")
+
+
+def data_of(value: bytes) -> int:
+    return number_of(dict(each_attribute(value)).get(NFTA_DATA_VALUE, b""))
+
+
+class Statement(NamedTuple):
+    """One expression of a rule: a condition, an action or a verdict."""
+
+    name: str
+    facts: dict[int, bytes]
+
+    @property
+    def verdict(self) -> tuple[int, str]:
+        """The verdict, and the chain it leads to; NFT_RETURN if this is none."""
+        data = dict(each_attribute(self.facts.get(NFTA_IMMEDIATE_DATA, b"")))
+        if self.name != "immediate" or NFTA_DATA_VERDICT not in data:
+            return NFT_RETURN, ""
+        found = dict(each_attribute(data[NFTA_DATA_VERDICT]))
+        code = int.from_bytes(found[NFTA_VERDICT_CODE], "big", signed=True)
+        return code, text_of(found.get(NFTA_VERDICT_CHAIN, b""))
+
+
+def last_word(rule: Sequence[Statement]) -> str:
+    """"drop" or "accept" if a rule decides on every packet that comes to it, else ""."""
+    if not rule or any(statement.name not in ("counter", "log") for statement in rule[:-1]):
+        return ""
+    last = rule[-1]
+    is_reject = last.name == "reject"
+    if last.name == "target":  # of iptables
+        is_reject = text_of(last.facts[NFTA_TARGET_NAME]) == "REJECT"
+    return "drop" if is_reject else {NF_DROP: "drop", NF_ACCEPT: "accept"}.get(last.verdict[0], "")
+
+
+class RuleReader(Kernel):
+    """Reads the rules of a table, whoever made them."""
+
+    def input_chains(self) -> list[tuple[str, str, bool]]:
+        """All base chains of this family for what comes in, with their tables, and whether their
+        policy is to drop."""
+        chains = []
+        for facts in self._ask(GETCHAIN, dump=True):
+            found = dict(each_attribute(facts))
+            hook = dict(each_attribute(found.get(NFTA_CHAIN_HOOK, b"")))
+            if number_of(hook.get(NFTA_HOOK_HOOKNUM, b"")) == NF_INET_LOCAL_IN:
+                table, chain = text_of(found[NFTA_CHAIN_TABLE]), text_of(found[NFTA_CHAIN_NAME])
+                policy = found.get(NFTA_CHAIN_POLICY)
+                if table.isascii() and chain.isascii():  # nft makes no others
+                    chains.append((table, chain, policy == NF_DROP.to_bytes(4, "big")))
+        return chains
+
+    def statements(self, chain: str = "") -> Iterator[tuple[str, list[Statement]]]:
+        """The rules of one chain, or of all, in their order: each as its chain and its parts."""
+        where = text_attribute(NFTA_RULE_TABLE, self.table)
+        where += text_attribute(NFTA_RULE_CHAIN, chain) if chain else b""
+        for facts in self._ask(GETRULE, where, dump=True):
+            found = dict(each_attribute(facts))
+            rule = []
+            for _, expression in each_attribute(found.get(NFTA_RULE_EXPRESSIONS, b"")):
+                parts = dict(each_attribute(expression))
+                values = dict(each_attribute(parts.get(NFTA_EXPR_DATA, b"")))
+                rule.append(Statement(text_of(parts[NFTA_EXPR_NAME]), values))
+            yield text_of(found[NFTA_RULE_CHAIN]), rule
+
+    def names_port(self, rule: list[Statement], port: int) -> bool:
+        """Whether a rule has a condition that this destination port meets."""
+        is_loaded = False
+        limits: dict[int, int] = {}  # by operator
+        for name, facts in rule:
+            if name == "match":  # of iptables: those for ports hold them as 16 bits each
+                info = facts[NFTA_MATCH_INFO]
+                if port in struct.unpack_from(f"={len(info) // 2}H", info):
+                    return True
+            elif name == "lookup" and is_loaded:
+                if self._holds_port(text_of(facts[NFTA_LOOKUP_SET]), port):
+                    return True
+            elif name == "range" and is_loaded:
+                limits[NFT_CMP_GTE] = data_of(facts[NFTA_RANGE_FROM_DATA])
+                limits[NFT_CMP_LTE] = data_of(facts[NFTA_RANGE_TO_DATA])
+            elif name == "cmp" and is_loaded:
+                limits[number_of(facts[NFTA_CMP_OP])] = data_of(facts[NFTA_CMP_DATA])
+            elif name != "cmp":
+                place = {kind: number_of(facts.get(kind, b"")) for kind in DESTINATION_PORT}
+                is_loaded = name == "payload" and place == DESTINATION_PORT
+        meets = {NFT_CMP_EQ: int.__eq__, NFT_CMP_LTE: int.__le__, NFT_CMP_GTE: int.__ge__}
+        known = [meets[kind](port, limit) for kind, limit in limits.items() if kind in meets]
+        return bool(known) and all(known)
+
+    def _holds_port(self, name: str, port: int) -> bool:
+        """Whether a set holds a port. One of intervals holds their beginnings and ends."""
+        marks = []  # each with whether it begins an interval
+        for listing in self._ask(GETSETELEM, self._elements_of(name), dump=True):
+            for facts in self._listed(listing):
+                found = dict(each_attribute(facts))
+                is_end = number_of(found.get(NFTA_ELEM_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END
+                marks.append((data_of(found.get(NFTA_ELEM_KEY, b"")), not is_end))
+        if all(begins for _, begins in marks):
+            return (port, True) in marks
+        return max((mark for mark in marks if mark[0] <= port), default=(0, False))[1]
+
+
 def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
-    """Warnings of chains that no other chain jumps to: what letmein puts there has no effect.
+    """Warnings that the rules of others keep letmein's from having an effect, for what is sure.
     Raises OSError."""
+    reader = RuleReader(config.family, config.table)
+    with contextlib.closing(reader.socket):
+        rules = list(reader.statements())
     warnings = []
     for hook, chain in config.chains.items():
-        if not kernel.jumps_to(chain):
-            command = f"nft add rule {config.family} {config.table} {hook} jump {chain}"
+        dropping: set[str] = set()  # chains that drop everything from some rule on
+        before: list[str] = []  # the chains with a jump before such a rule, or without one
+        behind: list[str] = []
+        for place, rule in rules:
+            if last_word(rule) == "drop":
+                dropping.add(place)
+            elif chain in (statement.verdict[1] for statement in rule):
+                (behind if place in dropping else before).append(place)
+        if not kernel.jumps_to(chain):  # it knows of verdict maps, too
+            place = next((name for name in kernel.base_chains() if hook in name.lower()), hook)
             problem = f"nothing jumps to {chain}, so its rules have no effect"
-            warnings.append(f"{problem}; such as: {command}")
+            hint = "add the jump to your firewall's file, and for now"
+            command = f"nft insert rule {config.family} {config.table} {place} jump {chain}"
+            warnings.append(f"{problem}; {hint}: {command}")
+        elif behind and not before:
+            problem = f"the jump to {chain} is behind a rule of {behind[0]} that drops everything"
+            warnings.append(f"{problem}; move the jump above that rule")
+    return warnings + foreign_drops(config)
+
+
+def foreign_drops(config: Config) -> list[str]:
+    """Warnings of other tables that drop all knocks: what one table accepts, another one may drop
+    all the same, see nft(8). Raises OSError."""
+    warnings = []
+    for family, versions in VERSIONS.items():
+        reader = RuleReader(family, "")
+        with contextlib.closing(reader.socket):
+            for table, chain, is_drop in reader.input_chains():
+                reader.table = table
+                is_own = (family, table) == (config.family, config.table)
+                if is_own or not set(versions).intersection(VERSIONS[config.family]):
+                    continue
+                words = (last_word(rule) for _, rule in reader.statements(chain))
+                if next(filter(None, words), "drop" if is_drop else "accept") == "accept":
+                    continue
+                rules = list(reader.statements())
+                if not any(reader.names_port(rule, config.port) for _, rule in rules):
+                    problem = f"chain {chain} of table {family} {table} drops all knocks"
+                    chains = {place for place, _ in rules}
+                    command = way_in(family, table, chain, chains, config)
+                    hint = "let it accept the control port, and the ports of your resources"
+                    warnings.append(f"{problem}, whatever letmein accepts; {hint}: {command}")
     return warnings
+
+
+def way_in(family: str, table: str, chain: str, chains: set[str], config: Config) -> str:
+    """The command that has another program's firewall accept the control port. Args: chains, all
+    those of its table that have rules."""
+    protocol = config.protocols[0]
+    port = f"{config.port}/{protocol}"
+    if table == "firewalld":
+        return f"firewall-cmd --permanent --add-port={port} && firewall-cmd --reload"
+    if any(name.startswith(("ufw-", "ufw6-")) for name in chains):
+        return f"ufw allow {port}"
+    if family != "inet" and table == "filter" and chain == "INPUT":
+        program = {"ip": "iptables", "ip6": "ip6tables"}[family]
+        return f"{program} -I INPUT -p {protocol} --dport {config.port} -j ACCEPT"
+    return f"nft insert rule {family} {table} {chain} {protocol} dport {config.port} accept"
 
 
 def is_ours(rule: Rule) -> bool:
@@ -2894,6 +3119,9 @@ NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
+LISTED_LIMIT = 20  # resources that the log names at the start, and users of each
+REPEAT_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
+REPEATS_LIMIT = 100  # such knocks that are remembered
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
@@ -2914,6 +3142,49 @@ class Record(NamedTuple):
         if self.address.startswith(IPV4_MAPPED):
             return socket.inet_ntoa(self.address[12:])
         return socket.inet_ntop(socket.AF_INET6, self.address)
+
+
+def opens(resource: Resource) -> dict[str, str]:
+    """What a resource opens, as fields of a log line: its port, or the chains it jumps to."""
+    if resource.port:
+        return {"port": f"{resource.port}/{'+'.join(resource.protocols)}"}
+    return {"jump": ",".join(target for _, target, _ in resource.jumps)}
+
+
+class Grant(NamedTuple):
+    """A resource, and who can knock for it."""
+
+    resource: Resource
+    users: list[int]  # with a key, and the right
+    names: str  # of these users, for people: "all" where no users are set; not more than a limit
+
+
+def grants_of(config: Config) -> list[Grant]:
+    """Who may have what."""
+    grants = []
+    for resource in config.resources.values():
+        users = [user for user in config.keys if not config.objection(user, resource.identifier)]
+        users = sorted(users) if resource.timeout else []
+        names = ",".join(f"{user:08X}" for user in users[:LISTED_LIMIT])
+        if len(users) > LISTED_LIMIT:
+            names += f",+{len(users) - LISTED_LIMIT}"
+        if users and not resource.users:
+            names = "all"
+        grants.append(Grant(resource, users, names or "nobody"))
+    return grants
+
+
+def missing_keys(config: Config) -> list[str]:
+    """Warnings of users who have no key, and so cannot knock."""
+    if not config.keys:
+        hint = f"add one: letmein gen-key -u 1 >>{config.path}"
+        return [f"{config.path}: [KEYS] is empty, so nobody can knock; {hint}"]
+    warnings = []
+    for resource in config.resources.values():
+        for user in sorted(resource.users - config.keys.keys()):
+            place = f"{config.path}: [RESOURCES] {resource.identifier:08X}: users"
+            warnings.append(f"{place}: {user:08X} has no key in [KEYS]; add one, or take it out")
+    return warnings
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -2937,11 +3208,13 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             bind_soon(control, ("::" if ipv6 else "0.0.0.0", config.port))
             prepare_control(control)
         except OSError as error:
-            problem = f"cannot serve the control port {config.port}/{name[0]}"
-            hint = "does another program have it? 'ss -lntup' tells; below 1024 it takes root"
-            if error.errno != errno.EADDRINUSE and not isinstance(error, PermissionError):
-                hint = "is a limit of descriptors or memory reached?"
-            raise UserError(f"{problem}: {error.strerror}", hint) from None
+            problem = f"cannot serve the control port {config.port}/{name[0]}: {error.strerror}"
+            hint = "a limit of descriptors or memory is reached: end other programs"
+            if isinstance(error, PermissionError):
+                hint = "run the server as root, or set port in [GENERAL] to 1024 or more"
+            if error.errno == errno.EADDRINUSE:
+                hint = f"find out which program has it: ss -lnp 'sport = {config.port}'"
+            raise UserError(problem, hint) from None
         sockets[name] = (control,)
     return sockets
 
@@ -3047,7 +3320,7 @@ def lock_table(rundir: str, config: Config) -> int:
         hint = f"make it (mkdir -m 755 {rundir}), or name another with --rundir"
         raise UserError(f"there is no run directory {rundir}", hint) from None
     except OSError as error:
-        hint = "is its disk full, or read-only? --rundir names another place"
+        hint = "make room on its disk, or name another place with --rundir"
         if isinstance(error, PermissionError):
             hint = "start the server as root, or give it a --rundir that it may write to"
         raise UserError(f"cannot open {path}: {error.strerror}", hint) from None
@@ -3058,6 +3331,7 @@ def lock_table(rundir: str, config: Config) -> int:
         problem = f"a server for the table {config.family} {config.table} runs already"
         raise UserError(problem, hint) from None
     except OSError as error:
+        hint = "name a directory on a local disk with --rundir"
         raise UserError(f"cannot lock {path}: {error.strerror}", hint) from None
     return lock
 
@@ -3072,7 +3346,7 @@ def empty_directory(rundir: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.rmdir(path)
     except OSError as error:
-        hint = "is its disk full? 'df -i' and 'df' tell; --rundir names another place"
+        hint = "make room on its disk (see 'df' and 'df -i'), or name another place with --rundir"
         raise UserError(f"cannot make a directory in {rundir}: {error.strerror}", hint) from None
     return descriptor
 
@@ -3087,6 +3361,14 @@ def note_signals() -> int:
     for number in numbers:
         signal.signal(number, lambda *_: None)
     return ours
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words. Args: status, of a signal N it is -N."""
+    import signal
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"status {status}"
 
 
 class Monitor:
@@ -3119,6 +3401,7 @@ class Monitor:
         self.pause = Backoff(NETWORK_PAUSE_S)
 
         self.tokens = Tokens(os.urandom(32))
+        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
         self.since = time.time()
 
     def run(self) -> None:
@@ -3162,11 +3445,21 @@ class Monitor:
                 notify.settimeout(NOTIFY_PATIENCE_S)
                 notify.connect("\0" + path[1:] if path[0] == "@" else path)
                 notify.send(b"READY=1")
-        for warning in self.config.warnings:
+        for warning in (*self.config.warnings, *missing_keys(self.config)):
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
+        self._tell_resources()
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _tell_resources(self) -> None:
+        """Who may have what: a line for each resource, up to a limit."""
+        grants = [grant for grant in grants_of(self.config) if grant.users]
+        for resource, _, whose in grants[:LISTED_LIMIT]:
+            facts = {**opens(resource), "seconds": f"{resource.timeout:g}", "users": whose}
+            self.log("resource", resource=f"{resource.identifier:08X}", **facts)
+        if len(grants) > LISTED_LIMIT:
+            self.log("more-resources", count=len(grants) - LISTED_LIMIT)
 
     def _open_status(self) -> None:
         """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
@@ -3179,8 +3472,10 @@ class Monitor:
             listener.bind(path)
             listener.listen()
         except OSError as error:
-            hint = "is its disk full, or its path too long? a shorter --rundir helps"
+            hint = "name another place with --rundir"
             reason = error.strerror or error  # of a path above 107 bytes Python alone complains
+            if not error.strerror:
+                hint = "name a shorter path with --rundir"
             raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
         listener.setblocking(False)
 
@@ -3242,8 +3537,11 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                hint = "is a limit of descriptors, processes or memory reached?"
+                hint = "a limit of descriptors, processes or memory is reached: end other programs"
                 problem = f"the network process cannot be started: {error.strerror}"
+                if error.filename:  # of posix_spawn()
+                    hint = "Python was removed or replaced: install it again, or restart the server"
+                    problem += f": {error.filename}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
@@ -3257,7 +3555,9 @@ class Monitor:
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
-                    self.log("restart-wanted", option=name, reason="it cannot change while running")
+                    option = {"nft": "exe", "chains": "chain-*"}.get(name, name)
+                    reason = "the new value takes effect when the server is restarted"
+                    self.log("restart-wanted", option=option, reason=reason)
                     config = config._replace(**{name: getattr(old, name)})
             sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
@@ -3323,16 +3623,21 @@ class Monitor:
 
     def _lose_network(self, reason: str) -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
+        import signal
+        reason, _, hint = reason.partition("\n")
         status = self._stop_network(0)
         if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
-            reason += f", with status {status}"
+            reason += f" ({ending(status)})"
+        if status == -signal.SIGSYS:
+            hint = "the filter of system calls did that; with seccomp = log the kernel says why"
         if not self.ready:
-            raise UserError(*reason.split("\n")[:2])
+            raise UserError(re.sub("^it ", "the network process ", reason), hint)
         self._replace_sockets()
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause.reset()
         pause = self.pause.take()
-        self.log("network-process-lost", reason=reason, pause=f"{pause:g}")
+        more = {"hint": hint} if hint else {}
+        self.log("network-process-lost", reason=reason, pause=f"{pause:g}", **more)
         self.start_at = time.monotonic() + pause
 
     def _replace_sockets(self) -> None:
@@ -3419,11 +3724,28 @@ class Monitor:
         if verdict.met is not None:
             self._meet(verdict.met, message, record)
         elif verdict.reason:
-            self.log.refusals[verdict.reason] += 1
-            self._log_peer("refused", message, record, verdict.reason)
+            if not self._is_repeat(record, message, verdict.reason):
+                self.log.refusals[verdict.reason] += 1
+                self._log_peer("refused", message, record, reason=verdict.reason)
             self._end(record, verdict.reply)
         else:
             self._send(record._replace(kind=REPLY, payload=verdict.reply))
+
+    def _is_repeat(self, record: Record, message: Message, reason: str) -> bool:
+        """Whether this is a knock over UDP that was refused just now: a client that hears nothing
+        sends it again and again, each time from another port."""
+        if record.protocol == TCP:
+            return False
+        knock = (record.address, message.user, message.resource, reason)
+        now = time.monotonic()
+        if self.repeats.get(knock, 0.0) > now:
+            self.log.counts["repeated"] += 1
+            return True
+        self.repeats.pop(knock, None)  # the oldest comes first
+        self.repeats[knock] = now + REPEAT_S
+        if len(self.repeats) > REPEATS_LIMIT:
+            del self.repeats[next(iter(self.repeats))]
+        return False
 
     def _judge(self, record: Record, message: Message) -> Verdict:
         """What to make of a peer's message."""
@@ -3467,19 +3789,29 @@ class Monitor:
 
     def _do(self, operation: int, message: Message, record: Record) -> int:
         """Change the firewall; returns the answer, COMEIN or GOAWAY."""
+        event, facts = "revoked", {}
         if operation == KNOCK:
+            event, facts = "granted", self._terms(message, record)
             problem = self.firewall.knock(record.peer, message.resource, message.user)
         else:
             problem = self.firewall.revoke(record.peer, message.resource)
-        event = "granted" if operation == KNOCK else "revoked"
-        self._log_peer("failed" if problem else event, message, record, problem)
+        if problem:
+            event, facts = "failed", {"reason": problem}
+        self._log_peer(event, message, record, **facts)
         return GOAWAY if problem else COMEIN
 
-    def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
+    def _terms(self, message: Message, record: Record) -> dict[str, str]:
+        """What a peer gets, for the log; read before it has it."""
+        resource = self.config.resources[message.resource]
+        held = self.firewall.leases.by_key.get((record.peer, message.resource))
+        is_held = held is not None and held.ends > time.monotonic()
+        renewed = {"renewed": "yes"} if is_held else {}
+        return {**opens(resource), "seconds": f"{resource.timeout:g}", **renewed}
+
+    def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
-        why = {"reason": reason} if reason else {}
-        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **why)
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
 
 
 # ==== 6  Network =============================================================
@@ -3800,12 +4132,14 @@ def find_account(name: str) -> tuple[int, int]:
     import pwd
     if name == "none":
         return 0, 0
-    user = group = 0
-    with contextlib.suppress(KeyError):
+    try:
         user, group = pwd.getpwnam(name)[2:4]
-    if not user or not group:
+    except KeyError:
         hint = f"make it (useradd --system {name}), or name another with --user"
-        raise UserError(f"the account {name} does not exist, or has root's rights", hint)
+        raise UserError(f"the account {name} does not exist", hint) from None
+    if not user or not group:
+        problem = f"the account {name} has root's rights (user id {user}, group id {group})"
+        raise UserError(problem, "name an ordinary account with --user")
     return user, group
 
 
@@ -3929,12 +4263,32 @@ def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]
             peer.connect(run_path(rundir, config) + ".status")
             return json.load(peer.makefile("rb")), ""
     except (FileNotFoundError, ConnectionRefusedError):
-        where = f"in {rundir} (another run directory: --rundir)"
-        return None, f"No server for {table} runs {where}; leases end by themselves."
+        if has_rules(config):
+            why = "it was killed, or runs with another --rundir."
+            return None, f"No server answers in {rundir}, but its rules are in {table}: {why}"
+        return None, f"No server for {table} runs in {rundir}; leases end by themselves."
     except socket.timeout:
         return None, f"The server for {table} does not answer: see its log."
     except (OSError, ValueError) as error:
         return None, f"The server for {table} cannot be asked: {error}."
+
+
+def has_rules(config: Config) -> bool:
+    """Whether a server's rules are in its chain."""
+    kernel = Kernel(config.family, config.table)
+    with contextlib.suppress(OSError), contextlib.closing(kernel.socket):
+        return any(map(is_ours, kernel.rules(config.chains["input"])))
+    return False
+
+
+def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """The lines of a table. Args: alignment, of the columns, as format() has it."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths))
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
@@ -3942,12 +4296,7 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
     rows = table_rows(leases, config)
     if not rows:
         return []
-    shown = [HEADINGS, *(row for _, row in rows)]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    lines = []
-    for row in shown:
-        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, ALIGNMENT, widths))
-        lines.append("  ".join(cells).rstrip())
+    lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
         for number, (left, _) in enumerate(rows, 1):
@@ -4030,11 +4379,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted
                 found.update({(name, each.key): each for each in kernel.elements(name)})
     except OSError as error:
-        table = f"table {config.family} {config.table}"
-        if isinstance(error, FileNotFoundError):
-            hint = "is your ruleset loaded? [NFTABLES] in letmeind.conf names its table"
-            raise UserError(f"{table} does not exist", hint) from None
-        raise UserError(f"cannot read {table}: {error.strerror}", "run this as root") from None
+        raise unreadable(config, error) from None
     for (name, _), element in found.items():
         if name.endswith("-gate"):
             continue
@@ -4076,24 +4421,60 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
-        began = time.monotonic()
-        nft = Nft(config.nft)
-        nft.limit = NFT_LIMIT_S[1]
-        kernel = Kernel(config.family, config.table)
-        check_kernel(kernel, nft, config)
-        for warning in unreached_chains(kernel, config):
-            warn(warning)
-        took = time.monotonic() - began
-        if took > SLOW_NFT_S:
-            warn(f"nft took {took:.1f} s: large sets of others belong in a table of their own")
-        print(ruleset_script(config), end="")
-        print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
+        check(config, arguments.verbose)
         return 0
     give_back_memory()
     warnings = config.warnings + give_up_rights()
     filter_system_calls()
     Monitor(config._replace(warnings=warnings), arguments).run()
     return 0
+
+
+def check(config: Config, is_verbose: bool) -> None:
+    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    began = time.monotonic()
+    nft = Nft(config.nft)
+    nft.limit = NFT_LIMIT_S[1]
+    kernel = Kernel(config.family, config.table)
+    check_kernel(kernel, nft, config)
+    took = time.monotonic() - began
+    warnings = [*missing_keys(config), *unreached_chains(kernel, config)]
+    if took > SLOW_NFT_S:
+        hint = "move large sets of others to a table of their own"
+        warnings.append(f"nft took {took:.1f} s; {hint}")
+    for warning in warnings:
+        warn(warning)
+    print("\n".join(server_facts(config)))
+    if is_verbose:
+        print(f"\n{ruleset_script(config)}", end="")
+    number = len(config.warnings) + len(warnings)
+    verdict = f"{number} warning{'s'[:number != 1]}" if number else "good"
+    print(f"\n{verdict}: nothing was changed")
+
+
+def server_facts(config: Config) -> list[str]:
+    """What a server with this configuration does, in lines for people."""
+    policy = {rank: name for name, rank in POLICIES.items()}[config.error_policy]
+    chains = ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())
+    names = list(ruleset(config).sets)
+    sets = ", ".join([*names[:LISTED_LIMIT], *["..."][: len(names) > LISTED_LIMIT]])
+    keys = ", ".join(f"{user:08X}" for user in config.keys)
+    facts = [
+        ("file", config.path),
+        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("errors", f"control-error-policy {policy}"),
+        ("seccomp", config.seccomp),
+        ("table", f"{config.family} {config.table}"),
+        ("chains", chains),
+        ("sets", sets),
+        ("keys", keys or "none"),
+    ]
+    rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
+    for resource, _, whose in grants_of(config):
+        what = " ".join(opens(resource).values())
+        who = "everybody with a key" if whose == "all" else whose.replace(",", ", ")
+        rows.append((f"{resource.identifier:08X}", what, f"{resource.timeout:g}", who))
+    return [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
 
 
 def resource_text(resource: Resource) -> str:
