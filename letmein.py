@@ -1849,7 +1849,7 @@ class Nft:
         if status:
             # What is wrong, and the statement it is about.
             problem = ": ".join(said.strip().split("\n")[:2])
-            hint = f"what nft makes of your ruleset: {self.path} list ruleset"
+            hint = f"compare with the rules that the kernel has: {self.path} list ruleset"
             raise UserError(problem or f"nft ended with status {status}", hint)
 
 
@@ -2198,6 +2198,9 @@ def check_table(kernel: Kernel, config: Config) -> None:
             if hook in config.chains:
                 option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
                 rules_of(kernel, config, option, target)
+                if target in base_chains:
+                    problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                    raise UserError(problem, "name a chain without a hook, which rules can jump to")
 
 
 def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Rule]:
@@ -3165,19 +3168,23 @@ def grants_of(config: Config) -> list[Grant]:
     for resource in config.resources.values():
         users = [user for user in config.keys if not config.objection(user, resource.identifier)]
         users = sorted(users) if resource.timeout else []
-        names = ",".join(f"{user:08X}" for user in users[:LISTED_LIMIT])
-        if len(users) > LISTED_LIMIT:
-            names += f",+{len(users) - LISTED_LIMIT}"
+        names = listed([f"{user:08X}" for user in users])
         if users and not resource.users:
             names = "all"
         grants.append(Grant(resource, users, names or "nobody"))
     return grants
 
 
+def listed(names: list[str]) -> str:
+    """Names behind each other, and how many more there are than a limit."""
+    more = len(names) - LISTED_LIMIT
+    return ",".join(names[:LISTED_LIMIT]) + (f",+{more}" if more > 0 else "")
+
+
 def missing_keys(config: Config) -> list[str]:
     """Warnings of users who have no key, and so cannot knock."""
     if not config.keys:
-        hint = f"add one: letmein gen-key -u 1 >>{config.path}"
+        hint = "put a line of 'letmein gen-key -u 1' there"
         return [f"{config.path}: [KEYS] is empty, so nobody can knock; {hint}"]
     warnings = []
     for resource in config.resources.values():
@@ -3213,7 +3220,7 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             if isinstance(error, PermissionError):
                 hint = "run the server as root, or set port in [GENERAL] to 1024 or more"
             if error.errno == errno.EADDRINUSE:
-                hint = f"find out which program has it: ss -lnp 'sport = {config.port}'"
+                hint = f"find out which program has it: ss -lntup 'sport = :{config.port}'"
             raise UserError(problem, hint) from None
         sockets[name] = (control,)
     return sockets
@@ -3540,7 +3547,7 @@ class Monitor:
                 hint = "a limit of descriptors, processes or memory is reached: end other programs"
                 problem = f"the network process cannot be started: {error.strerror}"
                 if error.filename:  # of posix_spawn()
-                    hint = "Python was removed or replaced: install it again, or restart the server"
+                    hint = "if an upgrade has replaced Python, restart the server with the new one"
                     problem += f": {error.filename}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
@@ -4264,8 +4271,8 @@ def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]
             return json.load(peer.makefile("rb")), ""
     except (FileNotFoundError, ConnectionRefusedError):
         if has_rules(config):
-            why = "it was killed, or runs with another --rundir."
-            return None, f"No server answers in {rundir}, but its rules are in {table}: {why}"
+            why = "It was killed, or runs with another --rundir."
+            return None, f"No server answers in {rundir}, but its rules are in {table}.\n{why}"
         return None, f"No server for {table} runs in {rundir}; leases end by themselves."
     except socket.timeout:
         return None, f"The server for {table} does not answer: see its log."
@@ -4454,20 +4461,16 @@ def check(config: Config, is_verbose: bool) -> None:
 
 def server_facts(config: Config) -> list[str]:
     """What a server with this configuration does, in lines for people."""
-    policy = {rank: name for name, rank in POLICIES.items()}[config.error_policy]
-    chains = ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())
-    names = list(ruleset(config).sets)
-    sets = ", ".join([*names[:LISTED_LIMIT], *["..."][: len(names) > LISTED_LIMIT]])
-    keys = ", ".join(f"{user:08X}" for user in config.keys)
+    policies = {rank: name for name, rank in POLICIES.items()}
     facts = [
         ("file", config.path),
         ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
-        ("errors", f"control-error-policy {policy}"),
+        ("error policy", policies[config.error_policy]),
         ("seccomp", config.seccomp),
         ("table", f"{config.family} {config.table}"),
-        ("chains", chains),
-        ("sets", sets),
-        ("keys", keys or "none"),
+        ("chains", ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())),
+        ("sets", listed(list(ruleset(config).sets)).replace(",", ", ")),
+        ("keys of", listed([f"{user:08X}" for user in config.keys]).replace(",", ", ") or "nobody"),
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource, _, whose in grants_of(config):
@@ -4493,15 +4496,18 @@ def client_file(config: Config, user: int, host: str) -> str:
     """The complete letmein.conf of a user, from the server's configuration: what that user may
     have, and the key. Raises UserError."""
     if user not in config.keys:
-        hint = f"make one: letmein gen-key -u {user:X} >>{config.path}"
+        hint = f"make one: letmein gen-key -u {user:X}, and put that line below [KEYS]"
         raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
     allowed = [
         resource
         for resource in config.resources.values()
         if not config.objection(user, resource.identifier) and resource.timeout
     ]
-    ports = [str(resource.port) for resource in allowed if resource.port]
-    example = f"letmein knock {host} {ports[0] if ports else '-r ID'}"
+    if not allowed:
+        warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
+    first = allowed[0] if allowed else None
+    what = "PORT" if first is None else str(first.port or f"-r {first.identifier:X}")
+    example = f"letmein knock {host} {what}"
     lines = [
         f"# letmein.conf of user {user:08X} for {host}. It holds a key: show it to nobody else.",
         "# Install it, on the client:",
