@@ -3562,7 +3562,9 @@ class Monitor:
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
-                    option = {"nft": "exe", "chains": "chain-*"}.get(name, name)
+                    hooks = dict(config.chains.items() ^ old.chains.items())
+                    chains = ",".join(f"chain-{hook}" for hook in hooks)
+                    option = {"nft": "exe", "chains": chains}.get(name, name)
                     reason = "the new value takes effect when the server is restarted"
                     self.log("restart-wanted", option=option, reason=reason)
                     config = config._replace(**{name: getattr(old, name)})
@@ -4474,7 +4476,8 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource, _, whose in grants_of(config):
-        what = " ".join(opens(resource).values())
+        ((kind, name),) = opens(resource).items()
+        what = name if kind == "port" else f"jump to {name}"
         who = "everybody with a key" if whose == "all" else whose.replace(",", ", ")
         rows.append((f"{resource.identifier:08X}", what, f"{resource.timeout:g}", who))
     return [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
