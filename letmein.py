@@ -2227,6 +2227,7 @@ def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
 
 # Whether letmein can work at all depends on the rules of others. Their form: nf_tables.h, and for
 # what iptables-nft takes over from iptables nf_tables_compat.h.
+RULES_LIMIT = 1000  # of a table: nobody waits for more to be read
 NF_INET_LOCAL_IN, NF_DROP, NF_ACCEPT, NFT_RETURN = 1, 0, 1, -5
 NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM, NFTA_RULE_EXPRESSIONS = 5, 1, 4
 NFTA_EXPR_NAME, NFTA_TARGET_NAME, NFTA_MATCH_INFO = 1, 1, 3
@@ -2294,18 +2295,30 @@ class RuleReader(Kernel):
                     chains.append((table, chain, policy == NF_DROP.to_bytes(4, "big")))
         return chains
 
-    def statements(self, chain: str = "") -> Iterator[tuple[str, list[Statement]]]:
-        """The rules of one chain, or of all, in their order: each as its chain and its parts."""
+    def statements(self) -> list[tuple[str, list[Statement]]] | None:
+        """The rules of the table, each as its chain and its parts, chain by chain and in their
+        order; None if there are too many to be judged in a moment."""
+        rules: list[tuple[str, list[Statement]]] = []
         where = text_attribute(NFTA_RULE_TABLE, self.table)
-        where += text_attribute(NFTA_RULE_CHAIN, chain) if chain else b""
-        for facts in self._ask(GETRULE, where, dump=True):
-            found = dict(each_attribute(facts))
-            rule = []
-            for _, expression in each_attribute(found.get(NFTA_RULE_EXPRESSIONS, b"")):
-                parts = dict(each_attribute(expression))
-                values = dict(each_attribute(parts.get(NFTA_EXPR_DATA, b"")))
-                rule.append(Statement(text_of(parts[NFTA_EXPR_NAME]), values))
-            yield text_of(found[NFTA_RULE_CHAIN]), rule
+        with netlink_socket() as netlink:  # of its own: what is not read goes with it
+            netlink.send(self._message(GETRULE, NLM_F_DUMP, where))
+            while len(rules) <= RULES_LIMIT:
+                for kind, _, _, body in each_message(netlink.recv(1 << 17)):
+                    if kind in (NLMSG_ERROR, NLMSG_DONE):
+                        self._raise_error(body)
+                        return rules
+                    rules.append(self._rule(body[NETFILTER_HEADER.size :]))
+        return None
+
+    @staticmethod
+    def _rule(facts: bytes) -> tuple[str, list[Statement]]:
+        found = dict(each_attribute(facts))
+        rule = []
+        for _, expression in each_attribute(found.get(NFTA_RULE_EXPRESSIONS, b"")):
+            parts = dict(each_attribute(expression))
+            values = dict(each_attribute(parts.get(NFTA_EXPR_DATA, b"")))
+            rule.append(Statement(text_of(parts[NFTA_EXPR_NAME]), values))
+        return text_of(found[NFTA_RULE_CHAIN]), rule
 
     def names_port(self, rule: list[Statement], port: int) -> bool:
         """Whether a rule has a condition that this destination port meets."""
@@ -2349,7 +2362,7 @@ def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
     Raises OSError."""
     reader = RuleReader(config.family, config.table)
     with contextlib.closing(reader.socket):
-        rules = list(reader.statements())
+        rules = reader.statements() or []
     warnings = []
     for hook, chain in config.chains.items():
         dropping: set[str] = set()  # chains that drop everything from some rule on
@@ -2384,10 +2397,12 @@ def foreign_drops(config: Config) -> list[str]:
                 is_own = (family, table) == (config.family, config.table)
                 if is_own or not set(versions).intersection(VERSIONS[config.family]):
                     continue
-                words = (last_word(rule) for _, rule in reader.statements(chain))
+                rules = reader.statements()
+                if rules is None:
+                    continue
+                words = (last_word(rule) for place, rule in rules if place == chain)
                 if next(filter(None, words), "drop" if is_drop else "accept") == "accept":
                     continue
-                rules = list(reader.statements())
                 if not any(reader.names_port(rule, config.port) for _, rule in rules):
                     problem = f"chain {chain} of table {family} {table} drops all knocks"
                     chains = {place for place, _ in rules}
@@ -4246,8 +4261,13 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
-    lines += server_lines(server) if server else [why]
-    print("\n".join(lines), flush=True)
+    about = server_lines(server) if server else [why]
+    if sys.stdout.isatty():
+        import shutil
+        import textwrap
+        width = shutil.get_terminal_size().columns
+        about = [textwrap.fill(line, width, subsequent_indent="  ") for line in about]
+    print("\n".join(lines + about), flush=True)
 
 
 def watch_status(config: Config, rundir: str) -> None:
@@ -4274,7 +4294,7 @@ def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]
     except (FileNotFoundError, ConnectionRefusedError):
         if has_rules(config):
             why = "It was killed, or runs with another --rundir."
-            return None, f"No server answers in {rundir}, but its rules are in {table}.\n{why}"
+            return None, f"No server answers in {rundir}, but its rules are in {table}. {why}"
         return None, f"No server for {table} runs in {rundir}; leases end by themselves."
     except socket.timeout:
         return None, f"The server for {table} does not answer: see its log."

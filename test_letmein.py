@@ -2366,9 +2366,9 @@ FOREIGN_RULES = {
         f"chain filter_INPUT of table inet firewalld {DROPS}{LET_IT}firewall-cmd --permanent ",
     ),
     "firewalld that accepts": (FIREWALLD.replace("PORT", "5800"), ""),
-    "ufw": (UFW.replace("PORT", "22"), f"chain INPUT of table ip filter {DROPS}{LET_IT}ufw"),
+    "ufw": (UFW.replace("PORT", "22"), f"chain INPUT of table ip filter {DROPS}"),
     "ufw that accepts": (UFW.replace("PORT", "5800"), ""),
-    "ufw, IPv6": (UFW.replace("PORT", "22").replace("ip f", "ip6 f"), f"{LET_IT}ufw allow 5800/tcp"),
+    "ufw, IPv6": (UFW.replace("PORT", "22").replace("ip f", "ip6 f"), f"{LET_IT}ufw allow 5800/t"),
     "a policy": (other_rules("tcp dport 22 accept"), OTHER_DROPS),
     "another set": (other_rules("tcp dport { 80, 5000-5799, 5801-6000 } accept"), OTHER_DROPS),
     "a source port": (other_rules("tcp sport 5800 accept"), OTHER_DROPS),
@@ -2377,9 +2377,13 @@ FOREIGN_RULES = {
     "a map": (other_rules("tcp dport vmap { 80 : drop, 5800 : accept }"), ""),
     "a range": (other_rules("tcp dport 5000-6000 accept"), ""),
     "no condition": (other_rules("counter accept"), ""),
+    "too many": (other_rules("; ".join(f"tcp dport {n} accept" for n in range(1, 1010))), ""),
     "a drop in front": (own_rules("counter drop; jump LETMEIN-INPUT"), BEHIND),
     "a reject in front": (own_rules("log reject; jump LETMEIN-INPUT"), BEHIND),
     "a drop behind": (own_rules("tcp dport 80 drop; jump LETMEIN-INPUT; drop"), ""),
+    "one jump of two": (
+        own_rules("meta l4proto tcp jump LETMEIN-INPUT; drop; jump LETMEIN-INPUT"), ""
+    ),
     "a jump by a map": (own_rules("meta l4proto vmap { tcp : jump LETMEIN-INPUT }"), ""),
 }
 
@@ -6620,6 +6624,29 @@ class TestNetworkProcess:
             for protocol in ("tcp", "udp"):
                 assert handshake(lab, 0x23, protocol=protocol) == COMEIN
             assert lab.reaches(23, CLIENT_4)
+
+    @pytest.mark.parametrize("number, hint", [("SIGSEGV", ""), ("SIGSYS", "seccomp = log")])
+    def test_the_log_names_the_signal(self, lab: Lab, number: str, hint: str) -> None:
+        """What ended the network process, and where it can be told what to do."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            os.kill(server.network_process(), signal.Signals[number])
+            lost = server.wait_for("network-process-lost", reason=f"it ended ({number})")
+            assert hint in lost.get("hint", "")
+
+    def test_a_python_that_is_gone(self, lab: Lab) -> None:
+        """Neither process can be started again: the log names the path, and what to do."""
+        lab.load()
+        python = lab.directory / f"python-{next(lab.numbers)}"
+        python.symlink_to(sys.executable)
+        with Server(lab, server_conf(), program=(python, LETMEIN, "server")) as server:
+            network = server.network_process()
+            python.unlink()
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            said = f"the network process cannot be started: No such file or directory: {python}"
+            assert lost["reason"] == said
+            assert "restart the server" in lost["hint"]
 
     def test_stopped(self, lab: Lab) -> None:
         lab.load()
