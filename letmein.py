@@ -2156,6 +2156,7 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
     check_table(kernel, config)
+    check_targets(kernel, config)
     nft.run(ruleset_script(config), "-c")
 
 
@@ -2185,22 +2186,27 @@ def check_table(kernel: Kernel, config: Config) -> None:
         problem = f"{where} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
-        problem = f"{where} table: {table} belongs to iptables, which saves rules without sets"
-        raise UserError(problem, own_table)
+        loss = "which would restore letmein's rules without their sets"
+        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
             problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
             raise UserError(problem, hint)
         check_chain(kernel, config, hook, chain)
+
+
+def check_targets(kernel: Kernel, config: Config) -> None:
+    """See that the chains are there that resources jump to. Raises UserError."""
+    base_chains = kernel.base_chains()
     for resource in config.resources.values():
         for hook, target, _ in resource.jumps:
+            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
             if hook in config.chains:
-                option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
                 rules_of(kernel, config, option, target)
-                if target in base_chains:
-                    problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
-                    raise UserError(problem, "name a chain without a hook, which rules can jump to")
+            if target in base_chains:
+                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                raise UserError(problem, "name a chain without a hook, which rules can jump to")
 
 
 def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Rule]:
@@ -2268,7 +2274,7 @@ class Statement(NamedTuple):
 
 
 def last_word(rule: Sequence[Statement]) -> str:
-    """"drop" or "accept" if a rule decides on every packet that comes to it, else ""."""
+    """What a rule does with every packet that comes to it: "drop", "accept", or "" if neither."""
     if not rule or any(statement.name not in ("counter", "log") for statement in rule[:-1]):
         return ""
     last = rule[-1]
@@ -3162,32 +3168,21 @@ class Record(NamedTuple):
         return socket.inet_ntop(socket.AF_INET6, self.address)
 
 
-def opens(resource: Resource) -> dict[str, str]:
-    """What a resource opens, as fields of a log line: its port, or the chains it jumps to."""
+def terms(resource: Resource) -> dict[str, str]:
+    """What a resource opens, its port or the chains it jumps to, and for how long, as fields of a
+    log line."""
+    seconds = f"{resource.timeout:.10g}"
     if resource.port:
-        return {"port": f"{resource.port}/{'+'.join(resource.protocols)}"}
-    return {"jump": ",".join(target for _, target, _ in resource.jumps)}
+        return {"port": f"{resource.port}/{'+'.join(resource.protocols)}", "seconds": seconds}
+    return {"jump": ",".join(target for _, target, _ in resource.jumps), "seconds": seconds}
 
 
-class Grant(NamedTuple):
-    """A resource, and who can knock for it."""
-
-    resource: Resource
-    users: list[int]  # with a key, and the right
-    names: str  # of these users, for people: "all" where no users are set; not more than a limit
-
-
-def grants_of(config: Config) -> list[Grant]:
-    """Who may have what."""
-    grants = []
-    for resource in config.resources.values():
-        users = [user for user in config.keys if not config.objection(user, resource.identifier)]
-        users = sorted(users) if resource.timeout else []
-        names = listed([f"{user:08X}" for user in users])
-        if users and not resource.users:
-            names = "all"
-        grants.append(Grant(resource, users, names or "nobody"))
-    return grants
+def who_may(config: Config, resource: Resource) -> str:
+    """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
+    users = sorted(resource.users & config.keys.keys()) if resource.users else list(config.keys)
+    if not users or not resource.timeout or config.objection(users[0], resource.identifier):
+        return "nobody"
+    return listed([f"{user:08X}" for user in users]) if resource.users else "all"
 
 
 def listed(names: list[str]) -> str:
@@ -3203,9 +3198,11 @@ def missing_keys(config: Config) -> list[str]:
         return [f"{config.path}: [KEYS] is empty, so nobody can knock; {hint}"]
     warnings = []
     for resource in config.resources.values():
-        for user in sorted(resource.users - config.keys.keys()):
+        users = [f"{user:08X}" for user in sorted(resource.users - config.keys.keys())]
+        if users:
             place = f"{config.path}: [RESOURCES] {resource.identifier:08X}: users"
-            warnings.append(f"{place}: {user:08X} has no key in [KEYS]; add one, or take it out")
+            hint = "add it, or take the user out"
+            warnings.append(f"{place}: [KEYS] has no key of {listed(users)}; {hint}")
     return warnings
 
 
@@ -3431,7 +3428,8 @@ class Monitor:
         self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
         self._catch_signals()
         if self.arguments.user == "none":
-            self.log("warning", reason="--user none: the network process keeps the server's rights")
+            reason = "--user none: the network process keeps the server's rights"
+            self.log("warning", reason=reason, hint="name an account for it with --user")
         try:
             while not (self.ready or self.stopping):
                 self._turn()
@@ -3476,12 +3474,13 @@ class Monitor:
 
     def _tell_resources(self) -> None:
         """Who may have what: a line for each resource, up to a limit."""
-        grants = [grant for grant in grants_of(self.config) if grant.users]
-        for resource, _, whose in grants[:LISTED_LIMIT]:
-            facts = {**opens(resource), "seconds": f"{resource.timeout:g}", "users": whose}
-            self.log("resource", resource=f"{resource.identifier:08X}", **facts)
-        if len(grants) > LISTED_LIMIT:
-            self.log("more-resources", count=len(grants) - LISTED_LIMIT)
+        resources = self.config.resources.values()
+        lines = [(each, who_may(self.config, each)) for each in resources]
+        lines = [(each, users) for each, users in lines if users != "nobody"]
+        for each, users in lines[:LISTED_LIMIT]:
+            self.log("resource", resource=f"{each.identifier:08X}", **terms(each), users=users)
+        if len(lines) > LISTED_LIMIT:
+            self.log("more-resources", count=len(lines) - LISTED_LIMIT)
 
     def _open_status(self) -> None:
         """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
@@ -3577,8 +3576,8 @@ class Monitor:
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
             for name in ("nft", "family", "table", "chains", "seccomp"):
                 if getattr(config, name) != getattr(old, name):
-                    hooks = dict(config.chains.items() ^ old.chains.items())
-                    chains = ",".join(f"chain-{hook}" for hook in hooks)
+                    hooks = {hook for hook, _ in config.chains.items() ^ old.chains.items()}
+                    chains = ",".join(f"chain-{hook}" for hook in sorted(hooks))
                     option = {"nft": "exe", "chains": chains}.get(name, name)
                     reason = "the new value takes effect when the server is restarted"
                     self.log("restart-wanted", option=option, reason=reason)
@@ -3829,8 +3828,7 @@ class Monitor:
         resource = self.config.resources[message.resource]
         held = self.firewall.leases.by_key.get((record.peer, message.resource))
         is_held = held is not None and held.ends > time.monotonic()
-        renewed = {"renewed": "yes"} if is_held else {}
-        return {**opens(resource), "seconds": f"{resource.timeout:g}", **renewed}
+        return {**terms(resource), **({"renewed": "yes"} if is_held else {})}
 
     def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
         """One line on what became of a peer's request."""
@@ -4495,11 +4493,12 @@ def server_facts(config: Config) -> list[str]:
         ("keys of", listed([f"{user:08X}" for user in config.keys]).replace(",", ", ") or "nobody"),
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
-    for resource, _, whose in grants_of(config):
-        ((kind, name),) = opens(resource).items()
-        what = name if kind == "port" else f"jump to {name}"
-        who = "everybody with a key" if whose == "all" else whose.replace(",", ", ")
-        rows.append((f"{resource.identifier:08X}", what, f"{resource.timeout:g}", who))
+    for resource in config.resources.values():
+        opened = terms(resource)
+        what = opened.get("port") or f"jump to {opened['jump']}"
+        users = who_may(config, resource).replace(",", ", ")
+        users = "everybody with a key" if users == "all" else users
+        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
     return [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
 
 
@@ -4512,7 +4511,7 @@ def resource_text(resource: Resource) -> str:
         items.append(f"{hook}: {target}")
         if match_saddr:
             items.append(f"{hook}-match: saddr")
-    return " / ".join([*items, f"timeout: {resource.timeout:g}"])
+    return " / ".join([*items, f"timeout: {resource.timeout:.10g}"])
 
 
 def client_file(config: Config, user: int, host: str) -> str:

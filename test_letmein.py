@@ -1300,7 +1300,7 @@ class TestRules:
         done = lab.command("server", "-c", path, *CHECK)
         assert done.status == 0, done
         assert done.out == CHECKED.format(path=path), done
-        said = f"{path}: [RESOURCES] 00000030: users: 00000003 has no key in [KEYS]; add one"
+        said = f"{path}: [RESOURCES] 00000030: users: [KEYS] has no key of 00000003; add it"
         assert done.err.startswith(f"letmein: warning: {said}"), done
         verbose = lab.command("server", "-c", path, "--verbose", *CHECK)
         assert "\nadd rule inet filter LETMEIN-INPUT tcp dport 5800 accept" in verbose.out
