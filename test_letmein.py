@@ -1031,8 +1031,11 @@ class TestPackets:
         assert "port 5800/tcp+udp, inet/filter, rules 5 of 100" in plain
         for colour in (True, False):
             env = {**environment("NO_COLOR"), **({} if colour else {"NO_COLOR": "1"})}
+            env["COLUMNS"] = "40"
             shown = on_a_terminal([*words, "--watch"], env, lambda text: text.count("ADDRESS") == 2)
             assert ("\x1b[1mADDRESS" in shown) == colour
+            about = shown.partition("Server: ")[2].partition("\x1b")[0].splitlines()
+            assert max(map(len, about[1:])) <= 40, "what is below the table is wrapped"
         for resource, source in ((0x23, CLIENT_4), (0x24, CLIENT_6)):
             assert handshake(lab, resource, REVOKE, source=source) == COMEIN
 
@@ -6034,6 +6037,8 @@ class TestService:
         fw4 = FW4.replace("ROOT", str(root))
         lab.load(fw4)
         with Server(lab, server_conf().replace("table = filter", "table = fw4")) as server:
+            told = [warning["reason"] for warning in server.events("warning")]
+            assert all("[RESOURCES]" in reason or reason == LOUD for reason in told), told
             for source in (CLIENT_4, CLIENT_6):
                 assert not lab.reaches(22, source)
                 lab.letmein("knock", server_for(source), "22").assert_good()
