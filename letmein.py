@@ -33,13 +33,13 @@ import struct
 import sys
 import time
 from collections import deque, namedtuple
+from types import SimpleNamespace
 
 VERSION = "1.0.0"
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
-    import argparse
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
@@ -504,11 +504,17 @@ CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SECCOMP = ("off", "log", "kill")
+CONTROL_PORT = 5800
+KEY_DIGITS = 2 * KEY_SIZE
+MAX_NR_RULES_LIMIT = 1_000_000
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used."""
+    """The configuration cannot be used. The warnings may tell why."""
+
+    warnings: tuple[str, ...] = ()
 
 
 class Unfit(UserError):
@@ -568,6 +574,12 @@ class Config(NamedTuple):
     timeout: float = 600.0  # of resources that have none of their own
     max_nr_rules: int = 100
 
+    def fixed_options(self) -> dict[str, object]:
+        """What a running server cannot change, by the names that the file has for it."""
+        chains = {f"chain-{hook}": self.chains.get(hook) for hook in HOOKS}
+        nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
+        return {**nftables, "seccomp": self.seccomp}
+
     def objection(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
@@ -608,21 +620,42 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
     digits = matched(text, r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", expected)
-    number = int(digits.lstrip("0x+") or "0", 16 if digits.startswith("0x") else 10)
+    is_hex = digits.startswith("0x")
+    # int() takes no more than 4,300 digits, even if they are zeros.
+    number = int(digits[2:], 16) if is_hex else int(digits.lstrip("+0") or "0")
     if not least <= number <= limit:
         raise Unfit(f"{number} is out of range", expected)
     return number
 
 
-parse_port = functools.partial(parse_number, least=1, limit=65535)
-parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
-NAME = "1 to 64 of A-Z a-z 0-9 _ - ."  # of an nftables table or chain
-parse_name = functools.partial(matched, pattern=r"[A-Za-z0-9_.-]{1,64}", expected=NAME)
+def parse_port(text: str) -> int:
+    """The number of a TCP or UDP port."""
+    return parse_number(text, 1, 65535)
+
+
+def parse_rules_limit(text: str) -> int:
+    """max-nr-rules: what is more than we can keep counts as the most that we can."""
+    return min(parse_number(text), MAX_NR_RULES_LIMIT)
+
+
+def parse_family(text: str) -> str:
+    """The family of an nftables table."""
+    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
+
+
+def parse_name(text: str) -> str:
+    """The name of an nftables table or chain."""
+    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: a number, or a decimal such as 0.5 or 1e3."""
+    """Seconds: a number, or a decimal such as 0.5 or 1e3. The reference refuses a unit, so a file
+    with one would serve only one of the two."""
     expected = "seconds, from 0 to 4294967295"
+    with_unit = re.fullmatch(r"\s*([0-9]{1,5})\s*([smhd])\s*", text)
+    if with_unit:
+        seconds = int(with_unit[1]) * UNITS_S[with_unit[2]]
+        raise Unfit(f"{shown(text.strip())} has a unit", f"{expected}; write {seconds}")
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
     text = matched(text, rf"0x\+?[0-9A-Fa-f]+|{decimal}", expected)
     number = float(parse_number(text) if text.startswith("0x") else text)
@@ -638,16 +671,38 @@ def parse_identifier(text: str) -> int:
 
 
 def parse_key(text: str) -> bytes:
-    """A shared secret. What is wrong with one is not shown."""
-    if not re.fullmatch("(?!0+$|[Ff]+$)[0-9A-Fa-f]{64}", text.strip()):
-        expected = "64 hex digits, not all 0 or all F, such as 'letmein.py gen-key' prints"
-        raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
-    return bytes.fromhex(text.strip())
+    """A shared secret. What is wrong with one is said without showing it."""
+    digits = text.strip()
+    problem = ""
+    if len(digits) != KEY_DIGITS:
+        problem = f"this key has {len(digits)} characters, not {KEY_DIGITS}"
+    elif not re.fullmatch("[0-9A-Fa-f]+", digits):
+        problem = "this key has characters that are not hex digits"
+    elif not digits.strip("0") or not digits.strip("Ff"):
+        problem = f"this key is all {digits[0]}, which anybody can guess"
+    if problem:
+        raise Unfit(problem, "64 hex digits, as 'letmein gen-key' prints them")
+    return bytes.fromhex(digits)
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
     """One of some words, in any case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
+
+
+def parse_boolean(text: str) -> bool:
+    """Yes or no, in one of the ways to say so."""
+    return parse_word(text, YES + NO) in YES
+
+
+def parse_policy(text: str) -> int:
+    """When an error is answered: see POLICIES."""
+    return POLICIES[parse_word(text, POLICIES)]
+
+
+def parse_seccomp(text: str) -> str:
+    """What a filter of system calls does."""
+    return parse_word(text, SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -658,71 +713,113 @@ def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
 
 def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     """`5800`, `5800/udp`, `5800 / tcp, udp`: the port, and "tcp", "udp" or both."""
-    items = [item.strip() for item in text.split("/")]
-    numbers = [item for item in items if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item)]
-    flags = [item for item in items if item not in numbers]
-    protocols = parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
-    return [5800, *map(parse_port, numbers)][-1], protocols
+    port = CONTROL_PORT
+    flags = []
+    for item in text.split("/"):
+        item = item.strip()
+        if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item):
+            port = parse_port(item)  # of several the last one counts, as in the reference
+        else:
+            flags.append(item)
+    return port, parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
+
+
+def parse_users(text: str) -> frozenset[int]:
+    """Ids of users, with commas between them."""
+    return frozenset(parse_identifier(user) for user in text.split(","))
+
+
+def parse_match(text: str) -> str:
+    """What a jump is limited to."""
+    return matched(text, "saddr", "saddr")
 
 
 RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
-    "users": lambda text: frozenset(map(parse_identifier, text.split(","))),
+    "users": parse_users,
     **{hook: parse_name for hook in HOOKS},
     **{f"{hook}-match": parse_match for hook in HOOKS},
 }
 
 
-def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`"""
+def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
+    """What a resource's value says: by key what it has a value for, and its flags."""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS or (key in values and key in PORT_ITEMS):
-            raise Unfit(f"{shown(key)} is unknown here, or appears twice", RESOURCE)
+        elif key not in ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key in values and key in PORT_ITEMS:
+            raise Unfit(f"{key} appears twice", f"{key} once")
         else:
-            values[key] = ITEMS[key](value)
+            try:
+                values[key] = ITEMS[key](value)
+            except Unfit as unfit:
+                raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
+    return values, flags
 
-    port = values.get("port", 0)
-    protocols = parse_protocols(flags, RESOURCE) if port else ()
+
+def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. Args: timeout,
+    for a value that has none, in s."""
+    values, flags = parse_items(text)
     hooks = [hook for hook in HOOKS if hook in values]
+    timeout = values.get("timeout", timeout)
+    users = values.get("users", frozenset())
+    if "port" in values:
+        if not values.keys() <= PORT_ITEMS:
+            raise Unfit("a port and a jump need a resource each", RESOURCE)
+        protocols = parse_protocols(flags, RESOURCE)
+        return Resource(identifier, values["port"], protocols, (), timeout, users)
+    if set(flags) != {"jump"}:
+        raise Unfit("this is neither a port nor a jump", RESOURCE)
+    if not hooks:
+        raise Unfit("this jump has no chain to jump to", RESOURCE)
     jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
-    is_port = port and values.keys() <= PORT_ITEMS
-    is_jump = not port and hooks and set(flags) == {"jump"}
-    if not (is_port or is_jump):
-        raise Unfit("a resource opens a port or has jumps: not both, and not neither", RESOURCE)
-    timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
-    return Resource(identifier, port, protocols, jumps, timeout, users)
+    return Resource(identifier, 0, (), jumps, timeout, users)
 
 
-# By section and option: the field of Config, and its parser. Resources depend on what is above.
-OPTIONS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+class Setting(NamedTuple):
+    """An option of the file: the field of Config that it sets, and how its value is read."""
+
+    field: str
+    parse: Callable[[str], Any]
+
+
+OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
     "GENERAL": {
-        "debug": ("debug", lambda text: parse_word(text, YES + NO) in YES),
-        "port": ("control", parse_control_port),
-        "control-timeout": ("control_timeout", parse_duration),
-        "control-error-policy": ("error_policy", lambda text: POLICIES[parse_word(text, POLICIES)]),
-        "seccomp": ("seccomp", lambda text: parse_word(text, SECCOMP)),
+        "debug": Setting("debug", parse_boolean),
+        "port": Setting("control", parse_control_port),
+        "control-timeout": Setting("control_timeout", parse_duration),
+        "control-error-policy": Setting("error_policy", parse_policy),
+        "seccomp": Setting("seccomp", parse_seccomp),
     },
-    "CLIENT": {"default-user": ("default_user", parse_identifier)},
+    "CLIENT": {"default-user": Setting("default_user", parse_identifier)},
     "NFTABLES": {
-        "exe": ("nft", str.strip),
-        "family": ("family", parse_family),
-        "table": ("table", parse_name),
-        **{f"chain-{hook}": (hook, parse_name) for hook in HOOKS},
-        "timeout": ("timeout", parse_duration),
-        "max-nr-rules": ("max_nr_rules", lambda text: min(parse_number(text), 1_000_000)),
+        "exe": Setting("nft", str.strip),
+        "family": Setting("family", parse_family),
+        "table": Setting("table", parse_name),
+        **{f"chain-{hook}": Setting(hook, parse_name) for hook in HOOKS},
+        "timeout": Setting("timeout", parse_duration),
+        "max-nr-rules": Setting("max_nr_rules", parse_rules_limit),
     },
-    "KEYS": {},
-    "RESOURCES": {},
+    "KEYS": {},  # by user
+    "RESOURCES": {},  # by id
 }
+REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
+
+
+class Entry(NamedTuple):
+    """A line of the file: where it is, as a message begins with it, and its value."""
+
+    place: str
+    value: str
 
 
 # What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
@@ -731,10 +828,10 @@ NO_TEXT = re.compile("[\0\x1c-\x1f\udc80-\udcff]")
 ENTRY = re.compile(r"\[(?P<section>.+)\]\s*|(?P<name>[^=\[][^=]*)=(?P<value>.*)")
 
 
-def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """The file as it is written: by section and name where it stands, for messages, and the
-    value. The name "" is the section's own line. Raises ConfigError."""
-    sections: dict[str, dict[str, tuple[str, str]]] = {}
+def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
+    """The file as it is written, by section and name. The name "" is the section's own line.
+    Raises ConfigError."""
+    sections: dict[str, dict[str, Entry]] = {}
     section = name = ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if NO_TEXT.search(line):
@@ -742,23 +839,36 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
             raise ConfigError(f"{path}:{number}: this is not text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
             place, value = sections[section][name]
-            sections[section][name] = (place, f"{value} {line.lstrip()}")
+            sections[section][name] = Entry(place, f"{value} {line.lstrip()}")
             continue
         name = ""
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         found = ENTRY.fullmatch(line)
-        if not found or not (section or found["section"]):
+        if not found:
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
-            raise ConfigError(f"{path}:{number}: this is not a section, nor an option of one", hint)
+            problem = f"{shown(line.rstrip())} is neither a section nor an option"
+            raise ConfigError(f"{path}:{number}: {problem}", hint)
         section, name = found["section"] or section, (found["name"] or "").rstrip()
+        if not section:
+            hint = "expected: a line such as [GENERAL] above it"
+            raise ConfigError(f"{path}:{number}: {shown(name)} is in no section", hint)
         place = f"{path}:{number}: [{shown(section)[1:-1]}] "
         place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
             raise ConfigError(f"{place}appears twice", "expected: each name once")
-        sections[section][name] = (place, found["value"] or "")
+        sections[section][name] = Entry(place, found["value"] or "")
     return sections
+
+
+@contextlib.contextmanager
+def blaming(place: str) -> Iterator[None]:
+    """Begin what is wrong with a value with its place. Raises ConfigError."""
+    try:
+        yield
+    except Unfit as unfit:
+        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
 
 
 def unknown(name: str, names: Iterable[str]) -> str:
@@ -768,58 +878,114 @@ def unknown(name: str, names: Iterable[str]) -> str:
     return "is unknown and ignored" + "".join(f"; did you mean {known}?" for known in found)
 
 
+def unknown_names(sections: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """A warning for each section and option that we do not know, in the file's order."""
+    warnings = []
+    for section, entries in sections.items():
+        known = OPTIONS.get(section)
+        if known is None:
+            warnings.append(entries[""].place + unknown(section.upper(), OPTIONS))
+        for name, entry in entries.items():
+            if known and name and name not in known:
+                warnings.append(entry.place + unknown(name.lower(), known))
+    return warnings
+
+
+def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The values of a section's known options, by field of Config. Raises ConfigError."""
+    values = {}
+    for name, entry in entries.items():
+        if name in known:
+            with blaming(entry.place):
+                values[known[name].field] = known[name].parse(entry.value)
+    return values
+
+
+def parse_keys(entries: Mapping[str, Entry]) -> dict[int, bytes]:
+    """[KEYS], by user. Raises ConfigError."""
+    keys: dict[int, bytes] = {}
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            user = parse_identifier(name)
+            if user in keys:
+                raise Unfit(f"user {user:08X} has a key already", "each user once")
+            keys[user] = parse_key(entry.value)
+    return keys
+
+
+def parse_resources(entries: Mapping[str, Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
+    resources: dict[int, Resource] = {}
+    owners: dict[int, int] = {}  # by port the resource that opens it
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            resource = parse_resource(parse_identifier(name), entry.value, timeout)
+            if resource.identifier in resources:
+                raise Unfit(f"resource {resource.identifier:08X} appears twice", "each id once")
+            if resource.port in owners:
+                owner = owners[resource.port]
+                raise Unfit(f"resource {owner:08X} has port {resource.port}", "each port once")
+            resources[resource.identifier] = resource
+            if resource.port:
+                owners[resource.port] = resource.identifier
+    return resources
+
+
+def server_warnings(
+    config: Config, tables: Mapping[str, Entry], resources: Iterable[Entry]
+) -> list[str]:
+    """What a server can do with this, and its owner may not want. Args: the entries of [NFTABLES],
+    and those of config.resources, in their order."""
+    warnings = []
+    if config.error_policy == NO_AUTH and "udp" in config.protocols:
+        text = "control-error-policy: 'always' over UDP answers forged senders"
+        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    if config.family != "inet" and config.table in IPTABLES_TABLES:
+        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        text += " our rules lets everybody in; give the table another name"
+        warnings.append(tables["table"].place + text)
+    if not config.keys:
+        text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
+        warnings.append(f"{config.path}: [KEYS] {text}")
+    for entry, resource in zip(resources, config.resources.values()):
+        somebody = min(resource.users, default=0)  # who may have it, if anybody can
+        objection = config.objection(somebody, resource.identifier)
+        if objection or not resource.timeout:
+            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
+            warnings.append(entry.place + text)
+        if config.keys:
+            for user in sorted(resource.users - config.keys.keys()):
+                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+    return warnings
+
+
 def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
     sections = parse_sections(text, path)
-    begins = {section: options.pop("")[0] for section, options in sections.items()}
-    others = [section for section in sections if section not in OPTIONS]
-    warnings = [begins[section] + unknown(section.upper(), OPTIONS) for section in others]
-    values: dict[str, Any] = {"control": (5800, ("tcp",)), **Config._field_defaults}
-    keys: dict[int, bytes] = {}
-    resources: dict[int, Resource] = {}
-    ports: set[int] = set()
-    for section, known in OPTIONS.items():
-        for name, (place, value) in sections.setdefault(section, {}).items():
-            try:
-                if section == "KEYS":
-                    user = parse_identifier(name)
-                    if user in keys:
-                        raise Unfit(f"{user:08X} has a key already", "each id once")
-                    keys[user] = parse_key(value)
-                elif section == "RESOURCES":
-                    resource = parse_resource(parse_identifier(name), value, values["timeout"])
-                    if resource.identifier in resources or resource.port in ports:
-                        raise Unfit("another resource has the same id or port", "each of them once")
-                    resources[resource.identifier] = resource
-                    ports |= {resource.port} - {0}
-                elif name not in known:
-                    warnings.append(place + unknown(name.lower(), known))
-                elif section != ("CLIENT" if server else "NFTABLES"):
-                    field, parse = known[name]
-                    values[field] = parse(value)
-            except Unfit as unfit:
-                raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
-    for option in ("family", "table", "chain-input"):
-        if server and option not in sections["NFTABLES"]:
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
-
+    warnings = unknown_names(sections)
+    begins = {section: entries.pop("").place for section, entries in sections.items()}
+    for section in OPTIONS:
+        sections.setdefault(section, {})
+    values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
+    try:
+        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+            values.update(parse_settings(sections[section], OPTIONS[section]))
+        keys = parse_keys(sections["KEYS"])
+        resources = parse_resources(sections["RESOURCES"], values["timeout"])
+        for option in REQUIRED if server else ():
+            if option not in sections["NFTABLES"]:
+                place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{place}{option}: is not set", hint)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
-    if server and config.error_policy == NO_AUTH and "udp" in protocols:
-        text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
-    if server and config.family != "inet" and config.table in IPTABLES_TABLES:
-        place, _ = sections["NFTABLES"]["table"]
-        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
-        warnings.append(f"{place}{text} our rules lets everybody in; give the table another name")
-    for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
-        somebody = min(resource.users, default=0)  # who may have it, if anybody can
-        objection = config.objection(somebody, resource.identifier)
-        if server and (objection or not resource.timeout):
-            warnings.append(f"{place}nobody can knock for it: {objection or 'its timeout is 0'}")
+    if server:
+        entries = sections["RESOURCES"].values()
+        warnings += server_warnings(config, sections["NFTABLES"], entries)
     return config._replace(warnings=tuple(warnings))
 
 
@@ -838,6 +1004,7 @@ def read_config(path: str, server: bool) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
     config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
     warnings = list(config.warnings)
     if os.name == "posix" and server and status.st_uid != 0:
@@ -883,7 +1050,7 @@ class AddressLost(UserError):
     """This machine no longer has the address that `connect` uses."""
 
 
-def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
+def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
     """What is to be opened or closed, as far as the client knows it. Raises UserError."""
     if arguments.resources:
         unknown = Resource(0, 0, (), (), config.timeout, frozenset())
@@ -1144,7 +1311,7 @@ class Race:
 class Client:
     """One run of the client. Args: arguments, of the command line. Raises UserError."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         self.arguments = arguments
         self.user = config.default_user if arguments.user is None else arguments.user
         if self.user not in config.keys:
@@ -3393,7 +3560,7 @@ def ending(status: int) -> str:
 class Monitor:
     """The privileged process. Args: arguments, of the command line, and of them activated."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         os.umask(0o077)
         self.config = config
         self.arguments = arguments
@@ -3574,14 +3741,15 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
-            for name in ("nft", "family", "table", "chains", "seccomp"):
-                if getattr(config, name) != getattr(old, name):
-                    hooks = {hook for hook, _ in config.chains.items() ^ old.chains.items()}
-                    chains = ",".join(f"chain-{hook}" for hook in sorted(hooks))
-                    option = {"nft": "exe", "chains": chains}.get(name, name)
+            fixed = old.fixed_options()
+            for name, value in config.fixed_options().items():
+                if value != fixed[name]:
                     reason = "the new value takes effect when the server is restarted"
-                    self.log("restart-wanted", option=option, reason=reason)
-                    config = config._replace(**{name: getattr(old, name)})
+                    self.log("restart-wanted", option=name, reason=reason)
+            config = config._replace(
+                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
+                seccomp=old.seccomp,
+            )  # fmt: skip
             sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
@@ -4244,6 +4412,8 @@ BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
+HELP_COLUMN = 26  # where the text of --help begins
+HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
 
 def show_status(config: Config, rundir: str, as_json: bool) -> None:
@@ -4433,7 +4603,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
     return leases
 
 
-def begin_service(arguments: argparse.Namespace) -> None:
+def begin_service(arguments: SimpleNamespace) -> None:
     """What comes before all else: take over what systemd has given us, and note signals, so that a
     change of the file behind which a SIGHUP came is never missed. Raises UserError."""
     arguments.activated = given = activated_sockets()
@@ -4443,7 +4613,7 @@ def begin_service(arguments: argparse.Namespace) -> None:
         arguments.signals = note_signals()
 
 
-def serve(config: Config, arguments: argparse.Namespace) -> int:
+def serve(config: Config, arguments: SimpleNamespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
@@ -4557,6 +4727,33 @@ def new_key_line(user: int) -> str:
     return f"{user:08X} = {key.hex().upper()}"
 
 
+def generate_key(user: int | None, path: str, config: str | None) -> None:
+    """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
+    client's default user, or else for the first one behind that who has no key yet. Args: path, of
+    the client's file; config, the file of --config."""
+    server_places = [f"{place}/letmeind.conf" for place in CONFIG_PLACES]
+    server_path = config or next(filter(os.path.exists, server_places), server_places[-1])
+    keys: Mapping[int, bytes] = {}
+    default = 0
+    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+        default = read_config(path, server=False).default_user
+    with contextlib.suppress(ConfigError):  # nor is it to be complete: we need its keys alone
+        keys = read_config(server_path, server=False).keys
+    wanted = default if user is None else user
+    new = wanted
+    while user is None and new in keys:
+        new = (new + 1) & 0xFFFFFFFF
+    print(new_key_line(new), flush=True)
+    if new != wanted:
+        tell(f"user {wanted:08X} has a key in {server_path}, so this one is for user {new:08X}")
+    if new in keys:
+        tell(f"user {new:08X} has a key in {server_path}: this line replaces that one")
+    tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
+    if new != default:
+        tell(f"the client's file also needs, below [CLIENT]: default-user = {new:08X}")
+    tell(f"or have the server print the whole client's file: letmein client-conf -u {new:X}")
+
+
 def service_file(kind: str, path: str, account: str) -> str:
     """A file that starts this copy of the program with the system. Args: kind, as on the command
     line; path, of letmeind.conf; account, of the network process."""
@@ -4591,7 +4788,11 @@ ListenDatagram=5800
 WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
-    places.update(map(os.path.dirname, (program, module, path)))
+    for file in (program, module, path):
+        if os.path.dirname(file) == "/":
+            hint = "move it into a directory: the service sees its files' directories, and no more"
+            raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
+        places.add(os.path.dirname(file))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
         RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
         MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
@@ -4623,168 +4824,503 @@ WantedBy=multi-user.target
 """
 
 
-ABOUT = """\
-An authenticated port knocker. For example:
-  letmein knock server 22                       open port 22 of server for this address
-  letmein knock server 22 -- ssh server         the same, log in, and close it again
-  ssh -o ProxyCommand='letmein connect %h %p' server"""
+class UsageError(UserError):
+    """The command line is wrong. Args: what is wrong, what to do."""
 
 
-def parser_class() -> type[argparse.ArgumentParser]:
-    """A parser that says in two lines what is wrong, and how the one command is used."""
-    import argparse
+class Option(NamedTuple):
+    """An option of the command line; or an argument, whose name is in upper case."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            """Tell the user, and end the program with status 2."""
-            usage = " ".join(self.format_usage().split())
-            choice = r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)"
-            if command := re.match(choice, message):
-                message = f"there is no command {shown(command[1])}"
-                known = re.findall(r"[a-z-]+", command[2])
-                usage = f"{did_you_mean(command[1], known)}'letmein --help' lists all commands"
-            tell_error(UserError(message, usage))
-            sys.exit(2)
-
-        def unknown(self, word: str) -> NoReturn:
-            """Tell the user that there is no such option."""
-            known = re.findall(r"--[a-z0-9-]+", self.format_help())
-            question = did_you_mean(word, known, "; ").rstrip()
-            self.error(f"there is no option {shown(word)}{question}")
-
-    return Parser
+    names: tuple[str, ...]
+    field: str  # of what parse_words() returns
+    text: str  # for --help, which does not show an option that has none
+    metavar: str = ""  # of its value; "" for an option that has none
+    parse: Callable[[str], Any] = str  # its value. Raises Unfit
+    words: tuple[str, ...] = ()  # the values that there are, in place of parse
+    value: Any = True  # of an option without a metavar
+    default: Any = None
+    is_list: bool = False  # it may be repeated
 
 
-def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
-    """A question that names the known word most like this one; "" if none is."""
+class Command(NamedTuple):
+    """A command, and what --help says of it. Lines of help are at most 80 characters long."""
+
+    name: str
+    summary: str  # for the list of commands
+    usage: str
+    about: str
+    examples: str
+    arguments: tuple[Option, ...] = ()
+    options: tuple[Option, ...] = ()
+
+
+def parse_account(text: str) -> str:
+    """The name of a user of this machine."""
+    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
+
+
+def parse_slots(text: str) -> int:
+    """How many connections the server keeps."""
+    return parse_number(text, 1, 1_000_000)
+
+
+def default_rundir() -> str:
+    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
+
+
+KINDS = ("systemd", "systemd-socket", "openwrt")
+SHELLS = ("bash", "zsh", "fish")
+
+CONFIG = Option(
+    ("-c", "--config"), "config", "configuration file (default: letmein.conf in ~/.config/letmein,"
+    " /opt/letmein/etc or /etc)", "FILE",
+)  # fmt: skip
+SERVER_CONFIG = CONFIG._replace(
+    text="configuration file (default: letmeind.conf in /opt/letmein/etc or /etc)"
+)
+COMMON = (  # options of all commands, in front of COMMAND or behind it
+    CONFIG,
+    Option(("--verbose",), "verbose", "print more about what happens"),
+    Option(
+        ("--seccomp",), "seccomp", "filter system calls: off, log or kill (default: seccomp of the"
+        " configuration file, else off)", "MODE", words=SECCOMP,
+    ),
+    Option(("-h", "--help"), "help", "print this help"),
+    Option(("-v", "--version"), "version", "print the version"),
+    Option(("--dns", "--dns-crypt"), "dns", "", "MODE"),  # obsolete in the reference, too
+)  # fmt: skip
+
+USER = Option(
+    ("-u", "--user"), "user", "user whose key is used (default: default-user of the configuration"
+    " file, else 00000000)", "ID", parse_identifier,
+)  # fmt: skip
+HOST = Option(("HOST",), "host", "name or address of the server")
+PORT = Option(
+    ("PORT",), "ports", "port of a resource in [RESOURCES] of the configuration file, such as 22;"
+    " several may follow each other", parse=parse_port, is_list=True,
+)  # fmt: skip
+QUIET = Option(("-q", "--quiet"), "quiet", "print only warnings and errors")
+RESOURCE_ID = Option(
+    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be"
+    " repeated", "ID", parse_identifier, is_list=True,
+)  # fmt: skip
+CONTACT = (  # how the client reaches the server
+    USER,
+    Option(
+        ("-P", "--server-port"), "server_port", "control port of the server (default: port of the"
+        " configuration file, else 5800)", "PORT", parse_port,
+    ),
+    Option(
+        ("-T", "--server-port-tcp"), "protocol", "knock over TCP (default: what port in the"
+        " configuration file says, TCP if it says both)", value="tcp",
+    ),
+    Option(("-U", "--server-port-udp"), "protocol", "knock over UDP", value="udp"),
+    Option(
+        ("-4", "--ipv4"), "families", "knock over IPv4 (default: over IPv4 and IPv6, and one of"
+        " them is enough; with -4 and -6 both must work)", value=socket.AF_INET, is_list=True,
+    ),
+    Option(
+        ("-6", "--ipv6"), "families", "knock over IPv6", value=socket.AF_INET6, is_list=True,
+    ),
+)  # fmt: skip
+RUNDIR = Option(
+    ("--rundir",), "rundir", "run directory of the server (default: /run/letmeind if it exists,"
+    " else /run)", "DIR", default=default_rundir,
+)  # fmt: skip
+ACCOUNT = Option(
+    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    " (default: letmeind)", "NAME", parse_account, default="letmeind",
+)  # fmt: skip
+
+LETMEIN = Command(
+    "", "", "[OPTION...] COMMAND ...",
+    "An authenticated port knocker: a firewall opens a port to clients with a key.",
+    """\
+  letmein knock server 22                  open port 22 for this machine
+  letmein knock server 22 -- ssh server    open it, log in, close it
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein help knock                       more about one command""",
+    options=(CONFIG._replace(text="configuration file (each command's help names its default)"),),
+)  # fmt: skip
+COMMANDS = (
+    Command(
+        "knock", "open a port for this machine's address",
+        "[OPTION...] HOST (PORT... | -r ID...) [-- COMMAND...]",
+        """\
+Open ports of HOST for the address of this machine, for as long as the server
+allows. With COMMAND they stay open while it runs, and are closed at its end.""",
+        """\
+  letmein knock server 22                  open port 22
+  letmein knock server 22 443              open two ports
+  letmein knock -r 80 server               open resource 00000080
+  letmein knock server 22 -- ssh server    open port 22, log in, close it""",
+        (HOST, PORT, Option(
+            ("COMMAND",), "to_run", "program to run, with its arguments; its exit status is that"
+            " of letmein", is_list=True,
+        )),
+        (
+            RESOURCE_ID, *CONTACT, QUIET,
+            Option(("--keep",), "keep", "leave the ports open when COMMAND ends"),
+        ),
+    ),
+    Command(
+        "revoke", "close it again", "[OPTION...] HOST (PORT... | -r ID...)",
+        """\
+Close ports of HOST that this machine has opened. What is not open counts as
+closed. The older name of this command is close.""",
+        """\
+  letmein revoke server 22                 close port 22
+  letmein revoke -r 80 server              close resource 00000080""",
+        (HOST, PORT),
+        (RESOURCE_ID, *CONTACT, QUIET),
+    ),
+    Command(
+        "connect", "open a port and connect to it, for ssh's ProxyCommand",
+        "[OPTION...] HOST PORT [-r ID]",
+        """\
+Open PORT of HOST and connect to it: standard input goes there, and what comes
+from there goes to standard output. The port is closed at the end.""",
+        """\
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein connect -r 80 server 8443        open 00000080, connect to port 8443""",
+        (HOST, PORT._replace(text="port to open and to connect to")),
+        (
+            RESOURCE_ID._replace(text="open this resource, and connect to PORT"), *CONTACT,
+            Option(("--keep",), "keep", "leave the port open at the end"),
+        ),
+    ),
+    Command(
+        "gen-key", "print a new key", "[OPTION...]",
+        "Print a new key, as a line for [KEYS] in the files of server and client.",
+        """\
+  letmein gen-key                          a key for the first user without one
+  letmein gen-key -u 2A                    a key for user 0000002A""",
+        (),
+        (USER._replace(
+            text="user that the key is for (default: the client's default-user; if letmeind.conf"
+            " has a key for it, the next one)"
+        ),),
+    ),
+    Command(
+        "client-conf", "print a user's client file, on the server", "[OPTION...] -u ID",
+        """\
+Print the complete letmein.conf of a user, made from letmeind.conf: it has the
+user's key, the control port and what the user may open.""",
+        """\
+  letmein client-conf -u 2A                the file for user 0000002A
+  letmein client-conf -u 2A | qrencode -t ansiutf8""",
+        (),
+        (
+            USER._replace(text="user whose file is printed (required)"),
+            Option(
+                ("--host",), "host_name", "name by which the client reaches this server (default:"
+                " the name of this machine)", "NAME",
+            ),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "server", "run the server", "[OPTION...]",
+        "Run the server in the foreground. Its log goes to standard error.",
+        """\
+  letmein server --check                   see whether it could run
+  letmein server                           run it""",
+        (),
+        (
+            Option(("--check",), "check", "check configuration and firewall, and change nothing"),
+            RUNDIR,
+            Option(
+                ("-n", "--num-connections"), "num_connections", "connections at the same time"
+                " (default: 1024)", "COUNT", parse_slots, default=1024,
+            ),
+            Option(
+                ("-N", "--num-ip-connections"), "num_ip_connections", "connections at the same time"
+                " from one IPv4 address or one IPv6 /56 (default: 128)", "COUNT", parse_slots,
+                default=128,
+            ),
+            ACCOUNT, SERVER_CONFIG,
+            Option(("--no-systemd",), "no_systemd", ""),  # for the scripts of letmeind
+        ),
+    ),
+    Command(
+        "service", "print a file that starts the server at boot", "[OPTION...] KIND",
+        """\
+Print a file that starts this copy of the program at boot:
+  systemd          the unit /etc/systemd/system/letmeind.service
+  systemd-socket   an extra, letmeind.socket: systemd opens the control port
+  openwrt          the init script /etc/init.d/letmeind""",
+        """\
+  letmein service systemd >/etc/systemd/system/letmeind.service
+  letmein service openwrt >/etc/init.d/letmeind""",
+        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (ACCOUNT, SERVER_CONFIG),
+    ),
+    Command(
+        "status", "print who has opened what, on the server", "[OPTION...]",
+        "Print who has opened what, for how long still, and what the server has counted.",
+        """\
+  letmein status --watch                   again each second, until Ctrl-C
+  letmein status --json | jq .leases""",
+        (),
+        (
+            RUNDIR,
+            Option(("--json",), "json", "print one JSON document, for other programs"),
+            Option(("--watch",), "watch", "print it again each second, until Ctrl-C"),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "completion", "print a completion script for a shell", "[OPTION...] SHELL",
+        "Print a script with which a shell completes commands and options.",
+        """\
+  eval "$(letmein completion bash)"        in ~/.bashrc
+  eval "$(letmein completion zsh)"         in ~/.zshrc, after compinit
+  letmein completion fish | source         in ~/.config/fish/config.fish""",
+        (Option(("SHELL",), "shell", ", ".join(SHELLS), words=SHELLS),),
+    ),
+)  # fmt: skip
+ALIASES = {"close": "revoke"}  # its older name
+
+
+def options_of(command: Command) -> list[Option]:
+    """What a command takes; an option of its own may have the name of a common one."""
+    fields = {option.field for option in command.options}
+    return [*command.options, *(option for option in COMMON if option.field not in fields)]
+
+
+def usage_line(command: Command) -> str:
+    """How a command is used."""
+    return f"usage: {' '.join(filter(None, ('letmein', command.name, command.usage)))}"
+
+
+def help_row(left: str, text: str, width: int) -> str:
+    """One or more lines of help: what is explained, and its text in a column of its own."""
+    import textwrap
+    indent = " " * HELP_COLUMN
+    start = f"  {left}"
+    if len(start) + 2 > HELP_COLUMN:
+        start += f"\n{indent}"
+    else:
+        start = start.ljust(HELP_COLUMN)
+    lines = textwrap.wrap(text, width - HELP_COLUMN, break_on_hyphens=False)
+    return start + f"\n{indent}".join(lines)
+
+
+def help_text(command: Command) -> str:
+    """All that there is to say of a command, in the width of the terminal."""
+    try:
+        width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
+    except OSError:  # standard output is no terminal
+        width = HELP_WIDTHS[0]
+    width = max(width, 2 * HELP_COLUMN)
+    parts = [usage_line(command), "", command.about]
+    lists = {"Arguments": command.arguments, "Options": options_of(command)}
+    if command is LETMEIN:
+        parts += ["", "Commands:"]
+        parts += [help_row(each.name, each.summary, width) for each in COMMANDS]
+    for title, options in lists.items():
+        rows = [
+            help_row(f"{', '.join(option.names)} {option.metavar}".rstrip(), option.text, width)
+            for option in options
+            if option.text
+        ]
+        parts += ["", f"{title}:", *rows] if rows else []
+    return "\n".join([*parts, "", "Examples:", command.examples])
+
+
+NO_WORD = "''"  # in a shell
+BASH_COMPLETION = """\
+_letmein() {{
+    local word command= words=
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
+        case $word in {names}) command=$word; break ;; esac
+    done
+    case $command in
+{cases}
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o bashdefault -o default -F _letmein letmein"""
+
+
+def completion_words(command: Command) -> list[str]:
+    """What may stand behind a command, but for values that only the user knows."""
+    words = [command.name for command in COMMANDS] if command is LETMEIN else []
+    for argument in command.arguments:
+        words += argument.words
+    for option in options_of(command):
+        words += option.names if option.text else ()
+    return words
+
+
+def completion(shell: str) -> str:
+    """A script with which a shell completes the words of our command line."""
+    words = {each.name: " ".join(completion_words(each)) for each in (LETMEIN, *COMMANDS)}
+    names = [command.name for command in COMMANDS]
+    if shell == "fish":  # see its complete(1)
+        lines = ["complete -c letmein -s c -l config -r -F"]
+        for name in names:
+            when = f"__fish_seen_subcommand_from {name}"
+            lines.append(f"complete -c letmein -n '{when}' -a '{words[name]}'")
+        lines.append(f"complete -c letmein -f -n __fish_use_subcommand -a '{words['']}'")
+        return "\n".join(lines)
+    cases = [f"        {name or NO_WORD}) words='{words[name]}' ;;" for name in words]
+    script = BASH_COMPLETION.format(names="|".join(names), cases="\n".join(cases))
+    # zsh can do as bash does: zshcompsys(1), bashcompinit.
+    return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the known word most like this one; "" if none is. Options are compared
+    without their dashes, in which all are alike."""
     import difflib
-    found = difflib.get_close_matches(word, list(known), 1)
-    return "".join(f"{before}did you mean {name}? " for name in found)
+    names = {name.lstrip("-"): name for name in known}
+    found = difflib.get_close_matches(word.lstrip("-"), names, 1)
+    return "".join(f"did you mean {names[name]}? " for name in found)
 
 
-def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Have argparse name the option if a value is not what it should be."""
-
-    def convert(text: str) -> Any:
-        import argparse
-        try:
-            return parse(text)
-        except Unfit as unfit:
-            problem = f"{unfit.problem}; expected: {unfit.hint}"
-            raise argparse.ArgumentTypeError(problem) from None
-
-    return convert
+def find_command(word: str) -> Command:
+    """The command of this name. Raises UsageError."""
+    for command in COMMANDS:
+        if command.name == ALIASES.get(word, word):
+            return command
+    names = [*(command.name for command in COMMANDS), *ALIASES]
+    hint = f"{did_you_mean(word, names)}'letmein --help' lists all commands"
+    raise UsageError(f"there is no command {shown(word)}", hint)
 
 
-def build_parser(first: str) -> argparse.ArgumentParser:
-    """The command line, as README's tables have it. A knock has no time for what is other
-    commands': if its first word is one of the client's commands, there is that one alone."""
-    import argparse
-    # A server that runs by our systemd unit may write nowhere else.
-    rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
-    # Without a width argparse would import shutil, to ask for the terminal's.
-    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    new_parser = functools.partial(parser_class(), formatter_class=form)
-    # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
-    common = new_parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-c", "--config", metavar="FILE")
-    common.add_argument("--verbose", action="store_true", help="say what is going on")
-    common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
-    common.add_argument("--dns", "--dns-crypt", help=argparse.SUPPRESS)
-    common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
-    parser = new_parser(prog="letmein", description=ABOUT, parents=[common])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add_command(name: str, **more: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, formatter_class=form, **{"parents": [common], **more})
-        command.set_defaults(parser=command)
-        return command
-
-    # A PORT may stand behind an option, where argparse loses it: see parse_words().
-    client = new_parser(add_help=False)
-    client.add_argument("host", metavar="HOST")
-    client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
-    client.add_argument("--keep", action="store_true", help="do not close at the end")
-    client.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-    client.add_argument("-P", "--server-port", metavar="PORT", type=option(parse_port))
-    add = functools.partial(client.add_argument, dest="resources", action="append", default=[])
-    add("-r", "--resource", metavar="ID", type=option(parse_identifier))
-    add = functools.partial(client.add_argument, dest="protocol", action="store_const")
-    add("-T", "--server-port-tcp", const="tcp")
-    add("-U", "--server-port-udp", const="udp")
-    add = functools.partial(client.add_argument, dest="families", action="append_const")
-    add("-4", "--ipv4", const=socket.AF_INET, default=[])
-    add("-6", "--ipv6", const=socket.AF_INET6, default=[])
-    for name, aliases, what, text in (
-        ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
-        ("revoke", ["close"], "(PORT... | -r ID...)", "close it again"),
-        ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
-    ):
-        usage = f"letmein {name} [OPTION...] HOST {what}"
-        if name == first or first not in ("knock", "revoke", "connect"):
-            add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
-    if first in ("knock", "revoke", "connect"):
-        return parser
-
-    command = add_command("gen-key", help="print a new key")
-    command.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-
-    command = add_command("client-conf", help="print a user's client file, on the server")
-    whose = option(parse_identifier)
-    command.add_argument("-u", "--user", metavar="ID", type=whose, required=True, help="whose")
-    text = "how the client reaches this server (default: its own name)"
-    command.add_argument("--host", metavar="NAME", dest="host_name", help=text)
-
-    command = add_command("server", help="run the server")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    slots = functools.partial(parse_number, least=1, limit=1_000_000)
-    command.add_argument("-n", "--num-connections", metavar="N", type=option(slots), default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=option(slots), default=128)
-    command.add_argument("--no-systemd", action="store_true")
-    command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
-    account = functools.partial(matched, pattern=name, expected="a user's name, or none")
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("service", help="print what starts the server with the system")
-    command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("status", help="who holds what")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    command.add_argument("--json", action="store_true", help="one document for other programs")
-    command.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
-    return parser
+def no_option(name: str, command: Command) -> UsageError:
+    """What to say of an option that a command does not have."""
+    names = [option.names[-1] for option in options_of(command)]
+    program = f"letmein {command.name}".rstrip()
+    hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
+    for other in COMMANDS if command is LETMEIN else ():
+        if any(name in option.names for option in other.options):
+            hint = f"put it behind the command: letmein {other.name} {name}"
+            return UsageError(f"{name} is no option in front of a command", hint)
+    return UsageError(f"there is no option {shown(name)}", hint)
 
 
-def parse_words(words: list[str]) -> argparse.Namespace:
-    """The command line. Ends the program (status 2) if it is wrong."""
-    import argparse
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
-    parser = build_parser(words[0] if words else "")
-    arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
-    at = words.index("--") if "--" in words else len(words)
-    _, rest = parser.parse_known_args(words[:at], arguments)
-    command = arguments.parser
-    for word in rest:
-        if word.startswith("-"):
-            command.unknown(word)
-    if hasattr(arguments, "host"):
-        try:
-            arguments.ports, rest = [parse_port(word) for word in rest], []
-        except Unfit as unfit:
-            command.error(f"PORT {unfit.problem}; expected: {unfit.hint}")
+def parse_value(option: Option, text: str) -> Any:
+    """The value of an option or argument. Raises UsageError."""
+    try:
+        return parse_word(text, option.words) if option.words else option.parse(text)
+    except Unfit as unfit:
+        problem = f"{'/'.join(option.names)}: {unfit.problem}"
+        raise UsageError(problem, f"expected: {unfit.hint}") from None
+
+
+def take_option(
+    word: str, waiting: deque[str], command: Command, arguments: SimpleNamespace
+) -> None:
+    """Set what this word says: `--user=1`, `-u1`, or with the next of the waiting words `-u 1`. As
+    everywhere, -4U is the same as -4 -U. Raises UsageError."""
+    is_long = word.startswith("--")
+    name, equals, text = word.partition("=")
+    if not is_long:
+        name, text = word[:2], word[2:].removeprefix("=")
+    found = [option for option in options_of(command) if name in option.names]
+    if not found:
+        raise no_option(name, command)
+    option = found[0]
+    names = "/".join(option.names)
+    value = option.value
+    if option.metavar:
+        if not text and not (is_long and equals):
+            if not waiting or waiting[0].startswith("-"):
+                raise UsageError(f"{names} needs its {option.metavar}", usage_line(command))
+            text = waiting.popleft()
+        value = parse_value(option, text)
+    elif is_long and equals:
+        raise UsageError(f"{names} takes no value", usage_line(command))
+    elif text:
+        waiting.appendleft(f"-{text}")
+    if option.is_list:
+        getattr(arguments, option.field).append(value)
+    else:
+        setattr(arguments, option.field, value)
+
+
+def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
+    """Set what holds for options that are not given, unless something is set already."""
+    for option in options:
+        default = option.default() if callable(option.default) else option.default
+        if not hasattr(arguments, option.field):
+            setattr(arguments, option.field, [] if option.is_list else default)
+
+
+def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments, which are known by their place. Raises UsageError."""
+    rest = deque(places)
+    for argument in command.arguments:
+        if argument.field == "to_run":  # it is behind a --
+            continue
+        if argument.is_list:
+            values = [parse_value(argument, word) for word in rest]
+            setattr(arguments, argument.field, values)
+            rest.clear()
+        elif rest:
+            setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
+        else:
+            raise UsageError(f"{argument.names[0]} is missing", usage_line(command))
     if rest:
-        command.error(f"there is no use for {shown(rest[0])}")
+        raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
+
+
+def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
+    """What is wrong with words that are each right; "" if nothing is."""
+    if command.name in ("knock", "revoke"):
+        if arguments.ports and arguments.resources:
+            return "PORT and -r/--resource cannot be combined"
+        if not arguments.ports and not arguments.resources:
+            return "PORT is missing (or a resource: -r/--resource ID)"
+    if command.name == "connect" and len(arguments.ports) != 1:
+        return "PORT is missing" if not arguments.ports else "connect takes one PORT"
+    if command.name == "client-conf" and arguments.user is None:
+        return "-u/--user is missing"
+    if has_dashes and command.name != "knock":
+        return f"{command.name} takes no COMMAND behind --"
+    if has_dashes and not arguments.to_run:
+        return "COMMAND is missing behind --"
+    return ""
+
+
+def parse_words(words: list[str]) -> SimpleNamespace:
+    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
+    UsageError."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    at = words.index("--") if "--" in words else len(words)
+    waiting = deque(words[:at])
+    command = LETMEIN
+    arguments = SimpleNamespace(quiet=False)
+    set_defaults(COMMON, arguments)
+    places = []
+    while waiting:
+        word = waiting.popleft()
+        if word.startswith("-") and len(word) > 1:
+            take_option(word, waiting, command, arguments)
+        elif command is LETMEIN:
+            command = find_command(word)
+            set_defaults((*command.arguments, *command.options), arguments)
+        else:
+            places.append(word)
+    arguments.about, arguments.command = command, command.name
     arguments.to_run = words[at + 1 :]
-    if arguments.command == "connect":
-        if len(arguments.ports) != 1:
-            command.error("give one PORT to connect to")
-    elif hasattr(arguments, "host") and bool(arguments.ports) == bool(arguments.resources):
-        command.error("give a PORT, or a resource with -r/--resource ID, but not both")
-    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
-        command.error("-- goes behind 'knock HOST PORT', and in front of a COMMAND")
+    # `letmeind -v` prints the version, and letmeind is our server.
+    if arguments.help or (arguments.version and command.name in ("", "server")):
+        return arguments
+    if arguments.version:
+        problem = f"-v prints the version; it does not go with {command.name}"
+        raise UsageError(problem, "did you mean --verbose?")
+    if command is LETMEIN:
+        hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
+        raise UsageError("a command is missing", hint)
+    set_places(places, command, arguments)
+    problem = contradiction(command, arguments, at < len(words))
+    if problem:
+        raise UsageError(problem, usage_line(command))
     return arguments
 
 
@@ -4795,8 +5331,14 @@ def allow_hangup() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
-def run_command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
+    if arguments.help or arguments.version:
+        print(help_text(arguments.about) if arguments.help else f"letmein.py {VERSION}")
+        return 0
+    if arguments.command == "completion":
+        print(completion(arguments.shell))
+        return 0
     if arguments.command == "server":
         begin_service(arguments)
     allow_hangup()
@@ -4811,18 +5353,18 @@ def run_command(arguments: argparse.Namespace) -> int:
         hint = "have the server's administrator make one: letmein client-conf -u ID"
         raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
-        user = arguments.user
-        with contextlib.suppress(ConfigError):  # one needs a key before there is a file
-            user = read_config(path, False).default_user if user is None else user
-        print(new_key_line(user or 0), flush=True)
-        tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
-        tell("'letmein client-conf' on the server prints the whole client's file")
+        generate_key(arguments.user, path, arguments.config)
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")
         return 0
 
-    config = read_config(path, is_server)
+    try:
+        config = read_config(path, is_server)
+    except ConfigError as error:
+        for warning in error.warnings:
+            warn(warning)
+        raise
     serving = arguments.command == "server" and not arguments.check
     for warning in () if serving else config.warnings:
         warn(warning)
@@ -4869,6 +5411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run_command(parse_words(words))
         print(end="", flush=True)
         return status
+    except UsageError as error:
+        tell_error(error)
+        return 2
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             with contextlib.suppress(OSError):

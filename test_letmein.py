@@ -17,7 +17,6 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import collections
 import contextlib
@@ -49,6 +48,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -4532,7 +4532,7 @@ class TestSighup:
     def test_what_wants_a_restart(
         self, lab: Lab, guarded: Server, watched: WatchedNft, line: str
     ) -> None:
-        """The log names the option as the file has it; all other changes take effect."""
+        """The log names the option as the file does, and the server goes on with the old value."""
         knock_all(lab, *HOLDERS)
         before = kernel()
         name = line.split()[0]
@@ -6007,6 +6007,13 @@ class TestService:
         monkeypatch.setattr(os.path, "isdir", "/run".__eq__)
         assert letmein.parse_words([command]).rundir == "/run"
 
+    def test_no_unit_that_shows_all_of_the_disk(self, lab: Lab) -> None:
+        """A configuration file in / would make that directory visible to the service."""
+        words = ["-c", "/letmeind.conf", "service", "systemd"]
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
         conf = lab.file(server_conf())
         script = lab.file(service(lab, "openwrt", "-c", conf), "letmeind.init")
@@ -6245,6 +6252,7 @@ class TestInstall:
             "usr/local/share/doc/letmein/letmein.conf.example",
             "usr/local/share/doc/letmein/letmeind.conf.example",
             "usr/local/share/doc/letmein/nftables.conf",
+            "usr/local/share/man/man1/letmein.1",
         }
         modes = {name: mode for name, (mode, _) in installed.items() if name not in before}
         assert {name for name, mode in modes.items() if mode != 0o644} == {
@@ -6257,6 +6265,10 @@ class TestInstall:
         _, unit = installed["usr/local/lib/systemd/system/letmeind.service"]
         command = f"ExecStart={sys.executable} -I /usr/local/bin/letmein server -c /etc/"
         assert command in unit.decode()
+        page = installed["usr/local/share/man/man1/letmein.1"][1].decode().replace("\\-", "-")
+        assert page.startswith(".TH LETMEIN 1\n")
+        assert all(f".SH {command.name.upper()}\n" in page for command in letmein.COMMANDS)
+        assert "\n\\&  -r, --resource ID " in page
         # The same again changes nothing, and what is the owner's is never touched.
         self.make(lab, "install", f"DESTDIR={tmp_path}")
         assert self.tree(tmp_path) == installed
@@ -7493,7 +7505,7 @@ def test_defaults(server: bool) -> None:
     assert (config.port, config.protocols, config.control_timeout) == (5800, OVER_TCP, 5)
     assert (config.debug, config.seccomp, config.error_policy) == (False, "off", ALWAYS)
     assert (config.default_user, config.keys, config.resources) == (0, {}, {})
-    assert not config.warnings
+    assert ["no user has a key" in warning for warning in config.warnings] == [True] * server
     if server:
         assert (config.nft, config.max_nr_rules) == ("nft", 100)
         assert config.chains == {"input": "LETMEIN"}
@@ -7577,6 +7589,10 @@ REJECTED_OPTIONS = [
             "1e400", "1e10", ".", "e5", "1e", "1.2.3", "1_0", "1 0", "0x1.5", "\u0665", "5s",
         )
     ),
+    *(
+        ("GENERAL", f"control-timeout = {text}", f"write {seconds}$")
+        for text, seconds in (("90s", 90), ("10m", 600), (" 1 h ", 3600), ("2d", 172800))
+    ),
     ("GENERAL", "control-error-policy = basic_auth", "basic-auth"),
     ("GENERAL", "control-error-policy =", "always"),
     ("GENERAL", "seccomp = on", "kill"),
@@ -7602,7 +7618,7 @@ REJECTED_OPTIONS = [
             ("jump / port: 22 / input: A", "port: N"), ("jump: A / input: A", "jump"),
             ("port: 0", "1 to 65535"), ("port: 65536", "65535"), ("port: -1", "65535"),
             ("port:", "65535"), ("port: ssh", "65535"), ("port: 22, 23", "65535"),
-            ("port: 22 / port: 22", "port: N"), ("port: 22 / sctp", "tcp"), ("port: 22 /", "tcp"),
+            ("port: 22 / port: 22", "port once"), ("port: 22 / sctp", "tcp"), ("port: 22 /", "tcp"),
             ("port: 22 / tcp,", "tcp"), ("port: 22 / input: A", "port: N"),
             ("port: 22 / : x", "port:"), ("port: 22 / proto: tcp", "port: N"),
             ("port: 22 / Timeout: 5", "timeout"),
@@ -7645,6 +7661,49 @@ def test_rejected_option(section: str, line: str, hint: str) -> None:
     assert re.search(hint, error.hint)
 
 
+# the text of a file, the start of the error behind "f.conf:", its hint behind "expected: "
+SAID = [
+    ("[GENERAL]\ndebug = ja", "2: [GENERAL] debug: 'ja' is not valid",
+     "one of: true, 1, yes, on, false, 0, no, off"),
+    ("[GENERAL]\ncontrol-timeout = 10m", "2: [GENERAL] control-timeout: '10m' has a unit",
+     "seconds, from 0 to 4294967295; write 600"),
+    ("[GENERAL]\ndebug yes", "2: 'debug yes' is neither a section nor an option",
+     "a line such as [GENERAL], or NAME = VALUE below one"),
+    ("debug = yes", "1: 'debug' is in no section", "a line such as [GENERAL] above it"),
+    ("[KEYS]\n1 = " + "0" * 64,
+     "2: [KEYS] 1: this key is all 0, which anybody can guess",
+     "64 hex digits, as 'letmein gen-key' prints them"),
+    ("[KEYS]\n1 = " + "fF" * 32,
+     "2: [KEYS] 1: this key is all f, which anybody can guess", "64 hex digits"),
+    ("[KEYS]\n1 = " + "0" * 63, "2: [KEYS] 1: this key has 63 characters, not 64", "64 hex"),
+    ("[KEYS]\n1 = " + "O" * 64, "2: [KEYS] 1: this key has characters that are not hex digits",
+     "64 hex digits"),
+    (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}", "3: [KEYS] 01: user 00000001 has a key already",
+     "each user once"),
+    ("[RESOURCES]\n1 = port: 22\n2 = port: 22",
+     "3: [RESOURCES] 2: resource 00000001 has port 22", "each port once"),
+    ("[RESOURCES]\n1 = port: 22\n01 = port: 23",
+     "3: [RESOURCES] 01: resource 00000001 appears twice", "each id once"),
+    ("[RESOURCES]\n1 = port: 22 / input: A",
+     "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE),
+    ("[RESOURCES]\n1 = jump", "2: [RESOURCES] 1: this jump has no chain to jump to", "'port: N"),
+    ("[RESOURCES]\n1 = port: 22 / timeout: 1h", "2: [RESOURCES] 1: timeout: '1h' has a unit",
+     "seconds, from 0 to 4294967295; write 3600"),
+    ("[RESOURCES]\n1 = tcp", "2: [RESOURCES] 1: this is neither a port nor a jump", "'port: N"),
+    ("[RESOURCES]\n1 = port: 22 / proto: x", "2: [RESOURCES] 1: 'proto' is unknown here",
+     "'port: N"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, start, expected", SAID)
+@pytest.mark.parametrize("server", [True, False])
+def test_what_an_error_says(text: str, start: str, expected: str, server: bool) -> None:
+    """Where it is, what is there unless it is a key, and what was expected."""
+    error = rejection(f"{text}\n{server_text('NFTABLES')}", server)
+    assert error.problem == f"f.conf:{start}"
+    assert error.hint.startswith(f"expected: {expected}")
+
+
 K1 = f"1 = {KEY_TEXT}"
 
 
@@ -7652,7 +7711,6 @@ K1 = f"1 = {KEY_TEXT}"
     "text, start, hint",
     [
         pytest.param("\ndebug = yes", "2: ", "[GENERAL]", id="option outside of a section"),
-        pytest.param("\ufeff[GENERAL]", "1: ", "[GENERAL]", id="byte order mark"),
         pytest.param("[]", "1: ", "[GENERAL]", id="empty section name"),
         pytest.param("# a\n[GENERAL", "2: ", "[GENERAL]", id="section without ]"),
         pytest.param("[", "1: ", "[GENERAL]", id="section that only begins"),
@@ -7720,10 +7778,16 @@ def test_required(option: str) -> None:
             "chain-output",
         ),
         ("[RESOURCES]\n2 = port: 5800", "f.conf:2: [RESOURCES] 2:", "control port"),
+        (
+            "[RESOURCES]\n\n2 = port: 22 / users: 1, 2A",
+            "f.conf:3: [RESOURCES] 2:",
+            "user 0000002A has no key in [KEYS]",
+        ),
     ],
 )
 def test_warning(text: str, start: str, words: str) -> None:
-    (warning,) = parse(f"{text}\n{server_text('NFTABLES')}").warnings
+    """It says where, and what is wrong there."""
+    (warning,) = parse(f"{text}\n{server_text('KEYS', K1)}").warnings
     assert warning.startswith(start) and words in warning and "\n" not in warning
 
 
@@ -7736,7 +7800,18 @@ def test_warning(text: str, start: str, words: str) -> None:
     ],
 )
 def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
-    assert not parse(server_text("GENERAL", *lines)).warnings
+    assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
+
+
+def test_a_warning_that_explains_an_error_comes_before_it(tmp_path: Path) -> None:
+    """[NFTABLE] is the reason why nothing in [NFTABLES] is set."""
+    path = tmp_path / "letmeind.conf"
+    path.write_text(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
+    assert program("-c", path, "server", "--check").stderr.splitlines() == [
+        f"letmein: warning: {path}:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
+        f"letmein: error: {path}:1: [NFTABLES] family: is not set",
+        "  expected: family, table and chain-input, as in nftables.conf",
+    ]
 
 
 FRAGMENTS = st.sampled_from(
@@ -7851,6 +7926,13 @@ def test_bad_file(tmp_path: Path, data: bytes, start: str, hint: str, server: bo
     assert hint in error.value.problem + error.value.hint
 
 
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    """Some editors begin a file with one, and it is invisible: it is taken."""
+    path = tmp_path / "letmein.conf"
+    path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
+    assert letmein.read_config(str(path), False).port == 5801
+
+
 @pytest.mark.parametrize("server", [True, False])
 def test_directory(tmp_path: Path, server: bool) -> None:
     with pytest.raises(letmein.ConfigError, match=re.escape(str(tmp_path))) as error:
@@ -7885,7 +7967,7 @@ def test_unreadable_file(tmp_path: Path, server: bool) -> None:
 )  # fmt: skip
 def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> None:
     path = tmp_path / "letmein.conf"
-    path.write_text(server_text("GENERAL"))
+    path.write_text(server_text("KEYS", K1))
     path.chmod(mode)
     warnings = [w for w in letmein.read_config(str(path), server).warnings if "chown" not in w]
     assert len(warnings) == unsafe
@@ -7895,7 +7977,7 @@ def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> Non
 @pytest.mark.parametrize("server", [True, False])
 def test_file_owner(tmp_path: Path, server: bool) -> None:
     path = tmp_path / "letmein.conf"
-    path.write_text(server_text("GENERAL"))
+    path.write_text(server_text("KEYS", K1))
     path.chmod(0o600)
     if os.geteuid() == 0:
         assert not letmein.read_config(str(path), server).warnings
@@ -7953,7 +8035,7 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        pytest.param("", "COMMAND", id="no command"),
+        pytest.param("", "command", id="no command"),
         pytest.param("open host 22", "open", id="unknown command"),
         pytest.param("--frobnicate knock host 22", "--frobnicate", id="unknown option"),
         pytest.param("knock", "HOST", id="no host"),
@@ -7975,22 +8057,44 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
         pytest.param("-c", "", id="option without value"),
         pytest.param("server -n 0", "1", id="no connections"),
         pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
+        pytest.param("revoke host 22 -- ls", "revoke takes no COMMAND", id="COMMAND of revoke"),
+        pytest.param("knock host 22 --", "COMMAND is missing", id="no COMMAND behind --"),
+        pytest.param("connect host 22 23", "one PORT", id="two ports to connect to"),
+        pytest.param("connect host", "PORT", id="no port to connect to"),
+        pytest.param("status 5", "'5' is one word too many", id="word too many"),
+        pytest.param("client-conf", "-u/--user", id="whose client file"),
+        pytest.param("knock host 22 -x", "'-x'", id="unknown letter"),
+        pytest.param("knock host 22 -4x", "'-x'", id="unknown letter behind a known one"),
+        pytest.param("knock host 22 --quiet=1", "-q/--quiet takes no value", id="value of a flag"),
+        pytest.param("knock host 22 -u", "-u/--user needs its ID", id="no value at the end"),
+        pytest.param("knock host 22 -u --quiet", "-u/--user needs its ID", id="no value"),
+        pytest.param("revoke host 22 --keep", "--keep", id="nothing to keep"),
+        pytest.param("connect host 22 -q", "-q", id="always quiet"),
+        pytest.param("completion tcsh", "bash, zsh, fish", id="unknown shell"),
     ],
 )
 def test_usage_error(conf: Path, words: str, complaint: str) -> None:
     done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
-    assert first.startswith("letmein: error: ") and complaint in first
-    assert second.startswith(("  usage: letmein ", "  did you mean", "  'letmein --help'"))
+    assert first.startswith("letmein: error: ") and complaint in first + second
+    starts = "usage: letmein |did you mean|'letmein .*--help' |expected: |for example: "
+    assert re.match(f"  ({starts})", second)
 
 
 @pytest.mark.parametrize(
     "words, suggestion",
     [
         ("kock server 22", "there is no command 'kock'\n  did you mean knock? "),
-        ("knock --quite server 22", "there is no option '--quite'; did you mean --quiet?\n"),
-        ("knock server 22 -u alice", "argument -u/--user: 'alice' is not valid; expected: "),
+        ("knock --quite server 22", "there is no option '--quite'\n  did you mean --quiet? "),
+        ("knock server 22 -ualice", "-u/--user: 'alice' is not valid\n  expected: 1 to 8 hex"),
+        ("knock server ssh", "PORT: 'ssh' is not valid\n  expected: a number from 1 to 65535"),
+        ("service upstart", "KIND: 'upstart' is not valid\n  expected: one of: systemd, "),
+        ("revoke host 22 --keep", "no option '--keep'\n  'letmein revoke --help' lists all"),
+        ("--rundir /x status", "in front of a command\n  put it behind the command: letmein"),
+        ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
+        ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
+        ("help kock", "there is no command 'kock'\n  did you mean knock? "),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
@@ -8000,11 +8104,78 @@ def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
     assert done.returncode == 2 and suggestion in done.stderr, done.stderr
 
 
-def test_help() -> None:
-    """`help` and `help COMMAND` are the same as --help."""
-    assert program("help").stdout == program("--help").stdout
-    assert program("help", "knock").stdout == program("knock", "--help").stdout
-    assert "HOST" in program("help", "knock").stdout
+HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # of the Rust programs; they do nothing
+
+
+@pytest.mark.parametrize("command", (letmein.LETMEIN, *letmein.COMMANDS), ids=lambda c: c.name)
+def test_help(command: letmein.Command) -> None:
+    """It explains each option and argument, has examples, and fits 80 columns. `help COMMAND` is
+    the same, wherever its options are."""
+    done = program("help", *filter(None, [command.name]))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == program(*filter(None, [command.name]), "-h").stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = [*command.arguments, *letmein.options_of(command)]
+    assert {name for o in options if not o.text for name in o.names} <= HIDDEN
+    for option in options:
+        if option.text:
+            names = ", ".join(option.names)
+            assert re.search(rf"^  {names}( {option.metavar or '.*'})?\s+\S", done.stdout, re.M)
+            assert option.metavar != "N" and option.text[0].islower() and option.text[-1] != "."
+    assert command.about in done.stdout
+    assert f"\nExamples:\n{command.examples}\n" in done.stdout
+
+
+def test_examples_are_right() -> None:
+    """Each example of --help is a command line that we take."""
+    for command in (letmein.LETMEIN, *letmein.COMMANDS):
+        found = re.findall(r"^  letmein (.*?)(?:   .*| [>|].*)?$", command.examples, re.M)
+        assert found or command.name in ("connect", "completion")
+        for words in found:
+            assert letmein.parse_words(words.split()).about
+
+
+def test_help_on_a_terminal() -> None:
+    """It is as wide as the terminal, but not wider than people read."""
+    ours, theirs = os.openpty()
+    widths = []
+    for columns in (40, 90, 300):
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        process = subprocess.Popen([sys.executable, PROGRAM, "help", "knock"], stdout=theirs)
+        text = ""
+        while "close it\r\n" not in text:
+            text += os.read(ours, 65536).decode()
+        assert process.wait(LIMIT_S) == 0
+        options = text.partition("Options:")[2].partition("Examples:")[0]
+        widths.append(max(map(len, options.split("\r\n"))))
+    assert widths[0] <= 52 < 80 < widths[1] <= 90 < widths[2] <= 100
+    os.close(ours)
+    os.close(theirs)
+
+
+COMPLETED = {  # by the words so far what the last one may become
+    "letmein kn": "knock",
+    "letmein -c file knock server --server-port-": "--server-port-tcp --server-port-udp",
+    "letmein service ope": "openwrt",
+    "letmein status --j": "--json",
+    "letmein revoke --kee": "",
+}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion(shell: str) -> None:
+    """The shell itself, where it is installed, completes commands, options and values."""
+    if not shutil.which(shell):
+        return
+    script = program("completion", shell).stdout
+    for typed, wanted in COMPLETED.items():
+        ask = f"complete -C {shlex.quote(typed)} | cut -f 1"
+        if shell == "bash":
+            ask = f"COMP_WORDS=({typed}) COMP_CWORD={typed.count(' ')}; _letmein; "
+            ask += "printf '%s\\n' ${COMPREPLY[@]}"
+        words = [shell, "-c", f"{script}\n{ask}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
+        assert sorted(done.stdout.split()) == wanted.split(), (typed, done)
 
 
 def test_unknown_user(conf: Path) -> None:
@@ -8066,6 +8237,25 @@ def test_gen_key(tmp_path: Path, text: str) -> None:
     assert re.fullmatch("0000002A = [0-9A-F]{64}\n", lines[1])
     assert set(parse("[KEYS]\n" + "".join(lines), server=False).keys) == {0, 42}
     assert lines[0][11:] != lines[1][11:]
+
+
+def test_gen_key_takes_the_next_free_user(tmp_path: Path) -> None:
+    """Its lines can be added to letmeind.conf one after the other, and the client is told which
+    default-user it needs; a user who is named is replaced, and that is said."""
+    path = tmp_path / "letmeind.conf"
+    path.write_text("[KEYS]\n")
+    path.chmod(0o600)
+    errors = []
+    for _ in range(3):
+        done = program("-c", path, "gen-key")
+        path.write_text(path.read_text() + done.stdout)
+        errors.append(done.stderr)
+    assert set(parse(path.read_text(), server=False).keys) == {0, 1, 2}
+    assert f"user 00000000 has a key in {path}, so this one is for user 00000002" in errors[2]
+    assert ["default-user = 00000002" in text for text in errors] == [False, False, True]
+    done = program("-c", path, "gen-key", "-u", "1")
+    assert done.stdout.startswith("00000001 = ")
+    assert f"user 00000001 has a key in {path}: this line replaces that one" in done.stderr
 
 
 def test_gen_key_says_where_the_line_belongs() -> None:
@@ -8188,6 +8378,8 @@ def good_server(log: list[tuple[int, int, int]]) -> Answer:
     "words, operation",
     [
         pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
+        pytest.param("knock -4TuA423DDA7 127.0.0.1 22 -PPORT", KNOCK, id="in one word"),
+        pytest.param("knock 127.0.0.1 22 --user=A423DDA7 -P=PORT", KNOCK, id="with ="),
         pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
         pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
         pytest.param("knock --seccomp off -u a423dda7 127.0.0.1 22 -P PORT", KNOCK, id="of all"),
@@ -8323,7 +8515,7 @@ class LoneMonitor(letmein.Monitor):
             patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, argparse.Namespace(rundir="/", activated={}))
+            super().__init__(config, SimpleNamespace(rundir="/", activated={}))
         self.firewall = NotedFirewall()
         self.tokens = letmein.Tokens(bytes(32))
         self.started = 0.0
@@ -9201,7 +9393,7 @@ def test_client_survives_any_bytes(
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
         caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
-        caller.arguments = argparse.Namespace(host="server")
+        caller.arguments = SimpleNamespace(host="server")
         error = caller.attempt(lambda: client, "server")
     feeder.close()
 
@@ -12500,7 +12692,7 @@ class TestElsewhere:
     def test_gen_key(self, lab: Lab, system: str) -> None:
         words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
         with Running(lab, *words, program=()) as client:
-            assert re.fullmatch("00000001 = [0-9A-F]{64}\n", client.end().out)
+            assert re.fullmatch("00000003 = [0-9A-F]{64}\n", client.end().out)
 
 
 def test_header_for_script_runners() -> None:
@@ -12576,13 +12768,12 @@ class TestNames:
             hosts.write_text(before, encoding="ascii")
 
 
-# What a knock imports beyond a bare Python: ours, what those need, and what argparse needs.
+# What a knock imports beyond a bare Python: ours, and what those need.
 KNOCK_IMPORTS = """
-    argparse collections contextlib errno functools hmac itertools letmein os re select selectors
+    collections contextlib errno functools hmac itertools letmein os re select selectors
     socket struct sys threading time
-    __future__ array copyreg enum grp hashlib heapq keyword locale math operator pwd reprlib
+    __future__ array copyreg enum hashlib heapq keyword math operator reprlib
     sre_compile sre_constants sre_parse types warnings
-    bz2 fnmatch gettext lzma shutil zlib
 """
 
 
