@@ -3358,21 +3358,6 @@ def listed(names: list[str]) -> str:
     return ",".join(names[:LISTED_LIMIT]) + (f",+{more}" if more > 0 else "")
 
 
-def missing_keys(config: Config) -> list[str]:
-    """Warnings of users who have no key, and so cannot knock."""
-    if not config.keys:
-        hint = "put a line of 'letmein gen-key -u 1' there"
-        return [f"{config.path}: [KEYS] is empty, so nobody can knock; {hint}"]
-    warnings = []
-    for resource in config.resources.values():
-        users = [f"{user:08X}" for user in sorted(resource.users - config.keys.keys())]
-        if users:
-            place = f"{config.path}: [RESOURCES] {resource.identifier:08X}: users"
-            hint = "add it, or take the user out"
-            warnings.append(f"{place}: [KEYS] has no key of {listed(users)}; {hint}")
-    return warnings
-
-
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
     """The sockets of the control port: for IPv6, where the kernel has it, and IPv4 in one. Those
     that are old stay. Raises UserError."""
@@ -3632,7 +3617,7 @@ class Monitor:
                 notify.settimeout(NOTIFY_PATIENCE_S)
                 notify.connect("\0" + path[1:] if path[0] == "@" else path)
                 notify.send(b"READY=1")
-        for warning in (*self.config.warnings, *missing_keys(self.config)):
+        for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
         self._tell_resources()
@@ -4635,7 +4620,7 @@ def check(config: Config, is_verbose: bool) -> None:
     kernel = Kernel(config.family, config.table)
     check_kernel(kernel, nft, config)
     took = time.monotonic() - began
-    warnings = [*missing_keys(config), *unreached_chains(kernel, config)]
+    warnings = unreached_chains(kernel, config)
     if took > SLOW_NFT_S:
         hint = "move large sets of others to a table of their own"
         warnings.append(f"nft took {took:.1f} s; {hint}")
