@@ -36,6 +36,7 @@ from collections import deque, namedtuple
 from types import SimpleNamespace
 
 VERSION = "1.0.0"
+STARTED = time.monotonic()
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
+    Say = Callable[[str], None]  # tells the user something
     LeaseKey = tuple[str, int]  # the client's address, the resource
     ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
     Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
@@ -91,12 +93,13 @@ def in_journal() -> bool:
 
 
 def tell_at(priority: int, text: str) -> None:
-    """Tell the user, on standard error. If nobody reads it any more, that is no reason to stop."""
+    """Tell the user. The program goes on even if nobody can read it any more."""
     with contextlib.suppress(OSError):
         text = f"letmein: {text}"
         if in_journal():
             text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
-        print(text, file=sys.stderr, flush=True)
+        # The line in one piece: other threads tell things, too.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:
@@ -105,14 +108,14 @@ def tell(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Tell the user of something that is not right, but no reason to stop."""
+    """Tell the user of something that is wrong, but does not stop the program."""
     tell_at(WARNING, f"warning: {text}")
 
 
-def tell_error(error: Exception) -> None:
+def tell_error(error: Exception, kind: str = "error") -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
     hint = getattr(error, "hint", "")
-    tell_at(ERROR, f"error: {error}" + (f"\n  {hint}" if hint else ""))
+    tell_at(ERROR, f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
@@ -280,7 +283,7 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
-            raise ProtocolError("this is no letmein message")
+            raise ProtocolError("it speaks another protocol")
         message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
             raise ProtocolError(f"unknown operation {message.operation}")
@@ -310,21 +313,25 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
+    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
 ) -> Handshake:
     """The client's side of one knock or revocation: yields the 56 bytes to send, wants those that
     come back, and ends when the server has done what was asked for. Foreign ids are only worth a
-    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due."""
+    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due.
+    Args: say, told of each message."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
+        say(f"sending {OPERATIONS[said]} for resource {resource:08X}")
         answer = Message.decode((yield signed(said, user, resource, key, token)))
+        say(f"received {OPERATIONS[answer.operation]}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=due == COMEIN)
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
-            raise ProtocolError("the server sent {}, not {}".format(*names))
+            raise ProtocolError("{} instead of {}".format(*names))
         if answer[1:3] != (user, resource):
-            warn(f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}")
+            ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
+            warn(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -999,6 +1006,8 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
         hint = "name another file with --config, or let this user read it"
+        if not server:
+            hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1017,21 +1026,22 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Shake hands with all addresses of the host at the same time: one that does not answer costs the
-# others no time. `connect` and COMMAND hold open what was opened for as long as they use it.
+# The client knocks at all addresses of a host at the same time, so one that does not answer delays
+# none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
 
-ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
-UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
-UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
-TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
-TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
-OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
-CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
-RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
-RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
-GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
+ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
+UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
+UDP_HANDSHAKES = 24  # at once; with 8 addresses they stay below macOS's limit of 256 descriptors
+TCP_RETRIES = 3  # after the server hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; it doubles from one try to the next
+OTHER_ADDRESS_S = 0.25  # how much longer to wait for the others once one address is open
+CONNECT_S = 2.0  # a slower connect may have met a port that was closed meanwhile
+RENEWAL_RETRY_S = 1.0  # the first pause after a failed renewal; it doubles from one try to the next
+RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
+GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
-FAULT_HINT = "that is a fault of letmein: please report it"
+VERBS = {KNOCK: "open", REVOKE: "close"}
+BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
 # Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
@@ -1039,19 +1049,90 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_
 
 
 class HungUp(ProtocolError):
-    """The server closed the connection in place of an answer."""
+    """The server closed the connection instead of answering. Args: as Rejection."""
+
+    def __init__(self, is_challenged: bool = False) -> None:
+        super().__init__()
+        self.is_challenged = is_challenged
+
+
+class Silent(ProtocolError):
+    """Something accepts connections, but does not answer."""
 
 
 class Rejected(UserError):
     """The server answered, but did not do what was asked."""
 
 
-class AddressLost(UserError):
+class Unsent(UserError):
+    """Nothing could leave this machine."""
+
+
+class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
+# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
+# and the most likely remedy. None is for all else.
+CAUSES: dict[object, tuple[type[UserError], str, str]] = {
+    errno.ENETUNREACH: (
+        Unsent, "this machine has no route to it",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EADDRNOTAVAIL: (
+        Unsent, "this machine has no IPv{version} address to send from",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EPERM: (
+        Unsent, "this machine does not let letmein send to control port {port} ({error})",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
+    "no zone": (
+        Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
+        "use another of its addresses if there is one: servers refuse link-local clients"),
+    errno.EHOSTUNREACH: (
+        UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
+        "see whether the host is up, and whether you may reach it from this network"),
+    errno.ECONNREFUSED: (
+        UserError, "nothing listens on its control port {port}",
+        "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    (errno.ETIMEDOUT, "tcp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the host is up, and whether a firewall on the way drops this port"),
+    (errno.ETIMEDOUT, "udp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
+    Silent: (
+        Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
+        "see whether a letmein server listens there, and what it logs"),
+    HungUp: (
+        Rejected, "the server closed the connection without an answer",
+        "compare user and key with the server's file: it may not answer wrong ones"),
+    (HungUp, CHALLENGE): (
+        Rejected, "the server closed the connection after the challenge",
+        "the key is right: see the server's log for the time of this knock"),
+    Rejection: (
+        Rejected, "{error}",
+        "compare user, key and resource with the server's file; its log says which is wrong"),
+    (Rejection, CHALLENGE): (
+        Rejected, "{error}",
+        "the key is right: event=failed in the server's log says what went wrong"),
+    ProtocolError: (
+        Rejected, "what answers on its control port {port} is not a letmein server ({error})",
+        "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    None: (
+        UserError, "{error} (on the way to its control port {port})",
+        "see whether this machine is online, and whether you can reach the host otherwise"),
+}
+CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
+
+
+def name_of(resource: Resource) -> str:
+    """What the user calls it."""
+    return f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+
+
 def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
-    """What is to be opened or closed, as far as the client knows it. Raises UserError."""
+    """The resources that the command line names, as far as the file knows them. Raises
+    UserError."""
     if arguments.resources:
         unknown = Resource(0, 0, (), (), config.timeout, frozenset())
         known = config.resources
@@ -1059,29 +1140,21 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
     for port in set(arguments.ports) - set(ports):
         names = ", ".join(str(port) for port in sorted(ports) if port)
-        hint = f"it has: {names or 'none'}; or name a --resource"
+        hint = f"it has: {names or 'none'}; add port {port}, or name a resource with -r ID"
         problem = f"[RESOURCES] has no port {port} for user {user:08X}"
         raise UserError(f"{config.path}: {problem}", hint)
     return [ports[port] for port in arguments.ports]
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, ADDRESSES_LIMIT at most. families (socket.AF_INET, AF_INET6) are
-    those that must be there; empty for what host has. Raises UserError."""
-    try:
-        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
-        name = host.encode("ascii") if host.isascii() else host
-        family = families[0] if len(families) == 1 else socket.AF_UNSPEC
-        found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError, LookupError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
-        hint = "check the name, and that this machine can resolve names"
-        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
+    those that it must have; empty takes whatever it has. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
-    for entry in found:
-        queues[entry[0]].append(entry[4])
-    for family, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if family in families and not queues[family]:
+    wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
+    for found, _, _, _, address in look_up(host, port, wanted):
+        queues[found].append(address)
+    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
+        if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
@@ -1094,31 +1167,52 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     return targets
 
 
+def look_up(host: str, port: int, family: int) -> list[Any]:
+    """What getaddrinfo() finds for host; without an address of this family, those of the other.
+    Raises UserError."""
+    try:
+        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
+        name = host.encode("ascii") if host.isascii() else host
+        return socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError, LookupError, ValueError) as error:
+        if family != socket.AF_UNSPEC:
+            return look_up(host, port, socket.AF_UNSPEC)
+        reason = getattr(error, "strerror", None) or "this is not a host name"
+        hint = "check how the name is written"
+        if getattr(error, "errno", None) == socket.EAI_AGAIN:
+            hint = "see whether this machine is online: its name server does not answer"
+        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+
+
 def receive(peer: socket.socket, timeout: float) -> bytes:
-    """One message over TCP, within timeout seconds. Raises HungUp, ProtocolError, OSError."""
+    """One message over TCP, within timeout seconds. Raises HungUp, Silent, ProtocolError,
+    OSError."""
     end = time.monotonic() + timeout
     received = b""
     while len(received) < MESSAGE_SIZE:
         peer.settimeout(max(end - time.monotonic(), 0.001))
-        data = peer.recv(MESSAGE_SIZE - len(received))
-        if not data:
-            # A letmein server that hangs up has said nothing; other services may have.
-            kind = ProtocolError if received else HungUp
-            raise kind("the server closed the connection without an answer")
+        try:
+            data = peer.recv(MESSAGE_SIZE - len(received))
+        except socket.timeout:
+            raise Silent from None
         received += data
+        if not MAGIC.startswith(received[:4]):  # others may say less, and wait for us
+            raise ProtocolError("it speaks another protocol")
+        if not data:
+            raise HungUp
     return received
 
 
 def exchange_tcp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
     """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
-    Args: local, the socket address to come from; None for any.
+    Args: local, the socket address to come from, None for any; say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
-    The pauses grow, and they are random, or clients that met once would meet again. But a server
-    may also hang up because of a wrong key, and then no patience helps: a client that got no
-    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
+    The pauses grow, and they are random, or clients that collided once would collide again. A
+    server may also hang up because of a wrong key, and then patience does not help: without a
+    CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
@@ -1128,7 +1222,9 @@ def exchange_tcp(
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local:
                 peer.bind(local)
+            say("connecting")
             peer.connect(target[1])
+            say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
             is_challenged = False
@@ -1140,7 +1236,8 @@ def exchange_tcp(
             except (HungUp, ConnectionError):
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
-                    raise
+                    raise HungUp(is_challenged) from None
+        say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
         retries -= not is_challenged
@@ -1166,7 +1263,7 @@ class UdpHandshake:
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it was one that is due. Ends with
+        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
         StopIteration, or raises ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
@@ -1190,7 +1287,7 @@ class UdpHandshakes:
         self.selector = selectors.DefaultSelector()
 
     def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; when there are too many, no more for the oldest's."""
+        """Wait for this one's answers too; at the limit, give up the oldest."""
         if len(self.running) == UDP_HANDSHAKES:
             self.drop(self.running[0])
         self.running.append(handshake)
@@ -1218,16 +1315,18 @@ class UdpHandshakes:
 
 
 def exchange_udp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
-    """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
-    a port of its own, and each RESPONSE is sent again, while the older ones may still be
-    answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
+    """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
+    port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
+    KNOCK is sent twice from one port: the reference's server rejects that."""
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
+                if handshakes.running:
+                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
                 if now < start + timeout:
@@ -1249,7 +1348,7 @@ def start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        hint = "is a limit of processes reached (ulimit -u, or a container's)?"
+        hint = "raise the limit of processes: ulimit -u, or the container's"
         raise UserError(f"cannot start a thread: {error}", hint) from None
 
 
@@ -1260,7 +1359,7 @@ class Race:
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
         self.addresses = list(addresses)
-        self.is_given_up = False  # from then on nothing new is begun
+        self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
         self.news = threading.Semaphore(0)
@@ -1274,7 +1373,7 @@ class Race:
         for address, thread in zip(self.addresses, self.threads):
             try:
                 thread.start()
-            except RuntimeError:  # there are no more threads: then one after the other
+            except RuntimeError:  # no more threads: one address after the other
                 self._run(address)
 
     def _run(self, address: str) -> None:
@@ -1283,7 +1382,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """The results: all of them, or those that came until OTHER_ADDRESS_S after enough."""
+        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1315,86 +1414,95 @@ class Client:
         self.arguments = arguments
         self.user = config.default_user if arguments.user is None else arguments.user
         if self.user not in config.keys:
-            hint = "copy its line from the server's [KEYS], or name another user with --user"
+            hint = "copy the user's line from the server's [KEYS], or name another user with -u ID"
             raise UserError(f"{config.path}: [KEYS] has no key for user {self.user:08X}", hint)
+        self.say(f"read {config.path}: the key of user {self.user:08X}")
         self.key = config.keys[self.user]
         self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
         self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
         self.port = arguments.server_port or config.port
-        self.targets = resolve(arguments.host, self.port, arguments.families)
+        # As in a URL: [2001:db8::1]
+        self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
+        self.targets = resolve(self.host, self.port, arguments.families)
+        self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
         # By address of the server the socket address to come from, where that matters.
         self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
-        self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
-        self.say(f"configuration: {config.path}")
-        self.say(f"server: {' and '.join(self.targets)}, port {self.port}/{self.protocol}")
+
+    def say(self, text: str) -> None:
+        """With --verbose, tell the user of a step, and how long after the start it came."""
+        if self.arguments.verbose:
+            tell(f"{1000 * (time.monotonic() - STARTED):.0f} ms  {text}")
+
+    def place(self, addresses: Iterable[str]) -> str:
+        """The host as the user gave it, with its addresses."""
+        names = ", ".join(addresses)
+        return names if names == self.host else f"{self.host} ({names})"
 
     def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
+        place = self.place([where])
+
+        def say(text: str) -> None:
+            self.say(f"{place}: {text}")
+
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where))
+            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
         except StopIteration:
             return None
-        except ProtocolError as error:
-            return Rejected(f"{self.place(where)}: {error}", self.rejection_hint(error))
-        except OSError as error:
-            if where in self.local and error.errno == errno.EADDRNOTAVAIL:
-                lost = f"this machine no longer has the address {self.local[where][0]}"
-                return AddressLost(f"{where}: {lost}", "what is open for it closes by itself")
-            return UserError(f"{self.place(where)}: {self.reason(error)}", self.network_hint(error))
+        except (ProtocolError, OSError) as error:
+            failure = self.explain(error, where)
+        except Unsent as error:
+            failure = error
         except Exception as error:  # in a thread nobody else would tell
-            return UserError(f"{where}: {error!r}", FAULT_HINT)
+            failure = UserError(f"{error!r}", BUG_HINT)
+        say(str(failure))
+        return failure
 
-    def place(self, where: str) -> str:
-        """An address of the server, and the name that the user gave."""
-        return where if where == self.arguments.host else f"{self.arguments.host} ({where})"
-
-    def reason(self, error: OSError) -> str:
-        """What went wrong on the way to the server."""
-        port = f"control port {self.port}/{self.protocol}"
-        if isinstance(error, ConnectionRefusedError):
-            return f"nothing listens on its {port}"
-        if isinstance(error, socket.timeout):
-            return f"no answer on its {port} within {self.timeout:g} s"
-        return f"{error.strerror or error} (its {port})"
-
-    def network_hint(self, error: OSError) -> str:
-        """The most likely thing to do about it."""
-        if isinstance(error, ConnectionRefusedError):
-            return "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
-        if isinstance(error, socket.timeout) and self.protocol == "udp":
-            return "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
-        if isinstance(error, socket.timeout):
-            return "see whether the host is up, and whether a firewall on the way drops this port"
-        return "see whether this machine is online, and has IPv6 if the address is one"
-
-    @staticmethod
-    def rejection_hint(error: ProtocolError) -> str:
-        """What a server may mean that does not do what it was asked for."""
-        if isinstance(error, Rejection) and error.is_challenged:
-            return "the key is right: event=failed in the server's log says what is in the way"
-        if isinstance(error, Rejection):
-            return "compare user, key and resource with the server's file; its log says which it is"
-        if isinstance(error, HungUp):
-            return "compare user and key with the server's file: it may be silent about wrong ones"
-        return "see whether it is a letmein server that listens there"
+    def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
+        """What an error on the way to an address means, and what to do about it."""
+        cause: object = type(error)
+        if getattr(error, "is_challenged", False):
+            cause = (cause, CHALLENGE)
+        elif isinstance(error, (socket.timeout, TimeoutError)):
+            cause = (errno.ETIMEDOUT, self.protocol)
+        elif isinstance(error, OSError):
+            is_local = error.errno == errno.EINVAL and where.startswith("fe")
+            cause = "no zone" if is_local else error.errno
+        if cause == errno.EADDRNOTAVAIL and where in self.local:
+            lost = f"this machine no longer has the address {self.local[where][0]}"
+            return AddressLost(lost, "what is open for it closes by itself")
+        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
+        facts = {
+            "port": f"{self.port}/{self.protocol}",
+            "patience": self.timeout,
+            "version": 6 if self.targets[where][0] == socket.AF_INET6 else 4,
+            "error": getattr(error, "strerror", None) or str(error),
+        }
+        return kind(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
         ids = operation, self.user, resource.identifier, self.key
         opened = self.opened[resource]
 
-        def new_handshake() -> Handshake:
-            if race.is_given_up:
-                raise ProtocolError("given up")
-            return client_handshake(*ids, warn)
-
         def ask(where: str) -> UserError | None:
+            place = self.place([where])
+
+            def new_handshake() -> Handshake:
+                if race.is_given_up:
+                    raise Unsent("given up: it is about to be closed")
+                return client_handshake(
+                    *ids,
+                    warn=lambda text: warn(f"{place}: {text}"),
+                    say=lambda text: self.say(f"{place}: {text}"),
+                )
+
             error = self.attempt(new_handshake, where)
             if operation == KNOCK and not error and where not in opened:
                 opened.append(where)
@@ -1412,13 +1520,20 @@ class Client:
         return families - good if self.arguments.families or not good else set()
 
     def failure(self, race: Race, results: Results) -> UserError | None:
-        """What to tell of the results, None for success. A server's word says more than the
-        silence of an address that leads nowhere."""
+        """What to tell of the results, None for success: where it failed, and why. A server's word
+        says more than the silence of another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
         relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
-        errors = [error for error in map(results.get, relevant) if error]
-        words = [error for error in errors if isinstance(error, Rejected)]
-        return next(iter(words + errors), None)
+        errors = {where: error for where in relevant if (error := results.get(where))}
+        if not errors:
+            return None
+
+        def weight(error: UserError) -> int:
+            return isinstance(error, Rejected) - isinstance(error, Unsent)
+
+        worst = max(errors.values(), key=weight)
+        where = [where for where, error in errors.items() if error.problem == worst.problem]
+        return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
         """Wait for the answers: until there are enough, and all of those where it is open."""
@@ -1429,27 +1544,53 @@ class Client:
 
         results = race.wait(is_enough)
         for where in race.addresses:
-            none_yet = UserError(f"{where}: no answer within {OTHER_ADDRESS_S:g} s more")
-            error = results.get(where, none_yet)
-            self.say(error.problem if error else f"{where}: COMEIN")
+            if where not in results:
+                self.say(f"{self.place([where])}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
 
-    def ask(self, operation: int, resource: Resource) -> bool:
-        """Knock or revoke, and tell the user; returns whether it worked."""
-        race = self.begin(operation, resource)
-        results = self.finish(race, resource)
-        if error := self.failure(race, results):
-            tell_error(error)
-            return False
-        done = "opened" if operation == KNOCK else "closed"
-        what = f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        return self.tell_done(f"{done} {what} on {self.arguments.host} ({good})")
+    def ask_all(self, operation: int) -> list[Resource]:
+        """Knock or revoke for each resource, and tell the user; returns those where it worked. A
+        server that cannot be reached for one is not asked for the others."""
+        done = []
+        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
+        for number, resource in enumerate(self.resources):
+            race = self.begin(operation, resource)
+            results = self.finish(race, resource)
+            error = self.failure(race, results)
+            if error is None:
+                if self.tell_done(operation, resource, race, results):
+                    done.append(resource)
+                continue
+            affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
+            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
+            if affected != [resource]:
+                break
+        for error, names in failures.values():
+            *others, last = names
+            listed = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, listed, error))
+        return done
 
-    def tell_done(self, line: str) -> bool:
+    def undone(self, operation: int, names: str, error: UserError) -> UserError:
+        """What to tell of an error with these resources."""
+        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
+
+    def tell_done(
+        self, operation: int, resource: Resource, race: Race, results: Results
+    ) -> bool:
         """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        name = name_of(resource)
+        if operation == KNOCK and (resource.port or resource.jumps):
+            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
+            self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
+        for where, error in results.items():
+            if isinstance(error, Rejected):
+                here = UserError(f"{self.place([where])}: {error}", error.hint)
+                tell_error(self.undone(operation, name, here), "note")
+        good = ", ".join(w for w in race.addresses if w in results and not results[w])
+        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1458,10 +1599,6 @@ class Client:
         except OSError:  # the user will not know; the other resources are to be seen to
             return False
         return True
-
-    def ask_all(self, operation: int) -> list[Resource]:
-        """Knock or revoke for each resource; returns those where it worked."""
-        return [resource for resource in self.resources if self.ask(operation, resource)]
 
 
 class Hold:
@@ -1516,7 +1653,7 @@ class Hold:
             try:
                 self._renew()
             except Exception as error:  # in a thread nobody else would tell
-                tell_error(UserError(f"what was opened is not renewed: {error!r}", FAULT_HINT))
+                tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
 
         start_thread(threading.Thread(target=run, daemon=True))
 
@@ -1525,20 +1662,23 @@ class Hold:
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        pauses = RenewalPauses(lease)
+        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+        pause = lease / 2
         end = time.monotonic() + lease
         is_told = False
         while True:
-            time.sleep(pauses.next())
+            time.sleep(pause)
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pauses, end, is_told = RenewalPauses(lease), begun + lease, False
+                pause, end, is_told = lease / 2, begun + lease, False
+                retries.reset()
                 continue
+            pause = retries.take()
             client.say(f"not renewed yet: {error}")
             if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
                 is_told = True
-                tell_error(UserError(f"what was opened is not renewed: {error}", error.hint))
+                tell_error(UserError(f"cannot renew {error}", error.hint))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -1546,8 +1686,10 @@ class Hold:
         for resource in self.client.resources:
             with self.turn:
                 race = self.client.begin(KNOCK, resource, self.addresses)
-            errors.append(self.client.failure(race, self.client.finish(race, resource)))
-        return next(filter(None, errors), None)
+            error = self.client.failure(race, self.client.finish(race, resource))
+            if error:
+                errors.append(type(error)(f"{name_of(resource)} on {error}", error.hint))
+        return errors[0] if errors else None
 
     def _run_command(self) -> int:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
@@ -1584,6 +1726,7 @@ class Hold:
         address, _, *scope = peer.getsockname()
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
+        self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()
         return 0
 
@@ -1592,43 +1735,35 @@ class Hold:
         behind our address closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
+        resource = client.resources[0]
         for patience in (CONNECT_S, client.timeout):
-            for where in client.opened[client.resources[0]]:
-                address: Any = (where.encode(), port)  # as bytes: see resolve()
+            for where in client.opened[resource]:
+                address: Any = (where.encode(), port)  # as bytes: see look_up()
+                client.say(f"{client.place([where])}: connecting to port {port}")
                 try:
                     peer = socket.create_connection(address, patience)
                 except OSError as error:
-                    reason = error.strerror or "it does not answer"
+                    reason = error.strerror or f"no answer within {patience:g} s"
                 else:
                     peer.settimeout(None)
                     return where, peer
             if patience == CONNECT_S:
                 client.ask_all(KNOCK)
-        problem = f"port {port} was opened, but cannot be reached: {reason}"
-        raise UserError(problem, "does the service run there?")
-
-
-class RenewalPauses:
-    """How long to wait before each try to renew a lease of so many seconds."""
-
-    def __init__(self, lease: float) -> None:
-        self.pause = lease / 2
-        self.retry = min(RENEWAL_RETRY_S, lease / 8)
-
-    def next(self) -> float:
-        """Seconds: half the lease, then short pauses that grow."""
-        pause, self.pause = self.pause, self.retry
-        self.retry = min(2 * self.retry, RENEWAL_RETRY_LIMIT_S)
-        return pause
+        place = client.place(client.opened[resource])
+        hint = "see whether the service runs on the server, and listens on this address"
+        if resource.port not in (0, port):
+            hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
+        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        raise UserError(f"{problem}: {reason}", hint)
 
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "is it in PATH? of a script: is the program there that its first line names?"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
         tell_error(UserError(f"cannot run {name!r}: not found", hint))
         return 127
-    hint = "is it a program that you may execute? a script begins with a line such as #!/bin/sh"
+    hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
     tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
     return 126
 
@@ -1650,8 +1785,8 @@ class Carrier:
         self.failure: UserError | None = None  # of the upload
 
     def run(self) -> None:
-        """Until both directions have come to their ends, or nobody reads the output any more.
-        Raises UserError if anything may have been lost."""
+        """Carry until both directions have ended, or nobody reads the output any more. Raises
+        UserError if anything may have been lost."""
         import threading
         uploader = threading.Thread(target=self._upload, daemon=True)
         start_thread(uploader)
@@ -1672,7 +1807,7 @@ class Carrier:
             raise self.failure
 
     def _download(self) -> None:
-        """Until the peer's end. Raises UserError, and ConnectionError if nobody reads."""
+        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
         while data := self._receive():
             while data:
                 try:
@@ -1682,7 +1817,8 @@ class Carrier:
                 except ConnectionError:
                     raise
                 except OSError as error:
-                    raise UserError(f"cannot write standard output: {error.strerror}") from None
+                    problem = f"cannot write standard output: {error.strerror}"
+                    raise UserError(problem, "check where the output goes") from None
 
     def _receive(self) -> bytes:
         try:
@@ -1699,7 +1835,7 @@ class Carrier:
         except UserError as error:
             self._fail(error)
         except Exception as error:  # in a thread nobody else would tell
-            self._fail(UserError(f"{error!r}", FAULT_HINT))
+            self._fail(UserError(f"{error!r}", BUG_HINT))
 
     def _fail(self, failure: UserError) -> None:
         """End the other direction as well."""
@@ -1715,7 +1851,8 @@ class Carrier:
             except BlockingIOError:  # our parent has made it so
                 select.select([0], [], [])
             except OSError as error:
-                raise UserError(f"cannot read standard input: {error.strerror}") from None
+                problem = f"cannot read standard input: {error.strerror}"
+                raise UserError(problem, "check where the input comes from") from None
 
     def _send(self, data: bytes) -> None:
         self.sent += len(data)
@@ -1726,18 +1863,18 @@ class Carrier:
 
 
 def broken(error: OSError) -> UserError:
-    hint = "some of what was sent, or was still to come, may be lost"
+    hint = "connect again: some of what was sent or still to come may be lost"
     return UserError(f"the connection broke: {error.strerror}", hint)
 
 
 def drop_output() -> None:
-    """Close standard output, in a way that leaves Python nothing to complain of."""
+    """Close standard output so that Python does not complain about it."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 
 
 def catch_signals(handler: Any) -> None:
-    """Have what would end this program go to handler, as of signal.signal()."""
+    """Set a handler, as for signal.signal(), for the signals that would end this program."""
     import signal
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
@@ -5336,6 +5473,8 @@ def run_command(arguments: SimpleNamespace) -> int:
     if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
         where = arguments.config or ", ".join(places)
         hint = "have the server's administrator make one: letmein client-conf -u ID"
+        if arguments.config:
+            hint = f"check the path, or {hint}"
         raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
         generate_key(arguments.user, path, arguments.config)

@@ -17,6 +17,7 @@ rejects what it does not accept, so that "shut" is known as soon as "open".
 
 from __future__ import annotations
 
+import ast
 import atexit
 import collections
 import contextlib
@@ -106,6 +107,8 @@ client ip addr add 10.1.0.3/24 dev wan
 client ip link set wan up
 client ip route add local 10.77.0.0/16 dev lo
 client ip route add 10.2.0.0/24 via 10.1.0.1
+client ip route add prohibit 10.5.0.0/24
+client ip route add unreachable 10.6.0.0/24
 client ip neigh replace 10.1.0.98 lladdr 02:00:00:00:00:98 dev wan nud permanent
 client ip neigh replace 10.1.0.99 lladdr 02:00:00:00:00:99 dev wan nud permanent
 server ip link set lo up
@@ -881,7 +884,7 @@ class TestPackets:
         assert SERVER_4 in result.out
         assert "COMEIN" in result.err
         result = lab.letmein("--verbose", "knock", SERVER_4, "-r", "99")
-        assert f"letmein: {SERVER_4}: the server rejected the request\n" in result.err, result
+        assert f" ms  {SERVER_4}: the server rejected the request\n" in result.err, result
         result = lab.letmein("close", SERVER_4, "-r", "22")
         result.assert_good()
         assert result.out.count("\n") == 1
@@ -2188,8 +2191,9 @@ HANG = b""  # in a script over TCP: keep the connection open
 BOTH, TCP, UDP = ("tcp", "udp"), ("tcp",), ("udp",)
 CHALLENGED: list[bytes | None] = [None, reply(CHALLENGE), None]
 LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
-    ("garbage", BOTH, [None, b"HTTP/1.0 400 Bad Request\r\n" + bytes(30)], ""),
-    ("short garbage", TCP, [None, b"nobody here\r\n"], "closed"),
+    ("garbage", BOTH, [None, b"HTTP/1.0 400 Bad Request\r\n" + bytes(30)], "not a letmein server"),
+    ("a banner", TCP, [b"SSH-2.0-OpenSSH_9.2\r\n", HANG], "is not a letmein server"),
+    ("short garbage", TCP, [None, b"nobody here\r\n", HANG], "is not a letmein server"),
     ("GOAWAY", TCP, [None, reply(GOAWAY)], "rejected"),
     ("GOAWAY to nobody", UDP, [None, reply(GOAWAY, ANYBODY, ANYBODY)], "rejected"),
     ("GOAWAY to the RESPONSE", BOTH, [*CHALLENGED, reply(GOAWAY)], "rejected"),
@@ -8295,7 +8299,9 @@ def test_no_client_file(tmp_path: Path) -> None:
     done = program("-c", tmp_path / "missing.conf", "knock", "host", "22")
     assert done.returncode == 1
     assert f"no configuration file, and so no key: {tmp_path}/missing.conf" in done.stderr
-    assert "client-conf" in done.stderr
+    assert "client-conf" in done.stderr and "check the path" in done.stderr
+    said = failure(program("-c", tmp_path, "knock", "host", "22"))
+    assert f"{tmp_path}: cannot be read: Is a directory\n  name a letmein.conf that you" in said
 
 
 def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
@@ -8440,6 +8446,118 @@ def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> Non
     output = capsys.readouterr()
     assert str(conf) in output.err and str(port) in output.err
     assert KEY.hex() not in (output.out + output.err).lower()
+
+
+# What reads like a translation, or makes a reader think twice.
+TICS = re.compile(
+    r"will not do|cannot be had|\bshall\b|\bstands?\b|who can|what is .*\bthere\b|so long as|"
+    r"\bit is \w+ that\b"
+)
+# Errors that may come without a hint: what the kernel says of a table that was just there, an nft
+# that lies, and what --verbose alone tells.
+NO_HINT = re.compile("cannot read |nft reports success, but |given up: ")
+
+
+class Said(NamedTuple):
+    """A text in letmein.py that somebody may read: the function it is in, and what it is."""
+
+    function: str
+    kind: str  # "problem" and "hint" of an error, else "text"
+    text: str  # with "{}" for what is put in
+
+
+class Sayings(ast.NodeVisitor):
+    """Collects all of them: whatever string is not a docstring, and both parts of each error, by
+    way of the local names that they were given."""
+
+    def __init__(self) -> None:
+        self.function = "the module"
+        self.names: dict[str, list[str]] = {}
+        self.found: list[Said] = []
+        self.visit(ast.parse(LETMEIN.read_text(encoding="utf-8")))
+
+    def texts(self, node: ast.AST | None) -> list[str]:
+        """What a node may come to."""
+        if isinstance(node, ast.Constant):
+            return [node.value] if isinstance(node.value, str) else []
+        if isinstance(node, ast.JoinedStr):
+            parts = [(self.texts(value) or ["{}"])[0] for value in node.values]
+            return ["".join(parts)]
+        if isinstance(node, ast.BinOp):
+            return [(self.texts(node.left) or ["{}"])[0] + (self.texts(node.right) or ["{}"])[0]]
+        if isinstance(node, ast.IfExp):
+            return self.texts(node.body) + self.texts(node.orelse)
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, [])
+        return []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outside = self.function, self.names
+        self.function = node.name if self.function == "the module" else self.function
+        assigned = [each for each in ast.walk(node) if isinstance(each, ast.Assign)]
+        self.names = dict(self.names)
+        for each in assigned:
+            for name in each.targets:
+                if isinstance(name, ast.Name):
+                    self.names[name.id] = self.names.get(name.id, []) + self.texts(each.value)
+        self.generic_visit(node)
+        self.function, self.names = outside
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):  # a docstring
+            self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        self.note("text", self.texts(node))
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.note("text", self.texts(node))
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        kind = getattr(letmein, getattr(node.func, "id", ""), None)
+        is_error = isinstance(kind, type) and issubclass(kind, letmein.UserError)
+        if is_error and not isinstance(node.args[0], ast.Starred):
+            problems = self.texts(node.args[0])
+            self.note("problem", problems)
+            if node.args[1:] or not any(map(NO_HINT.search, problems)):
+                self.note("hint", self.texts(node.args[1]) if node.args[1:] else [""])
+        for keyword in node.keywords:
+            if keyword.arg == "hint":
+                self.note("hint", filter(None, self.texts(keyword.value)))
+        self.generic_visit(node)
+
+    def note(self, kind: str, texts: Iterable[str]) -> None:
+        self.found += [Said(self.function, kind, text) for text in texts]
+
+
+def objection(said: Said) -> str:
+    """What is wrong with a text, by rules that keep them good; "" if nothing is."""
+    if said.kind == "hint" and not said.text:
+        return "an error without a hint"
+    if found := TICS.search(said.text):
+        return f"a tic: {found[0]}"
+    if re.search("[a-z]+ [a-z]+", said.text):
+        if not said.text.isascii():
+            return "not ASCII"
+        if max(map(len, said.text.splitlines())) > 120:
+            return "a long line"
+    if said.kind != "text" and said.text.endswith("."):
+        return "a full stop at its end"
+    if said.kind == "hint" and re.match("[A-Z][a-z]", said.text):
+        return "a hint that begins with a capital"
+    return ""
+
+
+def test_every_message_keeps_the_rules() -> None:
+    """Short, plain, in ASCII; and each error has a hint."""
+    found = Sayings().found
+    for _, problem, hint in letmein.CAUSES.values():
+        found += [Said("CAUSES", "problem", problem), Said("CAUSES", "hint", hint)]
+    assert len([said for said in found if said.kind == "hint"]) > 50
+    wrong = {f"{said.function}: {said.text!r}: {objection(said)}" for said in found}
+    wrong = {line for line in wrong if not line.endswith(": ")}
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_imports_cost_no_more_than_a_knock_needs() -> None:
@@ -9392,7 +9510,7 @@ def test_client_survives_any_bytes(
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
         caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
-        caller.arguments = SimpleNamespace(host="server")
+        caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
         error = caller.attempt(lambda: client, "server")
     feeder.close()
 
@@ -9402,7 +9520,8 @@ def test_client_survives_any_bytes(
     else:
         assert error.hint and error.problem.isprintable()
         is_late = "no answer" in error.problem or "closed" in error.problem
-        assert is_late == (len(last) < 56), error.problem
+        is_a_beginning = len(last) < 56 and letmein.MAGIC.startswith(last[:4])
+        assert is_late == is_a_beginning, error.problem
         assert ("rejected" in error.problem) == (last[:8] == plain(GOAWAY)[:8] and not is_late)
         assert not challenged or last[:8] != plain(COMEIN)[:8] or is_late
     assert Message.decode(feeder.requests[:56])[:3] == (KNOCK, USER, RESOURCE)
@@ -11501,7 +11620,7 @@ class TestConnect:
                     run("ip", "addr", "del", f"{moving}/24", "dev", "wan")
                 assert client.process.stderr is not None
                 lines = [client.process.stderr.readline().decode() for _ in range(2)]
-                told = lines[0].partition(f"what was opened is not renewed: {SERVER_4}: ")[2]
+                told = lines[0].partition(f"cannot renew port 9001 on {SERVER_4}: ")[2]
                 # A renewal that was under way just then gets no answer.
                 lost = f"this machine no longer has the address {moving}"
                 assert told.startswith((lost, "no answer on its control port")), lines
@@ -11785,6 +11904,28 @@ class TestDoor:
         for where in (SERVER_4, SERVER_6):
             assert [operation for operation, at in door.grants if at == where][-1] == REVOKE
 
+    @pytest.mark.parametrize("words", [[], ["-q"], ["-4", "-6"]])
+    def test_a_server_that_refuses_one_address(self, lab: Lab, words: list[str]) -> None:
+        """It is a success, but the user is told of the other address; -4 -6 wants both."""
+
+        def talk(connection: socket.socket) -> None:
+            connection.recv(56, socket.MSG_WAITALL)
+            connection.sendall(reply(CHALLENGE, auth=TOKEN))
+            connection.recv(56, socket.MSG_WAITALL)
+            is_4 = connection.getsockname()[0].startswith("::ffff:")
+            connection.sendall(reply(GOAWAY if is_4 else COMEIN))
+
+        with Service(5800, talk):
+            result = lab.letmein("knock", *words, "both.test", "22", script=lab.patient)
+        told = f"cannot open port 22 on both.test ({SERVER_4}): the server rejected the request\n"
+        told += "  the key is right: event=failed in the server's log says what went wrong\n"
+        opened = f"opened port 22 on both.test ({SERVER_6})\n"
+        assert result[:3] == {
+            "": (0, opened, f"letmein: note: {told}"),
+            "-q": (0, "", ""),
+            "-4 -6": (1, "", f"letmein: error: {told}"),
+        }[" ".join(words)]
+
     def test_datagrams_that_come_twice(self, lab: Lab) -> None:
         """As of networks that mean it too well."""
         with Door(udp_copies=2) as door:
@@ -11798,8 +11939,9 @@ class TestDoor:
         """As one does at which many knock at once: the client tries again, from a new port."""
         busy = HangsUp(stage, 3)
         with Service(5800, busy):
-            result = lab.letmein(word, "-T", SERVER_4, "22")
+            result = lab.letmein("--verbose", word, "-T", SERVER_4, "22")
         result.assert_good()
+        assert len(re.findall("the server hung up, another try in [0-9]+ ms", result.err)) == 3
         assert len(busy.ports) == len(set(busy.ports)) == 4
 
     def test_a_server_that_always_hangs_up(self, lab: Lab) -> None:
@@ -11823,7 +11965,9 @@ class TestDoor:
         """One error, and the time of one."""
         conf = client_conf(timeout=3)
         result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
-        result.assert_error("(fd01::98): no answer on its control port 5800/tcp within 3 s")
+        result.assert_error(
+            "(fd01::98, 10.1.0.98): no answer on its control port 5800/tcp within 3 s"
+        )
         assert result.took < 6
 
     @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
@@ -11849,8 +11993,7 @@ class TestDoor:
         if opens:
             assert result[:3] == (0, "here", "")
         else:
-            problem = "port 9000 was opened, but cannot be reached: Connection refused"
-            result.assert_error(f"error: {problem}\n  does the service run there?\n")
+            result.assert_error("but cannot connect to port 9000: Connection refused\n")
         addresses = [SERVER_4] if host == SERVER_4 else [SERVER_4, SERVER_6]
         for where in addresses:
             assert [operation for operation, at in door.grants if at == where] == [
@@ -12039,83 +12182,120 @@ class TestCommand:
         assert lab.elements() == []
 
 
-REJECTED = "compare user, key and resource with the server's file; its log says which it is"
-SILENT = "compare user and key with the server's file: it may be silent about wrong ones"
-SILENT_UDP = "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
+REJECTED = "compare user, key and resource with the server's file; its log says which is wrong"
+SILENT = "compare user and key with the server's file: it may not answer wrong ones"
+SILENT_UDP = "see whether the server runs; compare user and key: over UDP it ignores wrong ones"
 DROPPED_ON_THE_WAY = "see whether the host is up, and whether a firewall on the way drops this port"
 NOBODY_THERE = "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
-OFFLINE = "see whether this machine is online, and has IPv6 if the address is one"
-NO_NAME = "check the name, and that this machine can resolve names"
+UNUSABLE = "use another of its addresses if there is one: servers refuse link-local clients"
+NO_PORT = "add port 80, or name a resource with -r ID"
+NO_SERVICE = "see whether the service runs on the server, and listens on this address"
+REFUSED = "the server rejected the request"
+CLOSED = "the server closed the connection without an answer"
 FAILURES = {  # by the command line the error and its hint, word for word
-    "knock SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
-    "knock SERVER 26": ("SERVER: the server rejected the request", REJECTED),
-    "knock SERVER 26 -U": ("SERVER: the server rejected the request", REJECTED),
-    "revoke SERVER -r 99": ("SERVER: the server rejected the request", REJECTED),
-    "knock SERVER 22 -u 2": ("SERVER: the server closed the connection without an answer", SILENT),
-    "knock SERVER 22 -u 3": ("SERVER: the server closed the connection without an answer", SILENT),
+    "knock SERVER -r 99": (f"cannot open resource 00000099 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 26": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 26 -U": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER -r 98 -r 99": (
+        f"cannot open resource 00000098 and resource 00000099 on SERVER: {REFUSED}", REJECTED,
+    ),
+    "revoke SERVER -r 99": (f"cannot close resource 00000099 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 22 -u 2": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
+    "knock SERVER 22 -u 3": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
     "knock SERVER 22 -U -u 3": (
-        "SERVER: no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
+        "cannot open port 22 on SERVER: no answer on its control port 5800/udp within 0.4 s",
+        SILENT_UDP,
     ),
-    "knock 10.1.0.99 22": (
-        "10.1.0.99: no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
+    "knock 10.1.0.99 22 23 26": (
+        "cannot open port 22, port 23 and port 26 on 10.1.0.99:"
+        " no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
     ),
-    "knock 10.1.0.99 22 -U": (
-        "10.1.0.99: no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
+    "knock dead.test 22 -U": (
+        "cannot open port 22 on dead.test (fd01::98, 10.1.0.98):"
+        " no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
     ),
     "revoke fd01::99 22": (
-        "fd01::99: no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
+        "cannot close port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
+        DROPPED_ON_THE_WAY,
     ),
     "knock SERVER 22 -P 5801": (
-        "SERVER: nothing listens on its control port 5801/tcp", NOBODY_THERE,
+        "cannot open port 22 on SERVER: nothing listens on its control port 5801/tcp",
+        NOBODY_THERE,
     ),
     "knock SERVER 22 -P 5801 -U": (
-        "SERVER: nothing listens on its control port 5801/udp", NOBODY_THERE,
+        "cannot open port 22 on SERVER: nothing listens on its control port 5801/udp",
+        NOBODY_THERE,
     ),
     "knock 10.9.9.9 22": (
-        "10.9.9.9: Network is unreachable (its control port 5800/tcp)", OFFLINE,
+        "cannot open port 22 on 10.9.9.9: this machine has no route to it",
+        "see whether this machine is online and has IPv4",
     ),
-    "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
-    "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", NO_NAME),
+    "knock 10.5.0.1 22": (
+        "cannot open port 22 on 10.5.0.1: this machine does not let letmein send to control port"
+        " 5800/tcp (Permission denied)",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in",
+    ),
+    "knock 10.6.0.1 22": (
+        "cannot open port 22 on 10.6.0.1: the host is down, or a firewall rejects its control port"
+        " 5800/tcp (No route to host)",
+        "see whether the host is up, and whether you may reach it from this network",
+    ),
+    "knock fe80::1 22": (
+        "cannot open port 22 on fe80::1: a link-local address needs a zone, such as fe80::1%eth0",
+        UNUSABLE,
+    ),
+    "knock [fd01::99] 22": (
+        "cannot open port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
+        DROPPED_ON_THE_WAY,
+    ),
+    "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
+    "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
     "knock b\xfccher.invalid 22": (
-        r"cannot find the address of 'b\xfccher.invalid': NO_NAME", NO_NAME,
+        r"cannot find the address of 'b\xfccher.invalid': NO_NAME", "",
     ),
-    "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", NO_NAME),
+    "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", ""),
     "knock v4dead.test.not 22 -4 -6": (
         "'v4dead.test.not' has no IPv6 address", "leave out -6",
     ),
+    "knock v4dead.test.not 22 -6": ("'v4dead.test.not' has no IPv6 address", "leave out -6"),
+    "knock fd01::1 22 -4": ("'fd01::1' has no IPv4 address", "leave out -4"),
     "knock SERVER 80": (
         "CONF: [RESOURCES] has no port 80 for user 00000001",
-        "it has: 22, 23, 26, 9000, 9001; or name a --resource",
+        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
     ),
     "knock SERVER 26 -u 2": (
         "CONF: [RESOURCES] has no port 26 for user 00000002",
-        "it has: 22, 23, 9000, 9001; or name a --resource",
+        "it has: 22, 23, 9000, 9001; add port 26, or name a resource with -r ID",
     ),
     "connect SERVER 80": (
         "CONF: [RESOURCES] has no port 80 for user 00000001",
-        "it has: 22, 23, 26, 9000, 9001; or name a --resource",
+        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
     ),
     "knock SERVER 22 -u 9": (
         "CONF: [KEYS] has no key for user 00000009",
-        "copy its line from the server's [KEYS], or name another user with --user",
+        "copy the user's line from the server's [KEYS], or name another user with -u ID",
     ),
     "knock -q SERVER 22 -- no-such-thing": (
         "cannot run 'no-such-thing': not found",
-        "is it in PATH? of a script: is the program there that its first line names?",
+        "check its name, PATH and, if it is a script, the program that its first line names",
     ),
     "knock -q SERVER 22 -- /etc": (
         "cannot run '/etc': Permission denied",
-        "is it a program that you may execute? a script begins with a line such as #!/bin/sh",
+        "make it executable: chmod +x; a script begins with a line such as #!/bin/sh",
     ),
     "connect SERVER 9000": (
-        "port 9000 was opened, but cannot be reached: Connection refused",
-        "does the service run there?",
+        "opened port 9000 on SERVER, but cannot connect to port 9000: Connection refused",
+        NO_SERVICE,
+    ),
+    "connect SERVER 9000 -r 22": (
+        "opened port 22 on SERVER, but cannot connect to port 9000: Connection refused",
+        "name a resource that opens port 9000, or connect to port 22",
     ),
 }  # fmt: skip
 NOT_RUN = {"knock -q SERVER 22 -- no-such-thing": 127, "knock -q SERVER 22 -- /etc": 126}
 NAME_ERRORS = {  # they differ between systems, and with the network
-    "Name or service not known", "Temporary failure in name resolution", "it is no host name",
-    "No address associated with hostname",
+    "Name or service not known", "Temporary failure in name resolution",
+    "No address associated with hostname", "this is not a host name",
 }  # fmt: skip
 
 
@@ -12136,7 +12316,8 @@ class TestWords:
             result = lab.command("-c", path, *options, *words.replace("SERVER", SERVER_4).split())
         for reason in NAME_ERRORS:
             if words.split()[1] in ("no.invalid", "b\xfccher.invalid", "both..test"):
-                result = result._replace(err=result.err.replace(f": {reason}\n", ": NO_NAME\n"))
+                err = re.sub(f": {reason}\n  (check|see) .*\n", ": NO_NAME\n", result.err)
+                result = result._replace(err=err)
         wanted = f"letmein: error: {problem}\n" + (f"  {hint}\n" if hint else "")
         wanted = wanted.replace("SERVER", SERVER_4).replace("CONF", str(path))
         assert result[:3] == (NOT_RUN.get(words, 1), "", wanted)
@@ -12153,15 +12334,30 @@ class TestWords:
             assert (result.status, result.err) == (0, "")
             assert lab.letmein(word, "-q", *words, conf=HOLD_CONF)[:3] == (0, "", "")
 
-    def test_verbose(self, lab: Lab) -> None:
-        result = lab.letmein("--verbose", "knock", "v6dead.test", "22", conf=HOLD_CONF)
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_verbose(self, lab: Lab, control: str) -> None:
+        """It tells each step, in order, with the time since the start, and no key."""
+        words = ["--verbose", "knock", control, "v6dead.test", "22"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
         assert result.status == 0
-        for line in (
-            f"letmein: server: fd01::99 and {SERVER_4}, port 5800/tcp\n",
-            f"letmein: fd01::99: no answer within {letmein.OTHER_ADDRESS_S} s more\n",
-            f"letmein: {SERVER_4}: COMEIN\n",
-        ):
-            assert line in result.err
+        lines = re.findall(r"(?m)^letmein: (\d+) ms  (.*)$", result.err)
+        assert len(lines) == len(result.err.splitlines())
+        assert [int(time) for time, _ in lines] == sorted(int(time) for time, _ in lines)
+        protocol = "tcp" if control == "-T" else "udp"
+        connecting = ["connecting", f"connected from {CLIENT_4}"] if control == "-T" else []
+        shaken = [
+            "sending KNOCK for resource 00000022", "received CHALLENGE",
+            "sending RESPONSE for resource 00000022", "received COMEIN",
+        ]  # fmt: skip
+        steps = [line for _, line in lines if "fd01::99)" not in line]
+        assert steps[0].startswith("read /") and steps[0].endswith(": the key of user 00000001")
+        assert steps[1:] == [
+            f"server: fd01::99 and {SERVER_4}, control port 5800/{protocol}",
+            *[f"v6dead.test ({SERVER_4}): {step}" for step in connecting + shaken],
+            "port 22 is open to this machine for 600 s, unless the server's file says otherwise",
+        ]
+        waited = f"v6dead.test (fd01::99): no answer within {letmein.OTHER_ADDRESS_S} s more"
+        assert waited in [line for _, line in lines]
         assert KEYS[1].hex() not in result.err.lower()
 
     @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
@@ -12270,7 +12466,8 @@ class TestRenewal:
                 assert time.monotonic() - client.started < 7.5
                 result = client.end()
             assert (result.status, lab.elements()) == (0, [])
-            assert "not renewed yet: 10.1.0.1: nothing listens on its control port" in result.err
+            told = "not renewed yet: port 9002 on 10.1.0.1: nothing listens on its control port"
+            assert told in result.err
 
 
 class TestOffice:
@@ -12374,7 +12571,7 @@ class TestClientLimits:
         words = [str(word) for word in patched(lab, bomb, *words, "both.test", "22")]
         with Running(lab, *words, program=()) as client:
             assert client.process.wait(LIMIT_S) == 1
-            client.end().assert_error("ValueError('boom')", "a fault of letmein")
+            client.end().assert_error("ValueError('boom')", "a bug in letmein")
 
     @pytest.mark.parametrize("word", ["knock", "connect"])
     def test_no_more_threads(self, lab: Lab, hold: Server, word: str) -> None:
@@ -12412,7 +12609,7 @@ class TestDeadAddress:
                 knock = ("--verbose", "knock", *options, control, host, "22")
                 result = lab.letmein(*knock, conf=HOLD_CONF)
                 result.assert_good()
-                waited = f"letmein: {dead}: no answer within {letmein.OTHER_ADDRESS_S} s more\n"
+                waited = f"({dead}): no answer within {letmein.OTHER_ADDRESS_S} s more\n"
                 assert (waited in result.err) == (words == "")
                 took.append(result.took)
             extra = min(times[""]) - min(times[option])
@@ -12473,7 +12670,7 @@ class TestDeadAddress:
         words = ["--verbose", "knock", "crowd.test", "22"]
         result = lab.letmein(*words, conf=HOLD_CONF)
         result.assert_good()
-        (line,) = re.findall("(?m)^letmein: server: (.*),", result.err)
+        (line,) = re.findall("(?m)^letmein: .* ms  server: (.*),", result.err)
         assert len(line.split(" and ")) == 8
         assert lab.reaches(22, CLIENT_4)
 
@@ -12481,7 +12678,7 @@ class TestDeadAddress:
         """And not that another address is silent."""
         conf = HOLD_CONF.replace("control-timeout = 5", "control-timeout = 0.5")
         result = lab.letmein("knock", "v6dead.test", "-r", "99", conf=conf)
-        result.assert_error(f"error: v6dead.test ({SERVER_4}): the server rejected the request")
+        result.assert_error(f"on v6dead.test ({SERVER_4}): the server rejected the request")
 
     def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
         """-4 and -6: what one address has opened does not stay open without the other."""
@@ -12549,7 +12746,7 @@ class TestConfigurationPlaces:
         path = homes / "xdg/letmein/letmein.conf"
         path.write_text(client_conf(timeout=0.1), encoding="utf-8")
         path.chmod(0o600)
-        assert f"letmein: configuration: {path}\n" in self.run(homes, "--verbose")
+        assert f" ms  read {path}: " in self.run(homes, "--verbose")
 
     @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
     def test_others_may_read_it(self, homes: Path, mode: int) -> None:
@@ -12681,7 +12878,7 @@ class TestElsewhere:
         for word, problem in (
             ("no.invalid", "cannot find the address of 'no.invalid': "),
             ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
-            ("dead.test", "dead.test (fd01::98): no answer on its control port 5800/tcp"),
+            ("dead.test", "cannot open port 22 on dead.test (fd01::98, 10.1.0.98): no answer"),
         ):
             conf = client_conf(timeout=0.2)
             words = patched(lab, CLIENT_ELSEWHERE[system], "knock", word, "22", conf=conf)
@@ -12749,7 +12946,7 @@ class TestNames:
                 result.assert_good()
                 assert "no answer" not in result.err, "it was waited for"
                 assert result.took < LIMIT_S
-            lab.letmein("knock", SERVER_6, "22").assert_error("Cannot assign", SERVER_6)
+            lab.letmein("knock", SERVER_6, "22").assert_error("has no IPv6 address to", SERVER_6)
             words = ["connect", "both.test", "9000"]
             with Service(9000, echo), Running(lab, *words) as client:
                 client.say(b"here")
