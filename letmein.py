@@ -1896,6 +1896,7 @@ def catch_signals(handler: Any) -> None:
 #
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
+LISTING_LIMIT = 16 << 20  # bytes of what nft says
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
@@ -2118,9 +2119,10 @@ class Nft:
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
         self.limit = NFT_LIMIT_S[0]
 
-    def run(self, script: str, *arguments: str) -> None:
-        """Run a script. Raises UserError with nft's words. An nft that takes too long is killed,
-        having perhaps done its work, and the next one may take twice as long."""
+    def run(self, script: str, *arguments: str) -> str:
+        """Run a script, and return what nft says. Raises UserError with its words. An nft that
+        takes too long is killed, having perhaps done its work, and the next one may take twice as
+        long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -2142,7 +2144,9 @@ class Nft:
                     hint = "a limit of processes or memory is reached: end other programs"
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
-            self._judge(status, said.read(4096).decode("utf-8", "replace"))
+            words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
+            self._judge(status, words)
+            return words
 
     def _judge(self, status: int, said: str) -> None:
         """Raise UserError if nft did not do what it was told."""
@@ -2535,206 +2539,18 @@ def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
         raise UserError(problem, hint)
 
 
-# Whether letmein can work at all depends on the rules of others. Their form: nf_tables.h, and for
-# what iptables-nft takes over from iptables nf_tables_compat.h.
-RULES_LIMIT = 1000  # of a table: nobody waits for more to be read
-NF_INET_LOCAL_IN, NF_DROP, NF_ACCEPT, NFT_RETURN = 1, 0, 1, -5
-NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM, NFTA_RULE_EXPRESSIONS = 5, 1, 4
-NFTA_EXPR_NAME, NFTA_TARGET_NAME, NFTA_MATCH_INFO = 1, 1, 3
-NFTA_IMMEDIATE_DATA, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 2, 2, 1, 2
-NFTA_CMP_OP, NFTA_CMP_DATA, NFT_CMP_EQ, NFT_CMP_LTE, NFT_CMP_GTE = 2, 3, 0, 3, 5
-NFTA_RANGE_FROM_DATA, NFTA_RANGE_TO_DATA = 3, 4
-NFTA_LOOKUP_SET, NFT_SET_ELEM_INTERVAL_END = 1, 0x1
-DESTINATION_PORT = {2: 2, 3: 2, 4: 2}  # NFTA_PAYLOAD_BASE, _OFFSET, _LEN: of TCP and UDP
-
-
-def number_of(value: bytes) -> int:
-    return int.from_bytes(value, "big")
-
-
-def text_of(value: bytes) -> str:
-    return value.rstrip(b"\0").decode("utf-8", "replace")
-
-
-def data_of(value: bytes) -> int:
-    return number_of(dict(each_attribute(value)).get(NFTA_DATA_VALUE, b""))
-
-
-class Statement(NamedTuple):
-    """One expression of a rule: a condition, an action or a verdict."""
-
-    name: str
-    facts: dict[int, bytes]
-
-    @property
-    def verdict(self) -> tuple[int, str]:
-        """The verdict, and the chain it leads to; NFT_RETURN if this is none."""
-        data = dict(each_attribute(self.facts.get(NFTA_IMMEDIATE_DATA, b"")))
-        if self.name != "immediate" or NFTA_DATA_VERDICT not in data:
-            return NFT_RETURN, ""
-        found = dict(each_attribute(data[NFTA_DATA_VERDICT]))
-        code = int.from_bytes(found[NFTA_VERDICT_CODE], "big", signed=True)
-        return code, text_of(found.get(NFTA_VERDICT_CHAIN, b""))
-
-
-def last_word(rule: Sequence[Statement]) -> str:
-    """What a rule does with every packet that comes to it: "drop", "accept", or "" if neither."""
-    if not rule or any(statement.name not in ("counter", "log") for statement in rule[:-1]):
-        return ""
-    last = rule[-1]
-    is_reject = last.name == "reject"
-    if last.name == "target":  # of iptables
-        is_reject = text_of(last.facts[NFTA_TARGET_NAME]) == "REJECT"
-    return "drop" if is_reject else {NF_DROP: "drop", NF_ACCEPT: "accept"}.get(last.verdict[0], "")
-
-
-class RuleReader(Kernel):
-    """Reads the rules of a table, whoever made them."""
-
-    def input_chains(self) -> list[tuple[str, str, bool]]:
-        """All base chains of this family for what comes in, with their tables, and whether their
-        policy is to drop."""
-        chains = []
-        for facts in self._ask(GETCHAIN, dump=True):
-            found = dict(each_attribute(facts))
-            hook = dict(each_attribute(found.get(NFTA_CHAIN_HOOK, b"")))
-            if number_of(hook.get(NFTA_HOOK_HOOKNUM, b"")) == NF_INET_LOCAL_IN:
-                table, chain = text_of(found[NFTA_CHAIN_TABLE]), text_of(found[NFTA_CHAIN_NAME])
-                policy = found.get(NFTA_CHAIN_POLICY)
-                if table.isascii() and chain.isascii():  # nft makes no others
-                    chains.append((table, chain, policy == NF_DROP.to_bytes(4, "big")))
-        return chains
-
-    def statements(self) -> list[tuple[str, list[Statement]]] | None:
-        """The rules of the table, each as its chain and its parts, chain by chain and in their
-        order; None if there are too many to be judged in a moment."""
-        rules: list[tuple[str, list[Statement]]] = []
-        where = text_attribute(NFTA_RULE_TABLE, self.table)
-        with netlink_socket() as netlink:  # of its own: what is not read goes with it
-            netlink.send(self._message(GETRULE, NLM_F_DUMP, where))
-            while len(rules) <= RULES_LIMIT:
-                for kind, _, _, body in each_message(netlink.recv(1 << 17)):
-                    if kind in (NLMSG_ERROR, NLMSG_DONE):
-                        self._raise_error(body)
-                        return rules
-                    rules.append(self._rule(body[NETFILTER_HEADER.size :]))
-        return None
-
-    @staticmethod
-    def _rule(facts: bytes) -> tuple[str, list[Statement]]:
-        found = dict(each_attribute(facts))
-        rule = []
-        for _, expression in each_attribute(found.get(NFTA_RULE_EXPRESSIONS, b"")):
-            parts = dict(each_attribute(expression))
-            values = dict(each_attribute(parts.get(NFTA_EXPR_DATA, b"")))
-            rule.append(Statement(text_of(parts[NFTA_EXPR_NAME]), values))
-        return text_of(found[NFTA_RULE_CHAIN]), rule
-
-    def names_port(self, rule: list[Statement], port: int) -> bool:
-        """Whether a rule has a condition that this destination port meets."""
-        is_loaded = False
-        limits: dict[int, int] = {}  # by operator
-        for name, facts in rule:
-            if name == "match":  # of iptables: those for ports hold them as 16 bits each
-                info = facts[NFTA_MATCH_INFO]
-                if port in struct.unpack_from(f"={len(info) // 2}H", info):
-                    return True
-            elif name == "lookup" and is_loaded:
-                if self._holds_port(text_of(facts[NFTA_LOOKUP_SET]), port):
-                    return True
-            elif name == "range" and is_loaded:
-                limits[NFT_CMP_GTE] = data_of(facts[NFTA_RANGE_FROM_DATA])
-                limits[NFT_CMP_LTE] = data_of(facts[NFTA_RANGE_TO_DATA])
-            elif name == "cmp" and is_loaded:
-                limits[number_of(facts[NFTA_CMP_OP])] = data_of(facts[NFTA_CMP_DATA])
-            elif name != "cmp":
-                place = {kind: number_of(facts.get(kind, b"")) for kind in DESTINATION_PORT}
-                is_loaded = name == "payload" and place == DESTINATION_PORT
-        meets = {NFT_CMP_EQ: int.__eq__, NFT_CMP_LTE: int.__le__, NFT_CMP_GTE: int.__ge__}
-        known = [meets[kind](port, limit) for kind, limit in limits.items() if kind in meets]
-        return bool(known) and all(known)
-
-    def _holds_port(self, name: str, port: int) -> bool:
-        """Whether a set holds a port. One of intervals holds their beginnings and ends."""
-        marks = []  # each with whether it begins an interval
-        for listing in self._ask(GETSETELEM, self._elements_of(name), dump=True):
-            for facts in self._listed(listing):
-                found = dict(each_attribute(facts))
-                is_end = number_of(found.get(NFTA_ELEM_FLAGS, b"")) & NFT_SET_ELEM_INTERVAL_END
-                marks.append((data_of(found.get(NFTA_ELEM_KEY, b"")), not is_end))
-        if all(begins for _, begins in marks):
-            return (port, True) in marks
-        return max((mark for mark in marks if mark[0] <= port), default=(0, False))[1]
-
-
 def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
-    """Warnings that the rules of others keep letmein's from having an effect, for what is sure.
+    """Warnings of chains that no other chain jumps to: what letmein puts there has no effect.
     Raises OSError."""
-    reader = RuleReader(config.family, config.table)
-    with contextlib.closing(reader.socket):
-        rules = reader.statements() or []
     warnings = []
     for hook, chain in config.chains.items():
-        dropping: set[str] = set()  # chains that drop everything from some rule on
-        before: list[str] = []  # the chains with a jump before such a rule, or without one
-        behind: list[str] = []
-        for place, rule in rules:
-            if last_word(rule) == "drop":
-                dropping.add(place)
-            elif chain in (statement.verdict[1] for statement in rule):
-                (behind if place in dropping else before).append(place)
-        if not kernel.jumps_to(chain):  # it knows of verdict maps, too
+        if not kernel.jumps_to(chain):
             place = next((name for name in kernel.base_chains() if hook in name.lower()), hook)
             problem = f"nothing jumps to {chain}, so its rules have no effect"
             hint = "add the jump to your firewall's file, and for now"
             command = f"nft insert rule {config.family} {config.table} {place} jump {chain}"
             warnings.append(f"{problem}; {hint}: {command}")
-        elif behind and not before:
-            problem = f"the jump to {chain} is behind a rule of {behind[0]} that drops everything"
-            warnings.append(f"{problem}; move the jump above that rule")
-    return warnings + foreign_drops(config)
-
-
-def foreign_drops(config: Config) -> list[str]:
-    """Warnings of other tables that drop all knocks: what one table accepts, another one may drop
-    all the same, see nft(8). Raises OSError."""
-    warnings = []
-    for family, versions in VERSIONS.items():
-        reader = RuleReader(family, "")
-        with contextlib.closing(reader.socket):
-            for table, chain, is_drop in reader.input_chains():
-                reader.table = table
-                is_own = (family, table) == (config.family, config.table)
-                if is_own or not set(versions).intersection(VERSIONS[config.family]):
-                    continue
-                rules = reader.statements()
-                if rules is None:
-                    continue
-                words = (last_word(rule) for place, rule in rules if place == chain)
-                if next(filter(None, words), "drop" if is_drop else "accept") == "accept":
-                    continue
-                if not any(reader.names_port(rule, config.port) for _, rule in rules):
-                    problem = f"chain {chain} of table {family} {table} drops all knocks"
-                    chains = {place for place, _ in rules}
-                    command = way_in(family, table, chain, chains, config)
-                    hint = "let it accept the control port, and the ports of your resources"
-                    warnings.append(f"{problem}, whatever letmein accepts; {hint}: {command}")
     return warnings
-
-
-def way_in(family: str, table: str, chain: str, chains: set[str], config: Config) -> str:
-    """The command that has another program's firewall accept the control port. Args: chains, all
-    those of its table that have rules."""
-    protocol = config.protocols[0]
-    port = f"{config.port}/{protocol}"
-    if table == "firewalld":
-        return f"firewall-cmd --permanent --add-port={port} && firewall-cmd --reload"
-    if any(name.startswith(("ufw-", "ufw6-")) for name in chains):
-        return f"ufw allow {port}"
-    if family != "inet" and table == "filter" and chain == "INPUT":
-        program = {"ip": "iptables", "ip6": "ip6tables"}[family]
-        return f"{program} -I INPUT -p {protocol} --dport {config.port} -j ACCEPT"
-    return f"nft insert rule {family} {table} {chain} {protocol} dport {config.port} accept"
 
 
 def is_ours(rule: Rule) -> bool:
@@ -4749,6 +4565,114 @@ def serve(config: Config, arguments: SimpleNamespace) -> int:
     return 0
 
 
+# What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
+# so what is not clear counts as good.
+LISTED_TABLE = re.compile(r"table (\w+) (\S+) \{")
+LISTED_CHAIN = re.compile(r"\tchain (\S+) \{")
+# What may be in a rule that holds for every packet, beside its verdict.
+NO_CONDITION = re.compile(
+    r"counter packets \d+ bytes \d+ ?|log( prefix \"[^\"]*\"| (level|group|flags) \S+)* ?"
+    r"| ?comment \"[^\"]*\""
+)
+LISTED_PORTS = re.compile(r"dport (?:vmap )?(?:\{ (.*?) \}|(@\S+|[\d-]+))")
+
+
+class ListedChain(NamedTuple):
+    """A chain, as nft lists it. Of a base chain the first rule is its hook and policy."""
+
+    family: str
+    table: str
+    name: str
+    rules: list[str]
+
+    def drops_at(self) -> int:
+        """The number of the rule from which on this chain drops everything; -1 if none does."""
+        for number, rule in enumerate(self.rules):
+            verdict = NO_CONDITION.sub("", rule)
+            if verdict == "drop" or verdict.startswith("reject"):
+                return number
+            if verdict == "accept":
+                return -1
+        return len(self.rules) if self.rules and "policy drop;" in self.rules[0] else -1
+
+    def names_port(self, port: int) -> bool:
+        """Whether a rule looks at this destination port; or at something that may hold it: a set,
+        or a match of iptables that nft does not know."""
+        rules = "\n".join(self.rules)
+        if "xt match" in rules:
+            return True
+        for found in LISTED_PORTS.finditer(rules):
+            for item in re.findall(r"@|\d+-\d+|\d+", found[1] or found[2]):
+                first, _, last = item.partition("-")
+                if item == "@" or int(first) <= port <= int(last or first):
+                    return True
+        return False
+
+
+def listed_chains(listing: str) -> list[ListedChain]:
+    """The chains in what `nft list ruleset` prints."""
+    chains: list[ListedChain] = []
+    family = table = ""
+    is_inside = False
+    for line in listing.splitlines():
+        if found := LISTED_TABLE.fullmatch(line):
+            family, table = found.groups()
+        elif found := LISTED_CHAIN.fullmatch(line):
+            chains.append(ListedChain(family, table, found[1], []))
+            is_inside = True
+        elif line == "\t}":
+            is_inside = False
+        elif is_inside:
+            chains[-1].rules.append(line.strip())
+    return chains
+
+
+def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of rules of others that drop all knocks: in front of the jump to our chain, or in
+    another table, for what one accepts another one may drop: nft(8)."""
+    warnings = []
+    own = [each for each in chains if (each.family, each.table) == (config.family, config.table)]
+    for target in config.chains.values():
+        jump = re.compile(rf"(jump|goto) {re.escape(target)}(?![\w.-])")
+        is_behind = {}  # by chain, whether its jumps come too late
+        for chain in own:
+            jumps = [number for number, rule in enumerate(chain.rules) if jump.search(rule)]
+            if jumps:
+                is_behind[chain.name] = 0 <= chain.drops_at() < jumps[0]
+        if is_behind and all(is_behind.values()):
+            problem = f"the jump to {target} is behind a rule of {', '.join(is_behind)}"
+            warnings.append(f"{problem} that drops everything; move the jump above that rule")
+    versions = VERSIONS[config.family]
+    for chain in chains:
+        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
+        is_same_version = set(VERSIONS.get(chain.family, ())).intersection(versions)
+        if chain in own or not is_hook or not is_same_version or chain.drops_at() < 0:
+            continue
+        table = (chain.family, chain.table)
+        siblings = [each for each in chains if (each.family, each.table) == table]
+        if not any(each.names_port(config.port) for each in siblings):
+            problem = f"chain {chain.name} of table {' '.join(table)} drops all knocks"
+            hint = "let it accept the control port, and the ports of your resources"
+            command = way_in(chain, [each.name for each in siblings], config)
+            warnings.append(f"{problem}, whatever letmein accepts; {hint}: {command}")
+    return warnings
+
+
+def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
+    """The command that has another program's firewall accept the control port."""
+    protocol = config.protocols[0]
+    port = f"{config.port}/{protocol}"
+    if chain.table == "firewalld":
+        return f"firewall-cmd --permanent --add-port={port} && firewall-cmd --reload"
+    if any(name.startswith(("ufw-", "ufw6-")) for name in siblings):
+        return f"ufw allow {port}"
+    place = f"{chain.family} {chain.table} {chain.name}"
+    if place in ("ip filter INPUT", "ip6 filter INPUT"):
+        program = {"ip": "iptables", "ip6": "ip6tables"}[chain.family]
+        return f"{program} -I INPUT -p {protocol} --dport {config.port} -j ACCEPT"
+    return f"nft insert rule {place} {protocol} dport {config.port} accept"
+
+
 def check(config: Config, is_verbose: bool) -> None:
     """Try whether the server could work, and tell what it would do. Raises UserError."""
     began = time.monotonic()
@@ -4758,6 +4682,7 @@ def check(config: Config, is_verbose: bool) -> None:
     check_kernel(kernel, nft, config)
     took = time.monotonic() - began
     warnings = unreached_chains(kernel, config)
+    warnings += obstacles(listed_chains(nft.run("list ruleset", "-t")), config)
     if took > SLOW_NFT_S:
         hint = "move large sets of others to a table of their own"
         warnings.append(f"nft took {took:.1f} s; {hint}")
