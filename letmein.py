@@ -3625,7 +3625,7 @@ class Monitor:
         self.selector.register(listener, selectors.EVENT_READ, serve)
 
     def _status(self) -> dict[str, object]:
-        """What the server tells of itself; README documents the names."""
+        """What the server tells of itself; MANUAL.md documents the names."""
         config, leases = self.config, self.firewall.leases
         return {
             "process": os.getpid(),
