@@ -9039,7 +9039,7 @@ def test_nft_takes_all_that_is_ours(
 #
 # A third host, the attacker's, has a cable of its own to the server. Every address of two wide
 # prefixes is local there, and so is the client's IPv4 address, which it can thus forge. Floods
-# and the slow path are made by processes of their own, `test_letmein.py flood` and `relay`, for
+# and the slow path are made by processes of their own, see run_part(), for
 # what is measured here is the server and not who attacks it.
 #
 #     attacker's host                                            server's host
@@ -9177,7 +9177,7 @@ def flood_udp(plan: Flood) -> FloodSteps:
 
     def one() -> int:
         try:
-            return next(peers).send(next(messages)) // 56
+            return int(next(peers).send(next(messages)) > 0)
         except OSError:
             return 0
 
@@ -9324,7 +9324,7 @@ def flood_messages(plan: Flood) -> list[bytes]:
 
 
 def flood_process() -> None:
-    """`test_letmein.py flood`: standard input has the plan and then an empty line at which to
+    """`flood`: standard input has the plan and then an empty line at which to
     begin; standard output gets "ready", and at last how many, and how much of a CPU it took."""
     _, most = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
@@ -9341,7 +9341,7 @@ def flood_process() -> None:
 
 
 def relay_process(delay: float) -> None:
-    """`test_letmein.py relay`: pass frames on between the two ends of each cable, each of
+    """`relay`: pass frames on between the two ends of each cable, each of
     them this much later. Ends with its standard input."""
     sockets = {}
     for name in itertools.chain(*RELAY_CABLES.items()):
@@ -9378,14 +9378,26 @@ def relay_process(delay: float) -> None:
 
 
 def start_part(*arguments: str) -> subprocess.Popen[str]:
-    """Start a process of this file, which see below. It is told what to do line by line."""
+    """Start a process of this file, see run_part(). It is told what to do line by line. It imports
+    the file, for to compile that anew would take longer than most of what such a process does."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {Path(__file__).stem} as tests"
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        [sys.executable, "-c", f"{code}; tests.run_part()", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
         env=unmeasured(),
     )
+
+
+def run_part() -> None:
+    """What a process of start_part() does."""
+    if sys.argv[1] == "flood":
+        flood_process()
+    elif sys.argv[1] == "rush":
+        rush_process()
+    else:
+        relay_process(float(sys.argv[2]))
 
 
 def tell(process: subprocess.Popen[str], line: str) -> None:
@@ -9690,7 +9702,7 @@ class Rush(NamedTuple):
 
 
 def rush_process() -> None:
-    """`test_letmein.py rush`: as storm(), but it takes as little time for itself as it can. In:
+    """`rush`: as storm(), but it takes as little time for itself as it can. In:
     addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
     Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
     addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
@@ -12331,12 +12343,3 @@ class TestImports:
             seen.append({name.split(".")[0] for name in done.stderr.split()})
         found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
         assert found - set(KNOCK_IMPORTS.split()) == set()
-
-
-if __name__ == "__main__":  # one of the processes of its own, see start_part()
-    if sys.argv[1] == "flood":
-        flood_process()
-    elif sys.argv[1] == "rush":
-        rush_process()
-    else:
-        relay_process(float(sys.argv[2]))
