@@ -1,13 +1,13 @@
 """The port knockers that `.ci/bench` compares, each in a lab of its own.
 
-`knockers.py NAME` is one of bench's workers. It makes the two hosts of test_letmein.py, and then
-does what it is asked: a line of JSON on standard input names a method of Knocker and its
-arguments, a line on standard output has what that returns. As each program has its own hosts and
-its own process, all of them are ready at the same time, and bench can ask them in turn.
+`knockers.py NAME` is one of bench's workers. It makes the hosts of test_letmein.py, and then takes
+requests: a line of JSON on standard input names a method of Knocker and its arguments, a line on
+standard output has the result. Each program has its own hosts and its own worker, so all of them
+are ready at the same time, and bench can ask them in turn.
 
-The programs run as their packages set them up: fwknopd and knockd sniff packets and call
-iptables, whose rules refuse the same as those of nftables.conf do. Only the control port differs,
-which is 5800 for all, so that one flood fits all.
+The programs run as their Debian packages set them up: fwknopd and knockd sniff packets and call
+iptables, whose rules refuse what nftables.conf refuses. Only the control port differs: it is 5800
+for all of them, so that one flood fits all.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ RULES_LIMIT = 200_000
 NEVER = float("inf")
 PYTHON = getattr(sys, "_base_executable", sys.executable)  # no .venv, whose start takes longer
 
-# 30 % of the frames get lost in each direction, but for those of the opened port: it is the knock
-# that is measured. They go before the server's host has them, or a program that sniffs would see
-# them all the same.
+# 30 % of all packets get lost in each direction, except those of the opened port: this is about the
+# knock. They get lost on the client's host, because a sniffer on the server's host sees packets
+# before any rule there.
 LOSS = """
 table netdev loss {
     chain out {
@@ -86,7 +86,7 @@ Rushed = tuple[float, list[float]]  # seconds in all, and of each knock that was
 
 
 class Missing(Exception):
-    """This program cannot be measured here; says why."""
+    """This program cannot run here; says why."""
 
 
 def address(number: int) -> str:
@@ -130,13 +130,13 @@ class RuleWatch:
 
 
 class Knocker:
-    """One program, its server on the server's host, and what is asked of it.
+    """One program: its server, its client, and what bench asks of them.
 
-    A subclass says how to start it, what a user types, and how to knock without a client program:
-    what is measured under load is the server.
+    A subclass knows how to start it, what a user types, and how to knock without the client
+    program: under load, it is the server that is measured.
     """
 
-    floods: tuple[tuple[str, str], ...] = ()  # what it can be attacked by: kind and protocol
+    floods: tuple[tuple[str, str], ...] = ()  # that apply to it: kind and protocol
     protocols: tuple[str, ...] = ()  # over which one can knock
     refreshes = False
     is_sniffer = False
@@ -181,25 +181,24 @@ class Knocker:
         raise NotImplementedError
 
     def close(self, source: str) -> None:
-        """Take the lease back, in whichever way."""
+        """End the lease of this address."""
         raise NotImplementedError
 
     def rush_at(self, addresses: list[str], at_once: int, limit: float) -> Rushed:
         """Knock from each, at_once at a time, until limit."""
         raise NotImplementedError
 
-    def fill(self, count: int) -> int:
-        """Have so many leases stand. Returns how many of them are real ones, and no rules that
-        were made as the program makes them."""
+    def fill(self, count: int) -> None:
+        """Make so many leases. Where granting takes too long, all but one are copies."""
         raise NotImplementedError
 
     def dump(self) -> tuple[str, str]:
-        """The firewall as text, with a rule that accepts port 9 behind all leases, and the part of
-        it that is the lease: there is only one."""
+        """The firewall as text, with a rule behind the leases that accepts port 9; and the part of
+        this text that is its only lease."""
         raise NotImplementedError
 
     def restore(self, ruleset: str) -> None:
-        """Load what dump() has given."""
+        """Load a text from dump()."""
         raise NotImplementedError
 
     def recorded(self, kind: str) -> bytes:
@@ -269,7 +268,7 @@ class Knocker:
         self.stop()
 
     def enter(self, host: str, protocol: str = "", how: str = "") -> float:
-        """Seconds from Enter to the first connection that is accepted, or NEVER."""
+        """Seconds from Enter to the first accepted connection, or NEVER."""
         words = self.command(host, protocol, how)
         environment = {**lab_tools.unmeasured(), "HOME": str(self.lab.directory)}
         with self.lab.client():
@@ -295,7 +294,7 @@ class Knocker:
         return took
 
     def lose(self, lossy: bool) -> None:
-        """Begin or end to lose 30 % of the frames."""
+        """Start or stop losing 30 % of all packets."""
         with self.lab.client():
             text = "table netdev loss\ndelete table netdev loss\n" + (LOSS if lossy else "")
             lab_tools.run(lab_tools.NFT, "-f", "-", text=text)
@@ -312,7 +311,7 @@ class Knocker:
         self.sniff("near" if round_trip_s else "lan")
 
     def sniff(self, interface: str) -> None:
-        """Listen there; a server with sockets does so anyway."""
+        """Listen on this interface, if that matters to the program."""
 
     def rush(self, at_once: int, count: int, limit: float) -> list[float]:
         """From new addresses: how many knocks a second, and how many were good."""
@@ -324,12 +323,13 @@ class Knocker:
         """How many knocks a second, 32 at a time, from those who hold a lease."""
         addresses = self.fresh(count)
         _, took = self.rush_at(addresses, 32, limit)
-        addresses = addresses[: max(32, len(took))]
+        holders = addresses[: max(32, len(took))]
+        addresses = (holders * count)[:count]
         seconds, took = self.rush_at(addresses, 32, limit)
         return len(took) / seconds if seconds else 0.0
 
     def memory(self) -> float:
-        """MB that the server's processes have: each its own, and what they share once."""
+        """MB of all of the server's processes: private to each, plus what they share, once."""
         own, shared = 0, [0]
         for pid in self.pids():
             with contextlib.suppress(OSError):
@@ -341,7 +341,7 @@ class Knocker:
         return (own + max(shared)) / 1024
 
     def prepare_packets(self, leases: int) -> None:
-        """A firewall with so many leases, as they are when the program has made one."""
+        """Load a firewall with so many copies of a lease that the program has granted."""
         self.begin()
         source = address(50_000)
         assert self.get_in(source, PATIENCE_S) < NEVER
@@ -352,7 +352,7 @@ class Knocker:
         self.restore(ruleset.replace(lease, "".join(copies)))
 
     def packets(self, count: int) -> list[float]:
-        """How many µs the kernel takes to deliver a datagram of somebody without a lease."""
+        """µs from sending to receiving a datagram that matches no lease."""
         took = []
         with self.lab.socket("udp", address(60_000)) as sender, socket.socket(
             socket.AF_INET, socket.SOCK_DGRAM
@@ -368,7 +368,7 @@ class Knocker:
         return took
 
     def lateness(self, count: int, lease_s: int) -> list[float]:
-        """By how many seconds leases end late (or early: below 0)."""
+        """By how many seconds leases end late (early: below 0)."""
         opened: dict[str, float] = {}
         late: list[float] = []
         sources = self.fresh(count)
@@ -388,7 +388,7 @@ class Knocker:
         return late + [NEVER] * len(opened)
 
     def survival(self, lease_s: int) -> dict[str, bool]:
-        """What becomes of a lease, and of new knocks, when something breaks."""
+        """Whether an open port survives what can happen to a server."""
         found = {}
         first, second, third, fourth = self.fresh(4)
 
@@ -444,7 +444,7 @@ class Knocker:
         self.begin()
         message = self.recorded(kind)
         if kind == "random" and self.is_sniffer:
-            kind = "replay"  # of something that was never good: what the lab calls random is ours
+            kind = "replay"  # of recorded(): the lab's random messages are too short
         sources = lab_tools.FLOOD_SOURCES["many"]
         plan = lab_tools.Flood(kind, protocol, sources, rate, seconds, 0.005, message.hex())
         took: list[float] = []
@@ -479,7 +479,7 @@ RESOURCES = f"22 = port: {PORT} / timeout: {{lease_s}}"
 
 
 class Letmein(Knocker):
-    """What the two have in common: the protocol, and nftables."""
+    """What the two share: the protocol, and nftables."""
 
     floods = tuple(
         (kind, protocol)
@@ -594,9 +594,9 @@ class Ours(Letmein):
         }[how]
         return words if how == "bare" else [*words, *self.words(host, protocol)]
 
-    def fill(self, count: int) -> int:
-        _, took = self.rush_at(self.fresh(count), 32, PATIENCE_S * 3)
-        return len(took)
+    def fill(self, count: int) -> None:
+        _, took = self.rush_at(self.fresh(count), 32, 30)
+        assert len(took) == count, f"{len(took)} of {count} leases granted"
 
     def dump(self) -> tuple[str, str]:
         ruleset, _ = super().dump()
@@ -641,13 +641,12 @@ class Rust(Letmein):
         assert found, ruleset
         return ruleset, found[0]
 
-    def fill(self, count: int) -> int:
+    def fill(self, count: int) -> None:
         source, *others = self.fresh(count)
         self.knock(source)
         _, lease = self.dump()
         add = "add rule inet filter LETMEIN-INPUT" + lease
         self.restore("".join(add.replace(source, other) for other in others))
-        return 1
 
 
 # ----------------------------------------------------------------------------
@@ -656,8 +655,8 @@ class Rust(Letmein):
 
 
 class Sniffer(Knocker):
-    """What these two have in common: they read packets beside the firewall, answer nothing, and
-    call iptables. A knock was good when a rule has come."""
+    """What these two share: they sniff packets, never answer, and call iptables. A knock has
+    succeeded when the kernel reports a new rule."""
 
     is_sniffer = True
     interface = "lan"
@@ -719,8 +718,8 @@ class Sniffer(Knocker):
             self.daemon.wait()
 
     def for_ipv4(self, host: str) -> str:
-        """Of the lab's names, one that has the same IPv4 address alone: what they are set up to
-        open is IPv4, and of a name with both they take the IPv6 address."""
+        """A name in the lab with the IPv4 address alone: these programs prefer IPv6, but open
+        IPv4."""
         return {"both.test": "xn--bcher-kva.test"}.get(host, host)
 
     def close(self, source: str) -> None:
@@ -736,7 +735,7 @@ class Sniffer(Knocker):
         assert last in rules
         return rules.replace(last, f"-A INPUT -p udp --dport 9 -j ACCEPT\n{last}"), found[0]
 
-    def fill(self, count: int) -> int:
+    def fill(self, count: int) -> None:
         source, *others = self.fresh(count)
         assert self.get_in(source, PATIENCE_S) < NEVER
         _, lease = self.dump()
@@ -744,7 +743,6 @@ class Sniffer(Knocker):
         copies = "".join(lease.replace(source, other) for other in others)
         words = [program("iptables-nft-restore"), "--noflush"]
         lab_tools.run(*words, text=f"*filter\n{copies}COMMIT\n")
-        return 1
 
     def rush_at(self, addresses: list[str], at_once: int, limit: float) -> Rushed:
         watch = RuleWatch()
@@ -758,9 +756,9 @@ class Sniffer(Knocker):
                 self.knock(waiting.popleft())
             if not running:
                 break
-            count = watch.wait(2.0)
-            if count == 0:
-                break  # these are lost
+            count = watch.wait(2.0 if took else PATIENCE_S)
+            if count == 0 or last > started + limit + PATIENCE_S:
+                break  # the rest is lost, or far too slow
             last = time.monotonic()
             took += [last - running.popleft() for _ in range(min(count, len(running)))]
         watch.socket.close()
@@ -771,7 +769,7 @@ class Sniffer(Knocker):
 
 
 class Fwknopd(Sniffer):
-    """fwknop: one encrypted packet over UDP, which a sniffer looks for every 100 ms."""
+    """fwknop: one encrypted datagram, and a sniffer that looks every 100 ms."""
 
     floods = (("random", "udp"), ("replay", "udp"))
     protocols = ("udp",)
@@ -814,7 +812,7 @@ class Fwknopd(Sniffer):
         return [*words, "--key-base64-rijndael", key, "--key-base64-hmac", hmac_key]
 
     def packet(self, source: str) -> bytes:
-        """What the client sends, by the library that makes it there."""
+        """What the client sends, made by its library."""
         context, data = ctypes.c_void_p(), ctypes.c_char_p()
         request = f"{source},tcp/{PORT}".encode()
         assert self.fko.fko_new(ctypes.byref(context)) == 0
@@ -836,7 +834,7 @@ class Fwknopd(Sniffer):
 
 
 class Knockd(Sniffer):
-    """knockd: three ports in the right order, without any proof of who knocks."""
+    """knockd: three ports in the right order, and no proof of who knocks."""
 
     floods = (("reset", "tcp"),)
     protocols = ("tcp",)
