@@ -757,7 +757,7 @@ class Sniffer(Knocker):
             if not running:
                 break
             count = watch.wait(2.0 if took else PATIENCE_S)
-            if count == 0 or last > started + limit + PATIENCE_S:
+            if count == 0 or last > started + limit + 3:
                 break  # the rest is lost, or far too slow
             last = time.monotonic()
             took += [last - running.popleft() for _ in range(min(count, len(running)))]
