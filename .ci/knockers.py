@@ -136,7 +136,8 @@ class Knocker:
     program: under load, it is the server that is measured.
     """
 
-    floods: tuple[tuple[str, str], ...] = ()  # that apply to it: kind and protocol
+    # The floods that apply to it: kind, protocol, and one of the lab's FLOOD_SOURCES.
+    floods: tuple[tuple[str, str, str], ...] = ()
     protocols: tuple[str, ...] = ()  # over which one can knock
     refreshes = False
     is_sniffer = False
@@ -439,28 +440,34 @@ class Knocker:
             "a killed process lives on",
         )
 
-    def flood(self, kind: str, protocol: str, rate: float, seconds: float) -> dict[str, Any]:
+    def flood(
+        self, kind: str, protocol: str, source: str, rate: float, seconds: float
+    ) -> dict[str, Any]:
         """Knocks of a client, five a second, while others attack."""
         self.begin()
         message = self.recorded(kind)
         if kind == "random" and self.is_sniffer:
             kind = "replay"  # of recorded(): the lab's random messages are too short
-        sources = lab_tools.FLOOD_SOURCES["many"]
+        sources = lab_tools.FLOOD_SOURCES[source]
         plan = lab_tools.Flood(kind, protocol, sources, rate, seconds, 0.005, message.hex())
+        count = round(seconds / 0.2)
+        clients = [CLIENT_4] * count if source == "own" else self.fresh(count)
+        # Over UDP an attacker forges the client's address, over TCP it is a neighbour behind a NAT.
+        host = "client" if source == "own" and protocol == "tcp" else "attacker"
         took: list[float] = []
 
-        def knock(source: str) -> None:
-            took.append(self.get_in(source, FLOOD_PATIENCE_S, protocol))
+        def knock(client: str) -> None:
+            took.append(self.get_in(client, FLOOD_PATIENCE_S, protocol))
 
         threads = []
-        with self.attacker.start("attacker", "flood") as process:
+        with self.attacker.start(host, "flood") as process:
             lab_tools.tell(process, json.dumps(plan._asdict()))
             assert lab_tools.hear(process) == "ready"
             lab_tools.tell(process, "")
             started = time.monotonic()
-            for number, source in enumerate(self.fresh(round(seconds / 0.2))):
+            for number, client in enumerate(clients):
                 time.sleep(max(0.0, started + 0.1 + 0.2 * number - time.monotonic()))
-                threads.append(threading.Thread(target=knock, args=(source,), daemon=True))
+                threads.append(threading.Thread(target=knock, args=(client,), daemon=True))
                 threads[-1].start()
             for thread in threads:
                 thread.join()
@@ -481,11 +488,16 @@ RESOURCES = f"22 = port: {PORT} / timeout: {{lease_s}}"
 class Letmein(Knocker):
     """What the two share: the protocol, and nftables."""
 
-    floods = tuple(
-        (kind, protocol)
-        for kind, protocols in lab_tools.FLOOD_KINDS.items()
-        for protocol in protocols
-        if kind != "key"
+    floods = (
+        ("idle", "tcp", "many"),
+        ("replay", "tcp", "many"),
+        ("replay", "udp", "many"),
+        ("random", "tcp", "many"),
+        ("random", "udp", "many"),
+        ("slow", "tcp", "many"),
+        ("reset", "tcp", "many"),
+        ("idle", "tcp", "own"),
+        ("replay", "udp", "own"),
     )
     protocols = ("tcp", "udp")
     refreshes = True
@@ -771,7 +783,7 @@ class Sniffer(Knocker):
 class Fwknopd(Sniffer):
     """fwknop: one encrypted datagram, and a sniffer that looks every 100 ms."""
 
-    floods = (("random", "udp"), ("replay", "udp"))
+    floods = (("random", "udp", "many"), ("replay", "udp", "many"))
     protocols = ("udp",)
     KEY, HMAC_KEY = b"k" * 32, b"h" * 32
     HMAC_SHA256 = 3  # fko.h
@@ -836,7 +848,7 @@ class Fwknopd(Sniffer):
 class Knockd(Sniffer):
     """knockd: three ports in the right order, and no proof of who knocks."""
 
-    floods = (("reset", "tcp"),)
+    floods = (("reset", "tcp", "many"),)
     protocols = ("tcp",)
     SEQUENCE = (5800, 8000, 9000)
 
