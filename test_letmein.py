@@ -27,11 +27,14 @@ import functools
 import gc
 import hashlib
 import hmac
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import platform
 import pwd
@@ -10136,6 +10139,65 @@ class TestFloods:
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+class TestBench:
+    """The table of .ci/bench tells who is better. What it measures, each run shows."""
+
+    @pytest.fixture(scope="class")
+    def bench(self) -> Any:
+        loader = importlib.machinery.SourceFileLoader("bench", str(HERE / ".ci/bench"))
+        spec = importlib.util.spec_from_loader("bench", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize(
+        "better, ours, others, verdict",
+        [
+            ("less", [10, 20, 30], [[40], [100]], "2 times better"),
+            ("less", [20], [[100], [5]], "4 times worse"),
+            ("more", [1000], [[10], [500]], "2 times better"),
+            ("more", [100], [[150], "- [1]"], "1.50 times worse"),
+            ("less", [100], [[102]], "the same"),
+            ("less", [0], [[100]], "better"),
+            ("less", [math.inf], [[100]], "worse"),
+            ("less", [100], [[math.inf]], ""),
+            ("less", [100], ["- [1]"], ""),
+            ("", [100], [[200]], ""),
+        ],
+    )
+    def test_who_is_better(
+        self, bench: Any, better: str, ours: list[float], others: list[Any], verdict: str
+    ) -> None:
+        """By the medians, against the best of the others, if there is anything to compare."""
+        cells = dict(zip(bench.PROGRAMS, [ours, *others]))
+        assert bench.verdict(bench.Row("", "ms", better, cells)) == verdict
+
+    @pytest.mark.parametrize(
+        "cell, text",
+        [
+            ([3], "3"),
+            ([1.234, 5.678, 123.4], "5.68 (1.23 to 123)"),
+            ([1, 2, math.inf], "2 (1 to never; 2/3)"),
+            ("- [1]", "- [1]"),
+        ],
+    )
+    def test_a_figure(self, bench: Any, cell: Any, text: str) -> None:
+        """The median, the range, and how many of the knocks succeeded."""
+        assert bench.figure(cell) == text
+
+    def test_the_block_of_readme(self, bench: Any, tmp_path: Path) -> None:
+        """A new table replaces the old one, and nothing else."""
+        path = tmp_path / "README.md"
+        path.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nbehind\n", encoding="utf-8")
+        assert bench.replace_block(path, "new \\1")
+        text = path.read_text(encoding="utf-8")
+        assert text == "before\n<!-- bench -->\nnew \\1\n<!-- /bench -->\nbehind\n"
+        path.write_text("no markers", encoding="utf-8")
+        assert not bench.replace_block(path, "new")
+        assert path.read_text(encoding="utf-8") == "no markers"
 
 
 # ----------------------------------------------------------------------------
