@@ -10163,7 +10163,7 @@ class TestBench:
             ("less", [100], [[102]], "the same"),
             ("less", [0], [[100]], "better"),
             ("less", [math.inf], [[100]], "worse"),
-            ("less", [100], [[math.inf]], ""),
+            ("less", [100], [[math.inf]], "better"),
             ("less", [100], ["- [1]"], ""),
             ("", [100], [[200]], ""),
         ],

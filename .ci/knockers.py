@@ -147,6 +147,7 @@ class Knocker:
         self.lab = Lab()
         self.attacker = Attacker(self.lab)
         self.next_address = 0
+        self.lossy = False
 
     # -- of each program -----------------------------------------------------
 
@@ -291,11 +292,23 @@ class Knocker:
         took = NEVER
         if client.returncode == 0 and self.connect(CLIENT_4, time.monotonic() + THEN_S):
             took = time.monotonic() - started
-        self.close(CLIENT_4)
+        with self.without_loss():
+            self.close(CLIENT_4)
         return took
+
+    @contextlib.contextmanager
+    def without_loss(self) -> Iterator[None]:
+        """Nothing gets lost for a while."""
+        lossy = self.lossy
+        if lossy:
+            self.lose(False)
+        yield
+        if lossy:
+            self.lose(True)
 
     def lose(self, lossy: bool) -> None:
         """Start or stop losing 30 % of all packets."""
+        self.lossy = lossy
         with self.lab.client():
             text = "table netdev loss\ndelete table netdev loss\n" + (LOSS if lossy else "")
             lab_tools.run(lab_tools.NFT, "-f", "-", text=text)
