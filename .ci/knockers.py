@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import test_letmein as lab_tools
-from test_letmein import CLIENT_4, COMEIN, KNOCK, REVOKE, SERVER_4, Attacker, Lab
+from test_letmein import CLIENT_4, COMEIN, KNOCK, RESPONSE, REVOKE, SERVER_4, Attacker, Lab
 
 PORT = 22  # which a knock opens
 LEASE_S = 600
@@ -180,6 +180,10 @@ class Knocker:
 
     def knock(self, source: str, protocol: str = "") -> None:
         """Knock once, from an address of the client's host."""
+        raise NotImplementedError
+
+    def replay(self, source: str) -> None:
+        """Record a knock, and send it again from this address, which has no lease."""
         raise NotImplementedError
 
     def close(self, source: str) -> None:
@@ -402,9 +406,9 @@ class Knocker:
         return late + [NEVER] * len(opened)
 
     def survival(self, lease_s: int) -> dict[str, bool]:
-        """Whether an open port survives what can happen to a server."""
+        """Whether a port stays shut, or open, whatever happens to a server."""
         found = {}
-        first, second, third, fourth = self.fresh(4)
+        first, second, third, fourth, fifth = self.fresh(5)
 
         def let_in(source: str) -> None:
             assert self.get_in(source, PATIENCE_S) < NEVER, "nobody gets in"
@@ -426,6 +430,8 @@ class Knocker:
             self.stop()
 
         self.begin()
+        self.replay(fifth)
+        found["shut to a replay"] = not is_open(fifth)
         let_in(fourth)
         self.stop()
         found["gone at a stop"] = not self.lab.reaches(PORT, fourth)
@@ -537,6 +543,19 @@ class Letmein(Knocker):
     def knock(self, source: str, protocol: str = "") -> None:
         answer = lab_tools.handshake(self.lab, protocol=protocol or "tcp", source=source)
         assert answer == COMEIN
+
+    def replay(self, source: str) -> None:
+        knock = self.recorded("replay")
+        with lab_tools.Peer(self.lab) as client:
+            client.send(knock)
+            response = lab_tools.message(RESPONSE, 0x22, token=client.receive().auth)
+            client.send(response)
+            assert client.receive().operation == COMEIN
+        with lab_tools.Peer(self.lab, source=source) as attacker:
+            attacker.send(knock)
+            attacker.receive()
+            attacker.send(response)
+            attacker.rest()
 
     def close(self, source: str) -> None:
         with contextlib.suppress(OSError, AssertionError):
@@ -851,8 +870,19 @@ class Fwknopd(Sniffer):
         return packet
 
     def knock(self, source: str, protocol: str = "") -> None:
+        self.send(source, self.packet(source))
+
+    def send(self, source: str, packet: bytes) -> None:
         with self.lab.socket("udp", source) as peer:
-            peer.sendto(self.packet(source), (SERVER_4, 5800))
+            peer.sendto(packet, (SERVER_4, 5800))
+
+    def replay(self, source: str) -> None:
+        packet = self.packet(source)
+        self.send(source, packet)
+        assert self.connect(source, time.monotonic() + PATIENCE_S)
+        self.close(source)
+        assert not self.lab.reaches(PORT, source)
+        self.send(source, packet)
 
     def recorded(self, kind: str) -> bytes:
         return self.packet(address(64_000)) if kind == "replay" else super().recorded(kind)
@@ -891,6 +921,9 @@ class Knockd(Sniffer):
 
     def command(self, host: str, protocol: str, how: str) -> list[str]:
         return ["knock", self.for_ipv4(host), *map(str, self.SEQUENCE)]
+
+    def replay(self, source: str) -> None:
+        self.knock(source)  # it is the same whoever sends it
 
     def knock(self, source: str, protocol: str = "") -> None:
         for port in self.SEQUENCE:
