@@ -1037,20 +1037,24 @@ class TestPackets:
         assert "port 5800/tcp+udp, inet/filter, rules 5 of 100" in plain
         for colour in (True, False):
             env = {**environment("NO_COLOR"), **({} if colour else {"NO_COLOR": "1"})}
+            env["COLUMNS"] = "40"
             shown = on_a_terminal([*words, "--watch"], env, lambda text: text.count("ADDRESS") == 2)
             assert ("\x1b[1mADDRESS" in shown) == colour
+            about = shown.partition("Server: ")[2].partition("\x1b")[0].splitlines()
+            assert max(map(len, about[1:])) <= 40, "what is below the table is wrapped"
         for resource, source in ((0x23, CLIENT_4), (0x24, CLIENT_6)):
             assert handshake(lab, resource, REVOKE, source=source) == COMEIN
 
     def test_a_status_that_cannot_be_had(self, lab: Lab, server: Server) -> None:
         """Each cause has its own words: no server, no table, no right."""
         arguments = ("status", "-c", server.path)
-        nowhere = lab.command(*arguments, "--rundir", lab.directory)
-        assert f"No server for table inet filter runs in {lab.directory}" in nowhere.out
+        elsewhere = lab.command(*arguments, "--rundir", lab.directory)
+        said = f"No server answers in {lab.directory}, but its rules are in table inet filter."
+        assert said in elsewhere.out, elsewhere
         path = lab.file(server_conf().replace("table = filter", "table = filtr"))
         lab.command("status", "-c", path).assert_error("table inet filtr does not exist")
         words = ["unshare", "--user", "--", sys.executable, str(LETMEIN), *map(str, arguments)]
-        lab.command(program=words).assert_error("Operation not permitted", "root")
+        lab.command(program=words).assert_error("cannot read table inet filter: only root may")
 
     def test_the_network_process_is_replaced(self, lab: Lab, server: Server) -> None:
         assert handshake(lab, 0x22) == COMEIN
@@ -1136,6 +1140,24 @@ def alive(process: Path) -> bool:
 
 
 CHECK = ("--user", "nobody", "--check")  # an account that every machine has
+
+
+CHECKED = """\
+file          {path}
+control port  5800/tcp+udp
+error policy  basic-auth
+seccomp       off
+table         inet filter
+chains        LETMEIN-INPUT (input)
+sets          letmein-4, letmein-6, letmein-00000030-4, letmein-00000030-6
+keys of       00000001, 00000002
+
+RESOURCE  OPENS        SECONDS  USERS
+00000022  22/tcp           600  everybody with a key
+00000030  jump to WEB     60.5  00000002
+
+1 warning: nothing was changed
+"""
 
 
 class TestRules:
@@ -1277,13 +1299,31 @@ class TestRules:
             assert lab.command("server", "-c", server.path, *CHECK).status == 0
             assert lab.reaches(22, CLIENT_4)
 
+    def test_check_tells_what_the_server_does(self, lab: Lab) -> None:
+        """Port, table, chain, sets, and who may have what; nft's script with --verbose alone; each
+        user without a key."""
+        lab.load(more="add chain inet filter WEB")
+        resources = "22 = port: 22\n30 = jump / input: WEB / input-match: saddr"
+        resources += " / timeout: 60.5 / users: 2, 3"
+        path = lab.file(server_conf(resources))
+        done = lab.command("server", "-c", path, *CHECK)
+        assert done.status == 0, done
+        assert done.out == CHECKED.format(path=path), done
+        assert "[RESOURCES] 30: user 00000003 has no key in [KEYS]" in done.err, done
+        verbose = lab.command("server", "-c", path, "--verbose", *CHECK)
+        assert "\nadd rule inet filter LETMEIN-INPUT tcp dport 5800 accept" in verbose.out
+        path = lab.file(server_conf(resources.replace(", 3", "")))
+        good = lab.command("server", "-c", path, *CHECK)
+        assert good.out.endswith("\n\ngood: nothing was changed\n") and not good.err, good
+        path = lab.file(server_conf(resources).replace(keys_text(), "[KEYS]"))
+        nobody = lab.command("server", "-c", path, *CHECK)
+        assert "[KEYS] no user has a key, so nobody can knock" in nobody.err, nobody
+        assert nobody.out.count("  nobody\n") == 3, nobody
+
     def test_check_says_what_is_wrong(self, lab: Lab) -> None:
         lab.load("table inet filter { chain other { }; }")
         path = lab.file(server_conf())
         lab.command("server", "-c", path, *CHECK).assert_error("LETMEIN-INPUT")
-        lab.load()
-        path = lab.file(server_conf("30 = jump / input: MISSING"))
-        lab.command("server", "-c", path, *CHECK).assert_error("nft")
         path = lab.file("[GENERAL]\nport = x\n")
         lab.command("server", "-c", path, *CHECK).assert_error(f"{path}:2:")
         # Whatever the file says, the server would not start without an account to become.
@@ -2246,6 +2286,116 @@ class TestLyingServers:
 # ----------------------------------------------------------------------------
 
 
+NAMED_CONF = server_conf("30 = jump / input: WEB")
+FAULTS_OF_THE_FIREWALL = [
+    pytest.param(
+        ("table = filter", "table = filtr"),
+        "[NFTABLES] table: table inet filtr does not exist",
+        "load your firewall first",
+        id="table",
+    ),
+    pytest.param(
+        ("LETMEIN-INPUT", "LETMEIN-INPT"),
+        "[NFTABLES] chain-input: table inet filter has no chain LETMEIN-INPT",
+        "add `chain LETMEIN-INPT { }` to the table",
+        id="chain",
+    ),
+    pytest.param(
+        ("input: WEB", "input: WEP"),
+        "[RESOURCES] 00000030: input: table inet filter has no chain WEP",
+        "add `chain WEP { }` to the table",
+        id="jump",
+    ),
+    pytest.param(
+        ("input: WEB", "input: input"),
+        "[RESOURCES] 00000030: input: input is a base chain: it has a hook",
+        "name a chain without a hook",
+        id="jump to a base chain",
+    ),
+]
+
+# Rules of others, and what --check says of them, "" for nothing. Those that are not a whole
+# firewall stand next to nftables.conf.
+INPUT = "type filter hook input priority"
+DROPS = "drops all knocks, whatever letmein accepts; "
+FIREWALLD = f"""
+table inet firewalld {{
+    chain filter_INPUT {{
+        {INPUT} filter + 10; policy accept;
+        ct state {{ established, related }} accept
+        iifname "lo" accept
+        jump filter_INPUT_ZONES
+        reject with icmpx admin-prohibited
+    }}
+    chain filter_INPUT_ZONES {{ goto filter_IN_public; }}
+    chain filter_IN_public {{ tcp dport PORT accept; }}
+}}"""
+UFW = f"""
+table ip filter {{
+    chain INPUT {{ {INPUT} filter; policy drop; jump ufw-before-input; jump ufw-user-input; }}
+    chain ufw-before-input {{ iifname "lo" accept; ct state established accept; }}
+    chain ufw-user-input {{ tcp dport PORT accept; }}
+}}"""
+DOCKER = """
+table ip nat {
+    chain PREROUTING { type nat hook prerouting priority dstnat; fib daddr type local jump DOCKER; }
+    chain DOCKER { tcp dport 8080 dnat to 172.17.0.2:80; }
+}
+table ip filter {
+    chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
+    chain DOCKER-USER { return; }
+}"""
+FAIL2BAN = f"""
+table inet f2b-table {{
+    set addr-set-sshd {{ type ipv4_addr; elements = {{ 192.0.2.1 }}; }}
+    chain f2b-chain {{ {INPUT} filter - 1; policy accept; ip saddr @addr-set-sshd reject; }}
+}}"""
+
+
+def own_rules(rules: str) -> str:
+    """A firewall of letmein's table alone, with these rules in its input chain."""
+    chain = f"chain input {{ {INPUT} filter; policy drop; {rules}; }}"
+    return f"table inet filter {{ chain LETMEIN-INPUT {{ }}; {chain}; }}"
+
+
+def other_rules(rules: str) -> str:
+    """Another table, which drops what these rules do not accept."""
+    return f"table inet other {{ chain in {{ {INPUT} 1; policy drop; {rules}; }}; }}"
+
+
+LET_IT = "let it accept the control port, and the ports of your resources: "
+OTHER_DROPS = f"chain in of table inet other {DROPS}{LET_IT}nft insert rule inet other in tcp "
+BEHIND = "the jump to LETMEIN-INPUT is behind a rule of input that drops everything; move the jump"
+FOREIGN_RULES = {
+    "nftables.conf": ("", ""),
+    "Docker": (DOCKER, ""),
+    "fail2ban": (FAIL2BAN, ""),
+    "firewalld": (
+        FIREWALLD.replace("PORT", "22"),
+        f"chain filter_INPUT of table inet firewalld {DROPS}{LET_IT}firewall-cmd --permanent ",
+    ),
+    "firewalld that accepts": (FIREWALLD.replace("PORT", "5800"), ""),
+    "ufw": (UFW.replace("PORT", "22"), f"chain INPUT of table ip filter {DROPS}"),
+    "ufw that accepts": (UFW.replace("PORT", "5800"), ""),
+    "ufw, IPv6": (UFW.replace("PORT", "22").replace("ip f", "ip6 f"), f"{LET_IT}ufw allow 5800/t"),
+    "a policy": (other_rules("tcp dport 22 accept"), OTHER_DROPS),
+    "another set": (other_rules("tcp dport { 80, 5000-5799, 5801-6000 } accept"), OTHER_DROPS),
+    "a source port": (other_rules("tcp sport 5800 accept"), OTHER_DROPS),
+    "a set": (other_rules("tcp dport { 80, 5800 } accept"), ""),
+    "a set of ranges": (other_rules("tcp dport { 80, 5700-5900 } accept"), ""),
+    "a map": (other_rules("tcp dport vmap { 80 : drop, 5800 : accept }"), ""),
+    "a range": (other_rules("tcp dport 5000-6000 accept"), ""),
+    "no condition": (other_rules("counter accept"), ""),
+    "a drop in front": (own_rules("counter drop; jump LETMEIN-INPUT"), BEHIND),
+    "a reject in front": (own_rules("log reject; jump LETMEIN-INPUT"), BEHIND),
+    "a drop behind": (own_rules("tcp dport 80 drop; jump LETMEIN-INPUT; drop"), ""),
+    "one jump of two": (
+        own_rules("meta l4proto tcp jump LETMEIN-INPUT; drop; jump LETMEIN-INPUT"), ""
+    ),
+    "a jump by a map": (own_rules("meta l4proto vmap { tcp : jump LETMEIN-INPUT }"), ""),
+}
+
+
 class TestStart:
     def fails(self, lab: Lab, *words: str, conf: str = "", user: str = "none", **more: Any) -> None:
         """The server does not start, says why and what to do, and has installed nothing."""
@@ -2355,13 +2505,59 @@ class TestStart:
         warning = "nothing jumps to LETMEIN-INPUT"
         checked = lab.command(*words)
         assert checked.status == 0 and warning in checked.err
-        assert "nft add rule inet filter input jump LETMEIN-INPUT" in checked.err
+        assert "nft insert rule inet filter input jump LETMEIN-INPUT" in checked.err
         with Server(lab, server_conf()) as server:
             assert warning in server.log
             nft_do("add rule inet filter input jump LETMEIN-INPUT")
             reconfigure(server, server_conf())
             assert server.log.count(warning) == 1
         assert warning not in lab.command(*words).err
+
+    @pytest.mark.parametrize("case", FOREIGN_RULES)
+    def test_rules_of_others(self, lab: Lab, case: str) -> None:
+        """--check warns of rules that drop all knocks, names the chain and what to do; it does not
+        warn of rules that leave them alone."""
+        ruleset, said = FOREIGN_RULES[case]
+        if "table inet filter" in ruleset:
+            lab.load(ruleset)
+        else:
+            lab.load(more=ruleset)
+        checked = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
+        assert checked.status == 0, checked
+        assert not said or said in checked.err, checked
+        ours = [line for line in checked.err.splitlines() if "[RESOURCES]" not in line]
+        assert len(ours) == bool(said), checked
+
+    def test_rules_of_iptables(self, lab: Lab) -> None:
+        """What iptables makes of its rules is understood as well."""
+        lab.load()
+        if not shutil.which("iptables-nft"):
+            pytest.skip("iptables-nft is not in PATH")
+        said = "chain INPUT of table ip filter drops all knocks, whatever letmein accepts; "
+        said += "let it accept the control port, and the ports of your resources: "
+        said += "iptables -I INPUT -p tcp --dport 5800 -j ACCEPT"
+        rule = ("iptables-nft", "-A", "INPUT")
+        run(*rule, "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
+        run(*rule, "-j", "REJECT")
+        check = ("server", "-c", lab.file(server_conf()), *CHECK)
+        assert said in lab.command(*check).err
+        for match in ("--dport 5800", "--dport 5000:6000", "-m multiport --dports 1,5800"):
+            run("iptables-nft", "-I", "INPUT", "-p", "tcp", *match.split(), "-j", "ACCEPT")
+            assert "drops all knocks" not in lab.command(*check).err, match
+            run("iptables-nft", "-D", "INPUT", "1")
+        assert said in lab.command(*check).err
+        nft_do("delete table ip filter")
+
+    @pytest.mark.parametrize("change, said, hint", FAULTS_OF_THE_FIREWALL)
+    def test_each_fault_of_the_firewall_has_its_words(
+        self, lab: Lab, change: tuple[str, str], said: str, hint: str
+    ) -> None:
+        """File, option, value and what to do."""
+        lab.load(more="add chain inet filter WEB")
+        assert change[0] in NAMED_CONF
+        path = lab.file(NAMED_CONF.replace(*change))
+        done = lab.command("server", "-c", path, *CHECK)
+        done.assert_error(f"error: {path}: {said}\n", f"\n  {hint}")
 
     def test_what_the_rust_server_has_left(self, lab: Lab) -> None:
         """Its rules go when this one takes over."""
@@ -2409,10 +2605,6 @@ class TestStart:
         finally:
             owner.stdin.close()
             owner.wait(LIMIT_S)
-
-    def test_no_chain_to_jump_to(self, lab: Lab) -> None:
-        lab.load()
-        self.fails(lab, "nft", conf=server_conf("30 = jump / input: MISSING"))
 
     @pytest.mark.parametrize(
         "kind", ["ipv4_addr; flags timeout", "ipv4_addr . inet_proto . inet_service"]
@@ -5100,9 +5292,9 @@ class TestAnything:
 # 8  Under attack
 # ----------------------------------------------------------------------------
 
-# The log's grammar: time, unless the journal adds it; names; words, or quoted what is no word.
+# The log's grammar: time, or for the journal a priority; names; words, or quoted what is no word.
 LOG_LINE = re.compile(
-    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} )?event=[a-z-]+"
+    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} |<[3-7]>)event=[a-z-]+"
     r"""(?: [a-z-]+=(?:[A-Za-z0-9_.,:/+%-]+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"))*"""
 )
 
@@ -5136,10 +5328,13 @@ def status_socket(server: Server) -> Path:
     return found
 
 
-def refused_knock(lab: Lab, protocol: str, source: str = CLIENT_4, user: int = 1) -> None:
-    """A knock with a wrong key, to a server with the policy `always`."""
+def refused_knock(
+    lab: Lab, protocol: str, source: str = CLIENT_4, user: int = 1, resource: int = 0x22
+) -> None:
+    """A knock with a wrong key, to a server with the policy `always`. Over UDP only the first of
+    the same ones counts."""
     with Peer(lab, protocol, source) as peer:
-        peer.send(message(KNOCK, 0x22, user, key=KEYS[2]))
+        peer.send(message(KNOCK, resource, user, key=KEYS[2]))
         assert peer.receive()[:2] == (GOAWAY, user)
 
 
@@ -5161,7 +5356,7 @@ class TestLogUnderAttack:
         with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
             for number in range(300):
                 for protocol in ("tcp", "udp"):
-                    refused_knock(lab, protocol, user=9 if number % 2 else 1)
+                    refused_knock(lab, protocol, user=9 if number % 2 else 1, resource=number)
                 if number % 30 == 0:
                     assert handshake(lab, source=f"10.77.6.{number // 30}") == COMEIN
 
@@ -5187,9 +5382,9 @@ class TestLogUnderAttack:
         """At a stop at the latest: the summary that is due is written."""
         lab.load()
         with Server(lab, ANSWERS_ALL) as server:
-            for _ in range(13):
+            for number in range(13):
                 refused_knock(lab, "tcp")
-                refused_knock(lab, "udp", CLIENT_6)
+                refused_knock(lab, "udp", CLIENT_6, resource=number)
             refused_knock(lab, "tcp")
             server.stop()
         assert len(server.events("refused", proto="tcp", peer=CLIENT_4)) == 10
@@ -5201,7 +5396,7 @@ class TestLogUnderAttack:
 
     @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
     def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
-        """Each line has a time, unless systemd's journal is where standard error goes."""
+        """Each line has a time, or where standard error goes to systemd's journal a priority."""
         journal = "stat" in stream
         lab.load()
         shell = ("sh", "-c", f'JOURNAL_STREAM={stream} exec "$@"', "sh")
@@ -5224,7 +5419,57 @@ class TestLogUnderAttack:
             server.stop()
         first = next(at for at, line in enumerate(server.lines) if "event=" in line)
         assert_grammar(server.lines[first:])
-        assert all(line.startswith("event=") == journal for line in server.lines[first:])
+        assert all(line.startswith("<") == journal for line in server.lines[first:])
+        priorities = {"warning": 4, "ready": 6, "granted": 6, "refused": 5, "failed": 4}
+        for event, priority in priorities.items() if journal else ():
+            assert f"<{priority}>event={event} " in server.log, event
+        failing = lab.command("-c", server.path, "--user", "no-such-account", program=program)
+        prefix = "<3>" if journal else ""
+        assert failing.err.startswith(f"{prefix}letmein: error: ")
+
+
+    def test_what_the_log_says_of_resources_and_leases(self, lab: Lab) -> None:
+        """Who may have what, at the start, for some resources; of a grant, what it opens, for how
+        long, and whether it renews a lease."""
+        resources = f"30 = jump / input: WEB / timeout: 60\n{RESOURCES}"
+        resources += "".join(f"{number} = port: {number}\n" for number in range(100, 130))
+        port, jump = "00000023 port=23/tcp+udp seconds=600", "00000030 jump=WEB seconds=60"
+        lab.load(more="add chain inet filter WEB")
+        with Server(lab, server_conf(resources)) as server:
+
+            def lines(event: str) -> list[str]:
+                found = [line for line in server.lines if f"event={event} " in line]
+                return [line.partition(" resource=")[2] for line in found]
+
+            told = lines("resource")
+            assert len(told) == 20
+            assert told[0] == f"{jump} users=all"
+            assert f"{port} users=all" in told
+            assert "00000026 port=26/tcp seconds=600 users=00000001" in told
+            assert server.events("more-resources", count="16")
+            for resource in (0x23, 0x30, 0x23):
+                assert handshake(lab, resource) == COMEIN
+            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
+            assert handshake(lab, 0x23, operation=REVOKE) == COMEIN
+            assert handshake(lab, 0x23) == COMEIN
+            server.wait_for("granted", 5)
+            assert lines("granted") == [port, jump, f"{port} renewed=yes", port, port]
+
+    def test_one_knock_is_one_refusal(self, lab: Lab) -> None:
+        """A client with a wrong key asks again and again over UDP, and is refused once; a knock
+        for something else, or by somebody else, is another one."""
+        lab.load()
+        wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+        with Server(lab, server_conf()) as server:
+            lab.letmein("knock", "-U", SERVER_4, "22", conf=wrong).assert_error("no answer")
+            assert counted(server)["refused"] == {"wrong key": 1}
+            assert counted(server)["counts"]["repeated"] > 1
+            assert len(server.events("refused")) == 1
+            for resource in (0x23, 0x23, 0x23, 0x22):
+                with Peer(lab, "udp", OTHER_4) as peer:
+                    peer.send(message(KNOCK, resource, key=KEYS[2]))
+            server.wait_for("refused", 3)
+            assert counted(server)["refused"] == {"wrong key": 3}
 
 
 class Mute:
@@ -5342,7 +5587,7 @@ class TestCounters:
             for protocol in ("tcp", "udp"):
                 refused_knock(lab, protocol, OTHER_4)
                 refused_knock(lab, protocol, OTHER_4, user=9)
-            refused_knock(lab, "udp", OTHER_4, user=9)
+            refused_knock(lab, "udp", OTHER_4, user=9, resource=0x23)
             assert handshake(lab, 0x27) == GOAWAY
             # Nobody else is late, however busy the machine is.
             with Peer(lab, source=OTHER_4) as peer:
@@ -5381,7 +5626,8 @@ class TestCounters:
                 assert f"{name} {number}" in text
             server.stop()
             assert counted(server) is None
-            assert re.search("No server", lab.command(*arguments).out)
+            said = f"No server for table inet filter runs in {server.rundir}"
+            assert said in lab.command(*arguments).out
 
     def test_who_may_ask(self, lab: Lab) -> None:
         """The administrator, and nobody else: the counters tell of attacks, and who holds what."""
@@ -5440,9 +5686,9 @@ class TestCounters:
 def readme_block(first: str) -> str:
     """The example of the README whose first line this is."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"(?m)^    {re.escape(first)}\n(?:    .*\n|\n)*", text)
+    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", text)
     assert found, f"README.md has no example {first}"
-    return "".join(line[4:] or "\n" for line in found[0].splitlines(keepends=True))
+    return found[1]
 
 
 class TestFail2ban:
@@ -5467,8 +5713,8 @@ class TestFail2ban:
                 assert handshake(lab, source=source) == COMEIN
                 assert handshake(lab, source=source, operation=REVOKE) == COMEIN
                 assert handshake(lab, 0x27, source=source) == GOAWAY
-            for _ in range(10):
-                refused_knock(lab, "udp", "fd77::3")
+            for number in range(11):
+                refused_knock(lab, "udp", "fd77::3", resource=number)
             server.stop()
         for event in ("refused", "granted", "revoked", "failed", "summary", "stopped"):
             assert server.events(event), event
@@ -5799,6 +6045,8 @@ class TestService:
         fw4 = FW4.replace("ROOT", str(root))
         lab.load(fw4)
         with Server(lab, server_conf().replace("table = filter", "table = fw4")) as server:
+            told = [warning["reason"] for warning in server.events("warning")]
+            assert all("[RESOURCES]" in reason or reason == LOUD for reason in told), told
             for source in (CLIENT_4, CLIENT_6):
                 assert not lab.reaches(22, source)
                 lab.letmein("knock", server_for(source), "22").assert_good()
@@ -6391,6 +6639,29 @@ class TestNetworkProcess:
             for protocol in ("tcp", "udp"):
                 assert handshake(lab, 0x23, protocol=protocol) == COMEIN
             assert lab.reaches(23, CLIENT_4)
+
+    @pytest.mark.parametrize("number, hint", [("SIGSEGV", ""), ("SIGSYS", "seccomp = log")])
+    def test_the_log_names_the_signal(self, lab: Lab, number: str, hint: str) -> None:
+        """What ended the network process, and where it can be told what to do."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            os.kill(server.network_process(), signal.Signals[number])
+            lost = server.wait_for("network-process-lost", reason=f"it ended ({number})")
+            assert hint in lost.get("hint", "")
+
+    def test_a_python_that_is_gone(self, lab: Lab) -> None:
+        """Neither process can be started again: the log names the path, and what to do."""
+        lab.load()
+        python = lab.directory / f"python-{next(lab.numbers)}"
+        python.symlink_to(sys.executable)
+        with Server(lab, server_conf(), program=(python, LETMEIN, "server")) as server:
+            network = server.network_process()
+            python.unlink()
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            said = f"the network process cannot be started: No such file or directory: {python}"
+            assert lost["reason"] == said
+            assert "restart the server" in lost["hint"]
 
     def test_stopped(self, lab: Lab) -> None:
         lab.load()
@@ -8333,6 +8604,7 @@ class NotedFirewall:
     def __init__(self) -> None:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
+        self.leases = letmein.Leases()
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
@@ -10211,7 +10483,7 @@ SANDBOX_ACCOUNT = "nobody"  # every machine has it
 KEPT_NAMES = "-all,+kill,+setgid,+setuid,+net_bind_service,+net_admin,+sys_chroot"
 KEPT_CAPABILITIES = f"{sum(1 << number for number in (5, 6, 7, 10, 12, 18)):016x}"
 LOUD = "--user none: the network process keeps the server's rights"
-SIGSYS = f"status -{signal.SIGSYS.value}"  # how the log says that a filter has ended a process
+SIGSYS = "(SIGSYS)"  # how the log says that a filter has ended a process
 
 
 def need_root(lab: Lab) -> None:
@@ -10462,7 +10734,7 @@ class TestTakeover:
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
             lost = server.wait_for("network-process-lost")
-            assert re.search(f"status -({signal.SIGSYS.value}|{signal.SIGSEGV.value})", str(lost))
+            assert re.search("SIGSYS|SIGSEGV", lost["reason"]), lost
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_no_record_opens_a_port(self, lab: Lab, seccomp: str) -> None:
@@ -10581,8 +10853,7 @@ class TestPrivileges:
         call_libc("mount", bytes(accounts), b"/etc/passwd", None, MS_BIND, None)
         try:
             for name in ("root", "toor", "rootgroup"):
-                said = f"the account {name} does not exist, or has root's rights"
-                TestStart().fails(lab, said, user=name)
+                TestStart().fails(lab, f"the account {name} has root's rights", user=name)
         finally:
             call_libc("umount", b"/etc/passwd")
         words = ("the account rootgroup does not exist", "useradd --system")
@@ -10945,6 +11216,521 @@ class TestThreats:
             for part in name.split("."):
                 place = getattr(place, part)
             assert callable(place), name
+
+
+# ----------------------------------------------------------------------------
+# The documents: what README says is so, and its commands do what it says
+# ----------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block of README. Args: language; host, where it runs when the tests follow README,
+    "" for nowhere; text; line, its number, for messages."""
+
+    language: str
+    host: str
+    text: str
+    line: int
+
+
+@functools.lru_cache(None)
+def readme() -> str:
+    return (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def readme_section(title: str) -> str:
+    """A section of README, with those below it."""
+    lines = readme().splitlines(keepends=True)
+    (start,) = (at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {title}\n", line))
+    level = len(lines[start].split()[0])
+    is_code = False
+    for end in range(start + 1, len(lines)):
+        is_code ^= lines[end].startswith("```")
+        if not is_code and re.match(rf"#{{1,{level}}} ", lines[end]):
+            return "".join(lines[start:end])
+    return "".join(lines[start:])
+
+
+def readme_blocks(language: str, text: str | None = None) -> list[Block]:
+    """The blocks in this language, of a section's text or of all README."""
+    text = readme() if text is None else text
+    fences = re.finditer(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
+    blocks = [
+        Block(fence[1], fence[2] or "", fence[3], text[: fence.start()].count("\n") + 1)
+        for fence in fences
+    ]
+    return [block for block in blocks if block.language == language]
+
+
+# What a command may stand behind, in a shell, an ssh_config or a wg-quick file.
+COMES_BEFORE = {"|", "&&", "||", ";", "do", "=", "sudo", "exec", "ProxyCommand", "root@server"}
+COMES_BEFORE.add("HOST")  # xargs -I HOST
+
+
+def letmein_words(text: str) -> list[list[str]]:
+    """The words behind `letmein`, `letmein.py` or `letmeind`, of all such commands in a text."""
+    text = text.replace("\\\n", " ").replace("%h", "host").replace("%p", "22")
+    text = re.sub('exec "(.*?)"', r"exec \1 ;", text)
+    commands = []
+    for line in text.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = [";", *lexer]
+        except ValueError:  # a quotation over several lines
+            continue
+        for before, (at, word) in zip(words, enumerate(words[1:], 1)):
+            name = os.path.basename(word) if "init.d" not in word else ""
+            if name in ("letmein", "letmein.py", "letmeind") and before in COMES_BEFORE:
+                rest = words[at + 1 :]
+                ends = (n for n, more in enumerate(rest) if re.fullmatch("[|&;<>()]+", more))
+                rest = rest[: next(ends, None)]
+                commands.append([*(["server"] if name == "letmeind" else []), *rest])
+    return commands
+
+
+def assert_parses(words: list[str], where: str) -> None:
+    """The real parser takes these words."""
+    try:
+        letmein.parse_words(words)
+    except SystemExit as end:  # --version and --help end as a success
+        assert end.code in (0, None), (where, words)
+
+
+@functools.lru_cache(None)
+def helps() -> dict[str, str]:
+    """What --help prints, by command; "" for the whole program."""
+    text = program("--help").stdout
+    commands = re.findall(r"(?m)^ {2,4}([a-z-]+)(?: \(close\))? {2,}", text)
+    assert len(commands) > 7
+    return {"": text, **{name: program(name, "--help").stdout for name in commands}}
+
+
+# Options for scripts that other programs of these names run, and that help does not name.
+HIDDEN_OPTIONS = {"--dns", "--dns-crypt", "--no-systemd"}
+
+
+def option_names() -> set[str]:
+    """All options of all commands."""
+    lines = re.findall(r"(?m)^ +-.*", "\n".join(helps().values()))
+    return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
+
+
+LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+
+
+def log_events() -> set[str]:
+    """The names of all events that the program may log, as its source has them."""
+    events: set[str] = set()
+    functions = [
+        node for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]  # fmt: skip
+    for function in functions:
+        texts: dict[str, set[str]] = collections.defaultdict(set)  # by the variable that has them
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                names, value = node.targets, node.value
+            elif isinstance(node, ast.For):
+                names, value = [node.target], node.iter
+            else:
+                continue
+            keys = {key for n in ast.walk(value) if isinstance(n, ast.Dict) for key in n.keys}
+            found = {
+                n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and n not in keys
+            }
+            for name in (n for target in names for n in ast.walk(target)):
+                if isinstance(name, ast.Name):
+                    texts[name.id] |= {text for text in found if isinstance(text, str)}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            for node in ast.walk(call.args[0]) if call.args and called in LOGGERS else ():
+                if isinstance(node, ast.Constant):
+                    events.add(str(node.value))
+                elif isinstance(node, ast.Name):
+                    events |= texts[node.id]
+    return {event for event in events if re.fullmatch(r"[a-z]+(-[a-z]+)*", event)}
+
+
+# A host of README's: its /etc, /usr and /run are copies that nobody keeps. $1 is a directory.
+README_HOST = """
+mount -t tmpfs none "$1"
+for place in etc usr; do
+    mkdir -p "$1/$place/upper" "$1/$place/work"
+    options="lowerdir=/$place,upperdir=$1/$place/upper,workdir=$1/$place/work"
+    mount -t overlay -o "$options" none "/$place"
+done
+mount -t tmpfs none /run
+mkdir -m 755 /run/letmeind
+echo '10.1.0.1 server' >/etc/hosts
+touch /etc/nftables.conf
+echo ready
+exec cat
+"""
+
+# The programs there that are not the real ones. HOME is a directory.
+README_PROGRAMS = {
+    "apt-get": "",
+    "sudo": 'exec "$@"',
+    "python3": f'exec {sys.executable} "$@"',
+    "journalctl": "cat HOME/log",
+    "systemd-run": 'shift 2; echo "$@" >HOME/net',
+    # What the user adds: a refusal, so that a closed port is known as soon as an open one.
+    "editor": 'sed -i "s/jump LETMEIN-INPUT/&; reject/" "$1"',
+    "systemctl": r"""
+case "$*" in
+"enable nftables" | daemon-reload) ;;
+"enable --now letmeind" | "restart letmeind")
+    [ ! -e HOME/pid ] || kill "$(cat HOME/pid)"
+    while [ -e HOME/pid ] && kill -0 "$(cat HOME/pid)" 2>/dev/null; do sleep 0.05; done
+    unit=/usr/local/lib/systemd/system/letmeind.service
+    : >HOME/log
+    $(sed -n "s/^ExecStart=//p" $unit) >/dev/null 2>HOME/log &
+    echo $! >HOME/pid
+    until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done ;;
+"reload letmeind")
+    kill -HUP "$(cat HOME/pid)"
+    until grep -q event=reloaded HOME/log; do kill -0 "$(cat HOME/pid)" && sleep 0.05; done ;;
+"stop reopen.timer") rm HOME/net ;;
+*) echo "systemctl $*?" >&2; exit 1 ;;
+esac""",
+}
+
+
+OPENWRT_PROGRAMS = {
+    "opkg": "",
+    "logread": "cat HOME/log",
+    "fw4": '[ "$1" != reload ] || nft -f HOME/fw4.nft',
+}
+OPENWRT_FUNCTIONS = """
+user_exists() { getent passwd "$1" >/dev/null; }
+group_add_next() { echo 999; }
+user_add() { useradd "$1"; }
+"""
+OPENWRT_RC = """
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { [ "$1" != command ] || { shift; command=$*; }; }
+. "$1"
+[ "$2" = start ] || exit 0
+start_service
+$command >/dev/null 2>HOME/log &
+echo $! >HOME/pid
+until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done
+"""
+
+
+class ReadmeHost:
+    """A host to follow README on, on the network that the caller is on. Args: programs, more of
+    those that are not the real ones."""
+
+    def __init__(self, lab: Lab, **programs: str) -> None:
+        self.home = Path(tempfile.mkdtemp(dir=lab.directory))
+        if not lab.real_root:
+            pytest.skip("a user namespace has no other root's files")
+        for name in ("disk", "programs"):
+            (self.home / name).mkdir()
+        for name, text in {**README_PROGRAMS, **programs}.items():
+            text = text.replace("HOME", str(self.home))
+            program = self.home / "programs" / name
+            program.write_text(f"#!/bin/sh -e\n{text}\n", encoding="utf-8")
+            program.chmod(0o755)
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-ec", README_HOST, "sh", self.home / "disk"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        lab.processes.append(self.process)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+        path = f"{self.home}/programs:/usr/local/sbin:/usr/local/bin:{os.environ['PATH']}:/usr/sbin"
+        self.enter = [
+            *("nsenter", "--mount", "--net", f"--target={self.process.pid}", "--wd=" + str(HERE)),
+            *("env", "-i", f"PATH={path}", f"HOME={self.home}"),
+        ]
+
+    def run(self, script: str) -> str:
+        """Run a block as its user would, in a clone; returns what it prints."""
+        done = subprocess.run(
+            [*self.enter, "sh", "-ec", script],
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=LIMIT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, (script, done.stdout, done.stderr, self.log())
+        return done.stdout
+
+    def log(self) -> str:
+        log = self.home / "log"
+        return log.read_text(encoding="utf-8") if log.exists() else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self.run(f'[ ! -e {self.home}/pid ] || kill "$(cat {self.home}/pid)"')
+        self.process.kill()
+        self.process.wait()
+
+
+class TestReadme:
+    """What README says is so, and its commands do what it says."""
+
+    def test_server_in_ten_minutes(self, lab: Lab) -> None:
+        """Followed to the letter, it ends with a port 22 that only a knock opens; its safety net
+        opens it again, and deletes nothing."""
+        if shutil.which("make") is None:
+            pytest.skip("make is not in PATH")
+        lab.load("")
+        stack = contextlib.ExitStack()
+        server = ReadmeHost(lab)
+        stack.callback(server.close)
+        to_server = shlex.join(server.enter)
+        with lab.client():
+            client = ReadmeHost(lab, ssh=f'shift; {to_server} "$@"')
+        stack.callback(client.close)
+        hosts = {"server": server, "client": client}
+        blocks = [b for b in readme_blocks("sh", readme_section("Server in ten minutes")) if b.host]
+        said = {}
+        with stack:
+            for block in blocks:
+                said[block.text] = hosts[block.host].run(block.text)
+                if "systemd-run" in block.text:
+                    eventually(lambda: lab.reaches(22, CLIENT_4), "the lease is lost")
+                    assert not lab.reaches(22, OTHER_4)
+                    before = lab.ruleset()
+                    server.run((server.home / "net").read_text())
+                    assert lab.reaches(22, OTHER_4)
+                    assert set(before.splitlines()) <= set(lab.ruleset().splitlines())
+                    server.run("nft -f /etc/nftables.conf")
+                    eventually(lambda: not lab.reaches(22, OTHER_4), "the safety net stays")
+            assert not (server.home / "net").exists()
+            # What a command prints, where README says so behind it.
+            for text, out in said.items():
+                for comment in re.findall("(?m)^(?:letmein|journalctl) .*? # (.*)$", text):
+                    assert comment.partition(" (")[0] in out, (comment, out)
+            table = readme_blocks("text", readme_section("Server in ten minutes"))[0].text
+            out = said["letmein status\n"]
+            assert table.splitlines()[0].split() == out.splitlines()[0].split()
+            assert re.search(rf"(?m)^{CLIENT_4} +22/tcp +00000001 ", out)
+            assert not lab.reaches(22, CLIENT_4)  # the restart has ended the leases
+            client.run("letmein knock server 22")
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_openwrt(self, lab: Lab) -> None:
+        """Followed on a host with OpenWrt's words and fw4's table, it ends with a port that only
+        a knock opens, and that stays open when the firewall is made anew."""
+        lab.load("")
+        host = ReadmeHost(lab, **OPENWRT_PROGRAMS)
+        init = OPENWRT_RC.replace("HOME", str(host.home))
+        files = {"fw4.nft": FW4.replace("ROOT", ""), "rc.common": init}
+        for name, text in {**files, "functions.sh": OPENWRT_FUNCTIONS}.items():
+            (host.home / name).write_text(text, encoding="utf-8")
+        prepare, start, keep, forward = (b.text for b in readme_blocks("sh") if b.host == "openwrt")
+        _, conf, *_ = readme_blocks("sh", readme_section("Server in ten minutes"))
+        with contextlib.closing(host):
+            host.run(f"cd {host.home}; cp functions.sh /lib; cp rc.common /etc")
+            host.run("cp letmein.py /usr/sbin/; mkdir -p /etc/nftables.d /etc/init.d")
+            host.run(prepare)
+            ours = conf.text.replace("letmein gen", "letmein.py gen")
+            host.run(ours.replace("table = filter", "table = fw4"))
+            assert "event=ready" in host.run(start)
+            key = host.run("letmein.py client-conf -u 1")
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22", conf=key).assert_good()
+            host.run(keep)
+            host.run(forward)
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+            assert not lab.reaches(22, OTHER_4)
+            host.run("sed -i 's/^table/chain-forward = LETMEIN-FORWARD\\n&/' /etc/letmeind.conf")
+            host.run("letmein.py server --check")
+
+    def test_a_firewall_of_your_own(self, lab: Lab) -> None:
+        """The two commands for it are enough for a server, which has nothing to warn of."""
+        own = "table inet filter { chain input { type filter hook input priority 0; policy drop;"
+        lab.load(own + " ct state established accept; }; }")
+        (block,) = [b for b in readme_blocks("sh") if b.text.startswith("nft add chain")]
+        run("sh", "-ec", f"PATH=$PATH:/usr/sbin\n{block.text}")
+        check = ("server", "--check", "--user", "none")
+        assert lab.command("-c", lab.file(server_conf(resources="22 = port: 22")), *check).err == ""
+        with Server(lab, server_conf()):
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_a_gate_in_front_of_iptables(self, lab: Lab) -> None:
+        """On a host whose iptables drops what it does not accept, the gate's table lets in those
+        who knocked, and nobody else."""
+        iptables = shutil.which("iptables-nft", path=f"{os.environ['PATH']}:/usr/sbin")
+        if iptables is None:
+            pytest.skip("iptables-nft is not in PATH")
+        (gate,) = [b for b in readme_blocks("nft") if "delete table inet gate" in b.text]
+        lab.load("")
+        run(iptables, "-P", "INPUT", "DROP")
+        for port in (22, 5800):
+            run(iptables, "-A", "INPUT", "-p", "tcp", "--dport", str(port), "-j", "ACCEPT")
+        run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+        with Server(lab, server_conf().replace("table = filter", "table = gate")) as server:
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4) and not lab.reaches(22, OTHER_4)
+            run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+            server.wait_for("healed")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+
+    def test_a_range_of_ports(self, lab: Lab) -> None:
+        """The jump for mosh opens its range to the address that knocked, and no more."""
+        text = readme_section("mosh: a range of ports")
+        (chain,), (line,) = readme_blocks("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
+        rules = chain.text.replace("60000-61000", "24-25")
+        lab.load(more=f"table inet filter {{\n{rules}\n}}")
+        ((command, _, *words),) = letmein_words(readme_blocks("sh", text)[0].text)
+        with Server(lab, server_conf(f"22 = port: 22\n{line}")):
+            lab.letmein(command, SERVER_4, *words[: words.index("--")]).assert_good()
+            assert lab.reaches(22, CLIENT_4) and lab.reaches(25, CLIENT_4, "udp")
+            assert not lab.reaches(26, CLIENT_4, "udp") and not lab.reaches(25, OTHER_4, "udp")
+
+    def test_a_key_without_opening_anything(self, lab: Lab) -> None:
+        """`revoke` tries a key: it succeeds with the right one, fails with a wrong one, opens
+        nothing."""
+        (block,) = readme_blocks("sh", readme_section("Try a key without opening anything"))
+        ((command, _, port),) = letmein_words(block.text)
+        lab.load()
+        with Server(lab, server_conf()):
+            lab.letmein(command, SERVER_4, port).assert_good()
+            wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+            lab.letmein(command, SERVER_4, port, conf=wrong).assert_error()
+            assert not lab.elements()
+
+    def test_commands(self) -> None:
+        """Each `letmein` command line parses, in blocks and in running text."""
+        blocks = [b for name in ("sh", "sshconfig", "ini") for b in readme_blocks(name)]
+        found = [(words, f"line {b.line}") for b in blocks for words in letmein_words(b.text)]
+        assert len(found) > 25
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        spans = re.findall(r"`([^`]*\bletmein(?:\.py|d)? [^`]*)`", prose.replace("\n", " "))
+        bare = [[name] for name in helps()]
+        for span in spans:
+            commands = letmein_words(span.replace("PORT", "22").replace(" ID", " 1"))
+            found += [(words, span) for words in commands if words not in bare]
+        for words, where in found:
+            assert_parses(words, where)
+
+    def test_configurations(self) -> None:
+        """Each configuration is one for both sides, without a warning, as the examples are."""
+        required = "[NFTABLES]\nfamily = inet\ntable = filter\nchain-input = LETMEIN-INPUT\n"
+        server, client = (HERE / f"{name}.conf.example" for name in ("letmeind", "letmein"))
+        texts = [b.text for b in readme_blocks("conf")]
+        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
+        chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
+        texts += [chains + span for span in spans]
+        assert len(texts) > 4
+        texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
+        for text in texts:
+            keys = "".join(f"{user} = {KEYS[1].hex()}\n" for user in range(4))
+            text = text if "[KEYS]\n" in text else f"{text}\n[KEYS]\n"
+            text = text.replace("[KEYS]\n", f"[KEYS]\n{keys}")
+            if "[NFTABLES]" not in text:
+                text += required
+            elif "family" not in text:
+                text = text.replace("[NFTABLES]\n", required)
+            for side in (True,) if "[USERS]" in text else (False, True):
+                assert not letmein.parse_config(text, "README.md", side).warnings
+        for path in (server, client):
+            text = re.sub("# (.*) = PUT-THE-.*", rf"\1 = {KEYS[1].hex()}", path.read_text())
+            config = letmein.parse_config(text, path.name, path == server)
+            assert config.keys and not config.warnings
+
+    def test_rules(self, lab: Lab) -> None:
+        """nft takes each ruleset, in the table that it is for."""
+        rules = [(b.text, "filter") for b in readme_blocks("nft")]
+        assert len(rules) >= 3
+        for block in readme_blocks("sh"):
+            files = re.findall(r"(?ms)>>?/etc/nftables.d/\S+ <<'END'\n(.*?)^END$", block.text)
+            rules += [(text, "fw4") for text in files]
+        assert len({table for _, table in rules}) == 2
+        lab.load()
+        for text, table in rules:
+            if not text.startswith("table"):
+                text = f"table inet {table} {{\n{text}\n}}\n"
+            run(NFT, "-c", "-f", "-", text=text)
+
+    def test_ssh(self, lab: Lab) -> None:
+        """ssh takes each configuration for it."""
+        if shutil.which("ssh") is None:
+            pytest.skip("ssh is not in PATH")
+        blocks = readme_blocks("sshconfig")
+        assert len(blocks) >= 4
+        for block in blocks:
+            path = lab.file(block.text)
+            host = "nas" if "Host nas" in block.text else "server"
+            done = lab.command("-G", "-F", path, host, program=("env", "HOME=/nowhere", "ssh"))
+            assert done.status == 0, (block, done)
+            ours = r"proxycommand .*letmein(\.py)? connect|exec .letmein knock"
+            assert re.search(ours, done.out + block.text), done
+
+    def test_links(self) -> None:
+        """Each link within README leads to a heading, and the contents to each chapter."""
+        text = re.sub("(?ms)^```.*?^```$", "", readme())
+        headings = re.findall("(?m)^#{2,3} (.*)$", text)
+        words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+        anchors = {heading.replace(" ", "-") for heading in words}
+        assert len(anchors) == len(headings)
+        links = set(re.findall(r"\]\(#([^)]*)\)", text))
+        assert links <= anchors
+        contents = set(re.findall(r"\]\(#([^)]*)\)", readme_section("Contents")))
+        assert anchors - contents <= {"try-it", "contents"}
+
+    def test_options_of_the_command_line(self) -> None:
+        """The chapter has each command and each option that the parser has, and no other."""
+        text = readme_section("Command line")
+        cells = re.findall(r"(?m)^\| (`.*?`) \| ", text.replace("\\|", ""))
+        spans = " ".join(re.findall("`([^`]+)`", " ".join(cells)))
+        named = set(re.findall(r"(?<![\w-])--?[A-Za-z0-9][a-z0-9-]*", spans))
+        assert named == option_names()
+        for command in helps():
+            assert re.search(rf"\| `{command}", text), command
+
+    def test_options_of_the_files(self) -> None:
+        """The chapter has each option that the program knows, and no other, and so have the
+        examples, each those of its side."""
+        known = {(section, name) for section, names in letmein.OPTIONS.items() for name in names}
+        text = readme_section("Configuration files")
+        named = set()
+        for section, names in re.findall(r"(?m)^\| ([A-Z]+) \| (`.*?) \|", text):
+            named |= {(section, name) for name in re.findall("`([^`]+)`", names)}
+        assert named == known
+        for name, others in (("letmeind", {"CLIENT"}), ("letmein", {"NFTABLES", "include"})):
+            text = (HERE / f"{name}.conf.example").read_text(encoding="utf-8")
+            there = set(re.findall("(?m)^(?:# )?([a-z-]+) = ", text))
+            ours = {option for section, option in known if not others & {section, option}}
+            assert there == ours
+
+    def test_events_of_the_log(self) -> None:
+        """The chapter's table has each event that the program logs, and no other."""
+        rows = re.findall(r"(?m)^\| (`[^|]*) \|", readme_section("Log"))
+        named = {name for row in rows for name in re.findall("`([a-z-]+)`", row)}
+        assert len(named) > 15
+        assert named == log_events()
+
+    def test_words_of_the_client(self) -> None:
+        """What the client says, by the table of likely causes, is what it says."""
+        texts = set()
+        for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                text = "".join(map(str, parts))
+            else:
+                text = re.sub("{.*?}", "{}", str(getattr(node, "value", "")))
+            texts |= {text, text.partition(": ")[2]}  # behind the place
+        texts = {text for text in texts if len(text.replace("{}", "")) > 12}
+        patterns = [re.escape(text).replace(r"\{\}", ".+") for text in texts]
+        words = re.findall(r"(?m)^\| `([^|]*)` \|", readme_section("When it does not work"))
+        assert len(words) >= 8
+        for word in words:
+            assert any(re.match(pattern, word) for pattern in patterns), word
+
+    def test_version(self) -> None:
+        assert f"Version {letmein.VERSION}," in readme()
+
+    def test_lines(self) -> None:
+        """Prose is at most 100 characters wide."""
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        assert not [line for line in prose.splitlines() if len(line) > 100 and line[0] != "|"]
 
 
 # ----------------------------------------------------------------------------
