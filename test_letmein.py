@@ -27,11 +27,14 @@ import functools
 import gc
 import hashlib
 import hmac
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import platform
 import pwd
@@ -9619,7 +9622,7 @@ def test_nft_takes_all_that_is_ours(
 #
 # A third host, the attacker's, has a cable of its own to the server. Every address of two wide
 # prefixes is local there, and so is the client's IPv4 address, which it can thus forge. Floods
-# and the slow path are made by processes of their own, `test_letmein.py flood` and `relay`, for
+# and the slow path are made by processes of their own, see run_part(), for
 # what is measured here is the server and not who attacks it.
 #
 #     attacker's host                                            server's host
@@ -9757,7 +9760,7 @@ def flood_udp(plan: Flood) -> FloodSteps:
 
     def one() -> int:
         try:
-            return next(peers).send(next(messages)) // 56
+            return int(next(peers).send(next(messages)) > 0)
         except OSError:
             return 0
 
@@ -9904,7 +9907,7 @@ def flood_messages(plan: Flood) -> list[bytes]:
 
 
 def flood_process() -> None:
-    """`test_letmein.py flood`: standard input has the plan and then an empty line at which to
+    """`flood`: standard input has the plan and then an empty line at which to
     begin; standard output gets "ready", and at last how many, and how much of a CPU it took."""
     _, most = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
@@ -9921,7 +9924,7 @@ def flood_process() -> None:
 
 
 def relay_process(delay: float) -> None:
-    """`test_letmein.py relay`: pass frames on between the two ends of each cable, each of
+    """`relay`: pass frames on between the two ends of each cable, each of
     them this much later. Ends with its standard input."""
     sockets = {}
     for name in itertools.chain(*RELAY_CABLES.items()):
@@ -9958,14 +9961,26 @@ def relay_process(delay: float) -> None:
 
 
 def start_part(*arguments: str) -> subprocess.Popen[str]:
-    """Start a process of this file, which see below. It is told what to do line by line."""
+    """Start a process of this file, see run_part(). It is told what to do line by line. It imports
+    the file, for to compile that anew would take longer than most of what such a process does."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {Path(__file__).stem} as tests"
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        [sys.executable, "-c", f"{code}; tests.run_part()", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
         env=unmeasured(),
     )
+
+
+def run_part() -> None:
+    """What a process of start_part() does."""
+    if sys.argv[1] == "flood":
+        flood_process()
+    elif sys.argv[1] == "rush":
+        rush_process()
+    else:
+        relay_process(float(sys.argv[2]))
 
 
 def tell(process: subprocess.Popen[str], line: str) -> None:
@@ -10270,7 +10285,7 @@ class Rush(NamedTuple):
 
 
 def rush_process() -> None:
-    """`test_letmein.py rush`: as storm(), but it takes as little time for itself as it can. In:
+    """`rush`: as storm(), but it takes as little time for itself as it can. In:
     addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
     Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
     addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
@@ -10395,6 +10410,65 @@ class TestFloods:
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+class TestBench:
+    """The table of .ci/bench tells who is better. What it measures, each run shows."""
+
+    @pytest.fixture(scope="class")
+    def bench(self) -> Any:
+        loader = importlib.machinery.SourceFileLoader("bench", str(HERE / ".ci/bench"))
+        spec = importlib.util.spec_from_loader("bench", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize(
+        "better, ours, others, verdict",
+        [
+            ("less", [10, 20, 30], [[40], [100]], "2 times better"),
+            ("less", [20], [[100], [5]], "4 times worse"),
+            ("more", [1000], [[10], [500]], "2 times better"),
+            ("more", [100], [[150], "- [1]"], "1.50 times worse"),
+            ("less", [100], [[102]], "the same"),
+            ("less", [0], [[100]], "better"),
+            ("less", [math.inf], [[100]], "worse"),
+            ("less", [100], [[math.inf]], "better"),
+            ("less", [100], ["- [1]"], ""),
+            ("", [100], [[200]], ""),
+        ],
+    )
+    def test_who_is_better(
+        self, bench: Any, better: str, ours: list[float], others: list[Any], verdict: str
+    ) -> None:
+        """By the medians, against the best of the others, if there is anything to compare."""
+        cells = dict(zip(bench.PROGRAMS, [ours, *others]))
+        assert bench.verdict(bench.Row("", "ms", better, cells)) == verdict
+
+    @pytest.mark.parametrize(
+        "cell, text",
+        [
+            ([3], "3"),
+            ([1.234, 5.678, 123.4], "5.68 (1.23 to 123)"),
+            ([1, 2, math.inf], "2 (1 to never; 2/3)"),
+            ("- [1]", "- [1]"),
+        ],
+    )
+    def test_a_figure(self, bench: Any, cell: Any, text: str) -> None:
+        """The median, the range, and how many of the knocks succeeded."""
+        assert bench.figure(cell) == text
+
+    def test_the_block_of_readme(self, bench: Any, tmp_path: Path) -> None:
+        """A new table replaces the old one, and nothing else."""
+        path = tmp_path / "README.md"
+        path.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nbehind\n", encoding="utf-8")
+        assert bench.replace_block(path, "new \\1")
+        text = path.read_text(encoding="utf-8")
+        assert text == "before\n<!-- bench -->\nnew \\1\n<!-- /bench -->\nbehind\n"
+        path.write_text("no markers", encoding="utf-8")
+        assert not bench.replace_block(path, "new")
+        assert path.read_text(encoding="utf-8") == "no markers"
 
 
 # ----------------------------------------------------------------------------
@@ -13515,12 +13589,3 @@ class TestImports:
             seen.append({name.split(".")[0] for name in done.stderr.split()})
         found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
         assert found - set(KNOCK_IMPORTS.split()) == set()
-
-
-if __name__ == "__main__":  # one of the processes of its own, see start_part()
-    if sys.argv[1] == "flood":
-        flood_process()
-    elif sys.argv[1] == "rush":
-        rush_process()
-    else:
-        relay_process(float(sys.argv[2]))
