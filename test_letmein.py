@@ -11740,8 +11740,9 @@ class TestDocuments:
         assert f"Version {letmein.VERSION}," in documents()
 
     def test_lines(self) -> None:
-        """Prose is at most 100 characters wide."""
-        lines = prose(documents()).splitlines()
+        """Prose is at most 100 characters wide, but for what the bench writes."""
+        text = re.sub("(?s)<!-- bench -->.*<!-- /bench -->", "", documents())
+        lines = prose(text).splitlines()
         assert not [line for line in lines if len(line) > 100 and line[0] != "|"]
 
 
