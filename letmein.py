@@ -1651,12 +1651,15 @@ class Leases:
             del self.weights[lease.user]
         return lease
 
-    def expire(self, now: float) -> None:
-        """Forget the leases that have ended: the kernel sends no word of it."""
+    def expire(self, now: float) -> list[Lease]:
+        """Forget the leases that have ended, and return them: the kernel sends no word of it."""
+        ended = []
         for second in [second for second in self.ending if second <= now]:
             for key in list(self.ending[second]):
                 if self.by_key[key].ends <= now:
+                    ended.append(self.by_key[key])
                     self.forget(key)
+        return ended
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, if the weight of all may be limit: the oldest
@@ -2200,6 +2203,11 @@ class Survey:
         self.heirs: dict[LeaseKey, list[tuple[Lease, ElementName]]] = {}  # to be adopted, perhaps
 
 
+def tell_nobody(event: str, lease: Lease | None = None, reason: str = "") -> None:
+    """What Firewall.tell_change is at first. Args: event, "opened", "renewed" or "closed", or
+    "healed" without a lease, when others had changed something."""
+
+
 class Firewall:
     """The leases, and the kernel's sets that hold them. Args: boot, 8 hex digits of the boot id;
     log, takes event and fields."""
@@ -2209,6 +2217,7 @@ class Firewall:
         self.boot = boot
         self.log = log
         self.leases = Leases()
+        self.tell_change = tell_nobody  # of each change of a lease
         self.installed = False  # whether there is something to remove in the end
         self.sets: Handles = {}  # as known
         self.look_at = NEVER  # when to look whether the kernel has what it should
@@ -2265,7 +2274,7 @@ class Firewall:
         if objection:
             return objection
         now = time.monotonic()
-        self.leases.expire(now)
+        self.expire(now)
         proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
         ends = now + min(found.timeout, LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
@@ -2292,7 +2301,7 @@ class Firewall:
         """Close a resource for an address; that it is not open is a success. Returns "" or why the
         kernel does not do it."""
         now = time.monotonic()
-        self.leases.expire(now)
+        self.expire(now)
         lease = self.leases.by_key.get((address, resource))
         if lease is None and not self.is_adopting:
             return ""
@@ -2321,7 +2330,7 @@ class Firewall:
         except OSError as error:
             return f"the kernel does not take it: {error.strerror}"
         for lease in ended:
-            self._forget(lease.key)
+            self._forget(lease.key, "replaced" if new else "revoked")
         for lease in new:
             self._keep(lease)
         if self.config.debug:
@@ -2388,14 +2397,23 @@ class Firewall:
         return f"{ids} boot={self.boot} proof={lease.proof}"
 
     def _keep(self, lease: Lease) -> None:
+        is_known = lease.key in self.leases.by_key
         self.leases.keep(lease)
+        self.tell_change("renewed" if is_known else "opened", lease)
         if self.work is not None:
             self.changed.add(lease.key)
 
-    def _forget(self, key: LeaseKey) -> None:
-        self.leases.forget(key)
+    def _forget(self, key: LeaseKey, reason: str) -> None:
+        lease = self.leases.forget(key)
+        if lease is not None:
+            self.tell_change("closed", lease, reason)
         if self.work is not None:
             self.changed.add(key)
+
+    def expire(self, now: float) -> None:
+        """Note which leases the kernel has ended by now."""
+        for lease in self.leases.expire(now):
+            self.tell_change("closed", lease, "expired")
 
     def _log_end(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
@@ -2408,7 +2426,7 @@ class Firewall:
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
         check_kernel(self.kernel, self.nft, config)
         now = time.monotonic()
-        self.leases.expire(now)
+        self.expire(now)
         ended, shortened = self._differences(config, now)
         self.work = None  # a look under way is out of date
         self.look_at = 0.0  # to say so and to try again if anything below fails
@@ -2416,7 +2434,7 @@ class Firewall:
             for some in in_batches(ended):
                 self.kernel.change(self._changes([], some, now))
         for lease in ended:
-            self._forget(lease.key)
+            self._forget(lease.key, "configuration")
             self._log_end(lease, "configuration")
         self._configure(config)
         with contextlib.suppress(UserError, OSError):
@@ -2652,6 +2670,7 @@ class Firewall:
             damage = damage or "leases are missing"
         if damage:
             self.log("healed", reason=damage, leases=len(self.leases))
+            self.tell_change("healed")
         return damage
 
     def _tell_adopted(self) -> None:
@@ -2798,7 +2817,7 @@ class Firewall:
             raise OSError(errno.ESTALE, "the sets were made anew")
         for lease in leases:
             self.kernel.change(self._changes([], [lease], time.monotonic()))
-            self._forget(lease.key)
+            self._forget(lease.key, "by hand")
             self._log_end(lease, "by hand")
 
     def _mend(self, survey: Survey, missing: list[Lease]) -> Iterator[None]:
@@ -2807,6 +2826,7 @@ class Firewall:
             lease = self.leases.by_key.get(key)
             if lease is not None and key not in self.changed:
                 self.leases.keep(lease._replace(ends=ends))
+                self.tell_change("renewed", self.leases.by_key[key])
                 self.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
         yield from self._write([lease.key for lease in missing], replace=False)
         yield from self._write(list(survey.wrong), replace=True)
@@ -2889,6 +2909,10 @@ NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long i
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
 SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
+FOLLOWERS_LIMIT = 64  # of `status --follow`
+FOLLOWER_BUFFER = 1 << 20  # bytes that wait for a follower to read them, before it is cut off
+NEWS_LIMIT = 4096  # changes at once, before all followers have to read the leases anew
+NEWS_PAUSE_S = 0.05  # between two messages to followers
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
 NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
@@ -3089,6 +3113,89 @@ def note_signals() -> int:
     return ours
 
 
+def json_line(document: Mapping[str, Any]) -> bytes:
+    """A document for other programs, as one line."""
+    import json
+    return json.dumps(document).encode() + b"\n"
+
+
+def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[str, Any]:
+    """A lease as `status --follow` tells of it; README documents the names."""
+    return {
+        "address": address,
+        "ip_version": 6 if ":" in address else 4,
+        "protocols": resource.protocols,
+        "port": resource.port or None,
+        "resource": f"{resource.identifier:08X}",
+        "chains": [target for _, target, _ in resource.jumps],
+        "user": f"{user:08X}",
+        "seconds_left": left,
+    }
+
+
+class Followers:
+    """Who runs `status --follow`: each gets one JSON object a line. A follower never holds us up:
+    one that does not read is cut off, and has to read the leases from the kernel again, which it
+    does at first, too. So all that it missed does not matter."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector = selector
+        # This loads json, while there are descriptors to read it.
+        self.greeting, self.refusal = (json_line({"event": e}) for e in ("following", "refused"))
+        self.peers: set[socket.socket] = set()
+        self.news: list[bytes] = []
+        self.send_at = NEVER  # time.monotonic()
+        self.sent_at = 0.0
+
+    def add(self, peer: socket.socket) -> None:
+        """Let a peer know that it will hear of all that changes from now on, or why not."""
+        if len(self.peers) >= FOLLOWERS_LIMIT:
+            with peer:
+                peer.send(self.refusal)
+            return
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FOLLOWER_BUFFER)
+        # They say nothing: what can be read is their end.
+        self.selector.register(peer, selectors.EVENT_READ, functools.partial(self.drop, peer))
+        self.peers.add(peer)
+        self._send(peer, self.greeting)
+
+    def drop(self, peer: socket.socket) -> None:
+        """Cut a follower off."""
+        if peer in self.peers:  # one turn may have two reasons
+            self.peers.remove(peer)
+            self.selector.unregister(peer)
+            peer.close()
+
+    def drop_all(self) -> None:
+        """Have all followers read the leases anew."""
+        for peer in list(self.peers):
+            self.drop(peer)
+        self.news.clear()
+
+    def tell(self, change: Mapping[str, Any]) -> None:
+        """Tell all followers soon, together with what else changes: 64 messages for each knock
+        would take longer than the knock."""
+        if len(self.news) >= NEWS_LIMIT:
+            self.drop_all()
+        else:
+            self.news.append(json_line(change))
+            self.send_at = self.sent_at + NEWS_PAUSE_S
+
+    def send_news(self) -> None:
+        """Tell them now."""
+        data = b"".join(self.news)
+        self.news.clear()
+        self.sent_at, self.send_at = time.monotonic(), NEVER
+        for peer in list(self.peers):
+            self._send(peer, data)
+
+    def _send(self, peer: socket.socket, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if peer.send(data) == len(data):
+                return
+        self.drop(peer)
+
+
 class Monitor:
     """The privileged process. Args: arguments, of the command line, and of them activated."""
 
@@ -3109,6 +3216,8 @@ class Monitor:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
+        self.followers = Followers(self.selector)
+        self.firewall.tell_change = self._tell_change
         self.ready = self.is_open = self.stopping = self.reload_wanted = False
 
         self.network = 0  # the network process, if there is one
@@ -3130,11 +3239,14 @@ class Monitor:
         try:
             while not (self.ready or self.stopping):
                 self._turn()
-            self._open_status()
+            serve_status = self._open_socket("status", self._send_status)
+            serve_followers = self._open_socket("follow", self.followers.add)
+            serve_status()
             self.firewall.open(self.selector)
             self.is_open = True
             while self.firewall.is_adopting and not self.stopping:
                 self._turn()
+            serve_followers()  # not earlier: the kernel may hold leases that we do not adopt
             self._tell_ready("ready")
             while not self.stopping:
                 if self.reload_wanted:
@@ -3146,8 +3258,9 @@ class Monitor:
             for group in (self.shared, *self.arguments.activated.values()):
                 for control in group:
                     close_control(control)
-            with contextlib.suppress(OSError):
-                os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
+            for name in ("status", "follow"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{run_path(self.arguments.rundir, self.config)}.{name}")
             if self.firewall.installed:
                 self.firewall.close()
                 self.log.summary()
@@ -3168,10 +3281,12 @@ class Monitor:
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
-    def _open_status(self) -> None:
-        """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
-        import json
-        path = run_path(self.arguments.rundir, self.config) + ".status"
+    def _open_socket(
+        self, name: str, answer: Callable[[socket.socket], None]
+    ) -> Callable[[], object]:
+        """Make a socket of the run directory, to which only our rights let anybody connect.
+        Returns what begins to serve it. Args: answer, is given each peer. Raises UserError."""
+        path = f"{run_path(self.arguments.rundir, self.config)}.{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -3188,20 +3303,43 @@ class Monitor:
 
         def serve() -> None:
             nonlocal spare
-            document = self._status()
             # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
             if spare >= 0:
                 os.close(spare)
-            with contextlib.suppress(OSError), listener.accept()[0] as peer:
+            with contextlib.suppress(OSError):
+                peer = listener.accept()[0]
                 peer.setblocking(False)
-                peer.send(json.dumps(document).encode())
+                answer(peer)
             try:
                 spare = os.open(os.devnull, os.O_RDONLY)
             except OSError:  # there are none at all: then it wakes us up, but not all the time
                 spare = -1
                 time.sleep(SCARCE_PAUSE_S)
 
-        self.selector.register(listener, selectors.EVENT_READ, serve)
+        return functools.partial(self.selector.register, listener, selectors.EVENT_READ, serve)
+
+    def _send_status(self, peer: socket.socket) -> None:
+        """Answer `status` with one JSON document."""
+        with peer:
+            peer.send(json_line(self._status()))
+
+    def _tell_change(self, event: str, lease: Lease | None = None, reason: str = "") -> None:
+        """Tell followers of a change of the leases."""
+        if lease is None:  # others had changed something: who knows what a follower has read
+            self.followers.drop_all()
+        elif self.followers.peers:
+            left = lease.ends - time.monotonic() if event != "closed" else 0
+            found = self.firewall.config.resources[lease.resource]
+            facts = lease_facts(lease.address, lease.user, found, max(-int(-left // 1), 0))
+            self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
+
+    @property
+    def _expires_at(self) -> float:
+        """When to tell followers of the next leases that the kernel ends, those of a second at
+        once. Without followers nobody wants to know."""
+        if not self.followers.peers:
+            return NEVER
+        return min(self.firewall.leases.ending, default=NEVER) + 1
 
     def _status(self) -> dict[str, object]:
         """What the server tells of itself; README documents the names."""
@@ -3235,7 +3373,8 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        wait = min(self.firewall.wakes_at, self.start_at, self.log.sum_up_at) - time.monotonic()
+        wakes_at = (self.firewall.wakes_at, self.start_at, self.log.sum_up_at)
+        wait = min(*wakes_at, self.followers.send_at, self._expires_at) - time.monotonic()
         for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
             key.data()
         if time.monotonic() >= self.start_at:
@@ -3246,6 +3385,10 @@ class Monitor:
                 problem = f"the network process cannot be started: {error.strerror}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
+        if time.monotonic() >= self._expires_at:
+            self.firewall.expire(time.monotonic())
+        if time.monotonic() >= self.followers.send_at:
+            self.followers.send_news()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
 
@@ -3888,6 +4031,7 @@ BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
+FOLLOW_PAUSE_S = 0.5  # before a server that has ended, or cut us off, is asked again
 
 
 def show_status(config: Config, rundir: str, as_json: bool) -> None:
@@ -3917,6 +4061,96 @@ def watch_status(config: Config, rundir: str) -> None:
             show_status(config, rundir, as_json=False)
             time.sleep(WATCH_S)
     print()
+
+
+def follow_status(config: Config, rundir: str, as_json: bool) -> None:
+    """Print who holds what, then each change, for as long as somebody reads it. While no server
+    runs, it is the kernel that is asked, again and again. Raises UserError."""
+    known = None
+    while True:
+        check_rundir(rundir)
+        with contextlib.suppress(ConfigError):  # it may have changed, with the server
+            config = read_config(config.path, server=True)
+        with socket.socket(socket.AF_UNIX) as peer:
+            try:
+                peer.connect(run_path(rundir, config) + ".follow")
+            except (FileNotFoundError, ConnectionRefusedError):
+                leases = held_leases(config)
+                if (seen := [{**lease, "seconds_left": 0} for lease in leases]) != known:
+                    print_change(snapshot(leases), as_json)
+                known = seen
+            else:
+                known = None
+                for change in changes_from(peer):
+                    if change["event"] == "following":  # from now on it misses nothing
+                        change = snapshot(held_leases(config))
+                    print_change(change, as_json)
+        time.sleep(FOLLOW_PAUSE_S)
+
+
+def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
+    """What a server tells, until it ends or cuts us off. Raises BrokenPipeError if nobody reads
+    our output any more, UserError if the server has too many followers."""
+    import json
+    poll = select.poll()
+    poll.register(peer, select.POLLIN)
+    poll.register(1, 0)  # it tells of an output that was closed
+    rest = b""
+    while True:
+        if any(descriptor == 1 for descriptor, _ in poll.poll()):
+            raise BrokenPipeError
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = peer.recv(1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        for change in map(json.loads, lines):
+            if change["event"] == "refused":
+                hint = "end one of them: 'ps ax' shows who runs 'letmein status --follow'"
+                raise UserError(f"the server has {FOLLOWERS_LIMIT} followers already", hint)
+            yield change
+
+
+def held_leases(config: Config) -> list[dict[str, Any]]:
+    """The leases as the kernel has them, each as lease_facts(). Raises UserError."""
+    parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for part in list_leases(config):
+        if part["user"] and part["seconds_left"] is not None:  # else none of ours, or not for long
+            holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
+            parts.setdefault(holder, []).append(part)
+    leases = []
+    for (address, identifier, user), some in parts.items():
+        protocols = tuple(sorted(part["protocol"] for part in some if part["protocol"]))
+        known = config.resources.get(identifier)
+        jumps = known.jumps if known else ()
+        resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
+        left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
+        leases.append(lease_facts(address, user, resource, left))
+    return leases
+
+
+def snapshot(leases: list[dict[str, Any]]) -> dict[str, Any]:
+    """All leases, as an event."""
+    return {"event": "snapshot", "time": time.time(), "leases": leases}
+
+
+def print_change(change: dict[str, Any], as_json: bool) -> None:
+    """Print an event, for people one line for each lease."""
+    if as_json:
+        print(json_line(change).decode(), end="", flush=True)
+        return
+    clock = time.strftime("%H:%M:%S", time.localtime(change["time"]))
+    if change.get("leases") == []:
+        print(clock, "nobody holds a lease", sep="  ")
+    for lease in change.get("leases", [change]):
+        what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
+        if not lease["port"]:
+            what = f"{lease['resource']}: {', '.join(lease['chains'])}"
+        event = "open" if change is not lease else lease["event"]
+        end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
+        print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
+    sys.stdout.flush()
 
 
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
@@ -4345,6 +4579,8 @@ def build_parser(first: str) -> argparse.ArgumentParser:
     command.add_argument("--rundir", metavar="DIR", default=rundir)
     command.add_argument("--json", action="store_true", help="one document for other programs")
     command.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
+    text = "then each change as it happens, until Ctrl-C; with --json one object a line"
+    command.add_argument("--follow", action="store_true", help=text)
     return parser
 
 
@@ -4427,7 +4663,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(client_file(config, arguments.user, host), end="")
         return 0
     if arguments.command == "status":
-        if arguments.watch:
+        if arguments.follow:
+            follow_status(config, arguments.rundir, arguments.json)
+        elif arguments.watch:
             watch_status(config, arguments.rundir)
         else:
             show_status(config, arguments.rundir, arguments.json)

@@ -5126,8 +5126,8 @@ def counted(server: Server) -> dict[str, Any]:
 
 
 def status_socket(server: Server) -> Path:
-    """Where the server answers `status`: the only socket of its run directory."""
-    (found,) = [path for path in server.rundir.iterdir() if path.is_socket()]
+    """Where the server answers `status`."""
+    (found,) = server.rundir.glob("*.status")
     return found
 
 
@@ -5430,6 +5430,180 @@ class TestCounters:
                 with reader.makefile("rb") as file:
                     assert json.loads(file.read())["process"] == server.process.pid
             server.stop()
+
+
+class Following:
+    """`letmein status --follow --json`, and the rows that a reader of it believes in."""
+
+    def __init__(self, server: Server) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.held: dict[tuple[str, str], set[Row]] = {}
+        self.news = threading.Condition()
+        words = [sys.executable, server.lab.installed, "status", "--follow", "--json"]
+        words += ["-c", server.path, "--rundir", server.rundir]
+        self.process = subprocess.Popen(
+            [str(word) for word in words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment(),
+        )  # fmt: skip
+        server.lab.processes.append(self.process)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Following:
+        self.wait_for("snapshot")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self.news:
+                event = json.loads(line)
+                self.events.append(event)
+                if event["event"] == "snapshot":
+                    self.held.clear()
+                for lease in event.get("leases", [event]):
+                    opens = [f"{name}/{lease['port']}" for name in lease["protocols"]] or [""]
+                    holder = (lease["address"], lease["resource"])
+                    self.held[holder] = {
+                        Row(lease["address"], each, lease["resource"], lease["user"])
+                        for each in (opens if event["event"] != "closed" else ())
+                    }
+                self.news.notify_all()
+
+    def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
+        """Wait for count such events; returns the last of them."""
+        wanted = {"event": event, **fields}
+
+        def found() -> list[dict[str, Any]]:
+            return [each for each in self.events if wanted.items() <= each.items()]
+
+        with self.news:
+            assert self.news.wait_for(lambda: len(found()) >= count, LIMIT_S), self.events
+            return found()[count - 1]
+
+    def assert_agrees(self, server: Server) -> None:
+        """It comes to believe what `status` says."""
+
+        def agrees() -> bool:
+            with self.news:
+                return set().union(*self.held.values()) == set(status(server))
+
+        eventually(agrees, f"{self.held} is not what `status` says")
+
+
+class TestFollow:
+    """`letmein status --follow`: whoever reads it can bring another device to the same state."""
+
+    def test_each_change(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """All that happens to a lease is told, once, with its reason and all fields."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded) as following:
+            knock_all(lab, (CLIENT_6, 0x23, 2), (CLIENT_6, 0x23, 2), (CLIENT_4, 0x40, 1))
+            event = following.wait_for("renewed", address=CLIENT_6)
+            assert abs(event.pop("time") - time.time()) < LIMIT_S
+            assert event == {
+                "event": "renewed", "reason": "", "address": CLIENT_6, "ip_version": 6,
+                "protocols": ["tcp", "udp"], "port": 23, "resource": "00000023", "chains": [],
+                "user": "00000002", "seconds_left": 600,
+            }  # fmt: skip
+            event = following.wait_for("opened", resource="00000040")
+            assert (event["chains"], event["port"], event["protocols"]) == (["DOOR"], None, [])
+            following.assert_agrees(guarded)
+            handshake(lab, 0x40, REVOKE)
+            following.wait_for("closed", reason="revoked", resource="00000040")
+            nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
+            following.wait_for("closed", reason="by hand", resource="00000022")
+            knock_all(lab, (CLIENT_4, 0x25, 1))
+            following.wait_for("closed", reason="expired", resource="00000025")
+            reconfigure(guarded, watched.conf(nftables="max-nr-rules = 4"))
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            following.wait_for("closed", reason="replaced", resource="00000023")
+            reconfigure(guarded, watched.conf(RESOURCES.replace("22 = port: 22", "")))
+            following.wait_for("closed", reason="configuration", resource="00000022")
+            following.assert_agrees(guarded)
+            names = [event["event"] for event in following.events]
+            assert (names.count("snapshot"), names.count("opened")) == (1, 4)
+            assert (names.count("renewed"), names.count("closed")) == (1, 5)
+
+    def test_what_others_change(self, lab: Lab, guarded: Server) -> None:
+        """What somebody has added to the kernel's sets by hand, a reader does not keep."""
+        with Following(guarded) as following:
+            forged = f"{OTHER_4} . tcp . 22 timeout 60s {comment()}"
+            nft_do(f"add element inet filter letmein-4 {{ {forged} }}")
+            following.wait_for("snapshot", 2)
+            following.assert_agrees(guarded)
+
+    def test_the_server_is_killed(self, lab: Lab, guarded: Server) -> None:
+        """A reader learns what ends while no server runs, and goes on with the next one."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x25, 1))
+        with Following(guarded) as following:
+            guarded.kill()
+            following.wait_for("snapshot", 2)
+            eventually(lambda: (CLIENT_4, "00000025") not in following.held, "it is not told")
+            assert {row.address for row in set().union(*following.held.values())} == {
+                CLIENT_4, CLIENT_6, OTHER_6
+            }  # fmt: skip
+            conf = guarded.path.read_text(encoding="utf-8").replace("\n2 = ", "\n3 = ")
+            with Server(lab, conf, "--rundir", str(guarded.rundir)) as successor:
+                eventually(lambda: len(following.held) == 3, f"{following.held}")
+                knock_all(lab, (OTHER_4, 0x22, 1))
+                following.wait_for("opened", address=OTHER_4)
+                following.assert_agrees(successor)
+                successor.stop()
+            eventually(lambda: not following.held, "it believes in leases of a server that stopped")
+
+    def test_64_followers(self, lab: Lab) -> None:
+        """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
+        one that dies is forgotten, and the 65th is told why it gets nothing. Nobody waits for
+        them."""
+        lab.load()
+        program = altered(lab, ("FOLLOWER_BUFFER = 1 << 20", "FOLLOWER_BUFFER = 1 << 12"))
+        with contextlib.ExitStack() as stack, Server(lab, server_conf(), program=program) as server:
+            (path,) = server.rundir.glob("*.follow")
+            peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(63)]
+            for peer in peers:
+                peer.settimeout(LIMIT_S)
+                peer.connect(str(path))
+                assert json.loads(peer.recv(1000)) == {"event": "following"}
+            following = stack.enter_context(Following(server))
+            words = ("status", "--follow", "--rundir", server.rundir, "-c", server.path)
+            lab.command(*words).assert_error("64 followers")
+            peers.pop().close()
+            stack.enter_context(Following(server))
+
+            def knock_once() -> bool:
+                """Whether all of them were cut off."""
+                assert handshake(lab) == COMEIN
+                for peer in peers[::2]:
+                    peer.recv(1)
+                return len(inodes(server.process.pid)) <= before - len(peers)
+
+            before = len(inodes(server.process.pid))
+            eventually(knock_once, "a reader that does not read is not cut off")
+            assert all(peer.recv(1) for peer in peers), "what was sent before can still be read"
+            following.assert_agrees(server)
+
+    def test_an_idle_server(self, lab: Lab, guarded: Server) -> None:
+        """Nobody wakes up while nothing happens, however many follow."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded), Following(guarded):
+
+            def sleeps() -> bool:
+                before = proc_status(guarded.process.pid)["voluntary_ctxt_switches"]
+                time.sleep(1.5)
+                return proc_status(guarded.process.pid)["voluntary_ctxt_switches"] == before
+
+            eventually(sleeps, "it wakes up")
+
+    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
+        """With the reader of its output the program ends, before there is more to write."""
+        words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
+        follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
+        result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
+        assert result.out.endswith("nobody holds a lease\n") and "error" not in result.err
 
 
 def readme_block(first: str) -> str:
