@@ -476,11 +476,17 @@ CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SECCOMP = ("off", "log", "kill")
+CONTROL_PORT = 5800
+KEY_DIGITS = 2 * KEY_SIZE
+MAX_NR_RULES_LIMIT = 1_000_000
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used."""
+    """The configuration cannot be used. The warnings may tell why."""
+
+    warnings: tuple[str, ...] = ()
 
 
 class Unfit(UserError):
@@ -540,6 +546,12 @@ class Config(NamedTuple):
     timeout: float = 600.0  # of resources that have none of their own
     max_nr_rules: int = 100
 
+    def fixed_options(self) -> dict[str, object]:
+        """What a running server cannot change, by the names that the file has for it."""
+        chains = {f"chain-{hook}": self.chains.get(hook) for hook in HOOKS}
+        nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
+        return {**nftables, "seccomp": self.seccomp}
+
     def objection(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
@@ -580,21 +592,42 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
     digits = matched(text, r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", expected)
-    number = int(digits.lstrip("0x+") or "0", 16 if digits.startswith("0x") else 10)
+    is_hex = digits.startswith("0x")
+    # int() takes no more than 4,300 digits, even if they are zeros.
+    number = int(digits[2:], 16) if is_hex else int(digits.lstrip("+0") or "0")
     if not least <= number <= limit:
         raise Unfit(f"{number} is out of range", expected)
     return number
 
 
-parse_port = functools.partial(parse_number, least=1, limit=65535)
-parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
-NAME = "1 to 64 of A-Z a-z 0-9 _ - ."  # of an nftables table or chain
-parse_name = functools.partial(matched, pattern=r"[A-Za-z0-9_.-]{1,64}", expected=NAME)
+def parse_port(text: str) -> int:
+    """The number of a TCP or UDP port."""
+    return parse_number(text, 1, 65535)
+
+
+def parse_rules_limit(text: str) -> int:
+    """max-nr-rules: what is more than we can keep counts as the most that we can."""
+    return min(parse_number(text), MAX_NR_RULES_LIMIT)
+
+
+def parse_family(text: str) -> str:
+    """The family of an nftables table."""
+    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
+
+
+def parse_name(text: str) -> str:
+    """The name of an nftables table or chain."""
+    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: a number, or a decimal such as 0.5 or 1e3."""
+    """Seconds: a number, or a decimal such as 0.5 or 1e3. The reference refuses a unit, so a file
+    with one would serve only one of the two."""
     expected = "seconds, from 0 to 4294967295"
+    with_unit = re.fullmatch(r"\s*([0-9]{1,5})\s*([smhd])\s*", text)
+    if with_unit:
+        seconds = int(with_unit[1]) * UNITS_S[with_unit[2]]
+        raise Unfit(f"{shown(text.strip())} has a unit", f"{expected}; write {seconds}")
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
     text = matched(text, rf"0x\+?[0-9A-Fa-f]+|{decimal}", expected)
     number = float(parse_number(text) if text.startswith("0x") else text)
@@ -610,16 +643,38 @@ def parse_identifier(text: str) -> int:
 
 
 def parse_key(text: str) -> bytes:
-    """A shared secret. What is wrong with one is not shown."""
-    if not re.fullmatch("(?!0+$|[Ff]+$)[0-9A-Fa-f]{64}", text.strip()):
-        expected = "64 hex digits, not all 0 or all F, such as 'letmein.py gen-key' prints"
-        raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
-    return bytes.fromhex(text.strip())
+    """A shared secret. What is wrong with one is said without showing it."""
+    digits = text.strip()
+    problem = ""
+    if len(digits) != KEY_DIGITS:
+        problem = f"this key has {len(digits)} characters, not {KEY_DIGITS}"
+    elif not re.fullmatch("[0-9A-Fa-f]+", digits):
+        problem = "this key has characters that are not hex digits"
+    elif not digits.strip("0") or not digits.strip("Ff"):
+        problem = f"this key is {digits[0]} from end to end, which anybody can guess"
+    if problem:
+        raise Unfit(problem, "64 hex digits, as 'letmein gen-key' prints them")
+    return bytes.fromhex(digits)
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
     """One of some words, in any case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
+
+
+def parse_boolean(text: str) -> bool:
+    """Yes or no, in one of the ways to say so."""
+    return parse_word(text, YES + NO) in YES
+
+
+def parse_policy(text: str) -> int:
+    """When an error is answered: see POLICIES."""
+    return POLICIES[parse_word(text, POLICIES)]
+
+
+def parse_seccomp(text: str) -> str:
+    """What a filter of system calls does."""
+    return parse_word(text, SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -630,71 +685,110 @@ def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
 
 def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     """`5800`, `5800/udp`, `5800 / tcp, udp`: the port, and "tcp", "udp" or both."""
-    items = [item.strip() for item in text.split("/")]
-    numbers = [item for item in items if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item)]
-    flags = [item for item in items if item not in numbers]
-    protocols = parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
-    return [5800, *map(parse_port, numbers)][-1], protocols
+    port = CONTROL_PORT
+    flags = []
+    for item in text.split("/"):
+        item = item.strip()
+        if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item):
+            port = parse_port(item)  # of several the last one counts, as in the reference
+        else:
+            flags.append(item)
+    return port, parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
+
+
+def parse_users(text: str) -> frozenset[int]:
+    """Ids of users, with commas between them."""
+    return frozenset(parse_identifier(user) for user in text.split(","))
+
+
+def parse_match(text: str) -> str:
+    """What a jump is limited to."""
+    return matched(text, "saddr", "saddr")
 
 
 RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
-    "users": lambda text: frozenset(map(parse_identifier, text.split(","))),
+    "users": parse_users,
     **{hook: parse_name for hook in HOOKS},
     **{f"{hook}-match": parse_match for hook in HOOKS},
 }
 
 
-def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`"""
+def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
+    """What a resource's value says: by key what it has a value for, and its flags."""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS or (key in values and key in PORT_ITEMS):
-            raise Unfit(f"{shown(key)} is unknown here, or appears twice", RESOURCE)
+        elif key not in ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key in values and key in PORT_ITEMS:
+            raise Unfit(f"{key} appears twice", f"{key} once")
         else:
             values[key] = ITEMS[key](value)
+    return values, flags
 
-    port = values.get("port", 0)
-    protocols = parse_protocols(flags, RESOURCE) if port else ()
+
+def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. Args: timeout,
+    for a value that has none, in s."""
+    values, flags = parse_items(text)
     hooks = [hook for hook in HOOKS if hook in values]
+    timeout = values.get("timeout", timeout)
+    users = values.get("users", frozenset())
+    if "port" in values:
+        if not values.keys() <= PORT_ITEMS:
+            raise Unfit("a port and a jump need a resource each", RESOURCE)
+        protocols = parse_protocols(flags, RESOURCE)
+        return Resource(identifier, values["port"], protocols, (), timeout, users)
+    if set(flags) != {"jump"}:
+        raise Unfit("this is neither a port nor a jump", RESOURCE)
+    if not hooks:
+        raise Unfit("this jump has no chain to jump to", RESOURCE)
     jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
-    is_port = port and values.keys() <= PORT_ITEMS
-    is_jump = not port and hooks and set(flags) == {"jump"}
-    if not (is_port or is_jump):
-        raise Unfit("a resource opens a port or has jumps: not both, and not neither", RESOURCE)
-    timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
-    return Resource(identifier, port, protocols, jumps, timeout, users)
+    return Resource(identifier, 0, (), jumps, timeout, users)
 
 
-# By section and option: the field of Config, and its parser. Resources depend on what is above.
-OPTIONS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+class Setting(NamedTuple):
+    """An option of the file: the field of Config that it sets, and how its value is read."""
+
+    field: str
+    parse: Callable[[str], Any]
+
+
+OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
     "GENERAL": {
-        "debug": ("debug", lambda text: parse_word(text, YES + NO) in YES),
-        "port": ("control", parse_control_port),
-        "control-timeout": ("control_timeout", parse_duration),
-        "control-error-policy": ("error_policy", lambda text: POLICIES[parse_word(text, POLICIES)]),
-        "seccomp": ("seccomp", lambda text: parse_word(text, SECCOMP)),
+        "debug": Setting("debug", parse_boolean),
+        "port": Setting("control", parse_control_port),
+        "control-timeout": Setting("control_timeout", parse_duration),
+        "control-error-policy": Setting("error_policy", parse_policy),
+        "seccomp": Setting("seccomp", parse_seccomp),
     },
-    "CLIENT": {"default-user": ("default_user", parse_identifier)},
+    "CLIENT": {"default-user": Setting("default_user", parse_identifier)},
     "NFTABLES": {
-        "exe": ("nft", str.strip),
-        "family": ("family", parse_family),
-        "table": ("table", parse_name),
-        **{f"chain-{hook}": (hook, parse_name) for hook in HOOKS},
-        "timeout": ("timeout", parse_duration),
-        "max-nr-rules": ("max_nr_rules", lambda text: min(parse_number(text), 1_000_000)),
+        "exe": Setting("nft", str.strip),
+        "family": Setting("family", parse_family),
+        "table": Setting("table", parse_name),
+        **{f"chain-{hook}": Setting(hook, parse_name) for hook in HOOKS},
+        "timeout": Setting("timeout", parse_duration),
+        "max-nr-rules": Setting("max_nr_rules", parse_rules_limit),
     },
-    "KEYS": {},
-    "RESOURCES": {},
+    "KEYS": {},  # by user
+    "RESOURCES": {},  # by id
 }
+REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
+
+
+class Entry(NamedTuple):
+    """A line of the file: where it is, as a message begins with it, and its value."""
+
+    place: str
+    value: str
 
 
 # What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
@@ -703,10 +797,10 @@ NO_TEXT = re.compile("[\0\x1c-\x1f\udc80-\udcff]")
 ENTRY = re.compile(r"\[(?P<section>.+)\]\s*|(?P<name>[^=\[][^=]*)=(?P<value>.*)")
 
 
-def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """The file as it is written: by section and name where it stands, for messages, and the
-    value. The name "" is the section's own line. Raises ConfigError."""
-    sections: dict[str, dict[str, tuple[str, str]]] = {}
+def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
+    """The file as it is written, by section and name. The name "" is the section's own line.
+    Raises ConfigError."""
+    sections: dict[str, dict[str, Entry]] = {}
     section = name = ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if NO_TEXT.search(line):
@@ -714,23 +808,36 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
             raise ConfigError(f"{path}:{number}: this is not text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
             place, value = sections[section][name]
-            sections[section][name] = (place, f"{value} {line.lstrip()}")
+            sections[section][name] = Entry(place, f"{value} {line.lstrip()}")
             continue
         name = ""
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         found = ENTRY.fullmatch(line)
-        if not found or not (section or found["section"]):
+        if not found:
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
-            raise ConfigError(f"{path}:{number}: this is not a section, nor an option of one", hint)
+            problem = f"{shown(line.rstrip())} is neither a section nor an option"
+            raise ConfigError(f"{path}:{number}: {problem}", hint)
         section, name = found["section"] or section, (found["name"] or "").rstrip()
+        if not section:
+            hint = "expected: a line such as [GENERAL] above it"
+            raise ConfigError(f"{path}:{number}: {shown(name)} is in no section", hint)
         place = f"{path}:{number}: [{shown(section)[1:-1]}] "
         place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
             raise ConfigError(f"{place}appears twice", "expected: each name once")
-        sections[section][name] = (place, found["value"] or "")
+        sections[section][name] = Entry(place, found["value"] or "")
     return sections
+
+
+@contextlib.contextmanager
+def blaming(place: str) -> Iterator[None]:
+    """Begin what is wrong with a value with its place. Raises ConfigError."""
+    try:
+        yield
+    except Unfit as unfit:
+        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
 
 
 def unknown(name: str, names: Iterable[str]) -> str:
@@ -740,58 +847,114 @@ def unknown(name: str, names: Iterable[str]) -> str:
     return "is unknown and ignored" + "".join(f"; did you mean {known}?" for known in found)
 
 
+def unknown_names(sections: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """A warning for each section and option that we do not know, in the file's order."""
+    warnings = []
+    for section, entries in sections.items():
+        known = OPTIONS.get(section)
+        if known is None:
+            warnings.append(entries[""].place + unknown(section.upper(), OPTIONS))
+        for name, entry in entries.items():
+            if known and name and name not in known:
+                warnings.append(entry.place + unknown(name.lower(), known))
+    return warnings
+
+
+def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The values of a section's known options, by field of Config. Raises ConfigError."""
+    values = {}
+    for name, entry in entries.items():
+        if name in known:
+            with blaming(entry.place):
+                values[known[name].field] = known[name].parse(entry.value)
+    return values
+
+
+def parse_keys(entries: Mapping[str, Entry]) -> dict[int, bytes]:
+    """[KEYS], by user. Raises ConfigError."""
+    keys: dict[int, bytes] = {}
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            user = parse_identifier(name)
+            if user in keys:
+                raise Unfit(f"user {user:08X} has a key already", "each user once")
+            keys[user] = parse_key(entry.value)
+    return keys
+
+
+def parse_resources(entries: Mapping[str, Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
+    resources: dict[int, Resource] = {}
+    owners: dict[int, int] = {}  # by port the resource that opens it
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            resource = parse_resource(parse_identifier(name), entry.value, timeout)
+            if resource.identifier in resources:
+                raise Unfit(f"resource {resource.identifier:08X} appears twice", "each id once")
+            if resource.port in owners:
+                owner = owners[resource.port]
+                raise Unfit(f"resource {owner:08X} has port {resource.port}", "each port once")
+            resources[resource.identifier] = resource
+            if resource.port:
+                owners[resource.port] = resource.identifier
+    return resources
+
+
+def server_warnings(
+    config: Config, tables: Mapping[str, Entry], resources: Iterable[Entry]
+) -> list[str]:
+    """What a server can do with this, and its owner may not want. Args: the entries of [NFTABLES],
+    and those of config.resources, in their order."""
+    warnings = []
+    if config.error_policy == NO_AUTH and "udp" in config.protocols:
+        text = "control-error-policy: 'always' over UDP answers forged senders"
+        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    if config.family != "inet" and config.table in IPTABLES_TABLES:
+        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        text += " our rules lets everybody in; give the table another name"
+        warnings.append(tables["table"].place + text)
+    if not config.keys:
+        text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
+        warnings.append(f"{config.path}: [KEYS] {text}")
+    for entry, resource in zip(resources, config.resources.values()):
+        somebody = min(resource.users, default=0)  # who may have it, if anybody can
+        objection = config.objection(somebody, resource.identifier)
+        if objection or not resource.timeout:
+            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
+            warnings.append(entry.place + text)
+        if config.keys:
+            for user in sorted(resource.users - config.keys.keys()):
+                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+    return warnings
+
+
 def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
     sections = parse_sections(text, path)
-    begins = {section: options.pop("")[0] for section, options in sections.items()}
-    others = [section for section in sections if section not in OPTIONS]
-    warnings = [begins[section] + unknown(section.upper(), OPTIONS) for section in others]
-    values: dict[str, Any] = {"control": (5800, ("tcp",)), **Config._field_defaults}
-    keys: dict[int, bytes] = {}
-    resources: dict[int, Resource] = {}
-    ports: set[int] = set()
-    for section, known in OPTIONS.items():
-        for name, (place, value) in sections.setdefault(section, {}).items():
-            try:
-                if section == "KEYS":
-                    user = parse_identifier(name)
-                    if user in keys:
-                        raise Unfit(f"{user:08X} has a key already", "each id once")
-                    keys[user] = parse_key(value)
-                elif section == "RESOURCES":
-                    resource = parse_resource(parse_identifier(name), value, values["timeout"])
-                    if resource.identifier in resources or resource.port in ports:
-                        raise Unfit("another resource has the same id or port", "each of them once")
-                    resources[resource.identifier] = resource
-                    ports |= {resource.port} - {0}
-                elif name not in known:
-                    warnings.append(place + unknown(name.lower(), known))
-                elif section != ("CLIENT" if server else "NFTABLES"):
-                    field, parse = known[name]
-                    values[field] = parse(value)
-            except Unfit as unfit:
-                raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
-    for option in ("family", "table", "chain-input"):
-        if server and option not in sections["NFTABLES"]:
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
-
+    warnings = unknown_names(sections)
+    begins = {section: entries.pop("").place for section, entries in sections.items()}
+    for section in OPTIONS:
+        sections.setdefault(section, {})
+    values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
+    try:
+        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+            values.update(parse_settings(sections[section], OPTIONS[section]))
+        keys = parse_keys(sections["KEYS"])
+        resources = parse_resources(sections["RESOURCES"], values["timeout"])
+        for option in REQUIRED if server else ():
+            if option not in sections["NFTABLES"]:
+                place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{place}{option}: is not set", hint)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
-    if server and config.error_policy == NO_AUTH and "udp" in protocols:
-        text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
-    if server and config.family != "inet" and config.table in IPTABLES_TABLES:
-        place, _ = sections["NFTABLES"]["table"]
-        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
-        warnings.append(f"{place}{text} our rules lets everybody in; give the table another name")
-    for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
-        somebody = min(resource.users, default=0)  # who may have it, if anybody can
-        objection = config.objection(somebody, resource.identifier)
-        if server and (objection or not resource.timeout):
-            warnings.append(f"{place}nobody can knock for it: {objection or 'its timeout is 0'}")
+    if server:
+        entries = sections["RESOURCES"].values()
+        warnings += server_warnings(config, sections["NFTABLES"], entries)
     return config._replace(warnings=tuple(warnings))
 
 
@@ -810,7 +973,8 @@ def read_config(path: str, server: bool) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
-    config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
+    text = data.decode("utf-8-sig", "surrogateescape")  # some editors begin a file with a BOM
+    config = parse_config(text, path, server)
     warnings = list(config.warnings)
     if os.name == "posix" and server and status.st_uid != 0:
         warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
@@ -3398,10 +3562,14 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
-            for name in ("nft", "family", "table", "chains", "seccomp"):
-                if getattr(config, name) != getattr(old, name):
+            fixed = old.fixed_options()
+            for name, value in config.fixed_options().items():
+                if value != fixed[name]:
                     self.log("restart-wanted", option=name, reason="it cannot change while running")
-                    config = config._replace(**{name: getattr(old, name)})
+            config = config._replace(
+                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
+                seccomp=old.seccomp,
+            )  # fmt: skip
             sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
@@ -4649,7 +4817,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(service_file(arguments.kind, path, arguments.user), end="")
         return 0
 
-    config = read_config(path, is_server)
+    try:
+        config = read_config(path, is_server)
+    except ConfigError as error:
+        for warning in error.warnings:
+            warn(warning)
+        raise
     serving = arguments.command == "server" and not arguments.check
     for warning in () if serving else config.warnings:
         warn(warning)
