@@ -29,6 +29,7 @@ import re
 import select
 import selectors
 import socket
+import stat
 import struct
 import sys
 import time
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
+    Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
     Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
 else:
@@ -471,7 +473,8 @@ class Tokens:
 # letmeind.conf (server) and letmein.conf (client): text in, a frozen Config out, or a ConfigError
 # that names file, line, option and what was expected. The text of a key gets into no message.
 
-CONFIG_SIZE_LIMIT = 4 << 20  # bytes
+CONFIG_SIZE_LIMIT = 4 << 20  # bytes; of all included files together, too
+INCLUDE_LIMIT = 1000  # files
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -525,8 +528,17 @@ class Resource(NamedTuple):
         return any(not match_saddr for _, _, match_saddr in self.jumps)
 
 
+class UserLimits(NamedTuple):
+    """What [USERS] says of a user: the longest lease in s, and the last day of their key, as it is
+    written and as the end of that day (time.time())."""
+
+    timeout: float = NEVER
+    not_after: str = ""
+    ends: float = NEVER
+
+
 class Config(NamedTuple):
-    """One configuration file, read and checked. Times are in seconds."""
+    """A configuration file, read and checked, with what it includes. Times are in seconds."""
 
     path: str
     warnings: tuple[str, ...]
@@ -545,6 +557,8 @@ class Config(NamedTuple):
     table: str = ""
     timeout: float = 600.0  # of resources that have none of their own
     max_nr_rules: int = 100
+    include: str = ""  # of the server's file: a path, or a pattern as of glob(7)
+    limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     def fixed_options(self) -> dict[str, object]:
         """What a running server cannot change, by the names that the file has for it."""
@@ -559,12 +573,28 @@ class Config(NamedTuple):
             return "unknown resource"
         if found.users and user not in found.users:
             return "resource not allowed for this user"
+        if time.time() >= self.limits_of(user).ends:
+            return f"the user's last day was {self.limits_of(user).not_after}"
         if found.port == self.port:
             return f"port {found.port} is the control port"
         for hook, *_ in found.jumps:
             if hook not in self.chains:
                 return f"chain-{hook} is not set in [NFTABLES]"
         return ""
+
+
+    def limits_of(self, user: int) -> UserLimits:
+        """What limits a user, whatever they knock for."""
+        return self.limits.get(user, UserLimits())
+
+    def timeout_of(self, user: int, resource: Resource) -> float:
+        """For how long one knock opens a resource for this user, in s, but for their last day."""
+        return min(resource.timeout, self.limits_of(user).timeout)
+
+    def longest_lease(self, user: int, resource: Resource) -> float:
+        """For how long a knock of this user opens a resource now, in s."""
+        until_last_day = max(self.limits_of(user).ends - time.time(), 0.0)
+        return min(self.timeout_of(user, resource), until_last_day)
 
 
 @functools.lru_cache(1000)
@@ -754,6 +784,38 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     return Resource(identifier, 0, (), jumps, timeout, users)
 
 
+def parse_last_day(text: str) -> float:
+    """The end of a day in UTC, as time.time() has it."""
+    import datetime
+    expected = "a day as YYYY-MM-DD, such as 2027-01-31"
+    day = matched(text, "[0-9]{4}-[0-9]{2}-[0-9]{2}", expected)
+    try:
+        days = datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)
+    except ValueError:
+        raise Unfit(f"there is no {day} in the calendar", expected) from None
+    return float((days.days + 1) * UNITS_S["d"])
+
+
+def parse_user_limits(text: str) -> UserLimits:
+    """`timeout: 60 / not-after: 2027-01-31`, or one of them."""
+    values = {}
+    for item in text.split("/"):
+        key, _, value = (part.strip() for part in item.partition(":"))
+        if key not in ("timeout", "not-after") or key in values:
+            expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
+            raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
+        values[key] = value
+    limits = UserLimits()
+    if "timeout" in values:
+        limits = limits._replace(timeout=parse_duration(values["timeout"]))
+    if "not-after" in values:
+        day = values["not-after"]
+        limits = limits._replace(not_after=day, ends=parse_last_day(day))
+    if not limits.timeout:
+        raise Unfit("with a timeout of 0 the user can open nothing", "more than 0 seconds")
+    return limits
+
+
 class Setting(NamedTuple):
     """An option of the file: the field of Config that it sets, and how its value is read."""
 
@@ -768,6 +830,7 @@ OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
         "control-timeout": Setting("control_timeout", parse_duration),
         "control-error-policy": Setting("error_policy", parse_policy),
         "seccomp": Setting("seccomp", parse_seccomp),
+        "include": Setting("include", str.strip),
     },
     "CLIENT": {"default-user": Setting("default_user", parse_identifier)},
     "NFTABLES": {
@@ -780,7 +843,9 @@ OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
     },
     "KEYS": {},  # by user
     "RESOURCES": {},  # by id
+    "USERS": {},  # by user
 }
+INCLUDABLE = ("KEYS", "RESOURCES")
 REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
@@ -789,6 +854,11 @@ class Entry(NamedTuple):
 
     place: str
     value: str
+
+    @property
+    def line(self) -> str:
+        """The place without section and name."""
+        return self.place.partition(": [")[0]
 
 
 # What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
@@ -870,41 +940,53 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     return values
 
 
-def parse_keys(entries: Mapping[str, Entry]) -> dict[int, bytes]:
-    """[KEYS], by user. Raises ConfigError."""
-    keys: dict[int, bytes] = {}
-    for name, entry in entries.items():
+def parse_by_user(
+    lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
+) -> dict[int, Item]:
+    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what
+    one gives a user. Raises ConfigError."""
+    values: dict[int, Item] = {}
+    lines_of: dict[int, str] = {}
+    for name, entry in lines:
         with blaming(entry.place):
             user = parse_identifier(name)
-            if user in keys:
-                raise Unfit(f"user {user:08X} has a key already", "each user once")
-            keys[user] = parse_key(entry.value)
-    return keys
+            if user in values:
+                where = lines_of[user]
+                raise Unfit(f"user {user:08X} has {what} already, at {where}", "each user once")
+            values[user] = parse(entry.value)
+            lines_of[user] = entry.line
+    return values
 
 
-def parse_resources(entries: Mapping[str, Entry], timeout: float) -> dict[int, Resource]:
-    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
+def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: lines, name and entry of each; timeout, of those that have none,
+    in s. Raises ConfigError."""
     resources: dict[int, Resource] = {}
+    lines_of: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
-    for name, entry in entries.items():
+    for name, entry in lines:
         with blaming(entry.place):
             resource = parse_resource(parse_identifier(name), entry.value, timeout)
             if resource.identifier in resources:
-                raise Unfit(f"resource {resource.identifier:08X} appears twice", "each id once")
+                where = lines_of[resource.identifier]
+                problem = f"resource {resource.identifier:08X} appears twice, first at {where}"
+                raise Unfit(problem, "each id once")
             if resource.port in owners:
                 owner = owners[resource.port]
-                raise Unfit(f"resource {owner:08X} has port {resource.port}", "each port once")
+                problem = f"resource {owner:08X} has port {resource.port}, at {lines_of[owner]}"
+                raise Unfit(problem, "each port once")
             resources[resource.identifier] = resource
+            lines_of[resource.identifier] = entry.line
             if resource.port:
                 owners[resource.port] = resource.identifier
     return resources
 
 
 def server_warnings(
-    config: Config, tables: Mapping[str, Entry], resources: Iterable[Entry]
+    config: Config, tables: Mapping[str, Entry], entries: Mapping[str, list[Entry]]
 ) -> list[str]:
-    """What a server can do with this, and its owner may not want. Args: the entries of [NFTABLES],
-    and those of config.resources, in their order."""
+    """What a server can do with this, and its owner may not want. Args: tables, [NFTABLES];
+    entries, by section, in the order of config.resources and config.limits."""
     warnings = []
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
@@ -916,31 +998,51 @@ def server_warnings(
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         warnings.append(f"{config.path}: [KEYS] {text}")
-    for entry, resource in zip(resources, config.resources.values()):
-        somebody = min(resource.users, default=0)  # who may have it, if anybody can
-        objection = config.objection(somebody, resource.identifier)
+    for entry, resource in zip(entries["RESOURCES"], config.resources.values()):
+        users = resource.users or {-1}  # everybody
+        objections = [config.objection(user, resource.identifier) for user in users]
+        objection = objections[0] if all(objections) else ""
         if objection or not resource.timeout:
             text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
             warnings.append(entry.place + text)
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
                 warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+    for entry, user in zip(entries["USERS"], config.limits):
+        if user not in config.keys:
+            warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+        elif time.time() >= config.limits[user].ends:
+            warnings.append(f"{entry.place}this day is over: the user can open nothing any more")
     return warnings
 
 
-def parse_config(text: str, path: str, server: bool) -> Config:
-    """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
+def parse_config(
+    text: str, path: str, server: bool, included: Callable[[str], Iterable[Sections]] | None = None
+) -> Config:
+    """Read one configuration file's text. Args: path, for messages alone; included, gives the
+    sections of the files that a value of `include` names. Raises ConfigError."""
     sections = parse_sections(text, path)
     warnings = unknown_names(sections)
     begins = {section: entries.pop("").place for section, entries in sections.items()}
     for section in OPTIONS:
         sections.setdefault(section, {})
+    lines = {section: list(sections[section].items()) for section in OPTIONS}
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
+    if not server and "include" in sections["GENERAL"]:
+        place = sections["GENERAL"]["include"].place
+        warnings.append(f"{place}is for the server's file, and ignored here")
     try:
         for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
             values.update(parse_settings(sections[section], OPTIONS[section]))
-        keys = parse_keys(sections["KEYS"])
-        resources = parse_resources(sections["RESOURCES"], values["timeout"])
+        if server and included and "include" in sections["GENERAL"]:
+            with blaming(sections["GENERAL"]["include"].place):
+                for each in included(values["include"]):
+                    for section in INCLUDABLE:
+                        lines[section] += each.get(section, {}).items()
+        keys = parse_by_user(lines["KEYS"], parse_key, "a key")
+        resources = parse_resources(lines["RESOURCES"], values["timeout"])
+        if server:
+            values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
         for option in REQUIRED if server else ():
             if option not in sections["NFTABLES"]:
                 place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
@@ -953,17 +1055,99 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        entries = sections["RESOURCES"].values()
+        entries = {section: [entry for _, entry in lines[section]] for section in OPTIONS}
         warnings += server_warnings(config, sections["NFTABLES"], entries)
     return config._replace(warnings=tuple(warnings))
 
 
+def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
+    Raises OSError, ConfigError."""
+
+    def open_at_once(path: str, flags: int) -> int:
+        """Without waiting for anybody to open the other end of a FIFO."""
+        return os.open(path, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=open_at_once if is_included else None) as file:
+        status = os.fstat(file.fileno())
+        if is_included and not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
+        data = file.read(CONFIG_SIZE_LIMIT + 1)
+    if len(data) > CONFIG_SIZE_LIMIT:
+        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
+    if os.name == "posix" and server and status.st_uid != 0:
+        warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
+    if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
+        mode = f"{status.st_mode & 0o777:o}"
+        what = f"mode {mode} lets other users of this machine read or change it"
+        warnings.append(f"{path}: {what}; chmod 600 {path}")
+    return data.decode("utf-8-sig", "surrogateescape")  # some editors begin a file with a BOM
+
+
+def find_included(pattern: str) -> list[str]:
+    """The paths that a value of `include` stands for, sorted. Raises Unfit."""
+    import glob
+    if not re.search("[*?[]", pattern):
+        return [pattern]
+    found = [path for path, _ in zip(glob.iglob(pattern), range(INCLUDE_LIMIT + 1))]
+    if len(found) > INCLUDE_LIMIT:
+        raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
+    return sorted(found)
+
+
+def include_directories(config: Config) -> set[str]:
+    """What a server that sees only a part of the disk must see for `include`."""
+    place = os.path.dirname(os.path.abspath(config.path))
+    directory = os.path.dirname(os.path.join(place, config.include))
+    while re.search("[*?[]", directory):
+        directory = os.path.dirname(directory)
+    return {directory, os.path.realpath(directory)}
+
+
+def check_directory(path: str, directory: str) -> None:
+    """See that nobody but root may put files into an included file's directory. Raises OSError,
+    ConfigError."""
+    status = os.stat(directory)
+    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        hint = f"chown root {directory}; chmod 755 {directory}"
+        raise ConfigError(f"{path}: others may write to the directory {directory}", hint)
+
+
+def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Sections]:
+    """The sections of each of these files. Raises Unfit, ConfigError."""
+    size = 0
+    for path in paths:
+        try:
+            for name in (path, os.path.realpath(path)):  # it may be a link
+                check_directory(path, os.path.dirname(name))
+            text = read_text(path, True, warnings, is_included=True)
+        except OSError as error:
+            hint = "include in [GENERAL] of letmeind.conf names it"
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
+        size += len(text)
+        if size > CONFIG_SIZE_LIMIT:
+            raise Unfit("the files are too large", f"at most {CONFIG_SIZE_LIMIT} bytes together")
+        sections = parse_sections(text, path)
+        for section, entries in sections.items():
+            if section not in INCLUDABLE:
+                hint = "expected: [KEYS] and [RESOURCES] alone"
+                raise ConfigError(f"{entries[''].place}is not for an included file", hint)
+            entries.pop("")
+        yield sections
+
+
 def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
+    warnings: list[str] = []
+
+    def included(pattern: str) -> Iterator[Sections]:
+        paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
+        if not paths:
+            warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
+        return read_included(paths, warnings)
+
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read(CONFIG_SIZE_LIMIT + 1)
+        config = parse_config(read_text(path, server, warnings), path, server, included)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
@@ -971,18 +1155,7 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
-    if len(data) > CONFIG_SIZE_LIMIT:
-        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
-    text = data.decode("utf-8-sig", "surrogateescape")  # some editors begin a file with a BOM
-    config = parse_config(text, path, server)
-    warnings = list(config.warnings)
-    if os.name == "posix" and server and status.st_uid != 0:
-        warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
-    if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
-        mode = f"{status.st_mode & 0o777:o}"
-        what = f"mode {mode} lets other users of this machine read or change it"
-        warnings.append(f"{path}: {what}; chmod 600 {path}")
-    return config._replace(warnings=tuple(warnings))
+    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 # ==== 3  Client ==============================================================
@@ -2440,7 +2613,7 @@ class Firewall:
         now = time.monotonic()
         self.expire(now)
         proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
-        ends = now + min(found.timeout, LONGEST_LEASE_S)
+        ends = now + min(self.config.longest_lease(user, found), LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
         room = self.config.max_nr_rules - len(self.config.protocols)
         if lease.weight > room:
@@ -2633,7 +2806,7 @@ class Firewall:
         found = config.resources[resource]
         if lease_proof(config.keys[user], self.boot, found.meaning) != proof:
             return 0.0
-        return found.timeout
+        return config.longest_lease(user, found)
 
     def _warn_of_unreached_chains(self) -> None:
         with contextlib.suppress(OSError):
@@ -2943,8 +3116,9 @@ class Firewall:
             if {name for _, name in parts} != set(lease_elements(lease, resource)):
                 survey.strange += [name for _, name in parts]
                 continue
-            if lease.ends > now + resource.timeout:
-                lease = lease._replace(ends=now + resource.timeout)
+            longest = self.config.longest_lease(lease.user, resource)
+            if lease.ends > now + longest:
+                lease = lease._replace(ends=now + longest)
                 survey.wrong.add(key)
             survey.found[key] = resource.parts
             self.leases.keep(lease)
@@ -4498,8 +4672,8 @@ def serve(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def resource_text(resource: Resource) -> str:
-    """A resource's value as it is written in a file, without its users."""
+def resource_text(resource: Resource, timeout: float) -> str:
+    """A resource's value as it is written in a file, without its users, with this timeout."""
     items = [f"port: {resource.port}", ", ".join(resource.protocols)]
     if resource.jumps:
         items = ["jump"]
@@ -4507,7 +4681,7 @@ def resource_text(resource: Resource) -> str:
         items.append(f"{hook}: {target}")
         if match_saddr:
             items.append(f"{hook}-match: saddr")
-    return " / ".join([*items, f"timeout: {resource.timeout:g}"])
+    return " / ".join([*items, f"timeout: {timeout:g}"])
 
 
 def client_file(config: Config, user: int, host: str) -> str:
@@ -4535,8 +4709,12 @@ def client_file(config: Config, user: int, host: str) -> str:
         "[KEYS]",
         f"{user:08X} = {config.keys[user].hex().upper()}",
         "[RESOURCES]",
-        *(f"{resource.identifier:08X} = {resource_text(resource)}" for resource in allowed),
     ]
+    for resource in allowed:
+        text = resource_text(resource, config.timeout_of(user, resource))
+        lines.append(f"{resource.identifier:08X} = {text}")
+    if last_day := config.limits_of(user).not_after:
+        lines.insert(1, f"# The server takes this key up to the end of {last_day} (UTC).")
     return "".join(line + "\n" for line in lines)
 
 
@@ -4585,6 +4763,8 @@ WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
+    with contextlib.suppress(ConfigError):
+        places |= include_directories(read_config(path, server=True))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
         RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
         MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock

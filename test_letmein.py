@@ -4236,6 +4236,55 @@ class TestSighup:
         knock_all(lab, HOLDERS[2])
         assert max(milliseconds_left(CLIENT_6)) > 890
 
+    def test_an_included_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A reload reads included files, too; if one of them is gone, all stays as it was."""
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for user in (1, 2):
+            (directory / f"{user}.conf").write_text(f"[KEYS]\n{user} = {KEYS[user].hex()}\n")
+        general = f"include = {directory}/*.conf"
+        included = watched.conf(general=general).replace(keys_text(), "")
+        reconfigure(guarded, included)
+        knock_all(lab, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 2))
+        (directory / "2.conf").rename(directory / "2.conf.off")
+        (directory / "1.conf.off").symlink_to("none")
+        reconfigure(guarded, included)
+        agree(lab, guarded, (CLIENT_4, 0x22, 1))
+        assert attempt(lab, user=2) == GOAWAY
+        (directory / "1.conf").rename(directory / "0.conf")
+        reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
+        assert f"{directory}/1.conf: cannot be read" in guarded.log
+        knock_all(lab, (CLIENT_6, 0x22, 1))
+        agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
+
+    def test_user_limits(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """What a user may have at most counts for a knock and for leases that exist; after the last
+        day, these end, and a knock is refused with the reason."""
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = timeout: 30\n2 = timeout: 90")
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 30
+        knock_all(lab, (CLIENT_6, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert 20 < max(milliseconds_left(CLIENT_6)) <= 30
+        assert 50 < max(milliseconds_left(f"{CLIENT_4} . udp . 24")) <= 60
+        assert 80 < max(milliseconds_left(OTHER_4)) <= 90
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = not-after: 2020-01-01")
+        agree(lab, guarded, (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert len(guarded.events("revoked", reason="configuration")) == 2
+        assert attempt(lab) == GOAWAY
+        guarded.wait_for("refused", reason="the user's last day was 2020-01-01")
+
+    def test_the_last_day_ends(self, lab: Lab) -> None:
+        """A lease ends with its user's last day, and the next knock is refused. (For this server it
+        ends 4 s after the file was read.)"""
+        lab.load()
+        change = ('float((days.days + 1) * UNITS_S["d"])', "time.time() + 4")
+        conf = server_conf() + "[USERS]\n1 = not-after: 2027-01-31"
+        with Server(lab, conf, program=altered(lab, change)) as server:
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            assert max(milliseconds_left(CLIENT_4)) <= 4
+            eventually(lambda: not lab.reaches(22, CLIENT_4), "port 22 stays open")
+            assert attempt(lab) == GOAWAY
+            server.wait_for("refused", reason="the user's last day was 2027-01-31")
+
     def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
         for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
             general = f"control-error-policy = {policy}"
@@ -7635,6 +7684,56 @@ def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
     assert hint in error.hint
 
 
+def test_user_limits() -> None:
+    """[USERS] limits the time of a lease and the last day of a key, which ends in UTC."""
+    lines = ["[RESOURCES]", "1 = port: 22 / timeout: 60", "2 = port: 23 / timeout: 5", "[USERS]"]
+    limits = ["1 = timeout: 9", "2 = not-after: 9999-12-31 / timeout: 7"]
+    limits.append("3 = not-after: 2020-02-29")
+    keys = [f"{user} = {user:064}" for user in (1, 2, 3, 4)]
+    text = "\n".join([*lines, *limits, "[KEYS]", *keys, server_text("NFTABLES")])
+    config = parse(text)
+    terms = {
+        user: [config.longest_lease(user, each) for each in config.resources.values()]
+        for user in config.keys
+    }
+    assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
+    assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
+    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
+    assert not any(config.objection(user, 1) for user in (1, 2, 4))
+    assert config.warnings == (
+        "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
+    )
+    (warning,) = parse(text.replace(keys[0], "")).warnings[:-1]
+    assert warning == "f.conf:5: [USERS] 1: user 00000001 has no key in [KEYS]"
+    assert parse("[USERS]\n1 = nonsense", server=False).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "line, problem, hint",
+    [
+        ("1 = not-after: 2027-02-31", "there is no 2027-02-31 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 0000-01-01", "there is no 0000-01-01 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 12027-01-31", "'12027-01-31' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-W01-1", "'2027-W01-1' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 20270131", "'20270131' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: \u0662027-01-31", "is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-01-31T00:00", "'2027-01-31T00:00' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after:", "'' is not valid", "YYYY-MM-DD"),
+        ("1 = timeout: 0", "with a timeout of 0 the user can open nothing", "more than 0"),
+        ("1 = timeout: -1", "'-1' is out of range", "4294967295"),
+        ("1 = timeout: 1 / timeout: 2", "'timeout' is unknown here, or appears twice", "not-after"),
+        ("1 = port: 22", "'port' is unknown here", "timeout: SECONDS / not-after"),
+        ("1 =", "'' is unknown here", "timeout: SECONDS"),
+        ("root = timeout: 5", "'root' is not valid", "hex digits"),
+        ("1 = timeout: 5\n01 =", "user 00000001 has limits already, at f.conf:2", "each user once"),
+    ],
+)
+def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
+    error = rejection(server_text("USERS", *line.split("\n")))
+    assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
+    assert problem in error.problem and hint in error.hint
+
+
 def test_default_user_must_be_an_id() -> None:
     error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
     assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
@@ -7815,6 +7914,123 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "letmein.conf"
     path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
     assert letmein.read_config(str(path), False).port == 5801
+
+
+class Included(NamedTuple):
+    """What `include` meets: files of d/ by name, what make() does to d/, and what is said."""
+
+    files: dict[str, str]
+    said: str
+    pattern: str = "d/*.conf"
+    make: Callable[[Path], object] = lambda directory: None
+
+
+def fill(directory: Path, number: int, text: str) -> None:
+    for index in range(number):
+        (directory / f"{index:05}.conf").write_text(text)
+
+
+def add_secret(directory: Path, name: str) -> None:
+    """A link that leads to a file that whoever owns its directory can replace."""
+    directory.with_name("home").mkdir(0o777)
+    directory.with_name("home").chmod(0o777)
+    directory.with_name("home").joinpath(name).write_text("[KEYS]\n")
+    (directory / name).symlink_to(f"../home/{name}")
+
+
+KEY_2 = f"[KEYS]\n\n2 = {OTHER_KEY.hex()}\n"
+BAD_INCLUDES = {
+    "another section": Included({"a.conf": "[GENERAL]\n"}, "d/a.conf:1: [GENERAL] is not for an"),
+    "an error": Included({"a.conf": "[KEYS]\n2 = x\n"}, "d/a.conf:2: [KEYS] 2: this key has 1 "),
+    "an id twice": Included(
+        {"a.conf": KEY_2, "b.conf": KEY_2},
+        "d/b.conf:3: [KEYS] 2: user 00000002 has a key already, at HERE/d/a.conf:3\n",
+    ),
+    "an id of the main file": Included(
+        {"a.conf": KEY_2.replace("2 =", "01 =")},
+        "d/a.conf:3: [KEYS] 01: user 00000001 has a key already, at HERE/letmeind.conf:4\n",
+    ),
+    "a resource twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n01 = port: 2"},
+        "d/b.conf:2: [RESOURCES] 01: resource 00000001 appears twice, first at HERE/d/a.conf:2\n",
+    ),
+    "a port twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n2 = port: 1"},
+        "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
+    ),
+    "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
+    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
+    "nothing": Included({}, ": cannot be read: Is a directory", ""),
+    "a FIFO": Included(
+        {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
+    ),
+    "a link that leads nowhere": Included(
+        {}, "d/a.conf: cannot be read: No such file", make=lambda d: (d / "a.conf").symlink_to("x")
+    ),
+    "a loop of links": Included(
+        {}, "d/a.conf: cannot be read: Too many levels",
+        make=lambda d: (d / "a.conf").symlink_to("a.conf"),
+    ),
+    "10,000 files": Included({}, "more than 1000 files match", make=lambda d: fill(d, 10_000, "")),
+    "large files": Included(
+        {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
+    ),
+    "a directory of others": Included(
+        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
+    ),
+    "a link into a directory of others": Included(
+        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def including(tmp_path: Path) -> Path:
+    """The directory d/ beside a letmeind.conf with a key for user 1 that ends in `include`."""
+    (tmp_path / "d").mkdir(0o755)
+    path = tmp_path / "letmeind.conf"
+    text = f"[KEYS]\n# a key\n\n1 = {KEY.hex()}\n{server_text('GENERAL', 'include = d/*.conf')}"
+    path.write_text(text)
+    path.chmod(0o600)
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("name", BAD_INCLUDES)
+def test_bad_include(including: Path, name: str) -> None:
+    """What cannot be included is one error that names file and line, and keeps nobody waiting."""
+    case, conf = BAD_INCLUDES[name], including.with_name("letmeind.conf")
+    conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
+    for file, text in case.files.items():
+        (including / file).write_text(text)
+    case.make(including)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(conf), True)
+    said = f"{error.value.problem}\n{error.value.hint}"
+    assert case.said.replace("HERE", str(including.parent)) in said
+    assert said.count("\n") == 1 and error.value.hint
+
+
+def test_include(including: Path) -> None:
+    """Keys and resources come from all files that match, in the order of their names; what is
+    wrong with a file's owner or mode is told; a client ignores the option, and says so."""
+    conf = str(including.with_name("letmeind.conf"))
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert "no file matches" in warning
+    files = {"b": "[RESOURCES]\n3 = port: 3", "a": KEY_2 + "[RESOURCES]\n4 = port: 4"}
+    for name, text in files.items():
+        (including / f"{name}.conf").write_text(text)
+        (including / f"{name}.conf").chmod(0o600)
+    (including / "none.txt").write_text("?")
+    config = letmein.read_config(conf, True)
+    assert config.keys == {1: KEY, 2: OTHER_KEY}
+    assert list(config.resources) == [4, 3]
+    assert config.warnings == ()
+    (including / "a.conf").chmod(0o644)
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert warning.startswith(f"{including}/a.conf: mode 644")
+    config = letmein.read_config(conf, False)
+    assert config.keys == {1: KEY}
+    assert ["include: is for the server" in each for each in config.warnings] == [True]
 
 
 @pytest.mark.parametrize("server", [True, False])
@@ -8062,6 +8278,12 @@ def test_client_conf(tmp_path: Path) -> None:
         (0x22, 22, 60), (0x40, 0, 600),
     ]  # fmt: skip
     assert "letmein knock server.example 22" in done.stdout
+    with path.open("a") as file:
+        file.write("[USERS]\n1 = timeout: 90 / not-after: 9999-12-31\n")
+    limited = program("-c", path, "client-conf", "-u", "1", "--host", "server.example").stdout
+    resources = parse(limited, server=False).resources.values()
+    assert [each.timeout for each in resources] == [60, 90]
+    assert "up to the end of 9999-12-31 (UTC)" in limited
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
