@@ -4253,6 +4253,7 @@ class TestSighup:
         (directory / "1.conf").rename(directory / "0.conf")
         reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
         assert f"{directory}/1.conf: cannot be read" in guarded.log
+        (directory / "0.conf").rename(directory / "1.conf")
         knock_all(lab, (CLIENT_6, 0x22, 1))
         agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
 
