@@ -5665,6 +5665,243 @@ def readme_block(first: str) -> str:
     return "".join(line[4:] or "\n" for line in found[0].splitlines(keepends=True))
 
 
+class Recipe:
+    """A recipe of the README that follows the leases, run as its service runs it: again and again.
+    Args: names, of its scripts, from blocks of the README; command, what the service starts."""
+
+    def __init__(self, lab: Lab, server: Server, *names: str, command: str = "") -> None:
+        self.server = server
+        self.process: subprocess.Popen[bytes] | None = None
+        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
+        letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
+        pipeline = f"letmein status --follow --json | {{ {names[0]}; kill 0; }}"
+        files = {
+            "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
+            "service": f"while :; do setsid -w sh -c '{command or pipeline}'; sleep 0.1; done\n",
+        }
+        for name in names:
+            # The first line of a block and its last two put the script between into its place.
+            script = readme_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
+            script = script.partition("\nEOF\n")[0].replace("/usr/local/sbin", str(self.directory))
+            files[name] = script.replace("/var/lib", f"{self.directory}/lib") + "\n"
+        for name, text in files.items():
+            self.file(name, text)
+
+    def file(self, name: str, text: str) -> None:
+        """A program of the recipe."""
+        (self.directory / name).write_text(text, encoding="utf-8")
+        (self.directory / name).chmod(0o755)
+
+    def __enter__(self) -> Recipe:
+        path = f"{self.directory}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        self.process = subprocess.Popen(
+            ["sh", "service"], cwd=self.directory, env={**environment(), "PATH": path}
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.kill()
+
+    def parts(self) -> list[int]:
+        """All processes that work for it, but for the service."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path / "cwd") == str(self.directory):
+                    found.append(int(path.name))
+        return [pid for pid in found if self.process and pid != self.process.pid]
+
+    def kill(self) -> None:
+        """SIGKILL all parts of it."""
+        for pid in self.parts():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_follower(self) -> None:
+        """SIGKILL `letmein status --follow` alone."""
+        for pid in self.parts():
+            with contextlib.suppress(OSError):
+                if b"--follow" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
+
+
+class FleetHost:
+    """A machine behind the gateway, the server's host, with a firewall and an sshd of its own."""
+
+    def __init__(self, lab: Lab, number: int, sets: str) -> None:
+        self.lab = lab
+        self.address = f"10.3.{number}.2"
+        call_libc("unshare", CLONE_NEWNET)
+        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        call_libc("setns", lab.server_ns, CLONE_NEWNET)
+        links = f"""
+            host ip link set lo up
+            host ip link add uplink type veth peer name fleet{number} netns {os.getpid()}
+            host ip addr add {self.address}/24 dev uplink
+            host ip link set uplink up
+            server ip addr add 10.3.{number}.1/24 dev fleet{number}
+            server ip link set fleet{number} up
+            host ip route add default via 10.3.{number}.1
+            client ip route add 10.3.{number}.0/24 via 10.1.0.1
+        """
+        namespaces = {"host": self.namespace, "server": lab.server_ns, "client": lab.client_ns}
+        run_all(namespaces, links)
+        drop = "type filter hook input priority filter; policy drop; iif lo accept;"
+        known = f"ct state established,related accept; ip saddr 10.3.{number}.1 accept;"
+        rest = "meta l4proto tcp reject with tcp reset;"
+        chain = f"chain input {{ {drop}{known}\\1 {rest} }}"
+        ruleset = re.sub(r"chain input \{((?:.|\n)*?)\}", chain, sets)
+        with lab.inside(self.namespace):
+            run(NFT, "-f", "-", text=ruleset)
+            self.listener = socket.create_server(("", 22))
+            self.sshd = Sshd(lab)
+
+    def close(self) -> None:
+        self.sshd.process.kill()
+        self.sshd.process.wait()
+        self.listener.close()
+        os.close(self.namespace)
+
+    def reachable(self) -> bool:
+        """Whether the client gets through to its port 22."""
+        with self.lab.socket("tcp", CLIENT_4) as probe:
+            return probe.connect_ex((self.address, 22)) == 0
+
+    def state(self) -> set[str]:
+        """What its two sets hold."""
+        with self.lab.inside(self.namespace):
+            listing = json.loads(run(NFT, "-j", "list", "ruleset"))["nftables"]
+        found = set()
+        for item in listing:
+            for wrapped in item.get("set", {}).get("elem", []):
+                address, protocol, port = wrapped["elem"]["val"]["concat"]
+                assert wrapped["elem"]["timeout"] > 0
+                found.add(f"{address} {protocol}/{port}")
+        return found
+
+
+class TestRecipes:
+    """What the README has for other devices: they end up as `status` says, whatever is killed."""
+
+    def exercise(
+        self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
+    ) -> None:
+        """Args: state, the addresses that the device lets in, with what is open for them."""
+
+        def agree_with(server: Server) -> None:
+            def is_equal() -> bool:
+                return state() == {f"{row.address} {row.opens}" for row in status(server)}
+
+            eventually(is_equal, f"{state()} is not what `status` says")
+
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x23, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        assert handshake(lab, operation=REVOKE) == COMEIN
+        knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        for kill in (Recipe.kill_follower, Recipe.kill):
+            for recipe in recipes:
+                kill(recipe)
+            assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x22, 1))
+            agree_with(server)
+            assert handshake(lab, 0x22, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x23, 1))
+            agree_with(server)
+        knock_all(lab, (CLIENT_4, 0x25, 1))
+        server.kill()
+        eventually(lambda: len(status(server)) == 4, "its 3 seconds do not end")
+        agree_with(server)
+        conf = server.path.read_text(encoding="utf-8")
+        with Server(lab, conf, "--rundir", str(server.rundir)) as successor:
+            knock_all(lab, (OTHER_6, 0x22, 1), (CLIENT_4, 0x25, 1))
+            agree_with(successor)
+            assert handshake(lab, 0x22, REVOKE, source=OTHER_6) == COMEIN
+            agree_with(successor)
+        eventually(lambda: not state(), "the server has stopped, and something is open still")
+
+    def test_ipset(self, lab: Lab) -> None:
+        """An ipset with timeouts, and an iptables firewall that lets in who is in it."""
+        try:
+            run("ipset", "create", "letmein-probe", "hash:ip")
+            run("ipset", "destroy", "letmein-probe")
+        except (OSError, AssertionError) as error:
+            pytest.skip(f"ipset does not work here: {error}")
+
+        def state() -> set[str]:
+            listing = run("ipset", "-output", "save", "list")
+            found = re.findall(r"(?m)^add letmein[46] (\S+?),(\w+):(\d+) timeout [1-9]", listing)
+            return {f"{address} {protocol}/{port}" for address, protocol, port in found}
+
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
+            eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
+            for rule in readme_block(IPTABLES_RULE).strip().splitlines():
+                run(*rule.split())
+            run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
+            recipe.kill_follower()
+            run("ipset", "flush", "letmein4")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
+            self.exercise(lab, server, [recipe], state)
+            run("iptables", "-F", "INPUT")
+        run("ipset", "destroy")
+
+    def test_own_command(self, lab: Lab) -> None:
+        """A command on open and on close: here one that keeps a file for each lease."""
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-hook") as recipe:
+            place = recipe.directory / "device"
+            place.mkdir()
+            act = 'case $1 in open) touch "$2 $3";; close) rm -f "$2 $3";; esac'
+            recipe.file("letmein-command", f'#!/bin/sh -e\ncd "{place}"\n{act}\n')
+
+            def state() -> set[str]:
+                held = [path.name.split() for path in place.iterdir()]
+                return {
+                    f"{address} {opens}"
+                    for address, resource in held
+                    for opens in OPENS[int(resource, 16)]
+                }
+
+            self.exercise(lab, server, [recipe], state)
+
+    def test_fleet(self, lab: Lab) -> None:
+        """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
+        lab.load()
+        sets = readme_block("table inet filter {")
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server(lab, server_conf()))
+            hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
+            recipes = []
+            for host in hosts:
+                stack.callback(host.close)
+                names = ("letmein-nft", "letmein-fleet")
+                recipe = Recipe(lab, server, *names, command=f"letmein-fleet {host.address}")
+                ssh = shlex.join([shutil.which("ssh") or "ssh", *host.sshd.command[1:]])
+                recipe.file("ssh", f'#!/bin/sh\nexec {ssh} "$@"\n')
+                recipes.append(stack.enter_context(recipe))
+            assert not any(host.reachable() for host in hosts)
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            for host in hosts:
+                eventually(host.reachable, f"{host.address} stays shut")
+
+            def state() -> set[str]:
+                states = [host.state() for host in hosts]
+                return states[0] if states == states[:1] * 3 else {"they differ"}
+
+            self.exercise(lab, server, recipes, state)
+            assert not any(host.reachable() for host in hosts)
+
+
 class TestFail2ban:
     def test_the_filter_of_the_readme(self, lab: Lab) -> None:
         """It bans those who speak the protocol without a key, over TCP: nobody can forge them."""
