@@ -529,12 +529,16 @@ class Resource(NamedTuple):
 
 
 class UserLimits(NamedTuple):
-    """What [USERS] says of a user: the longest lease in s, and the last day of their key, as it is
-    written and as the end of that day (time.time())."""
+    """What [USERS] says of a user: the longest lease in s, and when the last day of their key ends
+    (time.time())."""
 
     timeout: float = NEVER
-    not_after: str = ""
     ends: float = NEVER
+
+    @property
+    def last_day(self) -> str:
+        """As it is written in the file; "" if there is none."""
+        return "" if self.ends == NEVER else time.strftime("%Y-%m-%d", time.gmtime(self.ends - 1))
 
 
 class Config(NamedTuple):
@@ -574,7 +578,7 @@ class Config(NamedTuple):
         if found.users and user not in found.users:
             return "resource not allowed for this user"
         if time.time() >= self.limits_of(user).ends:
-            return f"the user's last day was {self.limits_of(user).not_after}"
+            return f"the user's last day was {self.limits_of(user).last_day}"
         if found.port == self.port:
             return f"port {found.port} is the control port"
         for hook, *_ in found.jumps:
@@ -796,24 +800,27 @@ def parse_last_day(text: str) -> float:
     return float((days.days + 1) * UNITS_S["d"])
 
 
+def parse_user_timeout(text: str) -> float:
+    """As parse_duration(), but not 0."""
+    timeout = parse_duration(text)
+    if not timeout:
+        raise Unfit("with a timeout of 0 the user can open nothing", "more than 0 seconds")
+    return timeout
+
+
+LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
+
+
 def parse_user_limits(text: str) -> UserLimits:
     """`timeout: 60 / not-after: 2027-01-31`, or one of them."""
     values = {}
     for item in text.split("/"):
         key, _, value = (part.strip() for part in item.partition(":"))
-        if key not in ("timeout", "not-after") or key in values:
+        if key not in LIMITS or key in values:
             expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
             raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
-        values[key] = value
-    limits = UserLimits()
-    if "timeout" in values:
-        limits = limits._replace(timeout=parse_duration(values["timeout"]))
-    if "not-after" in values:
-        day = values["not-after"]
-        limits = limits._replace(not_after=day, ends=parse_last_day(day))
-    if not limits.timeout:
-        raise Unfit("with a timeout of 0 the user can open nothing", "more than 0 seconds")
-    return limits
+        values[key] = LIMITS[key](value)
+    return UserLimits(values.get("timeout", NEVER), values.get("not-after", NEVER))
 
 
 class Setting(NamedTuple):
@@ -999,7 +1006,7 @@ def server_warnings(
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         warnings.append(f"{config.path}: [KEYS] {text}")
     for entry, resource in zip(entries["RESOURCES"], config.resources.values()):
-        users = resource.users or {-1}  # everybody
+        users = resource.users or {-1}  # everybody: an id without limits
         objections = [config.objection(user, resource.identifier) for user in users]
         objection = objections[0] if all(objections) else ""
         if objection or not resource.timeout:
@@ -1095,13 +1102,12 @@ def find_included(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def include_directories(config: Config) -> set[str]:
+def include_directory(config: Config) -> str:
     """What a server that sees only a part of the disk must see for `include`."""
-    place = os.path.dirname(os.path.abspath(config.path))
-    directory = os.path.dirname(os.path.join(place, config.include))
+    directory = os.path.dirname(os.path.join(os.path.dirname(config.path), config.include))
     while re.search("[*?[]", directory):
         directory = os.path.dirname(directory)
-    return {directory, os.path.realpath(directory)}
+    return directory
 
 
 def check_directory(path: str, directory: str) -> None:
@@ -3577,14 +3583,13 @@ class Monitor:
         try:
             while not (self.ready or self.stopping):
                 self._turn()
-            serve_status = self._open_socket("status", self._send_status)
-            serve_followers = self._open_socket("follow", self.followers.add)
-            serve_status()
+            self._open_socket("status", self._send_status)
+            self._open_socket("follow", self.followers.add)
             self.firewall.open(self.selector)
             self.is_open = True
             while self.firewall.is_adopting and not self.stopping:
                 self._turn()
-            serve_followers()  # not earlier: the kernel may hold leases that we do not adopt
+            self.followers.drop_all()  # they may have read leases that were not adopted
             self._tell_ready("ready")
             while not self.stopping:
                 if self.reload_wanted:
@@ -3619,11 +3624,9 @@ class Monitor:
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
-    def _open_socket(
-        self, name: str, answer: Callable[[socket.socket], None]
-    ) -> Callable[[], object]:
-        """Make a socket of the run directory, to which only our rights let anybody connect.
-        Returns what begins to serve it. Args: answer, is given each peer. Raises UserError."""
+    def _open_socket(self, name: str, answer: Callable[[socket.socket], None]) -> None:
+        """Serve a socket of the run directory, to which only our rights let anybody connect. Args:
+        answer, is given each peer. Raises UserError."""
         path = f"{run_path(self.arguments.rundir, self.config)}.{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -3654,7 +3657,7 @@ class Monitor:
                 spare = -1
                 time.sleep(SCARCE_PAUSE_S)
 
-        return functools.partial(self.selector.register, listener, selectors.EVENT_READ, serve)
+        self.selector.register(listener, selectors.EVENT_READ, serve)
 
     def _send_status(self, peer: socket.socket) -> None:
         """Answer `status` with one JSON document."""
@@ -3666,9 +3669,9 @@ class Monitor:
         if lease is None:  # others had changed something: who knows what a follower has read
             self.followers.drop_all()
         elif self.followers.peers:
-            left = lease.ends - time.monotonic() if event != "closed" else 0
+            left = 0 if event == "closed" else int(lease.ends - time.monotonic()) + 1
             found = self.firewall.config.resources[lease.resource]
-            facts = lease_facts(lease.address, lease.user, found, max(-int(-left // 1), 0))
+            facts = lease_facts(lease.address, lease.user, found, left)
             self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
 
     @property
@@ -4407,7 +4410,7 @@ def watch_status(config: Config, rundir: str) -> None:
 
 def follow_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, then each change, for as long as somebody reads it. While no server
-    runs, it is the kernel that is asked, again and again. Raises UserError."""
+    runs, the kernel is asked again and again. Raises UserError."""
     known = None
     while True:
         check_rundir(rundir)
@@ -4417,16 +4420,16 @@ def follow_status(config: Config, rundir: str, as_json: bool) -> None:
             try:
                 peer.connect(run_path(rundir, config) + ".follow")
             except (FileNotFoundError, ConnectionRefusedError):
-                leases = held_leases(config)
-                if (seen := [{**lease, "seconds_left": 0} for lease in leases]) != known:
-                    print_change(snapshot(leases), as_json)
-                known = seen
+                change = snapshot(config)
+                found = [{**lease, "seconds_left": 0} for lease in change["leases"]]
+                if found != known:
+                    print_change(change, as_json)
+                known = found
             else:
                 known = None
                 for change in changes_from(peer):
-                    if change["event"] == "following":  # from now on it misses nothing
-                        change = snapshot(held_leases(config))
-                    print_change(change, as_json)
+                    is_greeting = change["event"] == "following"  # from now on it misses nothing
+                    print_change(snapshot(config) if is_greeting else change, as_json)
         time.sleep(FOLLOW_PAUSE_S)
 
 
@@ -4454,8 +4457,8 @@ def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
             yield change
 
 
-def held_leases(config: Config) -> list[dict[str, Any]]:
-    """The leases as the kernel has them, each as lease_facts(). Raises UserError."""
+def snapshot(config: Config) -> dict[str, Any]:
+    """All leases as the kernel has them, as an event. Raises UserError."""
     parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for part in list_leases(config):
         if part["user"] and part["seconds_left"] is not None:  # else none of ours, or not for long
@@ -4469,11 +4472,6 @@ def held_leases(config: Config) -> list[dict[str, Any]]:
         resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
         left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
         leases.append(lease_facts(address, user, resource, left))
-    return leases
-
-
-def snapshot(leases: list[dict[str, Any]]) -> dict[str, Any]:
-    """All leases, as an event."""
     return {"event": "snapshot", "time": time.time(), "leases": leases}
 
 
@@ -4713,7 +4711,7 @@ def client_file(config: Config, user: int, host: str) -> str:
     for resource in allowed:
         text = resource_text(resource, config.timeout_of(user, resource))
         lines.append(f"{resource.identifier:08X} = {text}")
-    if last_day := config.limits_of(user).not_after:
+    if last_day := config.limits_of(user).last_day:
         lines.insert(1, f"# The server takes this key up to the end of {last_day} (UTC).")
     return "".join(line + "\n" for line in lines)
 
@@ -4764,7 +4762,7 @@ WantedBy=sockets.target
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
     places.update(map(os.path.dirname, (program, module, path)))
     with contextlib.suppress(ConfigError):
-        places |= include_directories(read_config(path, server=True))
+        places.add(include_directory(read_config(path, server=True)))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
         RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
         MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
