@@ -2780,7 +2780,10 @@ def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
         return lab.letmein(*arguments, conf=REFERENCE_CLIENT, script=lab.patient)
 
     lab.load(JUMP_RULESET.format(family="inet"))
-    with ReferenceServer(lab, programs, server_conf(REFERENCE_RESOURCES, general="")):
+    # Options that are ours alone, it has to ignore.
+    conf = server_conf(REFERENCE_RESOURCES, general="include = /nowhere/*.conf")
+    conf += "[USERS]\n1 = timeout: 1 / not-after: 2020-02-29\n"
+    with ReferenceServer(lab, programs, conf):
         yield call
 
 
