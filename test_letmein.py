@@ -3528,7 +3528,7 @@ class TestHeal:
         key = socket.inet_aton("10.77.6.1") + letmein.PORT_KEY.pack(6, 22)
         element = letmein.nested(1, letmein.key_attribute(key), for_ever)
         where = table._elements_of("letmein-4", element)
-        table.change([(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
+        table.change([letmein.Change(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
         guarded.wait_for("healed", leases="1")
         agree(lab, guarded, holder)
         time.sleep(1.2)  # the look that must not be would come within 1 s
@@ -3745,7 +3745,7 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.kernel.change(firewall._changes(many, [], time.monotonic(), replace=True))
+            firewall.table.kernel.change(firewall.table.changes(many, [], replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
