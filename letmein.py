@@ -1568,6 +1568,7 @@ COMMENT = re.compile(
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 GATE_COMMENT = "gate"
 EVERYBODY = "*"  # as the address of a gate
+ENDED = 0.0  # as the end of a lease that was ended
 LATE_S = 0.1  # by how much the kernel may end a lease later than we do
 EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
@@ -1606,6 +1607,10 @@ class Lease(NamedTuple):
     @property
     def key(self) -> LeaseKey:
         return LeaseKey(self.address, self.resource)
+
+    def ended(self) -> Lease:
+        """The same lease, ended."""
+        return self._replace(ends=ENDED)
 
 
 @functools.lru_cache(10_000)
@@ -1684,6 +1689,14 @@ class Leases:
             for key in list(self.ending[second]):
                 if self.by_key[key].ends <= now:
                     self.forget(key)
+
+    def last_ends(self, but: frozenset[LeaseKey] = frozenset()) -> dict[int, float]:
+        """By resource, when its last lease ends. Args: but, those that do not count."""
+        ends: dict[int, float] = {}
+        for key, lease in self.by_key.items():
+            if key not in but:
+                ends[key.resource] = max(ends.get(key.resource, ENDED), lease.ends)
+        return ends
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, if the weight of all may be limit: the oldest
@@ -1874,10 +1887,11 @@ class Nft:
 NETLINK_NETFILTER, NFNLGRP_NFTABLES, NFNL_SUBSYS_NFTABLES = 12, 7, 10
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
 NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
-# Types of messages.
+# Types of messages; those of nftables name their subsystem.
 NLMSG_ERROR, NLMSG_DONE, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 2, 3, 16, 17
-GETTABLE, NEWCHAIN, GETCHAIN, GETRULE, GETSET = 1, 3, 4, 7, 10
-NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
+GETTABLE, NEWCHAIN, GETCHAIN, GETRULE, GETSET, NEWSETELEM, GETSETELEM, DELSETELEM = (
+    NFNL_SUBSYS_NFTABLES << 8 | number for number in (1, 3, 4, 7, 10, 12, 13, 14)
+)
 # Types of attributes: of a table, chain, rule, set, list of elements, element, and what these hold.
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_HANDLE, NFT_TABLE_F_OWNER = 1, 2, 4, 0x2
@@ -1891,7 +1905,7 @@ NFTA_ELEM_EXPR, NFTA_ELEM_EXPRESSIONS, NFTA_DATA_VALUE, NFTA_EXPR_DATA = 7, 11, 
 NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 2
 COMMENT_TYPE = 0  # in user data, which is nft's own: libnftnl/udata.h
 NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
-NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, resource id
+NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, of a transaction: the subsystem
 ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 NOTIFICATIONS_PER_TURN = 1000
@@ -2042,13 +2056,9 @@ class Kernel:
     # -- how it is asked
 
     def _message(self, kind: int, flags: int, attributes: bytes) -> bytes:
-        """One message of ours about nftables."""
-        return self._framed(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, 0, attributes)
-
-    def _framed(self, kind: int, flags: int, resource: int, attributes: bytes) -> bytes:
-        """A message with its headers. Args: resource, what nfnetlink.h calls res_id."""
+        """One message of ours."""
         self.sequence = (self.sequence + 1) & 0xFFFFFFFF
-        body = NETFILTER_HEADER.pack(self.family, 0, resource) + attributes
+        body = NETFILTER_HEADER.pack(self.family, 0, NFNL_SUBSYS_NFTABLES) + attributes
         length = NETLINK_HEADER.size + len(body)
         return NETLINK_HEADER.pack(length, kind, flags | NLM_F_REQUEST, self.sequence, 0) + body
 
@@ -2068,9 +2078,9 @@ class Kernel:
 
     def change(self, changes: Iterable[Change]) -> None:
         """Make changes in one transaction: all or none."""
-        begin = self._framed(NFNL_MSG_BATCH_BEGIN, 0, NFNL_SUBSYS_NFTABLES, b"")
+        begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"")
         messages = [self._message(*change) for change in changes]
-        end = self._framed(NFNL_MSG_BATCH_END, 0, NFNL_SUBSYS_NFTABLES, b"")
+        end = self._message(NFNL_MSG_BATCH_END, 0, b"")
         # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *messages, end)))
         for error in self._answers():
@@ -2218,8 +2228,7 @@ class Kernel:
             if port == self.port or body[:1] != bytes([self.family]) or table not in body:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
-            is_chain = kind == NFNL_SUBSYS_NFTABLES << 8 | NEWCHAIN
-            is_renamed = is_chain and not flags & NLM_F_CREATE
+            is_renamed = kind == NEWCHAIN and not flags & NLM_F_CREATE
             if is_renamed or any(name in body for name in names):
                 return True
         return False
@@ -2320,7 +2329,7 @@ class Table:
                 raise
             # Somebody may have deleted one of these rules meanwhile.
             self._run(deletion_script(self.config, self._rules()) + script)
-        self._delete_sets(self._sets().keys() - ruleset(self.config).sets.keys())
+        self._delete_sets(self.read_handles().keys() - ruleset(self.config).sets.keys())
 
     def inspect(self) -> tuple[str, Handles]:
         """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
@@ -2338,18 +2347,18 @@ class Table:
         stays."""
         with contextlib.suppress(OSError):
             self.kernel.table_facts()
-            self._run(deletion_script(self.config, self._rules_left()))
-            self._delete_sets(self._sets())
+            self._run(deletion_script(self.config, self._rules(even_if_incomplete=True)))
+            self._delete_sets(self.read_handles())
 
     def read_handles(self) -> Handles:
         """The handles of table and set of each of our sets. (The table's belongs to it: a new table
         counts its sets from the start.) Raises UserError."""
         try:
             table, _ = self.kernel.table_facts()
+            return {name: (table, handle) for name, handle in self.kernel.sets().items()}
         except OSError as error:
             name = f"table {self.config.family} {self.config.table}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
-        return {name: (table, handle) for name, handle in self._sets().items()}
 
     def _run(self, script: str) -> None:
         if not script:
@@ -2358,32 +2367,18 @@ class Table:
             self.log("nft", script=script)
         self.nft.run(script)
 
-    def _rules(self) -> list[Rule]:
-        """Our rules, as the kernel has them. Raises UserError if it has no such chain."""
+    def _rules(self, even_if_incomplete: bool = False) -> list[Rule]:
+        """Our rules, as the kernel has them. Raises UserError if it has not all of our chains."""
         found = []
         for hook, chain in self.config.chains.items():
             try:
                 found += self.kernel.rules(chain)
             except OSError as error:
+                if even_if_incomplete:
+                    continue
                 where = f"{self.config.family} {self.config.table} {chain}"
                 raise UserError(f"chain-{hook}: cannot read {where}: {error.strerror}") from None
         return [rule for rule in found if is_ours(rule)]
-
-    def _rules_left(self) -> list[Rule]:
-        """Our rules in those of our chains that are still there."""
-        left = []
-        for chain in self.config.chains.values():
-            with contextlib.suppress(OSError):
-                left += self.kernel.rules(chain)
-        return [rule for rule in left if is_ours(rule)]
-
-    def _sets(self) -> dict[str, int]:
-        """Our sets and their handles, as the kernel has them. Raises UserError if it cannot say."""
-        try:
-            return self.kernel.sets()
-        except OSError as error:
-            table = f"table {self.config.family} {self.config.table}"
-            raise UserError(f"cannot read the sets of {table}: {error.strerror}") from None
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """A set that a foreign rule uses cannot be deleted, and would take a whole
@@ -2398,94 +2393,79 @@ class Table:
 
     # -- leases and gates
 
-    def book(self, key: LeaseKey) -> Leases:
-        """Where a lease, or a gate, with this key is noted."""
-        return self.gates if key.address == EVERYBODY else self.leases
-
     def find(self, key: LeaseKey) -> Lease | None:
         """The lease, or gate, that has this key."""
-        return self.book(key).by_key.get(key)
+        return self._book(key).by_key.get(key)
+
+    def _book(self, key: LeaseKey) -> Leases:
+        return self.gates if key.address == EVERYBODY else self.leases
 
     def expire(self) -> None:
-        """Forget what has ended."""
+        """Forget what has ended by its time."""
         now = time.monotonic()
         self.leases.expire(now)
         self.gates.expire(now)
 
-    def hold(self, new: list[Lease], ended: list[Lease], replace: bool = False) -> set[LeaseKey]:
-        """Have the kernel hold new leases, and those that ended no more, and open and shut their
-        gates, in one transaction; then note all that. Returns the keys of what has changed. Args:
-        replace, as for changes(). Raises OSError, with nothing changed."""
-        gates, shut = self._gates_with(new, ended)
-        new, ended = [*new, *gates], [*ended, *shut]
-        self.kernel.change(self.changes(new, ended, replace))
-        for lease in ended:
-            self.book(lease.key).forget(lease.key)
-        for lease in new:
-            self.book(lease.key).keep(lease)
-        return {lease.key for lease in (*new, *ended)}
+    def hold(self, leases: list[Lease], replace: bool = False) -> set[LeaseKey]:
+        """Have the kernel hold these leases, or no more if they were ended, and their gates as they
+        are then, in one transaction. Then note all that. Returns the keys of what has changed.
+        Args: replace, as for changes(). Raises OSError, with nothing changed."""
+        leases = [*leases, *self._gates_with(leases)]
+        self.kernel.change(self.changes(leases, replace))
+        for lease in leases:
+            if lease.ends == ENDED:
+                self._book(lease.key).forget(lease.key)
+            else:
+                self._book(lease.key).keep(lease)
+            if self.config.debug:
+                event = "ended" if lease.ends == ENDED else "kept"
+                left = f"{max(lease.ends - time.monotonic(), 0):.3f}"
+                self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
+        return {lease.key for lease in leases}
 
-    def changes(
-        self, new: list[Lease], ended: list[Lease], replace: bool = False
-    ) -> list[Change]:
-        """What to tell the kernel. Args: replace, what there may be of the new leases already."""
+    def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
+        """What to tell the kernel for it to hold these leases, or no more if they were ended. Args:
+        replace, what there may be of them already."""
         now = time.monotonic()
         changes: list[Change] = []
-        for lease in ended:
-            for name in lease_elements(lease, self.config):
-                changes += self.kernel.delete(name)
-        for lease in new:
+        for lease in leases:
             old = self.find(lease.key)
             # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
             restart = is_same and self.refreshes and not replace
-            comment = lease_comment(lease, self.boot)
+            goes = lease.ends == ENDED or replace or (old is not None and not restart)
+            left, comment = lease.ends - now, lease_comment(lease, self.boot)
             for name in lease_elements(lease, self.config):
-                if replace or (old and not restart):
+                if goes:
                     changes += self.kernel.delete(name)
-                changes.append(
-                    self.kernel.put(name, lease.ends - now, comment, is_new=not restart)
-                )
+                if lease.ends != ENDED:
+                    changes.append(self.kernel.put(name, left, comment, is_new=not restart))
         return changes
 
-    def _gates_with(
-        self, new: list[Lease], ended: list[Lease]
-    ) -> tuple[list[Lease], list[Lease]]:
-        """The gates that new leases open or prolong, or that stay open for less time, and those
-        that are shut with the last lease that ended."""
-        keys = {lease.key for lease in (*new, *ended)}
-        old = [lease for lease in map(self.leases.by_key.get, keys) if lease]
-        opened, shut = [], []
-        for resource in {lease.resource for lease in (*new, *old)}:
+    def _gates_with(self, leases: list[Lease]) -> list[Lease]:
+        """The gates that these leases open, prolong, cut short or shut."""
+        keys = frozenset(lease.key for lease in leases)
+        gates = []
+        for resource in {key.resource for key in keys}:
             if not self.config.resources[resource].is_gate:
                 continue
-            gate = self.find(LeaseKey(EVERYBODY, resource))
-            ends = [lease.ends for lease in new if lease.resource == resource]
-            if gate and max(ends, default=0.0) < gate.ends:
-                gone = [lease.ends for lease in old if lease.resource == resource]
-                if max(gone, default=0.0) < gate.ends:
-                    continue  # the last lease stays
-                # To look through all leases takes its time: that is left to the end of the last.
-                ends += [
-                    lease.ends
-                    for key, lease in self.leases.by_key.items()
-                    if lease.resource == resource and key not in keys
-                ]
-            if ends:
-                opened.append(gate_of(resource, max(ends)))
-            elif gate:
-                shut.append(gate)
-        return opened, shut
+            gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
+            ends = max(lease.ends for lease in leases if lease.resource == resource)
+            if ends < gate.ends:
+                old = [lease for lease in map(self.find, keys) if lease]
+                if all(lease.ends < gate.ends for lease in old if lease.resource == resource):
+                    continue  # the last lease stays; to know that is faster than to look for it
+                ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
+            if ends != gate.ends:
+                gates.append(gate_of(resource, ends))
+        return gates
 
     def note_gates(self) -> None:
-        """Note anew which gates should be open for the leases, and until when."""
-        ends: dict[int, float] = {}
-        for lease in self.leases.by_key.values():
-            if self.config.resources[lease.resource].is_gate:
-                ends[lease.resource] = max(ends.get(lease.resource, 0.0), lease.ends)
+        """Note which gates should be open for the leases, and until when."""
         self.gates = Leases()
-        for resource, end in ends.items():
-            self.gates.keep(gate_of(resource, end))
+        for resource, ends in self.leases.last_ends().items():
+            if self.config.resources[resource].is_gate:
+                self.gates.keep(gate_of(resource, ends))
 
     def revoked(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
@@ -2647,7 +2627,7 @@ class Look:
             holders = self.table.leases.by_key.values()
             ended.update({lease.key: lease for lease in holders if lease.resource in shut})
         for some in in_batches(list(ended.values())):
-            self.changed |= self.table.hold([], some)
+            self.changed |= self.table.hold([lease.ended() for lease in some])
             for lease in some:
                 self.table.revoked(lease, "by hand")
 
@@ -2668,7 +2648,7 @@ class Look:
             found = [self.table.find(key) for key in some if key not in self.changed]
             leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
             if leases:
-                self.table.kernel.change(self.table.changes(leases, [], replace))
+                self.table.kernel.change(self.table.changes(leases, replace))
             yield
 
 
@@ -2708,7 +2688,8 @@ class Firewall:
             self._on_notification(notifications)
 
         selector.register(notifications, selectors.EVENT_READ, notified)
-        self._install()
+        self.installed = True
+        self.table.install()
         self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
         self.work = self._look()
@@ -2735,7 +2716,7 @@ class Firewall:
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
         ended = self.leases.make_room(lease, room)
-        problem = self._enforce([lease], ended)
+        problem = self._enforce([lease, *(other.ended() for other in ended)])
         for other in [] if problem else ended:
             self.table.revoked(other, "max-nr-rules is reached")
         return problem
@@ -2758,44 +2739,36 @@ class Firewall:
         if lease is None and not self.is_adopting:
             return ""
         if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource, 0, "", 0, 0.0)
-        return self._enforce([], [lease])
+            lease = Lease(address, resource, 0, "", 0, ENDED)
+        return self._enforce([lease.ended()])
 
-    def _enforce(self, new: list[Lease], ended: list[Lease]) -> str:
-        """Have the kernel hold new leases, and those that ended no more. Returns "" or what is in
-        the way, with nothing changed."""
+    def _enforce(self, leases: list[Lease]) -> str:
+        """Have the kernel hold these leases, or no more if they were ended. Returns "" or what is
+        in the way, with nothing changed."""
         try:
             try:
-                self._hold(new, ended)
+                self._hold(leases)
             except FileExistsError:  # an element that we did not know of
-                self._hold(new, ended, replace=True)
+                self._hold(leases, replace=True)
             except OSError:
                 # The firewall was changed under us: put back what others need, and try again. Where
                 # nft does not help, do not run one for each knock.
                 if self.trouble:
                     return self.trouble
                 self.look_at = 0.0
-                self._install()
-                self._hold(new, ended, replace=True)
+                self.table.install()
+                self._hold(leases, replace=True)
         except UserError as error:
             return error.problem
         except OSError as error:
             return f"the kernel does not take it: {error.strerror}"
-        if self.config.debug:
-            self._log_changes(new, ended)
         return ""
 
-    def _hold(self, new: list[Lease], ended: list[Lease], replace: bool = False) -> None:
+    def _hold(self, leases: list[Lease], replace: bool = False) -> None:
         """Do it, and tell a look that is under way. Raises OSError, with nothing changed."""
-        changed = self.table.hold(new, ended, replace)
+        changed = self.table.hold(leases, replace)
         if self.look is not None:
             self.look.changed |= changed
-
-    def _log_changes(self, new: list[Lease], ended: list[Lease]) -> None:
-        for event, leases in (("ended", ended), ("kept", new)):
-            for lease in leases:
-                left = f"{lease.ends - time.monotonic():.3f}"
-                self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
 
     # -- what the configuration asks for
 
@@ -2809,7 +2782,7 @@ class Firewall:
         self.look_at = 0.0  # to say so and to try again if anything below fails
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(ended):
-                self.table.hold([], some)
+                self.table.hold([lease.ended() for lease in some])
         for lease in ended:
             self.leases.forget(lease.key)
             self.table.revoked(lease, "configuration")
@@ -2817,9 +2790,9 @@ class Firewall:
         with contextlib.suppress(UserError, OSError):
             damage, _ = self.table.inspect()
             if damage:
-                self._install()
+                self.table.install()
             for some in in_batches(shortened):
-                self.table.hold(some, [], replace=True)
+                self.table.hold(some, replace=True)
         for lease in shortened:
             self.leases.keep(lease)
         self._warn_of_limit()
@@ -2840,10 +2813,6 @@ class Firewall:
             elif lease.ends > now + terms[facts]:
                 shortened.append(lease._replace(ends=now + terms[facts]))
         return ended, shortened
-
-    def _install(self) -> None:
-        self.installed = True
-        self.table.install()
 
     def _warn_of_unreached_chains(self) -> None:
         with contextlib.suppress(OSError):
@@ -2929,7 +2898,7 @@ class Firewall:
         between them. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
-            self._install()
+            self.table.install()
             remains, handles = self.table.inspect()
             if remains:  # perhaps somebody has changed the table again at once
                 self.futile += 1

@@ -3745,7 +3745,7 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.table.kernel.change(firewall.table.changes(many, [], replace=True))
+            firewall.table.kernel.change(firewall.table.changes(many, replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
