@@ -1549,35 +1549,22 @@ def catch_signals(handler: Any) -> None:
 # (nft takes 2 ms to start, and nft 1.0.6 reads all large sets of a table before it adds one
 # element: 5 s with a block list of 300,000 ranges.) What the kernel has is read the same way.
 #
+# On the way down: Leases, who holds what; what that is in nftables; Nft and Kernel, the two ways to
+# tell the kernel; checks of somebody's ruleset; Table, all that is ours in it; Look, which compares
+# and mends it; Firewall, which clients ask, and which knows when to look.
+#
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
-SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
-TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
 SHORTEST_LEASE_S = 0.001  # the kernel takes 0 for "for ever": what is shorter is not installed
 LONGEST_LEASE_S = 99_999_999.0  # nft(8) prints no more
-VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
-IP = {4: "ip", 6: "ip6"}
-ETHER_TYPES = {4: 0x0800, 6: 0x86DD}
-PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
-OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
+EVERYBODY = "*"  # as the address of a gate
+ENDED = 0.0  # as the end of a lease that was ended
+GATE_COMMENT = "gate"
 COMMENT = re.compile(
     "user=(?P<user>[0-9A-F]{8}) resource=(?P<resource>[0-9A-F]{8})"
     r" boot=(?P<boot>\S{8}) proof=(?P<proof>\S{8})"
 )
-LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
-GATE_COMMENT = "gate"
-EVERYBODY = "*"  # as the address of a gate
-ENDED = 0.0  # as the end of a lease that was ended
-LATE_S = 0.1  # by how much the kernel may end a lease later than we do
-EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
-HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
-TROUBLE_PAUSE_S = 30.0  # at most while healing fails
-FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
-DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
-TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
-LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
-IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
+ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
 
 
 def in_batches(items: list[Item]) -> Iterator[list[Item]]:
@@ -1668,11 +1655,11 @@ class Leases:
         self.weights[lease.user] = self.weights.get(lease.user, 0) + lease.weight
         self.ending.setdefault(int(lease.ends), {})[lease.key] = None
 
-    def forget(self, key: LeaseKey) -> Lease | None:
-        """Note the end of a lease; returns it, if there was one."""
+    def forget(self, key: LeaseKey) -> None:
+        """Note the end of a lease, if there is one."""
         lease = self.by_key.pop(key, None)
         if lease is None:
-            return None
+            return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
         for index, name in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
@@ -1681,7 +1668,6 @@ class Leases:
                 del index[name]
         if not self.weights[lease.user]:
             del self.weights[lease.user]
-        return lease
 
     def expire(self, now: float) -> None:
         """Forget the leases that have ended: the kernel sends no word of it."""
@@ -1720,6 +1706,14 @@ class Leases:
                 weight -= oldest.weight
                 weights[user] -= oldest.weight
         return ended
+
+
+VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
+IP = {4: "ip", 6: "ip6"}
+PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
+OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
+PORT_KEY = struct.Struct("!B3xH2x")  # protocol and port behind the address: fields of 4 bytes
+GATE_KEYS = {4: bytes.fromhex("0800"), 6: bytes.fromhex("86DD")}  # linux/if_ether.h
 
 
 class Ruleset(NamedTuple):
@@ -1774,10 +1768,6 @@ def ruleset_script(config: Config) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-PORT_KEY = struct.Struct("!B3xH2x")  # protocol and port behind the address: fields of 4 bytes
-GATE_KEYS = {version: struct.pack("!H", number) for version, number in ETHER_TYPES.items()}
-
-
 class ElementName(NamedTuple):
     """Where an element of a lease is: the set, and the key as the kernel has it."""
 
@@ -1787,13 +1777,13 @@ class ElementName(NamedTuple):
 
 def lease_elements(lease: Lease, config: Config) -> list[ElementName]:
     """The elements that make up a lease, or a gate."""
-    resource = config.resources[lease.resource]
     jump_set = f"letmein-{lease.resource:08X}"
     if lease.address == EVERYBODY:
         keys = [GATE_KEYS[version] for version in VERSIONS[config.family]]
         return [ElementName(f"{jump_set}-gate", key) for key in keys]
     version, family = (6, socket.AF_INET6) if ":" in lease.address else (4, socket.AF_INET)
     address = socket.inet_pton(family, lease.address)
+    resource = config.resources[lease.resource]
     names = []
     for protocol in resource.protocols:
         key = address + PORT_KEY.pack(PROTOCOL_NUMBERS[protocol], resource.port)
@@ -1804,15 +1794,22 @@ def lease_elements(lease: Lease, config: Config) -> list[ElementName]:
 
 
 def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
-    """What an element's key says: the address, and the protocol and port, if there are any. The
-    address is "" in a key that is none of ours."""
+    """What the key of an element says: the address ("" if it is none of ours), and protocol and
+    port, if they are in it."""
     if name.set_name.endswith("-gate"):
-        return EVERYBODY if name.key in GATE_KEYS.values() else "", None
+        address = EVERYBODY if name.key in GATE_KEYS.values() else ""
+        return address, None
     size, family = (16, socket.AF_INET6) if name.set_name.endswith("-6") else (4, socket.AF_INET)
-    address, rest = name.key[:size], name.key[size:]
-    if len(address) != size or len(rest) not in (0, PORT_KEY.size):
+    packed, place = name.key[:size], name.key[size:]
+    if len(packed) != size or len(place) not in (0, PORT_KEY.size):
         return "", None
-    return socket.inet_ntop(family, address), PORT_KEY.unpack(rest) if rest else None
+    return socket.inet_ntop(family, packed), PORT_KEY.unpack(place) if place else None
+
+
+TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
+TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 
 
 def await_end(process: int, limit: float) -> int:
@@ -1908,8 +1905,6 @@ NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number
 NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, of a transaction: the subsystem
 ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
-NOTIFICATIONS_PER_TURN = 1000
-ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
 
@@ -2234,6 +2229,9 @@ class Kernel:
         return False
 
 
+IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
+
+
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
@@ -2310,8 +2308,7 @@ class Table:
         self.log = log
         self.kernel = Kernel(config.family, config.table)
         self.leases = Leases()
-        # What is open for everybody, until the last lease of its resource ends.
-        self.gates = Leases()
+        self.gates = Leases()  # of EVERYBODY, until the last lease of their resource ends
         self.handles: Handles = {}  # of the sets that hold all these
         # Whether a new expiration restarts the time of an element that is there.
         release = re.findall(r"\d+", os.uname().release)
@@ -2452,9 +2449,9 @@ class Table:
             gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
             ends = max(lease.ends for lease in leases if lease.resource == resource)
             if ends < gate.ends:
-                old = [lease for lease in map(self.find, keys) if lease]
-                if all(lease.ends < gate.ends for lease in old if lease.resource == resource):
-                    continue  # the last lease stays; to know that is faster than to look for it
+                old = [self.find(key) for key in keys if key.resource == resource]
+                if not any(lease and lease.ends >= gate.ends for lease in old):
+                    continue  # the last lease stays; to see that is faster than to look for it
                 ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
             if ends != gate.ends:
                 gates.append(gate_of(resource, ends))
@@ -2467,9 +2464,13 @@ class Table:
             if self.config.resources[resource].is_gate:
                 self.gates.keep(gate_of(resource, ends))
 
-    def revoked(self, lease: Lease, reason: str) -> None:
+    def log_revoked(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
         self.log.often("revoked", peer=lease.address, **ids_of(lease), reason=reason)
+
+
+LATE_S = 0.1  # by how much the kernel may end a lease later than we do
+EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 
 class Look:
@@ -2609,7 +2610,10 @@ class Look:
                 if lease.key in self.changed or self.found.issuperset(names):
                     continue
                 is_ending = lease.ends < time.monotonic() + EARLY_S
-                if self.renewed.intersection(name.set_name for name in names):
+                # A predecessor's gate may have been shut while nobody knew of its leases yet.
+                is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
+                renewed = self.renewed.intersection(name.set_name for name in names)
+                if renewed or is_gate_of_heirs:
                     self.missing.append(lease.key)
                 elif not is_ending and not all(map(self.table.kernel.has_element, names)):
                     deleted.append(lease)
@@ -2629,7 +2633,7 @@ class Look:
         for some in in_batches(list(ended.values())):
             self.changed |= self.table.hold([lease.ended() for lease in some])
             for lease in some:
-                self.table.revoked(lease, "by hand")
+                self.table.log_revoked(lease, "by hand")
 
     def _mend(self) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
@@ -2650,6 +2654,15 @@ class Look:
             if leases:
                 self.table.kernel.change(self.table.changes(leases, replace))
             yield
+
+
+HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+TROUBLE_PAUSE_S = 30.0  # at most while healing fails
+FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
+DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
+LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
+NOTIFICATIONS_PER_TURN = 1000
+LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 
 
 class Firewall:
@@ -2718,7 +2731,7 @@ class Firewall:
         ended = self.leases.make_room(lease, room)
         problem = self._enforce([lease, *(other.ended() for other in ended)])
         for other in [] if problem else ended:
-            self.table.revoked(other, "max-nr-rules is reached")
+            self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
     def _objection(self, address: str, resource: Resource) -> str:
@@ -2785,7 +2798,7 @@ class Firewall:
                 self.table.hold([lease.ended() for lease in some])
         for lease in ended:
             self.leases.forget(lease.key)
-            self.table.revoked(lease, "configuration")
+            self.table.log_revoked(lease, "configuration")
         self.config = self.table.config = config
         with contextlib.suppress(UserError, OSError):
             damage, _ = self.table.inspect()
