@@ -2474,9 +2474,9 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 
 class Look:
-    """One comparison of the elements in the kernel's table with our leases, in steps, and the
-    mending of what differs. The kernel gives the elements as they are at one moment, and others
-    have their turn between the steps: the leases that they change are not judged.
+    """Compares the elements in the kernel's table with our leases, once, and mends what differs.
+    It works in steps, and others have their turn between them. The leases that they change are not
+    judged: the elements were read before.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -2492,12 +2492,12 @@ class Look:
             for resource in self.config.resources.values()
             for protocol in resource.protocols
         }
-        self.changed: set[LeaseKey] = set()  # by others, since this began
+        self.changed: set[LeaseKey] = set()  # leases that were changed since it began
         self.found: set[ElementName] = set()  # parts of leases
-        self.strange: list[ElementName] = []  # what nothing explains
-        self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if they are whole
-        self.missing: list[LeaseKey] = []
-        self.wrong: set[LeaseKey] = set()  # of which an element is not as it should be
+        self.strange: list[ElementName] = []  # parts of no lease
+        self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
+        self.missing: list[LeaseKey] = []  # leases to be put back
+        self.wrong: set[LeaseKey] = set()  # leases to be written anew
 
     def steps(self) -> Iterator[None]:
         """Compare, and mend. Raises UserError, OSError."""
@@ -2530,7 +2530,7 @@ class Look:
 
     def _judge(self, name: ElementName, element: Element) -> None:
         """Note what one element means: it is part of a lease, or of one to be adopted, or strange.
-        It ends between two times, for it was read between two others."""
+        When it ends is known to within the time that reading it took."""
         earliest, latest = element.asked + element.left, time.monotonic() + element.left
         key = self._holder(name)
         if key in self.changed:
@@ -2593,10 +2593,10 @@ class Look:
                 if not self.found.issuperset(names):
                     self.strange += self.found.intersection(names)
                     continue
-                most = time.monotonic() + self.config.resources[heir.resource].timeout
-                if heir.ends > most:
+                latest = time.monotonic() + self.config.resources[heir.resource].timeout
+                if heir.ends > latest:
                     self.wrong.add(heir.key)
-                self.table.leases.keep(heir._replace(ends=min(heir.ends, most)))
+                self.table.leases.keep(heir._replace(ends=min(heir.ends, latest)))
 
     def _find_missing(self) -> Iterator[None]:
         """Note the leases and gates of which elements have gone together with their set. Where they
@@ -2679,8 +2679,8 @@ class Firewall:
         self.leases = self.table.leases
         self.installed = False  # whether there is something to remove in the end
         self.look_at = NEVER  # when to look whether the kernel has what it should
-        self.work: Generator[None, None, str] | None = None  # a look that is under way
-        self.look: Look | None = None  # the same
+        self.work: Generator[None, None, str] | None = None  # what a look has yet to do
+        self.look: Look | None = None  # what it has found so far
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.trouble = ""  # what keeps us from healing, once it was logged
@@ -2778,7 +2778,7 @@ class Firewall:
         return ""
 
     def _hold(self, leases: list[Lease], replace: bool = False) -> None:
-        """Do it, and tell a look that is under way. Raises OSError, with nothing changed."""
+        """As Table.hold(); and tell a look that is under way."""
         changed = self.table.hold(leases, replace)
         if self.look is not None:
             self.look.changed |= changed
