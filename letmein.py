@@ -2298,8 +2298,8 @@ def is_ours(rule: Rule) -> bool:
 
 
 class Table:
-    """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It does
-    what it is told. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+    """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It
+    decides nothing. Args: as for Firewall."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2404,9 +2404,9 @@ class Table:
         self.gates.expire(now)
 
     def hold(self, leases: list[Lease], replace: bool = False) -> set[LeaseKey]:
-        """Have the kernel hold these leases, or no more if they were ended, and their gates as they
-        are then, in one transaction. Then note all that. Returns the keys of what has changed.
-        Args: replace, as for changes(). Raises OSError, with nothing changed."""
+        """Have the kernel hold these leases, or drop those that were ended, and move their gates, in
+        one transaction; then note all that. Returns the keys of what has changed. Args: replace,
+        as for changes(). Raises OSError, with nothing changed."""
         leases = [*leases, *self._gates_with(leases)]
         self.kernel.change(self.changes(leases, replace))
         for lease in leases:
@@ -2421,8 +2421,8 @@ class Table:
         return {lease.key for lease in leases}
 
     def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
-        """What to tell the kernel for it to hold these leases, or no more if they were ended. Args:
-        replace, what there may be of them already."""
+        """What makes the kernel hold these leases, or drop those that were ended. Args: replace,
+        what there may be of them already."""
         now = time.monotonic()
         changes: list[Change] = []
         for lease in leases:
@@ -2430,17 +2430,17 @@ class Table:
             # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
             restart = is_same and self.refreshes and not replace
-            goes = lease.ends == ENDED or replace or (old is not None and not restart)
+            is_dropped = lease.ends == ENDED or replace or (old is not None and not restart)
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
             for name in lease_elements(lease, self.config):
-                if goes:
+                if is_dropped:
                     changes += self.kernel.delete(name)
                 if lease.ends != ENDED:
                     changes.append(self.kernel.put(name, left, comment, is_new=not restart))
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates that these leases open, prolong, cut short or shut."""
+        """The gates as they are to be when these leases are noted, where that is a change."""
         keys = frozenset(lease.key for lease in leases)
         gates = []
         for resource in {key.resource for key in keys}:
@@ -2451,7 +2451,7 @@ class Table:
             if ends < gate.ends:
                 old = [self.find(key) for key in keys if key.resource == resource]
                 if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # the last lease stays; to see that is faster than to look for it
+                    continue  # the last lease stays: no need to look through all of them
                 ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
             if ends != gate.ends:
                 gates.append(gate_of(resource, ends))
@@ -2666,9 +2666,8 @@ LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/
 
 
 class Firewall:
-    """What clients are let in to: it gives and ends leases, and sees to it that the kernel's table
-    holds them, whatever others do to that. Args: boot, 8 hex digits of the boot id; log, takes
-    event and fields."""
+    """Gives and ends leases, and sees to it that the kernel's table holds them, whatever others do
+    to it. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2756,7 +2755,7 @@ class Firewall:
         return self._enforce([lease.ended()])
 
     def _enforce(self, leases: list[Lease]) -> str:
-        """Have the kernel hold these leases, or no more if they were ended. Returns "" or what is
+        """Have the kernel hold these leases, or drop those that were ended. Returns "" or what is
         in the way, with nothing changed."""
         try:
             try:
