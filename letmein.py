@@ -2404,8 +2404,8 @@ class Table:
         self.gates.expire(now)
 
     def hold(self, leases: list[Lease], replace: bool = False) -> set[LeaseKey]:
-        """Have the kernel hold these leases, or drop those that were ended, and move their gates, in
-        one transaction; then note all that. Returns the keys of what has changed. Args: replace,
+        """Have the kernel hold these leases, or drop those that were ended, and move their gates,
+        in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
         as for changes(). Raises OSError, with nothing changed."""
         leases = [*leases, *self._gates_with(leases)]
         self.kernel.change(self.changes(leases, replace))
