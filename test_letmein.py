@@ -5735,9 +5735,9 @@ class TestFollow:
 def readme_block(first: str) -> str:
     """The example of the README whose first line this is."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"(?m)^    {re.escape(first)}\n(?:    .*\n|\n)*", text)
+    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", text)
     assert found, f"README.md has no example {first}"
-    return "".join(line[4:] or "\n" for line in found[0].splitlines(keepends=True))
+    return found[1]
 
 
 class Recipe:
@@ -11341,6 +11341,512 @@ class TestThreats:
             for part in name.split("."):
                 place = getattr(place, part)
             assert callable(place), name
+
+
+# ----------------------------------------------------------------------------
+# The documents: what README says is so, and its commands do what it says
+# ----------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block of README. Args: language; host, where it runs when the tests follow README,
+    "" for nowhere; text; line, its number, for messages."""
+
+    language: str
+    host: str
+    text: str
+    line: int
+
+
+@functools.lru_cache(None)
+def readme() -> str:
+    return (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def readme_section(title: str) -> str:
+    """A section of README, with those below it."""
+    lines = readme().splitlines(keepends=True)
+    (start,) = (at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {title}\n", line))
+    level = len(lines[start].split()[0])
+    is_code = False
+    for end in range(start + 1, len(lines)):
+        is_code ^= lines[end].startswith("```")
+        if not is_code and re.match(rf"#{{1,{level}}} ", lines[end]):
+            return "".join(lines[start:end])
+    return "".join(lines[start:])
+
+
+def readme_blocks(language: str, text: str | None = None) -> list[Block]:
+    """The blocks in this language, of a section's text or of all README."""
+    text = readme() if text is None else text
+    fences = re.finditer(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
+    blocks = [
+        Block(fence[1], fence[2] or "", fence[3], text[: fence.start()].count("\n") + 1)
+        for fence in fences
+    ]
+    return [block for block in blocks if block.language == language]
+
+
+# What a command may stand behind, in a shell, an ssh_config or a wg-quick file.
+COMES_BEFORE = {"|", "&&", "||", ";", "do", "=", "sudo", "exec", "ProxyCommand", "root@server"}
+COMES_BEFORE.add("HOST")  # xargs -I HOST
+
+
+def letmein_words(text: str) -> list[list[str]]:
+    """The words behind `letmein`, `letmein.py` or `letmeind`, of all such commands in a text."""
+    text = text.replace("\\\n", " ").replace("%h", "host").replace("%p", "22")
+    text = re.sub('exec "(.*?)"', r"exec \1 ;", text)
+    commands = []
+    for line in text.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = [";", *lexer]
+        except ValueError:  # a quotation over several lines
+            continue
+        for before, (at, word) in zip(words, enumerate(words[1:], 1)):
+            name = os.path.basename(word) if "init.d" not in word else ""
+            if name in ("letmein", "letmein.py", "letmeind") and before in COMES_BEFORE:
+                rest = words[at + 1 :]
+                ends = (n for n, more in enumerate(rest) if re.fullmatch("[|&;<>()]+", more))
+                rest = rest[: next(ends, None)]
+                commands.append([*(["server"] if name == "letmeind" else []), *rest])
+    return commands
+
+
+def assert_parses(words: list[str], where: str) -> None:
+    """The real parser takes these words."""
+    try:
+        letmein.parse_words(words)
+    except SystemExit as end:  # --version and --help end as a success
+        assert end.code in (0, None), (where, words)
+
+
+@functools.lru_cache(None)
+def helps() -> dict[str, str]:
+    """What --help prints, by command; "" for the whole program."""
+    text = program("--help").stdout
+    commands = re.findall(r"(?m)^ {2,4}([a-z-]+)(?: \(close\))? {2,}", text)
+    assert len(commands) > 7
+    return {"": text, **{name: program(name, "--help").stdout for name in commands}}
+
+
+# Options for scripts that other programs of these names run, and that help does not name.
+HIDDEN_OPTIONS = {"--dns", "--dns-crypt", "--no-systemd"}
+
+
+def option_names() -> set[str]:
+    """All options of all commands."""
+    lines = re.findall(r"(?m)^ +-.*", "\n".join(helps().values()))
+    return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
+
+
+LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+
+
+def log_events() -> set[str]:
+    """The names of all events that the program may log, as its source has them."""
+    events: set[str] = set()
+    functions = [
+        node for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]  # fmt: skip
+    for function in functions:
+        texts: dict[str, set[str]] = collections.defaultdict(set)  # by the variable that has them
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                names, value = node.targets, node.value
+            elif isinstance(node, ast.For):
+                names, value = [node.target], node.iter
+            else:
+                continue
+            found = {n.value for n in ast.walk(value) if isinstance(n, ast.Constant)}
+            for name in (n for target in names for n in ast.walk(target)):
+                if isinstance(name, ast.Name):
+                    texts[name.id] |= {text for text in found if isinstance(text, str)}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            for node in ast.walk(call.args[0]) if call.args and called in LOGGERS else ():
+                if isinstance(node, ast.Constant):
+                    events.add(str(node.value))
+                elif isinstance(node, ast.Name):
+                    events |= texts[node.id]
+    return {event for event in events if re.fullmatch(r"[a-z]+(-[a-z]+)*", event)}
+
+
+# A host of README's: its /etc, /usr and /run are copies that nobody keeps. $1 is a directory.
+README_HOST = """
+mount -t tmpfs none "$1"
+for place in etc usr; do
+    mkdir -p "$1/$place/upper" "$1/$place/work"
+    options="lowerdir=/$place,upperdir=$1/$place/upper,workdir=$1/$place/work"
+    mount -t overlay -o "$options" none "/$place"
+done
+mount -t tmpfs none /run
+mkdir -m 755 /run/letmeind
+echo '10.1.0.1 server' >/etc/hosts
+touch /etc/nftables.conf
+echo ready
+exec cat
+"""
+
+# The programs there that are not the real ones. HOME is a directory.
+README_PROGRAMS = {
+    "apt-get": "",
+    "sudo": 'exec "$@"',
+    "python3": f'exec {sys.executable} "$@"',
+    "journalctl": "cat HOME/log",
+    "systemd-run": 'shift 2; echo "$@" >HOME/net',
+    # What the user adds: a refusal, so that a closed port is known as soon as an open one.
+    "editor": 'sed -i "s/jump LETMEIN-INPUT/&; reject/" "$1"',
+    "systemctl": r"""
+case "$*" in
+"enable nftables" | daemon-reload) ;;
+"enable --now letmeind" | "restart letmeind")
+    [ ! -e HOME/pid ] || kill "$(cat HOME/pid)"
+    while [ -e HOME/pid ] && kill -0 "$(cat HOME/pid)" 2>/dev/null; do sleep 0.05; done
+    unit=/usr/local/lib/systemd/system/letmeind.service
+    $(sed -n "s/^ExecStart=//p" $unit) >/dev/null 2>HOME/log &
+    echo $! >HOME/pid
+    until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done ;;
+"reload letmeind")
+    kill -HUP "$(cat HOME/pid)"
+    until grep -q event=reloaded HOME/log; do kill -0 "$(cat HOME/pid)" && sleep 0.05; done ;;
+"stop reopen.timer") rm HOME/net ;;
+*) echo "systemctl $*?" >&2; exit 1 ;;
+esac""",
+}
+
+
+OPENWRT_PROGRAMS = {
+    "opkg": "",
+    "logread": "cat HOME/log",
+    "fw4": '[ "$1" != reload ] || nft -f HOME/fw4.nft',
+}
+OPENWRT_FUNCTIONS = """
+user_exists() { getent passwd "$1" >/dev/null; }
+group_add_next() { echo 999; }
+user_add() { useradd "$1"; }
+"""
+OPENWRT_RC = """
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { [ "$1" != command ] || { shift; command=$*; }; }
+. "$1"
+[ "$2" = start ] || exit 0
+start_service
+$command >/dev/null 2>HOME/log &
+echo $! >HOME/pid
+until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done
+"""
+
+
+class ReadmeHost:
+    """A host to follow README on, on the network that the caller is on. Args: programs, more of
+    those that are not the real ones."""
+
+    def __init__(self, lab: Lab, **programs: str) -> None:
+        self.home = Path(tempfile.mkdtemp(dir=lab.directory))
+        if not lab.real_root:
+            pytest.skip("a user namespace has no other root's files")
+        for name in ("disk", "programs"):
+            (self.home / name).mkdir()
+        for name, text in {**README_PROGRAMS, **programs}.items():
+            text = text.replace("HOME", str(self.home))
+            program = self.home / "programs" / name
+            program.write_text(f"#!/bin/sh -e\n{text}\n", encoding="utf-8")
+            program.chmod(0o755)
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-ec", README_HOST, "sh", self.home / "disk"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        lab.processes.append(self.process)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+        path = f"{self.home}/programs:/usr/local/sbin:/usr/local/bin:{os.environ['PATH']}:/usr/sbin"
+        self.enter = [
+            *("nsenter", "--mount", "--net", f"--target={self.process.pid}", "--wd=" + str(HERE)),
+            *("env", "-i", f"PATH={path}", f"HOME={self.home}"),
+        ]
+
+    def run(self, script: str) -> str:
+        """Run a block as its user would, in a clone; returns what it prints."""
+        done = subprocess.run(
+            [*self.enter, "sh", "-ec", script],
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=LIMIT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, (script, done.stdout, done.stderr, self.log())
+        return done.stdout
+
+    def log(self) -> str:
+        log = self.home / "log"
+        return log.read_text(encoding="utf-8") if log.exists() else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self.run(f'[ ! -e {self.home}/pid ] || kill "$(cat {self.home}/pid)"')
+        self.process.kill()
+        self.process.wait()
+
+
+class TestReadme:
+    """What README says is so, and its commands do what it says."""
+
+    def test_server_in_ten_minutes(self, lab: Lab) -> None:
+        """Followed to the letter, it ends with a port 22 that only a knock opens; its safety net
+        opens it again, and deletes nothing."""
+        if shutil.which("make") is None:
+            pytest.skip("make is not in PATH")
+        lab.load("")
+        stack = contextlib.ExitStack()
+        server = ReadmeHost(lab)
+        stack.callback(server.close)
+        to_server = shlex.join(server.enter)
+        with lab.client():
+            client = ReadmeHost(lab, ssh=f'shift; {to_server} "$@"')
+        stack.callback(client.close)
+        hosts = {"server": server, "client": client}
+        blocks = [b for b in readme_blocks("sh", readme_section("Server in ten minutes")) if b.host]
+        said = {}
+        with stack:
+            for block in blocks:
+                said[block.text] = hosts[block.host].run(block.text)
+                if "systemd-run" in block.text:
+                    eventually(lambda: lab.reaches(22, CLIENT_4), "the lease is lost")
+                    assert not lab.reaches(22, OTHER_4)
+                    before = lab.ruleset()
+                    server.run((server.home / "net").read_text())
+                    assert lab.reaches(22, OTHER_4)
+                    assert set(before.splitlines()) <= set(lab.ruleset().splitlines())
+                    server.run("nft -f /etc/nftables.conf")
+                    eventually(lambda: not lab.reaches(22, OTHER_4), "the safety net stays")
+            assert not (server.home / "net").exists()
+            # What a command prints, where README says so behind it.
+            for text, out in said.items():
+                for comment in re.findall("(?m)^(?:letmein|journalctl) .*? # (.*)$", text):
+                    assert comment.partition(" (")[0] in out, (comment, out)
+            table = readme_blocks("text", readme_section("Server in ten minutes"))[0].text
+            out = said["letmein status\n"]
+            assert table.splitlines()[0].split() == out.splitlines()[0].split()
+            assert re.search(rf"(?m)^{CLIENT_4} +22/tcp +00000001 ", out)
+            assert not lab.reaches(22, CLIENT_4)  # the restart has ended the leases
+            client.run("letmein knock server 22")
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_openwrt(self, lab: Lab) -> None:
+        """Followed on a host with OpenWrt's words and fw4's table, it ends with a port that only
+        a knock opens, and that stays open when the firewall is made anew."""
+        lab.load("")
+        host = ReadmeHost(lab, **OPENWRT_PROGRAMS)
+        init = OPENWRT_RC.replace("HOME", str(host.home))
+        files = {"fw4.nft": FW4.replace("ROOT", ""), "rc.common": init}
+        for name, text in {**files, "functions.sh": OPENWRT_FUNCTIONS}.items():
+            (host.home / name).write_text(text, encoding="utf-8")
+        prepare, start, keep, forward = (b.text for b in readme_blocks("sh") if b.host == "openwrt")
+        _, conf, *_ = readme_blocks("sh", readme_section("Server in ten minutes"))
+        with contextlib.closing(host):
+            host.run(f"cd {host.home}; cp functions.sh /lib; cp rc.common /etc")
+            host.run("cp letmein.py /usr/sbin/; mkdir -p /etc/nftables.d /etc/init.d")
+            host.run(prepare)
+            ours = conf.text.replace("letmein gen", "letmein.py gen")
+            host.run(ours.replace("table = filter", "table = fw4"))
+            assert "event=ready" in host.run(start)
+            key = host.run("letmein.py client-conf -u 1")
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22", conf=key).assert_good()
+            host.run(keep)
+            host.run(forward)
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+            assert not lab.reaches(22, OTHER_4)
+            host.run("sed -i 's/^table/chain-forward = LETMEIN-FORWARD\\n&/' /etc/letmeind.conf")
+            host.run("letmein.py server --check")
+
+    def test_a_firewall_of_your_own(self, lab: Lab) -> None:
+        """The two commands for it are enough for a server, which has nothing to warn of."""
+        own = "table inet filter { chain input { type filter hook input priority 0; policy drop;"
+        lab.load(own + " ct state established accept; }; }")
+        (block,) = [b for b in readme_blocks("sh") if b.text.startswith("nft add chain")]
+        run("sh", "-ec", f"PATH=$PATH:/usr/sbin\n{block.text}")
+        check = ("server", "--check", "--user", "none")
+        assert lab.command("-c", lab.file(server_conf(resources="22 = port: 22")), *check).err == ""
+        with Server(lab, server_conf()):
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_a_gate_in_front_of_iptables(self, lab: Lab) -> None:
+        """On a host whose iptables drops what it does not accept, the gate's table lets in those
+        who knocked, and nobody else."""
+        iptables = shutil.which("iptables-nft", path=f"{os.environ['PATH']}:/usr/sbin")
+        if iptables is None:
+            pytest.skip("iptables-nft is not in PATH")
+        (gate,) = [b for b in readme_blocks("nft") if "delete table inet gate" in b.text]
+        lab.load("")
+        run(iptables, "-P", "INPUT", "DROP")
+        for port in (22, 5800):
+            run(iptables, "-A", "INPUT", "-p", "tcp", "--dport", str(port), "-j", "ACCEPT")
+        run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+        with Server(lab, server_conf().replace("table = filter", "table = gate")) as server:
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4) and not lab.reaches(22, OTHER_4)
+            run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+            server.wait_for("healed")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+
+    def test_a_range_of_ports(self, lab: Lab) -> None:
+        """The jump for mosh opens its range to the address that knocked, and no more."""
+        text = readme_section("mosh: a range of ports")
+        (chain,), (line,) = readme_blocks("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
+        rules = chain.text.replace("60000-61000", "24-25")
+        lab.load(more=f"table inet filter {{\n{rules}\n}}")
+        ((command, _, *words),) = letmein_words(readme_blocks("sh", text)[0].text)
+        with Server(lab, server_conf(f"22 = port: 22\n{line}")):
+            lab.letmein(command, SERVER_4, *words[: words.index("--")]).assert_good()
+            assert lab.reaches(22, CLIENT_4) and lab.reaches(25, CLIENT_4, "udp")
+            assert not lab.reaches(26, CLIENT_4, "udp") and not lab.reaches(25, OTHER_4, "udp")
+
+    def test_a_key_without_opening_anything(self, lab: Lab) -> None:
+        """`revoke` tries a key: it succeeds with the right one, fails with a wrong one, opens
+        nothing."""
+        (block,) = readme_blocks("sh", readme_section("Try a key without opening anything"))
+        ((command, _, port),) = letmein_words(block.text)
+        lab.load()
+        with Server(lab, server_conf()):
+            lab.letmein(command, SERVER_4, port).assert_good()
+            wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+            lab.letmein(command, SERVER_4, port, conf=wrong).assert_error()
+            assert not lab.elements()
+
+    def test_commands(self) -> None:
+        """Each `letmein` command line parses, in blocks and in running text."""
+        blocks = [b for name in ("sh", "sshconfig", "ini") for b in readme_blocks(name)]
+        found = [(words, f"line {b.line}") for b in blocks for words in letmein_words(b.text)]
+        assert len(found) > 25
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        spans = re.findall(r"`([^`]*\bletmein(?:\.py|d)? [^`]*)`", prose.replace("\n", " "))
+        bare = [[name] for name in helps()]
+        for span in spans:
+            commands = letmein_words(span.replace("PORT", "22").replace(" ID", " 1"))
+            found += [(words, span) for words in commands if words not in bare]
+        for words, where in found:
+            assert_parses(words, where)
+
+    def test_configurations(self) -> None:
+        """Each configuration is one for both sides, without a warning, as the examples are."""
+        required = "[NFTABLES]\nfamily = inet\ntable = filter\nchain-input = LETMEIN-INPUT\n"
+        server, client = (HERE / f"{name}.conf.example" for name in ("letmeind", "letmein"))
+        texts = [b.text for b in readme_blocks("conf")]
+        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
+        chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
+        texts += [chains + span for span in spans]
+        assert len(texts) > 4
+        texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
+        for text in texts:
+            if "[NFTABLES]" not in text:
+                text += required
+            elif "family" not in text:
+                text = text.replace("[NFTABLES]\n", required)
+            for side in (True,) if "[USERS]" in text else (False, True):
+                assert not letmein.parse_config(text, "README.md", side).warnings
+        assert not letmein.parse_config(server.read_text(), str(server), True).warnings
+        assert not letmein.parse_config(client.read_text(), str(client), False).warnings
+
+    def test_rules(self, lab: Lab) -> None:
+        """nft takes each ruleset, in the table that it is for."""
+        rules = [(b.text, "filter") for b in readme_blocks("nft")]
+        assert len(rules) >= 3
+        for block in readme_blocks("sh"):
+            files = re.findall(r"(?ms)>>?/etc/nftables.d/\S+ <<'END'\n(.*?)^END$", block.text)
+            rules += [(text, "fw4") for text in files]
+        assert len({table for _, table in rules}) == 2
+        lab.load()
+        for text, table in rules:
+            if not text.startswith("table"):
+                text = f"table inet {table} {{\n{text}\n}}\n"
+            run(NFT, "-c", "-f", "-", text=text)
+
+    def test_ssh(self, lab: Lab) -> None:
+        """ssh takes each configuration for it."""
+        if shutil.which("ssh") is None:
+            pytest.skip("ssh is not in PATH")
+        blocks = readme_blocks("sshconfig")
+        assert len(blocks) >= 4
+        for block in blocks:
+            path = lab.file(block.text)
+            host = "nas" if "Host nas" in block.text else "server"
+            done = lab.command("-G", "-F", path, host, program=("env", "HOME=/nowhere", "ssh"))
+            assert done.status == 0, (block, done)
+            ours = r"proxycommand .*letmein(\.py)? connect|exec .letmein knock"
+            assert re.search(ours, done.out + block.text), done
+
+    def test_links(self) -> None:
+        """Each link within README leads to a heading, and the contents to each chapter."""
+        text = re.sub("(?ms)^```.*?^```$", "", readme())
+        headings = re.findall("(?m)^#{2,3} (.*)$", text)
+        words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+        anchors = {heading.replace(" ", "-") for heading in words}
+        assert len(anchors) == len(headings)
+        links = set(re.findall(r"\]\(#([^)]*)\)", text))
+        assert links <= anchors
+        contents = set(re.findall(r"\]\(#([^)]*)\)", readme_section("Contents")))
+        assert anchors - contents <= {"try-it", "contents"}
+
+    def test_options_of_the_command_line(self) -> None:
+        """The chapter has each command and each option that the parser has, and no other."""
+        text = readme_section("Command line")
+        cells = re.findall(r"(?m)^\| (`.*?`) \| ", text.replace("\\|", ""))
+        spans = " ".join(re.findall("`([^`]+)`", " ".join(cells)))
+        named = set(re.findall(r"(?<![\w-])--?[A-Za-z0-9][a-z0-9-]*", spans))
+        assert named == option_names()
+        for command in helps():
+            assert re.search(rf"\| `{command}", text), command
+
+    def test_options_of_the_files(self) -> None:
+        """The chapter has each option that the program knows, and no other, and so have the
+        examples, each those of its side."""
+        known = {(section, name) for section, names in letmein.OPTIONS.items() for name in names}
+        text = readme_section("Configuration files")
+        named = set()
+        for section, names in re.findall(r"(?m)^\| ([A-Z]+) \| (`.*?) \|", text):
+            named |= {(section, name) for name in re.findall("`([^`]+)`", names)}
+        assert named == known
+        for name, other in (("letmeind", "CLIENT"), ("letmein", "NFTABLES")):
+            text = (HERE / f"{name}.conf.example").read_text(encoding="utf-8")
+            for section, option in known:
+                is_there = re.search(rf"(?m)^(# )?{option} = ", text) is not None
+                assert is_there or section == other, (name, section, option)
+
+    def test_events_of_the_log(self) -> None:
+        """The chapter's table has each event that the program logs, and no other."""
+        rows = re.findall(r"(?m)^\| (`[^|]*) \|", readme_section("Log"))
+        named = {name for row in rows for name in re.findall("`([a-z-]+)`", row)}
+        assert len(named) > 15
+        assert named == log_events()
+
+    def test_words_of_the_client(self) -> None:
+        """What the client says, by the table of likely causes, is what it says."""
+        texts = set()
+        for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                text = "".join(map(str, parts))
+            else:
+                text = re.sub("{.*?}", "{}", str(getattr(node, "value", "")))
+            texts |= {text, text.partition(": ")[2]}  # behind the place
+        texts = {text for text in texts if len(text.replace("{}", "")) > 12}
+        patterns = [re.escape(text).replace(r"\{\}", ".+") for text in texts]
+        words = re.findall(r"(?m)^\| `([^|]*)` \|", readme_section("When it does not work"))
+        assert len(words) >= 8
+        for word in words:
+            assert any(re.match(pattern, word) for pattern in patterns), word
+
+    def test_version(self) -> None:
+        assert f"Version {letmein.VERSION}," in readme()
+
+    def test_lines(self) -> None:
+        """Prose is at most 100 characters wide."""
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        assert not [line for line in prose.splitlines() if len(line) > 100 and line[0] != "|"]
 
 
 # ----------------------------------------------------------------------------
