@@ -2643,11 +2643,6 @@ def is_ours(rule: Rule) -> bool:
     return rule.comment.startswith("letmein ") or rule.comment.endswith("/LETMEIN")
 
 
-def tell_nobody(event: str, lease: Lease | None = None, reason: str = "") -> None:
-    """What Table.tell_change is at first. Args: event, "opened", "renewed" or "closed", or
-    "healed" without a lease, when others had changed something."""
-
-
 class Table:
     """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It
     decides nothing. Args: as for Firewall."""
@@ -2659,7 +2654,7 @@ class Table:
         self.log = log
         self.kernel = Kernel(config.family, config.table)
         self.leases = Leases()
-        self.tell_change = tell_nobody  # of each change of a lease
+        self.tell_change: Callable[..., None] = lambda *_: None  # as Monitor._tell_change()
         self.gates = Leases()  # of EVERYBODY, until the last lease of their resource ends
         self.handles: Handles = {}  # of the sets that hold all these
         # Whether a new expiration restarts the time of an element that is there.
@@ -3751,8 +3746,9 @@ class Monitor:
             peer.send(json_line(self._status()))
 
     def _tell_change(self, event: str, lease: Lease | None = None, reason: str = "") -> None:
-        """Tell followers of a change of the leases."""
-        if lease is None:  # others had changed something: who knows what a follower has read
+        """Tell followers what has become of a lease. Args: event, "opened", "renewed" or "closed",
+        or "healed" without a lease: others had changed what a follower may have read."""
+        if lease is None:
             self.followers.drop_all()
         elif self.followers.peers:
             left = 0 if event == "closed" else int(lease.ends - time.monotonic()) + 1

@@ -5797,20 +5797,15 @@ class Recipe:
                     found.append(int(path.name))
         return [pid for pid in found if self.process and pid != self.process.pid]
 
-    def kill(self) -> None:
-        """SIGKILL all parts of it."""
-        for pid in self.parts():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def kill_follower(self) -> None:
-        """SIGKILL `letmein status --follow` alone."""
+    def kill(self, word: str = "") -> None:
+        """SIGKILL all parts of it, or those that have this in their command line."""
         for pid in self.parts():
             with contextlib.suppress(OSError):
-                if b"--follow" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
 
+FOLLOWER = "--follow\0--json"  # of which command line it is a part
 IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
 
 
@@ -5888,9 +5883,9 @@ class TestRecipes:
         assert handshake(lab, operation=REVOKE) == COMEIN
         knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
         agree_with(server)
-        for kill in (Recipe.kill_follower, Recipe.kill):
+        for word in (FOLLOWER, ""):
             for recipe in recipes:
-                kill(recipe)
+                recipe.kill(word)
             assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
             knock_all(lab, (CLIENT_6, 0x22, 1))
             agree_with(server)
@@ -5930,8 +5925,8 @@ class TestRecipes:
             run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
             knock_all(lab, (CLIENT_4, 0x22, 1))
             eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
-            recipe.kill_follower()
             run("ipset", "flush", "letmein4")
+            recipe.kill("letmein-ipset\0")
             eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
             self.exercise(lab, server, [recipe], state)
             run("iptables", "-F", "INPUT")
@@ -5975,6 +5970,10 @@ class TestRecipes:
             knock_all(lab, (CLIENT_4, 0x22, 1))
             for host in hosts:
                 eventually(host.reachable, f"{host.address} stays shut")
+            with lab.inside(hosts[0].namespace):
+                run(NFT, "flush set inet filter letmein4")
+            recipes[0].kill("BatchMode")  # ssh
+            eventually(hosts[0].reachable, "its set stays empty")
 
             def state() -> set[str]:
                 states = [host.state() for host in hosts]
