@@ -34,19 +34,21 @@ import struct
 import sys
 import time
 from collections import deque, namedtuple
+from types import SimpleNamespace
 
 VERSION = "1.0.0"
+STARTED = time.monotonic()
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
-    import argparse
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
+    Say = Callable[[str], None]  # tells the user something
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
@@ -80,20 +82,20 @@ class UserError(Exception):
 
 
 def tell(text: str) -> None:
-    """Tell the user. If nobody reads it any more, that is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(f"letmein: {text}", file=sys.stderr, flush=True)
+    """Tell the user. The program goes on even if nobody can read it any more."""
+    with contextlib.suppress(OSError):  # the line in one piece: other threads tell things, too
+        print(f"letmein: {text}\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """Tell the user of something that is not right, but no reason to stop."""
+    """Tell the user of something that is wrong, but does not stop the program."""
     tell(f"warning: {text}")
 
 
-def tell_error(error: Exception) -> None:
+def tell_error(error: Exception, kind: str = "error") -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
     hint = getattr(error, "hint", "")
-    tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
+    tell(f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
@@ -247,7 +249,7 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
-            raise ProtocolError("this is no letmein message")
+            raise ProtocolError("it speaks another protocol")
         message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
             raise ProtocolError(f"unknown operation {message.operation}")
@@ -277,21 +279,25 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
+    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
 ) -> Handshake:
     """The client's side of one knock or revocation: yields the 56 bytes to send, wants those that
     come back, and ends when the server has done what was asked for. Foreign ids are only worth a
-    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due."""
+    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due.
+    Args: say, told of each message."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
+        say(f"sending {OPERATIONS[said]} for resource {resource:08X}")
         answer = Message.decode((yield signed(said, user, resource, key, token)))
+        say(f"received {OPERATIONS[answer.operation]}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=due == COMEIN)
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
-            raise ProtocolError("the server sent {}, not {}".format(*names))
+            raise ProtocolError("{} instead of {}".format(*names))
         if answer[1:3] != (user, resource):
-            warn(f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}")
+            ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
+            warn(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -672,7 +678,7 @@ def parse_key(text: str) -> bytes:
     elif not re.fullmatch("[0-9A-Fa-f]+", digits):
         problem = "this key has characters that are not hex digits"
     elif not digits.strip("0") or not digits.strip("Ff"):
-        problem = f"this key is {digits[0]} from end to end, which anybody can guess"
+        problem = f"this key is all {digits[0]}, which anybody can guess"
     if problem:
         raise Unfit(problem, "64 hex digits, as 'letmein gen-key' prints them")
     return bytes.fromhex(digits)
@@ -751,7 +757,10 @@ def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
         elif key in values and key in PORT_ITEMS:
             raise Unfit(f"{key} appears twice", f"{key} once")
         else:
-            values[key] = ITEMS[key](value)
+            try:
+                values[key] = ITEMS[key](value)
+            except Unfit as unfit:
+                raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
     return values, flags
 
 
@@ -1075,7 +1084,8 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
         mode = f"{status.st_mode & 0o777:o}"
         what = f"mode {mode} lets other users of this machine read or change it"
         warnings.append(f"{path}: {what}; chmod 600 {path}")
-    return data.decode("utf-8-sig", "surrogateescape")  # some editors begin a file with a BOM
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
+    return data.decode("utf-8", "surrogateescape")
 
 
 def find_included(pattern: str) -> list[str]:
@@ -1145,6 +1155,8 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
         hint = "name another file with --config, or let this user read it"
+        if not server:
+            hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1152,21 +1164,22 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Shake hands with all addresses of the host at the same time: one that does not answer costs the
-# others no time. `connect` and COMMAND hold open what was opened for as long as they use it.
+# The client knocks at all addresses of a host at the same time, so one that does not answer delays
+# none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
 
-ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
-UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
-UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
-TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
-TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
-OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
-CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
-RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
-RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
-GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
+ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
+UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
+UDP_HANDSHAKES = 24  # at once; with 8 addresses they stay below macOS's limit of 256 descriptors
+TCP_RETRIES = 3  # after the server hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; it doubles from one try to the next
+OTHER_ADDRESS_S = 0.25  # how much longer to wait for the others once one address is open
+CONNECT_S = 2.0  # a slower connect may have met a port that was closed meanwhile
+RENEWAL_RETRY_S = 1.0  # the first pause after a failed renewal; it doubles from one try to the next
+RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
+GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
-FAULT_HINT = "that is a fault of letmein: please report it"
+VERBS = {KNOCK: "open", REVOKE: "close"}
+BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
 # Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
@@ -1174,19 +1187,90 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_
 
 
 class HungUp(ProtocolError):
-    """The server closed the connection in place of an answer."""
+    """The server closed the connection instead of answering. Args: as Rejection."""
+
+    def __init__(self, is_challenged: bool = False) -> None:
+        super().__init__()
+        self.is_challenged = is_challenged
+
+
+class Silent(ProtocolError):
+    """Something accepts connections, but does not answer."""
 
 
 class Rejected(UserError):
     """The server answered, but did not do what was asked."""
 
 
-class AddressLost(UserError):
+class Unsent(UserError):
+    """Nothing could leave this machine."""
+
+
+class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
-def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
-    """What is to be opened or closed, as far as the client knows it. Raises UserError."""
+# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
+# and the most likely remedy. None is for all else.
+CAUSES: dict[object, tuple[type[UserError], str, str]] = {
+    errno.ENETUNREACH: (
+        Unsent, "this machine has no route to it",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EADDRNOTAVAIL: (
+        Unsent, "this machine has no IPv{version} address to send from",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EPERM: (
+        Unsent, "this machine does not let letmein send to control port {port} ({error})",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
+    "no zone": (
+        Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
+        "use another of its addresses if there is one: servers refuse link-local clients"),
+    errno.EHOSTUNREACH: (
+        UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
+        "see whether the host is up, and whether you may reach it from this network"),
+    errno.ECONNREFUSED: (
+        UserError, "nothing listens on its control port {port}",
+        "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    (errno.ETIMEDOUT, "tcp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the host is up, and whether a firewall on the way drops this port"),
+    (errno.ETIMEDOUT, "udp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
+    Silent: (
+        Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
+        "see whether a letmein server listens there, and what it logs"),
+    HungUp: (
+        Rejected, "the server closed the connection without an answer",
+        "compare user and key with the server's file: it may not answer wrong ones"),
+    (HungUp, CHALLENGE): (
+        Rejected, "the server closed the connection after the challenge",
+        "the key is right: see the server's log for the time of this knock"),
+    Rejection: (
+        Rejected, "{error}",
+        "compare user, key and resource with the server's file; its log says which is wrong"),
+    (Rejection, CHALLENGE): (
+        Rejected, "{error}",
+        "the key is right: event=failed in the server's log says what went wrong"),
+    ProtocolError: (
+        Rejected, "what answers on its control port {port} is not a letmein server ({error})",
+        "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    None: (
+        UserError, "{error} (on the way to its control port {port})",
+        "see whether this machine is online, and whether you can reach the host otherwise"),
+}
+CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
+
+
+def name_of(resource: Resource) -> str:
+    """What the user calls it."""
+    return f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+
+
+def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
+    """The resources that the command line names, as far as the file knows them. Raises
+    UserError."""
     if arguments.resources:
         unknown = Resource(0, 0, (), (), config.timeout, frozenset())
         known = config.resources
@@ -1194,29 +1278,21 @@ def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> 
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
     for port in set(arguments.ports) - set(ports):
         names = ", ".join(str(port) for port in sorted(ports) if port)
-        hint = f"it has: {names or 'none'}; or name a --resource"
+        hint = f"it has: {names or 'none'}; add port {port}, or name a resource with -r ID"
         problem = f"[RESOURCES] has no port {port} for user {user:08X}"
         raise UserError(f"{config.path}: {problem}", hint)
     return [ports[port] for port in arguments.ports]
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, ADDRESSES_LIMIT at most. families (socket.AF_INET, AF_INET6) are
-    those that must be there; empty for what host has. Raises UserError."""
-    try:
-        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
-        name = host.encode("ascii") if host.isascii() else host
-        family = families[0] if len(families) == 1 else socket.AF_UNSPEC
-        found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError, LookupError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
-        hint = "check the name, and that this machine can resolve names"
-        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
+    those that it must have; empty takes whatever it has. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
-    for entry in found:
-        queues[entry[0]].append(entry[4])
-    for family, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if family in families and not queues[family]:
+    wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
+    for found, _, _, _, address in look_up(host, port, wanted):
+        queues[found].append(address)
+    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
+        if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
@@ -1229,31 +1305,52 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     return targets
 
 
+def look_up(host: str, port: int, family: int) -> list[Any]:
+    """What getaddrinfo() finds for host; without an address of this family, those of the other.
+    Raises UserError."""
+    try:
+        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
+        name = host.encode("ascii") if host.isascii() else host
+        return socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError, LookupError, ValueError) as error:
+        if family != socket.AF_UNSPEC:
+            return look_up(host, port, socket.AF_UNSPEC)
+        reason = getattr(error, "strerror", None) or "this is not a host name"
+        hint = "check how the name is written"
+        if getattr(error, "errno", None) == socket.EAI_AGAIN:
+            hint = "see whether this machine is online: its name server does not answer"
+        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+
+
 def receive(peer: socket.socket, timeout: float) -> bytes:
-    """One message over TCP, within timeout seconds. Raises HungUp, ProtocolError, OSError."""
+    """One message over TCP, within timeout seconds. Raises HungUp, Silent, ProtocolError,
+    OSError."""
     end = time.monotonic() + timeout
     received = b""
     while len(received) < MESSAGE_SIZE:
         peer.settimeout(max(end - time.monotonic(), 0.001))
-        data = peer.recv(MESSAGE_SIZE - len(received))
-        if not data:
-            # A letmein server that hangs up has said nothing; other services may have.
-            kind = ProtocolError if received else HungUp
-            raise kind("the server closed the connection without an answer")
+        try:
+            data = peer.recv(MESSAGE_SIZE - len(received))
+        except socket.timeout:
+            raise Silent from None
         received += data
+        if not MAGIC.startswith(received[:4]):  # others may say less, and wait for us
+            raise ProtocolError("it speaks another protocol")
+        if not data:
+            raise HungUp
     return received
 
 
 def exchange_tcp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
     """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
-    Args: local, the socket address to come from; None for any.
+    Args: local, the socket address to come from, None for any; say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
-    The pauses grow, and they are random, or clients that met once would meet again. But a server
-    may also hang up because of a wrong key, and then no patience helps: a client that got no
-    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
+    The pauses grow, and they are random, or clients that collided once would collide again. A
+    server may also hang up because of a wrong key, and then patience does not help: without a
+    CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
@@ -1263,7 +1360,9 @@ def exchange_tcp(
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local:
                 peer.bind(local)
+            say("connecting")
             peer.connect(target[1])
+            say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
             is_challenged = False
@@ -1275,7 +1374,8 @@ def exchange_tcp(
             except (HungUp, ConnectionError):
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
-                    raise
+                    raise HungUp(is_challenged) from None
+        say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
         retries -= not is_challenged
@@ -1301,7 +1401,7 @@ class UdpHandshake:
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it was one that is due. Ends with
+        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
         StopIteration, or raises ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
@@ -1325,7 +1425,7 @@ class UdpHandshakes:
         self.selector = selectors.DefaultSelector()
 
     def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; when there are too many, no more for the oldest's."""
+        """Wait for this one's answers too; at the limit, give up the oldest."""
         if len(self.running) == UDP_HANDSHAKES:
             self.drop(self.running[0])
         self.running.append(handshake)
@@ -1353,16 +1453,18 @@ class UdpHandshakes:
 
 
 def exchange_udp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
-    """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
-    a port of its own, and each RESPONSE is sent again, while the older ones may still be
-    answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
+    """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
+    port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
+    KNOCK is sent twice from one port: the reference's server rejects that."""
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
+                if handshakes.running:
+                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
                 if now < start + timeout:
@@ -1384,7 +1486,7 @@ def start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        hint = "is a limit of processes reached (ulimit -u, or a container's)?"
+        hint = "raise the limit of processes: ulimit -u, or the container's"
         raise UserError(f"cannot start a thread: {error}", hint) from None
 
 
@@ -1395,7 +1497,7 @@ class Race:
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
         self.addresses = list(addresses)
-        self.is_given_up = False  # from then on nothing new is begun
+        self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
         self.news = threading.Semaphore(0)
@@ -1409,7 +1511,7 @@ class Race:
         for address, thread in zip(self.addresses, self.threads):
             try:
                 thread.start()
-            except RuntimeError:  # there are no more threads: then one after the other
+            except RuntimeError:  # no more threads: one address after the other
                 self._run(address)
 
     def _run(self, address: str) -> None:
@@ -1418,7 +1520,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """The results: all of them, or those that came until OTHER_ADDRESS_S after enough."""
+        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1446,90 +1548,99 @@ class Race:
 class Client:
     """One run of the client. Args: arguments, of the command line. Raises UserError."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         self.arguments = arguments
         self.user = config.default_user if arguments.user is None else arguments.user
         if self.user not in config.keys:
-            hint = "copy its line from the server's [KEYS], or name another user with --user"
+            hint = "copy the user's line from the server's [KEYS], or name another user with -u ID"
             raise UserError(f"{config.path}: [KEYS] has no key for user {self.user:08X}", hint)
+        self.say(f"read {config.path}: the key of user {self.user:08X}")
         self.key = config.keys[self.user]
         self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
         self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
         self.port = arguments.server_port or config.port
-        self.targets = resolve(arguments.host, self.port, arguments.families)
+        # As in a URL: [2001:db8::1]
+        self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
+        self.targets = resolve(self.host, self.port, arguments.families)
+        self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
         # By address of the server the socket address to come from, where that matters.
         self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
-        self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
-        self.say(f"configuration: {config.path}")
-        self.say(f"server: {' and '.join(self.targets)}, port {self.port}/{self.protocol}")
+
+    def say(self, text: str) -> None:
+        """With --verbose, tell the user of a step, and how long after the start it came."""
+        if self.arguments.verbose:
+            tell(f"{1000 * (time.monotonic() - STARTED):.0f} ms  {text}")
+
+    def place(self, addresses: Iterable[str]) -> str:
+        """The host as the user gave it, with its addresses."""
+        names = ", ".join(addresses)
+        return names if names == self.host else f"{self.host} ({names})"
 
     def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
+        place = self.place([where])
+
+        def say(text: str) -> None:
+            self.say(f"{place}: {text}")
+
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where))
+            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
         except StopIteration:
             return None
-        except ProtocolError as error:
-            return Rejected(f"{self.place(where)}: {error}", self.rejection_hint(error))
-        except OSError as error:
-            if where in self.local and error.errno == errno.EADDRNOTAVAIL:
-                lost = f"this machine no longer has the address {self.local[where][0]}"
-                return AddressLost(f"{where}: {lost}", "what is open for it closes by itself")
-            return UserError(f"{self.place(where)}: {self.reason(error)}", self.network_hint(error))
+        except (ProtocolError, OSError) as error:
+            failure = self.explain(error, where)
+        except Unsent as error:
+            failure = error
         except Exception as error:  # in a thread nobody else would tell
-            return UserError(f"{where}: {error!r}", FAULT_HINT)
+            failure = UserError(f"{error!r}", BUG_HINT)
+        say(str(failure))
+        return failure
 
-    def place(self, where: str) -> str:
-        """An address of the server, and the name that the user gave."""
-        return where if where == self.arguments.host else f"{self.arguments.host} ({where})"
-
-    def reason(self, error: OSError) -> str:
-        """What went wrong on the way to the server."""
-        port = f"control port {self.port}/{self.protocol}"
-        if isinstance(error, ConnectionRefusedError):
-            return f"nothing listens on its {port}"
-        if isinstance(error, socket.timeout):
-            return f"no answer on its {port} within {self.timeout:g} s"
-        return f"{error.strerror or error} (its {port})"
-
-    def network_hint(self, error: OSError) -> str:
-        """The most likely thing to do about it."""
-        if isinstance(error, ConnectionRefusedError):
-            return "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
-        if isinstance(error, socket.timeout) and self.protocol == "udp":
-            return "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
-        if isinstance(error, socket.timeout):
-            return "see whether the host is up, and whether a firewall on the way drops this port"
-        return "see whether this machine is online, and has IPv6 if the address is one"
-
-    @staticmethod
-    def rejection_hint(error: ProtocolError) -> str:
-        """What a server may mean that does not do what it was asked for."""
-        if isinstance(error, Rejection) and error.is_challenged:
-            return "the key is right: event=failed in the server's log says what is in the way"
-        if isinstance(error, Rejection):
-            return "compare user, key and resource with the server's file; its log says which it is"
-        if isinstance(error, HungUp):
-            return "compare user and key with the server's file: it may be silent about wrong ones"
-        return "see whether it is a letmein server that listens there"
+    def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
+        """What an error on the way to an address means, and what to do about it."""
+        cause: object = type(error)
+        if getattr(error, "is_challenged", False):
+            cause = (cause, CHALLENGE)
+        elif isinstance(error, (socket.timeout, TimeoutError)):
+            cause = (errno.ETIMEDOUT, self.protocol)
+        elif isinstance(error, OSError):
+            is_local = error.errno == errno.EINVAL and where.startswith("fe")
+            cause = "no zone" if is_local else error.errno
+        if cause == errno.EADDRNOTAVAIL and where in self.local:
+            lost = f"this machine no longer has the address {self.local[where][0]}"
+            return AddressLost(lost, "what is open for it closes by itself")
+        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
+        facts = {
+            "port": f"{self.port}/{self.protocol}",
+            "patience": self.timeout,
+            "version": 6 if self.targets[where][0] == socket.AF_INET6 else 4,
+            "error": getattr(error, "strerror", None) or str(error),
+        }
+        return kind(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
         ids = operation, self.user, resource.identifier, self.key
         opened = self.opened[resource]
 
-        def new_handshake() -> Handshake:
-            if race.is_given_up:
-                raise ProtocolError("given up")
-            return client_handshake(*ids, warn)
-
         def ask(where: str) -> UserError | None:
+            place = self.place([where])
+
+            def new_handshake() -> Handshake:
+                if race.is_given_up:
+                    raise Unsent("given up: it is about to be closed")
+                return client_handshake(
+                    *ids,
+                    warn=lambda text: warn(f"{place}: {text}"),
+                    say=lambda text: self.say(f"{place}: {text}"),
+                )
+
             error = self.attempt(new_handshake, where)
             if operation == KNOCK and not error and where not in opened:
                 opened.append(where)
@@ -1547,13 +1658,20 @@ class Client:
         return families - good if self.arguments.families or not good else set()
 
     def failure(self, race: Race, results: Results) -> UserError | None:
-        """What to tell of the results, None for success. A server's word says more than the
-        silence of an address that leads nowhere."""
+        """What to tell of the results, None for success: where it failed, and why. A server's word
+        says more than the silence of another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
         relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
-        errors = [error for error in map(results.get, relevant) if error]
-        words = [error for error in errors if isinstance(error, Rejected)]
-        return next(iter(words + errors), None)
+        errors = {where: error for where in relevant if (error := results.get(where))}
+        if not errors:
+            return None
+
+        def weight(error: UserError) -> int:
+            return isinstance(error, Rejected) - isinstance(error, Unsent)
+
+        worst = max(errors.values(), key=weight)
+        where = [where for where, error in errors.items() if error.problem == worst.problem]
+        return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
         """Wait for the answers: until there are enough, and all of those where it is open."""
@@ -1564,27 +1682,53 @@ class Client:
 
         results = race.wait(is_enough)
         for where in race.addresses:
-            none_yet = UserError(f"{where}: no answer within {OTHER_ADDRESS_S:g} s more")
-            error = results.get(where, none_yet)
-            self.say(error.problem if error else f"{where}: COMEIN")
+            if where not in results:
+                self.say(f"{self.place([where])}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
 
-    def ask(self, operation: int, resource: Resource) -> bool:
-        """Knock or revoke, and tell the user; returns whether it worked."""
-        race = self.begin(operation, resource)
-        results = self.finish(race, resource)
-        if error := self.failure(race, results):
-            tell_error(error)
-            return False
-        done = "opened" if operation == KNOCK else "closed"
-        what = f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        return self.tell_done(f"{done} {what} on {self.arguments.host} ({good})")
+    def ask_all(self, operation: int) -> list[Resource]:
+        """Knock or revoke for each resource, and tell the user; returns those where it worked. A
+        server that cannot be reached for one is not asked for the others."""
+        done = []
+        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
+        for number, resource in enumerate(self.resources):
+            race = self.begin(operation, resource)
+            results = self.finish(race, resource)
+            error = self.failure(race, results)
+            if error is None:
+                if self.tell_done(operation, resource, race, results):
+                    done.append(resource)
+                continue
+            affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
+            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
+            if affected != [resource]:
+                break
+        for error, names in failures.values():
+            *others, last = names
+            listed = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, listed, error))
+        return done
 
-    def tell_done(self, line: str) -> bool:
+    def undone(self, operation: int, names: str, error: UserError) -> UserError:
+        """What to tell of an error with these resources."""
+        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
+
+    def tell_done(
+        self, operation: int, resource: Resource, race: Race, results: Results
+    ) -> bool:
         """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        name = name_of(resource)
+        if operation == KNOCK and (resource.port or resource.jumps):
+            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
+            self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
+        for where, error in results.items():
+            if isinstance(error, Rejected):
+                here = UserError(f"{self.place([where])}: {error}", error.hint)
+                tell_error(self.undone(operation, name, here), "note")
+        good = ", ".join(w for w in race.addresses if w in results and not results[w])
+        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1593,10 +1737,6 @@ class Client:
         except OSError:  # the user will not know; the other resources are to be seen to
             return False
         return True
-
-    def ask_all(self, operation: int) -> list[Resource]:
-        """Knock or revoke for each resource; returns those where it worked."""
-        return [resource for resource in self.resources if self.ask(operation, resource)]
 
 
 class Hold:
@@ -1651,7 +1791,7 @@ class Hold:
             try:
                 self._renew()
             except Exception as error:  # in a thread nobody else would tell
-                tell_error(UserError(f"what was opened is not renewed: {error!r}", FAULT_HINT))
+                tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
 
         start_thread(threading.Thread(target=run, daemon=True))
 
@@ -1660,20 +1800,23 @@ class Hold:
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        pauses = RenewalPauses(lease)
+        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+        pause = lease / 2
         end = time.monotonic() + lease
         is_told = False
         while True:
-            time.sleep(pauses.next())
+            time.sleep(pause)
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pauses, end, is_told = RenewalPauses(lease), begun + lease, False
+                pause, end, is_told = lease / 2, begun + lease, False
+                retries.reset()
                 continue
+            pause = retries.take()
             client.say(f"not renewed yet: {error}")
             if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
                 is_told = True
-                tell_error(UserError(f"what was opened is not renewed: {error}", error.hint))
+                tell_error(UserError(f"cannot renew {error}", error.hint))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -1681,8 +1824,10 @@ class Hold:
         for resource in self.client.resources:
             with self.turn:
                 race = self.client.begin(KNOCK, resource, self.addresses)
-            errors.append(self.client.failure(race, self.client.finish(race, resource)))
-        return next(filter(None, errors), None)
+            error = self.client.failure(race, self.client.finish(race, resource))
+            if error:
+                errors.append(type(error)(f"{name_of(resource)} on {error}", error.hint))
+        return errors[0] if errors else None
 
     def _run_command(self) -> int:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
@@ -1719,6 +1864,7 @@ class Hold:
         address, _, *scope = peer.getsockname()
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
+        self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()
         return 0
 
@@ -1727,43 +1873,35 @@ class Hold:
         behind our address closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
+        resource = client.resources[0]
         for patience in (CONNECT_S, client.timeout):
-            for where in client.opened[client.resources[0]]:
-                address: Any = (where.encode(), port)  # as bytes: see resolve()
+            for where in client.opened[resource]:
+                address: Any = (where.encode(), port)  # as bytes: see look_up()
+                client.say(f"{client.place([where])}: connecting to port {port}")
                 try:
                     peer = socket.create_connection(address, patience)
                 except OSError as error:
-                    reason = error.strerror or "it does not answer"
+                    reason = error.strerror or f"no answer within {patience:g} s"
                 else:
                     peer.settimeout(None)
                     return where, peer
             if patience == CONNECT_S:
                 client.ask_all(KNOCK)
-        problem = f"port {port} was opened, but cannot be reached: {reason}"
-        raise UserError(problem, "does the service run there?")
-
-
-class RenewalPauses:
-    """How long to wait before each try to renew a lease of so many seconds."""
-
-    def __init__(self, lease: float) -> None:
-        self.pause = lease / 2
-        self.retry = min(RENEWAL_RETRY_S, lease / 8)
-
-    def next(self) -> float:
-        """Seconds: half the lease, then short pauses that grow."""
-        pause, self.pause = self.pause, self.retry
-        self.retry = min(2 * self.retry, RENEWAL_RETRY_LIMIT_S)
-        return pause
+        place = client.place(client.opened[resource])
+        hint = "see whether the service runs on the server, and listens on this address"
+        if resource.port not in (0, port):
+            hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
+        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        raise UserError(f"{problem}: {reason}", hint)
 
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "is it in PATH? of a script: is the program there that its first line names?"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
         tell_error(UserError(f"cannot run {name!r}: not found", hint))
         return 127
-    hint = "is it a program that you may execute? a script begins with a line such as #!/bin/sh"
+    hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
     tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
     return 126
 
@@ -1785,8 +1923,8 @@ class Carrier:
         self.failure: UserError | None = None  # of the upload
 
     def run(self) -> None:
-        """Until both directions have come to their ends, or nobody reads the output any more.
-        Raises UserError if anything may have been lost."""
+        """Carry until both directions have ended, or nobody reads the output any more. Raises
+        UserError if anything may have been lost."""
         import threading
         uploader = threading.Thread(target=self._upload, daemon=True)
         start_thread(uploader)
@@ -1807,7 +1945,7 @@ class Carrier:
             raise self.failure
 
     def _download(self) -> None:
-        """Until the peer's end. Raises UserError, and ConnectionError if nobody reads."""
+        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
         while data := self._receive():
             while data:
                 try:
@@ -1817,7 +1955,8 @@ class Carrier:
                 except ConnectionError:
                     raise
                 except OSError as error:
-                    raise UserError(f"cannot write standard output: {error.strerror}") from None
+                    problem = f"cannot write standard output: {error.strerror}"
+                    raise UserError(problem, "check where the output goes") from None
 
     def _receive(self) -> bytes:
         try:
@@ -1834,7 +1973,7 @@ class Carrier:
         except UserError as error:
             self._fail(error)
         except Exception as error:  # in a thread nobody else would tell
-            self._fail(UserError(f"{error!r}", FAULT_HINT))
+            self._fail(UserError(f"{error!r}", BUG_HINT))
 
     def _fail(self, failure: UserError) -> None:
         """End the other direction as well."""
@@ -1850,7 +1989,8 @@ class Carrier:
             except BlockingIOError:  # our parent has made it so
                 select.select([0], [], [])
             except OSError as error:
-                raise UserError(f"cannot read standard input: {error.strerror}") from None
+                problem = f"cannot read standard input: {error.strerror}"
+                raise UserError(problem, "check where the input comes from") from None
 
     def _send(self, data: bytes) -> None:
         self.sent += len(data)
@@ -1861,18 +2001,18 @@ class Carrier:
 
 
 def broken(error: OSError) -> UserError:
-    hint = "some of what was sent, or was still to come, may be lost"
+    hint = "connect again: some of what was sent or still to come may be lost"
     return UserError(f"the connection broke: {error.strerror}", hint)
 
 
 def drop_output() -> None:
-    """Close standard output, in a way that leaves Python nothing to complain of."""
+    """Close standard output so that Python does not complain about it."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 
 
 def catch_signals(handler: Any) -> None:
-    """Have what would end this program go to handler, as of signal.signal()."""
+    """Set a handler, as for signal.signal(), for the signals that would end this program."""
     import signal
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
@@ -3624,7 +3764,7 @@ class Followers:
 class Monitor:
     """The privileged process. Args: arguments, of the command line, and of them activated."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         os.umask(0o077)
         self.config = config
         self.arguments = arguments
@@ -4459,6 +4599,8 @@ CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
 FOLLOW_PAUSE_S = 0.5  # before a server that has ended, or cut us off, is asked again
+HELP_COLUMN = 26  # where the text of --help begins
+HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
 
 def show_status(config: Config, rundir: str, as_json: bool) -> None:
@@ -4711,7 +4853,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
     return leases
 
 
-def begin_service(arguments: argparse.Namespace) -> None:
+def begin_service(arguments: SimpleNamespace) -> None:
     """What comes before all else: take over what systemd has given us, and note signals, so that a
     change of the file behind which a SIGHUP came is never missed. Raises UserError."""
     arguments.activated = given = activated_sockets()
@@ -4721,7 +4863,7 @@ def begin_service(arguments: argparse.Namespace) -> None:
         arguments.signals = note_signals()
 
 
-def serve(config: Config, arguments: argparse.Namespace) -> int:
+def serve(config: Config, arguments: SimpleNamespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
@@ -4802,6 +4944,33 @@ def new_key_line(user: int) -> str:
     return f"{user:08X} = {key.hex().upper()}"
 
 
+def generate_key(user: int | None, path: str, config: str | None) -> None:
+    """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
+    client's default user, or else for the first one behind that who has no key yet. Args: path, of
+    the client's file; config, the file of --config."""
+    server_places = [f"{place}/letmeind.conf" for place in CONFIG_PLACES]
+    server_path = config or next(filter(os.path.exists, server_places), server_places[-1])
+    keys: Mapping[int, bytes] = {}
+    default = 0
+    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+        default = read_config(path, server=False).default_user
+    with contextlib.suppress(ConfigError):  # nor is it to be complete: we need its keys alone
+        keys = read_config(server_path, server=False).keys
+    wanted = default if user is None else user
+    new = wanted
+    while user is None and new in keys:
+        new = (new + 1) & 0xFFFFFFFF
+    print(new_key_line(new), flush=True)
+    if new != wanted:
+        tell(f"user {wanted:08X} has a key in {server_path}, so this one is for user {new:08X}")
+    if new in keys:
+        tell(f"user {new:08X} has a key in {server_path}: this line replaces that one")
+    tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
+    if new != default:
+        tell(f"the client's file also needs, below [CLIENT]: default-user = {new:08X}")
+    tell(f"or have the server print the whole client's file: letmein client-conf -u {new:X}")
+
+
 def service_file(kind: str, path: str, account: str) -> str:
     """A file that starts this copy of the program with the system. Args: kind, as on the command
     line; path, of letmeind.conf; account, of the network process."""
@@ -4836,7 +5005,11 @@ ListenDatagram=5800
 WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
-    places.update(map(os.path.dirname, (program, module, path)))
+    for file in (program, module, path):
+        if os.path.dirname(file) == "/":
+            hint = "move it into a directory: the service sees its files' directories, and no more"
+            raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
+        places.add(os.path.dirname(file))
     with contextlib.suppress(ConfigError):
         places.add(include_directory(read_config(path, server=True)))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
@@ -4870,170 +5043,508 @@ WantedBy=multi-user.target
 """
 
 
-ABOUT = """\
-An authenticated port knocker. For example:
-  letmein knock server 22                       open port 22 of server for this address
-  letmein knock server 22 -- ssh server         the same, log in, and close it again
-  ssh -o ProxyCommand='letmein connect %h %p' server"""
+class UsageError(UserError):
+    """The command line is wrong. Args: what is wrong, what to do."""
 
 
-def parser_class() -> type[argparse.ArgumentParser]:
-    """A parser that says in two lines what is wrong, and how the one command is used."""
-    import argparse
+class Option(NamedTuple):
+    """An option of the command line; or an argument, whose name is in upper case."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            """Tell the user, and end the program with status 2."""
-            usage = " ".join(self.format_usage().split())
-            choice = r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)"
-            if command := re.match(choice, message):
-                message = f"there is no command {shown(command[1])}"
-                known = re.findall(r"[a-z-]+", command[2])
-                usage = f"{did_you_mean(command[1], known)}'letmein --help' lists all commands"
-            tell_error(UserError(message, usage))
-            sys.exit(2)
-
-        def unknown(self, word: str) -> NoReturn:
-            """Tell the user that there is no such option."""
-            known = re.findall(r"--[a-z0-9-]+", self.format_help())
-            question = did_you_mean(word, known, "; ").rstrip()
-            self.error(f"there is no option {shown(word)}{question}")
-
-    return Parser
+    names: tuple[str, ...]
+    field: str  # of what parse_words() returns
+    text: str  # for --help, which does not show an option that has none
+    metavar: str = ""  # of its value; "" for an option that has none
+    parse: Callable[[str], Any] = str  # its value. Raises Unfit
+    words: tuple[str, ...] = ()  # the values that there are, in place of parse
+    value: Any = True  # of an option without a metavar
+    default: Any = None
+    is_list: bool = False  # it may be repeated
 
 
-def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
-    """A question that names the known word most like this one; "" if none is."""
+class Command(NamedTuple):
+    """A command, and what --help says of it. Lines of help are at most 80 characters long."""
+
+    name: str
+    summary: str  # for the list of commands
+    usage: str
+    about: str
+    examples: str
+    arguments: tuple[Option, ...] = ()
+    options: tuple[Option, ...] = ()
+
+
+def parse_account(text: str) -> str:
+    """The name of a user of this machine."""
+    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
+
+
+def parse_slots(text: str) -> int:
+    """How many connections the server keeps."""
+    return parse_number(text, 1, 1_000_000)
+
+
+def default_rundir() -> str:
+    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
+
+
+KINDS = ("systemd", "systemd-socket", "openwrt")
+SHELLS = ("bash", "zsh", "fish")
+
+CONFIG = Option(
+    ("-c", "--config"), "config", "configuration file (default: letmein.conf in ~/.config/letmein,"
+    " /opt/letmein/etc or /etc)", "FILE",
+)  # fmt: skip
+SERVER_CONFIG = CONFIG._replace(
+    text="configuration file (default: letmeind.conf in /opt/letmein/etc or /etc)"
+)
+COMMON = (  # options of all commands, in front of COMMAND or behind it
+    CONFIG,
+    Option(("--verbose",), "verbose", "print more about what happens"),
+    Option(
+        ("--seccomp",), "seccomp", "filter system calls: off, log or kill (default: seccomp of the"
+        " configuration file, else off)", "MODE", words=SECCOMP,
+    ),
+    Option(("-h", "--help"), "help", "print this help"),
+    Option(("-v", "--version"), "version", "print the version"),
+    Option(("--dns", "--dns-crypt"), "dns", "", "MODE"),  # obsolete in the reference, too
+)  # fmt: skip
+
+USER = Option(
+    ("-u", "--user"), "user", "user whose key is used (default: default-user of the configuration"
+    " file, else 00000000)", "ID", parse_identifier,
+)  # fmt: skip
+HOST = Option(("HOST",), "host", "name or address of the server")
+PORT = Option(
+    ("PORT",), "ports", "port of a resource in [RESOURCES] of the configuration file, such as 22;"
+    " several may follow each other", parse=parse_port, is_list=True,
+)  # fmt: skip
+QUIET = Option(("-q", "--quiet"), "quiet", "print only warnings and errors")
+RESOURCE_ID = Option(
+    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be"
+    " repeated", "ID", parse_identifier, is_list=True,
+)  # fmt: skip
+CONTACT = (  # how the client reaches the server
+    USER,
+    Option(
+        ("-P", "--server-port"), "server_port", "control port of the server (default: port of the"
+        " configuration file, else 5800)", "PORT", parse_port,
+    ),
+    Option(
+        ("-T", "--server-port-tcp"), "protocol", "knock over TCP (default: what port in the"
+        " configuration file says, TCP if it says both)", value="tcp",
+    ),
+    Option(("-U", "--server-port-udp"), "protocol", "knock over UDP", value="udp"),
+    Option(
+        ("-4", "--ipv4"), "families", "knock over IPv4 (default: over IPv4 and IPv6, and one of"
+        " them is enough; with -4 and -6 both must work)", value=socket.AF_INET, is_list=True,
+    ),
+    Option(
+        ("-6", "--ipv6"), "families", "knock over IPv6", value=socket.AF_INET6, is_list=True,
+    ),
+)  # fmt: skip
+RUNDIR = Option(
+    ("--rundir",), "rundir", "run directory of the server (default: /run/letmeind if it exists,"
+    " else /run)", "DIR", default=default_rundir,
+)  # fmt: skip
+ACCOUNT = Option(
+    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    " (default: letmeind)", "NAME", parse_account, default="letmeind",
+)  # fmt: skip
+
+LETMEIN = Command(
+    "", "", "[OPTION...] COMMAND ...",
+    "An authenticated port knocker: a firewall opens a port to clients with a key.",
+    """\
+  letmein knock server 22                  open port 22 for this machine
+  letmein knock server 22 -- ssh server    open it, log in, close it
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein help knock                       more about one command""",
+    options=(CONFIG._replace(text="configuration file (each command's help names its default)"),),
+)  # fmt: skip
+COMMANDS = (
+    Command(
+        "knock", "open a port for this machine's address",
+        "[OPTION...] HOST (PORT... | -r ID...) [-- COMMAND...]",
+        """\
+Open ports of HOST for the address of this machine, for as long as the server
+allows. With COMMAND they stay open while it runs, and are closed at its end.""",
+        """\
+  letmein knock server 22                  open port 22
+  letmein knock server 22 443              open two ports
+  letmein knock -r 80 server               open resource 00000080
+  letmein knock server 22 -- ssh server    open port 22, log in, close it""",
+        (HOST, PORT, Option(
+            ("COMMAND",), "to_run", "program to run, with its arguments; its exit status is that"
+            " of letmein", is_list=True,
+        )),
+        (
+            RESOURCE_ID, *CONTACT, QUIET,
+            Option(("--keep",), "keep", "leave the ports open when COMMAND ends"),
+        ),
+    ),
+    Command(
+        "revoke", "close it again", "[OPTION...] HOST (PORT... | -r ID...)",
+        """\
+Close ports of HOST that this machine has opened. What is not open counts as
+closed. The older name of this command is close.""",
+        """\
+  letmein revoke server 22                 close port 22
+  letmein revoke -r 80 server              close resource 00000080""",
+        (HOST, PORT),
+        (RESOURCE_ID, *CONTACT, QUIET),
+    ),
+    Command(
+        "connect", "open a port and connect to it, for ssh's ProxyCommand",
+        "[OPTION...] HOST PORT [-r ID]",
+        """\
+Open PORT of HOST and connect to it: standard input goes there, and what comes
+from there goes to standard output. The port is closed at the end.""",
+        """\
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein connect -r 80 server 8443        open 00000080, connect to port 8443""",
+        (HOST, PORT._replace(text="port to open and to connect to")),
+        (
+            RESOURCE_ID._replace(text="open this resource, and connect to PORT"), *CONTACT,
+            Option(("--keep",), "keep", "leave the port open at the end"),
+        ),
+    ),
+    Command(
+        "gen-key", "print a new key", "[OPTION...]",
+        "Print a new key, as a line for [KEYS] in the files of server and client.",
+        """\
+  letmein gen-key                          a key for the first user without one
+  letmein gen-key -u 2A                    a key for user 0000002A""",
+        (),
+        (USER._replace(
+            text="user that the key is for (default: the client's default-user; if letmeind.conf"
+            " has a key for it, the next one)"
+        ),),
+    ),
+    Command(
+        "client-conf", "print a user's client file, on the server", "[OPTION...] -u ID",
+        """\
+Print the complete letmein.conf of a user, made from letmeind.conf: it has the
+user's key, the control port and what the user may open.""",
+        """\
+  letmein client-conf -u 2A                the file for user 0000002A
+  letmein client-conf -u 2A | qrencode -t ansiutf8""",
+        (),
+        (
+            USER._replace(text="user whose file is printed (required)"),
+            Option(
+                ("--host",), "host_name", "name by which the client reaches this server (default:"
+                " the name of this machine)", "NAME",
+            ),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "server", "run the server", "[OPTION...]",
+        "Run the server in the foreground. Its log goes to standard error.",
+        """\
+  letmein server --check                   see whether it could run
+  letmein server                           run it""",
+        (),
+        (
+            Option(("--check",), "check", "check configuration and firewall, and change nothing"),
+            RUNDIR,
+            Option(
+                ("-n", "--num-connections"), "num_connections", "connections at the same time"
+                " (default: 1024)", "COUNT", parse_slots, default=1024,
+            ),
+            Option(
+                ("-N", "--num-ip-connections"), "num_ip_connections", "connections at the same time"
+                " from one IPv4 address or one IPv6 /56 (default: 128)", "COUNT", parse_slots,
+                default=128,
+            ),
+            ACCOUNT, SERVER_CONFIG,
+            Option(("--no-systemd",), "no_systemd", ""),  # for the scripts of letmeind
+        ),
+    ),
+    Command(
+        "service", "print a file that starts the server at boot", "[OPTION...] KIND",
+        """\
+Print a file that starts this copy of the program at boot:
+  systemd          the unit /etc/systemd/system/letmeind.service
+  systemd-socket   an extra, letmeind.socket: systemd opens the control port
+  openwrt          the init script /etc/init.d/letmeind""",
+        """\
+  letmein service systemd >/etc/systemd/system/letmeind.service
+  letmein service openwrt >/etc/init.d/letmeind""",
+        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (ACCOUNT, SERVER_CONFIG),
+    ),
+    Command(
+        "status", "print who has opened what, on the server", "[OPTION...]",
+        "Print who has opened what, for how long still, and what the server has counted.",
+        """\
+  letmein status --watch                   again each second, until Ctrl-C
+  letmein status --follow                  each change as it happens
+  letmein status --json | jq .leases""",
+        (),
+        (
+            RUNDIR,
+            Option(("--json",), "json", "print one JSON document, for other programs"),
+            Option(("--watch",), "watch", "print it again each second, until Ctrl-C"),
+            Option(
+                ("--follow",), "follow", "print it, then each change as it happens, until Ctrl-C;"
+                " with --json one JSON object a line",
+            ),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "completion", "print a completion script for a shell", "[OPTION...] SHELL",
+        "Print a script with which a shell completes commands and options.",
+        """\
+  eval "$(letmein completion bash)"        in ~/.bashrc
+  eval "$(letmein completion zsh)"         in ~/.zshrc, after compinit
+  letmein completion fish | source         in ~/.config/fish/config.fish""",
+        (Option(("SHELL",), "shell", ", ".join(SHELLS), words=SHELLS),),
+    ),
+)  # fmt: skip
+ALIASES = {"close": "revoke"}  # its older name
+
+
+def options_of(command: Command) -> list[Option]:
+    """What a command takes; an option of its own may have the name of a common one."""
+    fields = {option.field for option in command.options}
+    return [*command.options, *(option for option in COMMON if option.field not in fields)]
+
+
+def usage_line(command: Command) -> str:
+    """How a command is used."""
+    return f"usage: {' '.join(filter(None, ('letmein', command.name, command.usage)))}"
+
+
+def help_row(left: str, text: str, width: int) -> str:
+    """One or more lines of help: what is explained, and its text in a column of its own."""
+    import textwrap
+    indent = " " * HELP_COLUMN
+    start = f"  {left}"
+    if len(start) + 2 > HELP_COLUMN:
+        start += f"\n{indent}"
+    else:
+        start = start.ljust(HELP_COLUMN)
+    lines = textwrap.wrap(text, width - HELP_COLUMN, break_on_hyphens=False)
+    return start + f"\n{indent}".join(lines)
+
+
+def help_text(command: Command) -> str:
+    """All that there is to say of a command, in the width of the terminal."""
+    try:
+        width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
+    except OSError:  # standard output is no terminal
+        width = HELP_WIDTHS[0]
+    width = max(width, 2 * HELP_COLUMN)
+    parts = [usage_line(command), "", command.about]
+    lists = {"Arguments": command.arguments, "Options": options_of(command)}
+    if command is LETMEIN:
+        parts += ["", "Commands:"]
+        parts += [help_row(each.name, each.summary, width) for each in COMMANDS]
+    for title, options in lists.items():
+        rows = [
+            help_row(f"{', '.join(option.names)} {option.metavar}".rstrip(), option.text, width)
+            for option in options
+            if option.text
+        ]
+        parts += ["", f"{title}:", *rows] if rows else []
+    return "\n".join([*parts, "", "Examples:", command.examples])
+
+
+NO_WORD = "''"  # in a shell
+BASH_COMPLETION = """\
+_letmein() {{
+    local word command= words=
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
+        case $word in {names}) command=$word; break ;; esac
+    done
+    case $command in
+{cases}
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o bashdefault -o default -F _letmein letmein"""
+
+
+def completion_words(command: Command) -> list[str]:
+    """What may stand behind a command, but for values that only the user knows."""
+    words = [command.name for command in COMMANDS] if command is LETMEIN else []
+    for argument in command.arguments:
+        words += argument.words
+    for option in options_of(command):
+        words += option.names if option.text else ()
+    return words
+
+
+def completion(shell: str) -> str:
+    """A script with which a shell completes the words of our command line."""
+    words = {each.name: " ".join(completion_words(each)) for each in (LETMEIN, *COMMANDS)}
+    names = [command.name for command in COMMANDS]
+    if shell == "fish":  # see its complete(1)
+        lines = ["complete -c letmein -s c -l config -r -F"]
+        for name in names:
+            when = f"__fish_seen_subcommand_from {name}"
+            lines.append(f"complete -c letmein -n '{when}' -a '{words[name]}'")
+        lines.append(f"complete -c letmein -f -n __fish_use_subcommand -a '{words['']}'")
+        return "\n".join(lines)
+    cases = [f"        {name or NO_WORD}) words='{words[name]}' ;;" for name in words]
+    script = BASH_COMPLETION.format(names="|".join(names), cases="\n".join(cases))
+    # zsh can do as bash does: zshcompsys(1), bashcompinit.
+    return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the known word most like this one; "" if none is. Options are compared
+    without their dashes, in which all are alike."""
     import difflib
-    found = difflib.get_close_matches(word, list(known), 1)
-    return "".join(f"{before}did you mean {name}? " for name in found)
+    names = {name.lstrip("-"): name for name in known}
+    found = difflib.get_close_matches(word.lstrip("-"), names, 1)
+    return "".join(f"did you mean {names[name]}? " for name in found)
 
 
-def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Have argparse name the option if a value is not what it should be."""
-
-    def convert(text: str) -> Any:
-        import argparse
-        try:
-            return parse(text)
-        except Unfit as unfit:
-            problem = f"{unfit.problem}; expected: {unfit.hint}"
-            raise argparse.ArgumentTypeError(problem) from None
-
-    return convert
+def find_command(word: str) -> Command:
+    """The command of this name. Raises UsageError."""
+    for command in COMMANDS:
+        if command.name == ALIASES.get(word, word):
+            return command
+    names = [*(command.name for command in COMMANDS), *ALIASES]
+    hint = f"{did_you_mean(word, names)}'letmein --help' lists all commands"
+    raise UsageError(f"there is no command {shown(word)}", hint)
 
 
-def build_parser(first: str) -> argparse.ArgumentParser:
-    """The command line, as README's tables have it. A knock has no time for what is other
-    commands': if its first word is one of the client's commands, there is that one alone."""
-    import argparse
-    # A server that runs by our systemd unit may write nowhere else.
-    rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
-    # Without a width argparse would import shutil, to ask for the terminal's.
-    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    new_parser = functools.partial(parser_class(), formatter_class=form)
-    # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
-    common = new_parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-c", "--config", metavar="FILE")
-    common.add_argument("--verbose", action="store_true", help="say what is going on")
-    common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
-    common.add_argument("--dns", "--dns-crypt", help=argparse.SUPPRESS)
-    common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
-    parser = new_parser(prog="letmein", description=ABOUT, parents=[common])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add_command(name: str, **more: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, formatter_class=form, **{"parents": [common], **more})
-        command.set_defaults(parser=command)
-        return command
-
-    # A PORT may stand behind an option, where argparse loses it: see parse_words().
-    client = new_parser(add_help=False)
-    client.add_argument("host", metavar="HOST")
-    client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
-    client.add_argument("--keep", action="store_true", help="do not close at the end")
-    client.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-    client.add_argument("-P", "--server-port", metavar="PORT", type=option(parse_port))
-    add = functools.partial(client.add_argument, dest="resources", action="append", default=[])
-    add("-r", "--resource", metavar="ID", type=option(parse_identifier))
-    add = functools.partial(client.add_argument, dest="protocol", action="store_const")
-    add("-T", "--server-port-tcp", const="tcp")
-    add("-U", "--server-port-udp", const="udp")
-    add = functools.partial(client.add_argument, dest="families", action="append_const")
-    add("-4", "--ipv4", const=socket.AF_INET, default=[])
-    add("-6", "--ipv6", const=socket.AF_INET6, default=[])
-    for name, aliases, what, text in (
-        ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
-        ("revoke", ["close"], "(PORT... | -r ID...)", "close it again"),
-        ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
-    ):
-        usage = f"letmein {name} [OPTION...] HOST {what}"
-        if name == first or first not in ("knock", "revoke", "connect"):
-            add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
-    if first in ("knock", "revoke", "connect"):
-        return parser
-
-    command = add_command("gen-key", help="print a new key")
-    command.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-
-    command = add_command("client-conf", help="print a user's client file, on the server")
-    whose = option(parse_identifier)
-    command.add_argument("-u", "--user", metavar="ID", type=whose, required=True, help="whose")
-    text = "how the client reaches this server (default: its own name)"
-    command.add_argument("--host", metavar="NAME", dest="host_name", help=text)
-
-    command = add_command("server", help="run the server")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    slots = functools.partial(parse_number, least=1, limit=1_000_000)
-    command.add_argument("-n", "--num-connections", metavar="N", type=option(slots), default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=option(slots), default=128)
-    command.add_argument("--no-systemd", action="store_true")
-    command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
-    account = functools.partial(matched, pattern=name, expected="a user's name, or none")
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("service", help="print what starts the server with the system")
-    command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("status", help="who holds what")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    command.add_argument("--json", action="store_true", help="one document for other programs")
-    command.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
-    text = "then each change as it happens, until Ctrl-C; with --json one object a line"
-    command.add_argument("--follow", action="store_true", help=text)
-    return parser
+def no_option(name: str, command: Command) -> UsageError:
+    """What to say of an option that a command does not have."""
+    names = [option.names[-1] for option in options_of(command)]
+    program = f"letmein {command.name}".rstrip()
+    hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
+    for other in COMMANDS if command is LETMEIN else ():
+        if any(name in option.names for option in other.options):
+            hint = f"put it behind the command: letmein {other.name} {name}"
+            return UsageError(f"{name} is no option in front of a command", hint)
+    return UsageError(f"there is no option {shown(name)}", hint)
 
 
-def parse_words(words: list[str]) -> argparse.Namespace:
-    """The command line. Ends the program (status 2) if it is wrong."""
-    import argparse
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
-    parser = build_parser(words[0] if words else "")
-    arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
-    at = words.index("--") if "--" in words else len(words)
-    _, rest = parser.parse_known_args(words[:at], arguments)
-    command = arguments.parser
-    for word in rest:
-        if word.startswith("-"):
-            command.unknown(word)
-    if hasattr(arguments, "host"):
-        try:
-            arguments.ports, rest = [parse_port(word) for word in rest], []
-        except Unfit as unfit:
-            command.error(f"PORT {unfit.problem}; expected: {unfit.hint}")
+def parse_value(option: Option, text: str) -> Any:
+    """The value of an option or argument. Raises UsageError."""
+    try:
+        return parse_word(text, option.words) if option.words else option.parse(text)
+    except Unfit as unfit:
+        problem = f"{'/'.join(option.names)}: {unfit.problem}"
+        raise UsageError(problem, f"expected: {unfit.hint}") from None
+
+
+def take_option(
+    word: str, waiting: deque[str], command: Command, arguments: SimpleNamespace
+) -> None:
+    """Set what this word says: `--user=1`, `-u1`, or with the next of the waiting words `-u 1`. As
+    everywhere, -4U is the same as -4 -U. Raises UsageError."""
+    is_long = word.startswith("--")
+    name, equals, text = word.partition("=")
+    if not is_long:
+        name, text = word[:2], word[2:].removeprefix("=")
+    found = [option for option in options_of(command) if name in option.names]
+    if not found:
+        raise no_option(name, command)
+    option = found[0]
+    names = "/".join(option.names)
+    value = option.value
+    if option.metavar:
+        if not text and not (is_long and equals):
+            if not waiting or waiting[0].startswith("-"):
+                raise UsageError(f"{names} needs its {option.metavar}", usage_line(command))
+            text = waiting.popleft()
+        value = parse_value(option, text)
+    elif is_long and equals:
+        raise UsageError(f"{names} takes no value", usage_line(command))
+    elif text:
+        waiting.appendleft(f"-{text}")
+    if option.is_list:
+        getattr(arguments, option.field).append(value)
+    else:
+        setattr(arguments, option.field, value)
+
+
+def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
+    """Set what holds for options that are not given, unless something is set already."""
+    for option in options:
+        default = option.default() if callable(option.default) else option.default
+        if not hasattr(arguments, option.field):
+            setattr(arguments, option.field, [] if option.is_list else default)
+
+
+def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments, which are known by their place. Raises UsageError."""
+    rest = deque(places)
+    for argument in command.arguments:
+        if argument.field == "to_run":  # it is behind a --
+            continue
+        if argument.is_list:
+            values = [parse_value(argument, word) for word in rest]
+            setattr(arguments, argument.field, values)
+            rest.clear()
+        elif rest:
+            setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
+        else:
+            raise UsageError(f"{argument.names[0]} is missing", usage_line(command))
     if rest:
-        command.error(f"there is no use for {shown(rest[0])}")
+        raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
+
+
+def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
+    """What is wrong with words that are each right; "" if nothing is."""
+    if command.name in ("knock", "revoke"):
+        if arguments.ports and arguments.resources:
+            return "PORT and -r/--resource cannot be combined"
+        if not arguments.ports and not arguments.resources:
+            return "PORT is missing (or a resource: -r/--resource ID)"
+    if command.name == "connect" and len(arguments.ports) != 1:
+        return "PORT is missing" if not arguments.ports else "connect takes one PORT"
+    if command.name == "client-conf" and arguments.user is None:
+        return "-u/--user is missing"
+    if has_dashes and command.name != "knock":
+        return f"{command.name} takes no COMMAND behind --"
+    if has_dashes and not arguments.to_run:
+        return "COMMAND is missing behind --"
+    return ""
+
+
+def parse_words(words: list[str]) -> SimpleNamespace:
+    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
+    UsageError."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    at = words.index("--") if "--" in words else len(words)
+    waiting = deque(words[:at])
+    command = LETMEIN
+    arguments = SimpleNamespace(quiet=False)
+    set_defaults(COMMON, arguments)
+    places = []
+    while waiting:
+        word = waiting.popleft()
+        if word.startswith("-") and len(word) > 1:
+            take_option(word, waiting, command, arguments)
+        elif command is LETMEIN:
+            command = find_command(word)
+            set_defaults((*command.arguments, *command.options), arguments)
+        else:
+            places.append(word)
+    arguments.about, arguments.command = command, command.name
     arguments.to_run = words[at + 1 :]
-    if arguments.command == "connect":
-        if len(arguments.ports) != 1:
-            command.error("give one PORT to connect to")
-    elif hasattr(arguments, "host") and bool(arguments.ports) == bool(arguments.resources):
-        command.error("give a PORT, or a resource with -r/--resource ID, but not both")
-    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
-        command.error("-- goes behind 'knock HOST PORT', and in front of a COMMAND")
+    # `letmeind -v` prints the version, and letmeind is our server.
+    if arguments.help or (arguments.version and command.name in ("", "server")):
+        return arguments
+    if arguments.version:
+        problem = f"-v prints the version; it does not go with {command.name}"
+        raise UsageError(problem, "did you mean --verbose?")
+    if command is LETMEIN:
+        hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
+        raise UsageError("a command is missing", hint)
+    set_places(places, command, arguments)
+    problem = contradiction(command, arguments, at < len(words))
+    if problem:
+        raise UsageError(problem, usage_line(command))
     return arguments
 
 
@@ -5044,8 +5555,14 @@ def allow_hangup() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
-def run_command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
+    if arguments.help or arguments.version:
+        print(help_text(arguments.about) if arguments.help else f"letmein.py {VERSION}")
+        return 0
+    if arguments.command == "completion":
+        print(completion(arguments.shell))
+        return 0
     if arguments.command == "server":
         begin_service(arguments)
     allow_hangup()
@@ -5058,14 +5575,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
         where = arguments.config or ", ".join(places)
         hint = "have the server's administrator make one: letmein client-conf -u ID"
+        if arguments.config:
+            hint = f"check the path, or {hint}"
         raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
-        user = arguments.user
-        with contextlib.suppress(ConfigError):  # one needs a key before there is a file
-            user = read_config(path, False).default_user if user is None else user
-        print(new_key_line(user or 0), flush=True)
-        tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
-        tell("'letmein client-conf' on the server prints the whole client's file")
+        generate_key(arguments.user, path, arguments.config)
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")
@@ -5125,6 +5639,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run_command(parse_words(words))
         print(end="", flush=True)
         return status
+    except UsageError as error:
+        tell_error(error)
+        return 2
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             with contextlib.suppress(OSError):
