@@ -11759,6 +11759,7 @@ case "$*" in
     [ ! -e HOME/pid ] || kill "$(cat HOME/pid)"
     while [ -e HOME/pid ] && kill -0 "$(cat HOME/pid)" 2>/dev/null; do sleep 0.05; done
     unit=/usr/local/lib/systemd/system/letmeind.service
+    : >HOME/log
     $(sed -n "s/^ExecStart=//p" $unit) >/dev/null 2>HOME/log &
     echo $! >HOME/pid
     until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done ;;
