@@ -11992,7 +11992,7 @@ class TestReadme:
         texts = [b.text for b in readme_blocks("conf")]
         spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
         chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
-        texts += [chains + span for span in spans]
+        texts += [f"{chains}{span}\n" for span in spans]
         assert len(texts) > 4
         texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
         for text in texts:
