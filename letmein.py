@@ -4685,7 +4685,8 @@ def snapshot(config: Config) -> dict[str, Any]:
     """All leases as the kernel has them, as an event. Raises UserError."""
     parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for part in list_leases(config):
-        if part["user"] and part["seconds_left"] is not None:  # else none of ours, or not for long
+        # The rest is none of ours, or ends so soon that its end may have been told already.
+        if part["user"] and part["seconds_left"]:
             holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
             parts.setdefault(holder, []).append(part)
     leases = []
