@@ -81,27 +81,55 @@ class UserError(Exception):
         self.hint = hint
 
 
-def tell(text: str) -> None:
+ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: sd-daemon(3)
+
+
+def in_journal() -> bool:
+    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
+    sets it also where only standard output goes there, see systemd.exec(5)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return False
+    place = os.fstat(2)
+    return stream == f"{place.st_dev}:{place.st_ino}"
+
+
+def tell_at(priority: int, text: str) -> None:
     """Tell the user. The program goes on even if nobody can read it any more."""
-    with contextlib.suppress(OSError):  # the line in one piece: other threads tell things, too
-        print(f"letmein: {text}\n", end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        text = f"letmein: {text}"
+        if in_journal():
+            text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+        # The line in one piece: other threads tell things, too.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Tell the user what happens."""
+    tell_at(INFO, text)
 
 
 def warn(text: str) -> None:
     """Tell the user of something that is wrong, but does not stop the program."""
-    tell(f"warning: {text}")
+    tell_at(WARNING, f"warning: {text}")
 
 
 def tell_error(error: Exception, kind: str = "error") -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
     hint = getattr(error, "hint", "")
-    tell(f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
+    tell_at(ERROR, f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 USER_LINES_LIMIT = 100  # and on what each user has got or lost
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
+PRIORITIES = {  # in the journal, of events that are not INFO
+    **dict.fromkeys(("cannot-heal", "network-process-lost", "reload-failed"), ERROR),
+    **dict.fromkeys(("warning", "failed", "restart-wanted", "set-stays"), WARNING),
+    **dict.fromkeys(("refused", "healed", "summary"), NOTICE),
+    **dict.fromkeys(("nft", "kept", "ended"), DEBUG),
+}
 
 
 class Log:
@@ -117,20 +145,21 @@ class Log:
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
-        # systemd sets the variable also where only standard output goes there: systemd.exec(5).
-        place = os.fstat(2)
-        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
+        self.is_journal = in_journal()
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. In systemd's journal, which adds a time itself, the line has none."""
+        escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        words = [] if self.is_journal else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
+        if self.is_journal:
+            start = f"<{PRIORITIES.get(event, INFO)}>"
+        words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
         # A pipe that is ready takes so much at once, and without blocking: pipe(7).
-        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
+        line = (start + " ".join(words)).encode()[: select.PIPE_BUF - 1] + b"\n"
         written = 0
         with contextlib.suppress(OSError):
             written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
@@ -2293,6 +2322,7 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
 
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+LISTING_LIMIT = 16 << 20  # bytes of what nft says
 NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
 TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
@@ -2326,9 +2356,10 @@ class Nft:
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
         self.limit = NFT_LIMIT_S[0]
 
-    def run(self, script: str, *arguments: str) -> None:
-        """Run a script. Raises UserError with nft's words. An nft that takes too long is killed,
-        having perhaps done its work, and the next one may take twice as long."""
+    def run(self, script: str, *arguments: str) -> str:
+        """Run a script, and return what nft says. Raises UserError with its words. An nft that
+        takes too long is killed, having perhaps done its work, and the next one may take twice as
+        long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -2350,7 +2381,9 @@ class Nft:
                     hint = "a limit of processes or memory is reached: end other programs"
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
-            self._judge(status, said.read(4096).decode("utf-8", "replace"))
+            words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
+            self._judge(status, words)
+            return words
 
     def _judge(self, status: int, said: str) -> None:
         """Raise UserError if nft did not do what it was told."""
@@ -2361,7 +2394,7 @@ class Nft:
         if status:
             # What is wrong, and the statement it is about.
             problem = ": ".join(said.strip().split("\n")[:2])
-            hint = f"what nft makes of your ruleset: {self.path} list ruleset"
+            hint = f"compare with the rules that the kernel has: {self.path} list ruleset"
             raise UserError(problem or f"nft ended with status {status}", hint)
 
 
@@ -2722,46 +2755,77 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
     check_table(kernel, config)
+    check_targets(kernel, config)
     nft.run(ruleset_script(config), "-c")
+
+
+def unreadable(config: Config, error: OSError) -> UserError:
+    """What to say of a table that cannot be read."""
+    table = f"table {config.family} {config.table}"
+    if isinstance(error, FileNotFoundError):
+        hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
+        return UserError(f"{config.path}: [NFTABLES] table: {table} does not exist", hint)
+    if isinstance(error, PermissionError):
+        return UserError(f"cannot read {table}: only root may", "run this as root")
+    return UserError(f"cannot read {table}: {error.strerror}")
 
 
 def check_table(kernel: Kernel, config: Config) -> None:
     """See that table and chains are there, and that nobody else has a claim to them. Raises
     UserError."""
     table = f"table {config.family} {config.table}"
+    where = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
-    except FileNotFoundError:
-        hint = "load your ruleset first, or name its table in [NFTABLES]"
-        raise UserError(f"{table} does not exist", hint) from None
     except OSError as error:
-        hint = "run this as root"
-        raise UserError(f"cannot read {table}: {error.strerror}", hint) from None
+        raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        raise UserError(f"{table} belongs to another program, which alone may change it", own_table)
-    if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
-        problem = f"{table} belongs to iptables, which would restore our rules without their sets"
+        problem = f"{where} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
+    if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
+        loss = "which would restore letmein's rules without their sets"
+        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
+            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
+            raise UserError(problem, hint)
         check_chain(kernel, config, hook, chain)
+
+
+def check_targets(kernel: Kernel, config: Config) -> None:
+    """See that the chains are there that resources jump to. Raises UserError."""
+    base_chains = kernel.base_chains()
+    for resource in config.resources.values():
+        for hook, target, _ in resource.jumps:
+            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+            if hook in config.chains:
+                rules_of(kernel, config, option, target)
+            if target in base_chains:
+                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                raise UserError(problem, "name a chain without a hook, which rules can jump to")
+
+
+def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Rule]:
+    """The rules of a chain that an option names. Raises UserError if there is no such chain."""
+    try:
+        return kernel.rules(chain)
+    except OSError:
+        problem = f"table {config.family} {config.table} has no chain {chain}"
+        hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
+        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
     """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    where = f"{config.family} {config.table} {chain}"
-    try:
-        rules = kernel.rules(chain)
-    except OSError:
-        hint = f"make it: nft add chain {where}"
-        raise UserError(f"chain-{hook}: there is no chain {where}", hint) from None
+    option = f"[NFTABLES] chain-{hook}"
+    rules = rules_of(kernel, config, option, chain)
     foreign = sum(not is_ours(rule) for rule in rules)
     if foreign:
-        problem = f"chain-{hook}: {where} holds rules that are not letmein's ({foreign})"
+        where = f"{config.family} {config.table} {chain}"
+        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
         hint = f"move them to another chain, and empty this one: nft flush chain {where}"
         raise UserError(problem, hint)
 
@@ -2772,9 +2836,11 @@ def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
     warnings = []
     for hook, chain in config.chains.items():
         if not kernel.jumps_to(chain):
-            command = f"nft add rule {config.family} {config.table} {hook} jump {chain}"
+            place = next((name for name in kernel.base_chains() if hook in name.lower()), hook)
             problem = f"nothing jumps to {chain}, so its rules have no effect"
-            warnings.append(f"{problem}; such as: {command}")
+            hint = "add the jump to your firewall's file, and for now"
+            command = f"nft insert rule {config.family} {config.table} {place} jump {chain}"
+            warnings.append(f"{problem}; {hint}: {command}")
     return warnings
 
 
@@ -3490,6 +3556,9 @@ NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
+LISTED_LIMIT = 20  # resources that the log names at the start, and users of each
+REPEAT_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
+REPEATS_LIMIT = 100  # such knocks that are remembered
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
@@ -3510,6 +3579,34 @@ class Record(NamedTuple):
         if self.address.startswith(IPV4_MAPPED):
             return socket.inet_ntoa(self.address[12:])
         return socket.inet_ntop(socket.AF_INET6, self.address)
+
+
+def terms(resource: Resource, timeout: float) -> dict[str, str]:
+    """What a resource opens, its port or the chains it jumps to, and for how long, as fields of a
+    log line."""
+    seconds = f"{round(timeout, 3):.10g}"
+    if resource.port:
+        return {"port": f"{resource.port}/{'+'.join(resource.protocols)}", "seconds": seconds}
+    return {"jump": ",".join(target for _, target, _ in resource.jumps), "seconds": seconds}
+
+
+def who_may(config: Config, resource: Resource) -> str:
+    """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
+
+    def may(user: int) -> bool:
+        return user in config.keys and not config.objection(user, resource.identifier)
+
+    if not resource.timeout:
+        return "nobody"
+    if not resource.users:
+        return "all" if any(map(may, config.keys)) else "nobody"
+    return listed([f"{user:08X}" for user in sorted(filter(may, resource.users))]) or "nobody"
+
+
+def listed(names: list[str]) -> str:
+    """Names behind each other, and how many more there are than a limit."""
+    more = len(names) - LISTED_LIMIT
+    return ",".join(names[:LISTED_LIMIT]) + (f",+{more}" if more > 0 else "")
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -3533,11 +3630,13 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             bind_soon(control, ("::" if ipv6 else "0.0.0.0", config.port))
             prepare_control(control)
         except OSError as error:
-            problem = f"cannot serve the control port {config.port}/{name[0]}"
-            hint = "does another program have it? 'ss -lntup' tells; below 1024 it takes root"
-            if error.errno != errno.EADDRINUSE and not isinstance(error, PermissionError):
-                hint = "is a limit of descriptors or memory reached?"
-            raise UserError(f"{problem}: {error.strerror}", hint) from None
+            problem = f"cannot serve the control port {config.port}/{name[0]}: {error.strerror}"
+            hint = "a limit of descriptors or memory is reached: end other programs"
+            if isinstance(error, PermissionError):
+                hint = "run the server as root, or set port in [GENERAL] to 1024 or more"
+            if error.errno == errno.EADDRINUSE:
+                hint = f"find out which program has it: ss -lntup 'sport = :{config.port}'"
+            raise UserError(problem, hint) from None
         sockets[name] = (control,)
     return sockets
 
@@ -3636,7 +3735,7 @@ def lock_table(rundir: str, config: Config) -> int:
         hint = f"make it (mkdir -m 755 {rundir}), or name another with --rundir"
         raise UserError(f"there is no run directory {rundir}", hint) from None
     except OSError as error:
-        hint = "is its disk full, or read-only? --rundir names another place"
+        hint = "make room on its disk, or name another place with --rundir"
         if isinstance(error, PermissionError):
             hint = "start the server as root, or give it a --rundir that it may write to"
         raise UserError(f"cannot open {path}: {error.strerror}", hint) from None
@@ -3647,6 +3746,7 @@ def lock_table(rundir: str, config: Config) -> int:
         problem = f"a server for the table {config.family} {config.table} runs already"
         raise UserError(problem, hint) from None
     except OSError as error:
+        hint = "name a directory on a local disk with --rundir"
         raise UserError(f"cannot lock {path}: {error.strerror}", hint) from None
     return lock
 
@@ -3661,7 +3761,7 @@ def empty_directory(rundir: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.rmdir(path)
     except OSError as error:
-        hint = "is its disk full? 'df -i' and 'df' tell; --rundir names another place"
+        hint = "make room on its disk (see 'df' and 'df -i'), or name another place with --rundir"
         raise UserError(f"cannot make a directory in {rundir}: {error.strerror}", hint) from None
     return descriptor
 
@@ -3676,6 +3776,14 @@ def note_signals() -> int:
     for number in numbers:
         signal.signal(number, lambda *_: None)
     return ours
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words. Args: status, of a signal N it is -N."""
+    import signal
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"status {status}"
 
 
 def json_line(document: Mapping[str, Any]) -> bytes:
@@ -3793,6 +3901,7 @@ class Monitor:
         self.pause = Backoff(NETWORK_PAUSE_S)
 
         self.tokens = Tokens(os.urandom(32))
+        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
         self.since = time.time()
 
     def run(self) -> None:
@@ -3800,7 +3909,8 @@ class Monitor:
         self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
         self._catch_signals()
         if self.arguments.user == "none":
-            self.log("warning", reason="--user none: the network process keeps the server's rights")
+            reason = "--user none: the network process keeps the server's rights"
+            self.log("warning", reason=reason, hint="name an account for it with --user")
         try:
             while not (self.ready or self.stopping):
                 self._turn()
@@ -3842,8 +3952,20 @@ class Monitor:
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
+        self._tell_resources()
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _tell_resources(self) -> None:
+        """Who may have what: a line for each resource, up to a limit."""
+        resources = self.config.resources.values()
+        lines = [(each, who_may(self.config, each)) for each in resources]
+        lines = [(each, users) for each, users in lines if users != "nobody"]
+        for each, users in lines[:LISTED_LIMIT]:
+            opened = terms(each, each.timeout)
+            self.log("resource", resource=f"{each.identifier:08X}", **opened, users=users)
+        if len(lines) > LISTED_LIMIT:
+            self.log("more-resources", count=len(lines) - LISTED_LIMIT)
 
     def _open_socket(self, name: str, answer: Callable[[socket.socket], None]) -> None:
         """Serve a socket of the run directory, to which only our rights let anybody connect. Args:
@@ -3856,8 +3978,10 @@ class Monitor:
             listener.bind(path)
             listener.listen()
         except OSError as error:
-            hint = "is its disk full, or its path too long? a shorter --rundir helps"
+            hint = "name another place with --rundir"
             reason = error.strerror or error  # of a path above 107 bytes Python alone complains
+            if not error.strerror:
+                hint = "name a shorter path with --rundir"
             raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
         listener.setblocking(False)
 
@@ -3944,8 +4068,11 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                hint = "is a limit of descriptors, processes or memory reached?"
+                hint = "a limit of descriptors, processes or memory is reached: end other programs"
                 problem = f"the network process cannot be started: {error.strerror}"
+                if error.filename:  # of posix_spawn()
+                    hint = "if an upgrade has replaced Python, restart the server with the new one"
+                    problem += f": {error.filename}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
         if time.monotonic() >= self._expires_at:
@@ -3964,7 +4091,8 @@ class Monitor:
             fixed = old.fixed_options()
             for name, value in config.fixed_options().items():
                 if value != fixed[name]:
-                    self.log("restart-wanted", option=name, reason="it cannot change while running")
+                    reason = "the new value takes effect when the server is restarted"
+                    self.log("restart-wanted", option=name, reason=reason)
             config = config._replace(
                 nft=old.nft, family=old.family, table=old.table, chains=old.chains,
                 seccomp=old.seccomp,
@@ -4033,16 +4161,21 @@ class Monitor:
 
     def _lose_network(self, reason: str) -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
+        import signal
+        reason, _, hint = reason.partition("\n")
         status = self._stop_network(0)
         if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
-            reason += f", with status {status}"
+            reason += f" ({ending(status)})"
+        if status == -signal.SIGSYS:
+            hint = "the filter of system calls did that; with seccomp = log the kernel says why"
         if not self.ready:
-            raise UserError(*reason.split("\n")[:2])
+            raise UserError(re.sub("^it ", "the network process ", reason), hint)
         self._replace_sockets()
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause.reset()
         pause = self.pause.take()
-        self.log("network-process-lost", reason=reason, pause=f"{pause:g}")
+        more = {"hint": hint} if hint else {}
+        self.log("network-process-lost", reason=reason, pause=f"{pause:g}", **more)
         self.start_at = time.monotonic() + pause
 
     def _replace_sockets(self) -> None:
@@ -4129,11 +4262,28 @@ class Monitor:
         if verdict.met is not None:
             self._meet(verdict.met, message, record)
         elif verdict.reason:
-            self.log.refusals[verdict.reason] += 1
-            self._log_peer("refused", message, record, verdict.reason)
+            if not self._is_repeat(record, message, verdict.reason):
+                self.log.refusals[verdict.reason] += 1
+                self._log_peer("refused", message, record, reason=verdict.reason)
             self._end(record, verdict.reply)
         else:
             self._send(record._replace(kind=REPLY, payload=verdict.reply))
+
+    def _is_repeat(self, record: Record, message: Message, reason: str) -> bool:
+        """Whether this is a knock over UDP that was refused just now: a client that hears nothing
+        sends it again and again, each time from another port."""
+        if record.protocol == TCP:
+            return False
+        knock = (record.address, message.user, message.resource, reason)
+        now = time.monotonic()
+        if self.repeats.get(knock, 0.0) > now:
+            self.log.counts["repeated"] += 1
+            return True
+        self.repeats.pop(knock, None)  # the oldest comes first
+        self.repeats[knock] = now + REPEAT_S
+        if len(self.repeats) > REPEATS_LIMIT:
+            del self.repeats[next(iter(self.repeats))]
+        return False
 
     def _judge(self, record: Record, message: Message) -> Verdict:
         """What to make of a peer's message."""
@@ -4177,19 +4327,29 @@ class Monitor:
 
     def _do(self, operation: int, message: Message, record: Record) -> int:
         """Change the firewall; returns the answer, COMEIN or GOAWAY."""
+        event, facts = "revoked", {}
         if operation == KNOCK:
+            event, facts = "granted", self._terms(message, record)
             problem = self.firewall.knock(record.peer, message.resource, message.user)
         else:
             problem = self.firewall.revoke(record.peer, message.resource)
-        event = "granted" if operation == KNOCK else "revoked"
-        self._log_peer("failed" if problem else event, message, record, problem)
+        if problem:
+            event, facts = "failed", {"reason": problem}
+        self._log_peer(event, message, record, **facts)
         return GOAWAY if problem else COMEIN
 
-    def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
+    def _terms(self, message: Message, record: Record) -> dict[str, str]:
+        """What a peer gets, for the log; read before it has it."""
+        resource = self.config.resources[message.resource]
+        longest = self.config.longest_lease(message.user, resource)
+        held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
+        is_held = held is not None and held.ends > time.monotonic()
+        return {**terms(resource, longest), **({"renewed": "yes"} if is_held else {})}
+
+    def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
-        why = {"reason": reason} if reason else {}
-        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **why)
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
 
 
 # ==== 6  Network =============================================================
@@ -4510,12 +4670,14 @@ def find_account(name: str) -> tuple[int, int]:
     import pwd
     if name == "none":
         return 0, 0
-    user = group = 0
-    with contextlib.suppress(KeyError):
+    try:
         user, group = pwd.getpwnam(name)[2:4]
-    if not user or not group:
+    except KeyError:
         hint = f"make it (useradd --system {name}), or name another with --user"
-        raise UserError(f"the account {name} does not exist, or has root's rights", hint)
+        raise UserError(f"the account {name} does not exist", hint) from None
+    if not user or not group:
+        problem = f"the account {name} has root's rights (user id {user}, group id {group})"
+        raise UserError(problem, "name an ordinary account with --user")
     return user, group
 
 
@@ -4616,8 +4778,13 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
-    lines += server_lines(server) if server else [why]
-    print("\n".join(lines), flush=True)
+    about = server_lines(server) if server else [why]
+    if sys.stdout.isatty():
+        import shutil
+        import textwrap
+        width = shutil.get_terminal_size().columns
+        about = [textwrap.fill(line, width, subsequent_indent="  ") for line in about]
+    print("\n".join(lines + about), flush=True)
 
 
 def watch_status(config: Config, rundir: str) -> None:
@@ -4728,12 +4895,32 @@ def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]
             peer.connect(run_path(rundir, config) + ".status")
             return json.load(peer.makefile("rb")), ""
     except (FileNotFoundError, ConnectionRefusedError):
-        where = f"in {rundir} (another run directory: --rundir)"
-        return None, f"No server for {table} runs {where}; leases end by themselves."
+        if has_rules(config):
+            why = "It was killed, or runs with another --rundir."
+            return None, f"No server answers in {rundir}, but its rules are in {table}. {why}"
+        return None, f"No server for {table} runs in {rundir}; leases end by themselves."
     except socket.timeout:
         return None, f"The server for {table} does not answer: see its log."
     except (OSError, ValueError) as error:
         return None, f"The server for {table} cannot be asked: {error}."
+
+
+def has_rules(config: Config) -> bool:
+    """Whether a server's rules are in its chain."""
+    kernel = Kernel(config.family, config.table)
+    with contextlib.suppress(OSError), contextlib.closing(kernel.socket):
+        return any(map(is_ours, kernel.rules(config.chains["input"])))
+    return False
+
+
+def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """The lines of a table. Args: alignment, of the columns, as format() has it."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths))
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
@@ -4741,12 +4928,7 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
     rows = table_rows(leases, config)
     if not rows:
         return []
-    shown = [HEADINGS, *(row for _, row in rows)]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    lines = []
-    for row in shown:
-        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, ALIGNMENT, widths))
-        lines.append("  ".join(cells).rstrip())
+    lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
         for number, (left, _) in enumerate(rows, 1):
@@ -4830,11 +5012,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
                 for each in kernel.elements(name):
                     found[ElementName(name, each.key)] = each
     except OSError as error:
-        table = f"table {config.family} {config.table}"
-        if isinstance(error, FileNotFoundError):
-            hint = "is your ruleset loaded? [NFTABLES] in letmeind.conf names its table"
-            raise UserError(f"{table} does not exist", hint) from None
-        raise UserError(f"cannot read {table}: {error.strerror}", "run this as root") from None
+        raise unreadable(config, error) from None
     for place, element in found.items():
         if place.set_name.endswith("-gate"):
             continue
@@ -4869,24 +5047,174 @@ def serve(config: Config, arguments: SimpleNamespace) -> int:
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
-        began = time.monotonic()
-        nft = Nft(config.nft)
-        nft.limit = NFT_LIMIT_S[1]
-        kernel = Kernel(config.family, config.table)
-        check_kernel(kernel, nft, config)
-        for warning in unreached_chains(kernel, config):
-            warn(warning)
-        took = time.monotonic() - began
-        if took > SLOW_NFT_S:
-            warn(f"nft took {took:.1f} s: large sets of others belong in a table of their own")
-        print(ruleset_script(config), end="")
-        print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
+        check(config, arguments.verbose)
         return 0
     give_back_memory()
     warnings = config.warnings + give_up_rights()
     filter_system_calls()
     Monitor(config._replace(warnings=warnings), arguments).run()
     return 0
+
+
+# What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
+# so what is not clear counts as good.
+LISTED_TABLE = re.compile(r"table (\w+) (\S+) \{")
+LISTED_CHAIN = re.compile(r"\tchain (\S+) \{")
+# What may be in a rule that holds for every packet, beside its verdict.
+NO_CONDITION = re.compile(
+    r"counter packets \d+ bytes \d+ ?|log( prefix \"[^\"]*\"| (level|group|flags) \S+)* ?"
+    r"| ?comment \"[^\"]*\""
+)
+LISTED_PORTS = re.compile(r"dport (?:vmap )?(?:\{ (.*?) \}|(@\S+|[\d-]+))")
+
+
+class ListedChain(NamedTuple):
+    """A chain, as nft lists it. Of a base chain the first rule is its hook and policy."""
+
+    family: str
+    table: str
+    name: str
+    rules: list[str]
+
+    def drops_at(self) -> int:
+        """The number of the rule from which on this chain drops everything; -1 if none does."""
+        for number, rule in enumerate(self.rules):
+            verdict = NO_CONDITION.sub("", rule)
+            if verdict == "drop" or verdict.startswith("reject"):
+                return number
+            if verdict == "accept":
+                return -1
+        return len(self.rules) if self.rules and "policy drop;" in self.rules[0] else -1
+
+    def names_port(self, port: int) -> bool:
+        """Whether a rule looks at this destination port; or at something that may hold it: a set,
+        or a match of iptables that nft does not know."""
+        rules = "\n".join(self.rules)
+        if "xt match" in rules:
+            return True
+        for found in LISTED_PORTS.finditer(rules):
+            for item in re.findall(r"@|\d+-\d+|\d+", found[1] or found[2]):
+                first, _, last = item.partition("-")
+                if item == "@" or int(first) <= port <= int(last or first):
+                    return True
+        return False
+
+
+def listed_chains(listing: str) -> list[ListedChain]:
+    """The chains in what `nft list ruleset` prints."""
+    chains: list[ListedChain] = []
+    family = table = ""
+    is_inside = False
+    for line in listing.splitlines():
+        if found := LISTED_TABLE.fullmatch(line):
+            family, table = found.groups()
+        elif found := LISTED_CHAIN.fullmatch(line):
+            chains.append(ListedChain(family, table, found[1], []))
+            is_inside = True
+        elif line == "\t}":
+            is_inside = False
+        elif is_inside:
+            chains[-1].rules.append(line.strip())
+    return chains
+
+
+def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of rules of others that drop all knocks: in front of the jump to our chain, or in
+    another table, for what one accepts another one may drop: nft(8)."""
+    warnings = []
+    own = [each for each in chains if (each.family, each.table) == (config.family, config.table)]
+    for target in config.chains.values():
+        jump = re.compile(rf"(jump|goto) {re.escape(target)}(?![\w.-])")
+        is_behind = {}  # by chain, whether its jumps come too late
+        for chain in own:
+            jumps = [number for number, rule in enumerate(chain.rules) if jump.search(rule)]
+            if jumps:
+                is_behind[chain.name] = 0 <= chain.drops_at() < jumps[0]
+        if is_behind and all(is_behind.values()):
+            problem = f"the jump to {target} is behind a rule of {', '.join(is_behind)}"
+            warnings.append(f"{problem} that drops everything; move the jump above that rule")
+    versions = VERSIONS[config.family]
+    for chain in chains:
+        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
+        is_same_version = set(VERSIONS.get(chain.family, ())).intersection(versions)
+        if chain in own or not is_hook or not is_same_version or chain.drops_at() < 0:
+            continue
+        table = (chain.family, chain.table)
+        siblings = [each for each in chains if (each.family, each.table) == table]
+        if not any(each.names_port(config.port) for each in siblings):
+            problem = f"chain {chain.name} of table {' '.join(table)} drops all knocks"
+            hint = "let it accept the control port, and the ports of your resources"
+            command = way_in(chain, [each.name for each in siblings], config)
+            warnings.append(f"{problem}, whatever letmein accepts; {hint}: {command}")
+    return warnings
+
+
+def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
+    """The command that has another program's firewall accept the control port."""
+    protocol = config.protocols[0]
+    port = f"{config.port}/{protocol}"
+    if chain.table == "firewalld":
+        return f"firewall-cmd --permanent --add-port={port} && firewall-cmd --reload"
+    if any(name.startswith(("ufw-", "ufw6-")) for name in siblings):
+        return f"ufw allow {port}"
+    place = f"{chain.family} {chain.table} {chain.name}"
+    if place in ("ip filter INPUT", "ip6 filter INPUT"):
+        program = {"ip": "iptables", "ip6": "ip6tables"}[chain.family]
+        return f"{program} -I INPUT -p {protocol} --dport {config.port} -j ACCEPT"
+    return f"nft insert rule {place} {protocol} dport {config.port} accept"
+
+
+def check(config: Config, is_verbose: bool) -> None:
+    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    began = time.monotonic()
+    nft = Nft(config.nft)
+    nft.limit = NFT_LIMIT_S[1]
+    kernel = Kernel(config.family, config.table)
+    check_kernel(kernel, nft, config)
+    took = time.monotonic() - began
+    warnings = unreached_chains(kernel, config)
+    warnings += obstacles(listed_chains(nft.run("list ruleset", "-t")), config)
+    if took > SLOW_NFT_S:
+        hint = "move large sets of others to a table of their own"
+        warnings.append(f"nft took {took:.1f} s; {hint}")
+    for warning in warnings:
+        warn(warning)
+    print("\n".join(server_facts(config)))
+    if is_verbose:
+        print(f"\n{ruleset_script(config)}", end="")
+    number = len(config.warnings) + len(warnings)
+    verdict = f"{number} warning{'s'[:number != 1]}" if number else "good"
+    print(f"\n{verdict}: nothing was changed")
+
+
+def server_facts(config: Config) -> list[str]:
+    """What a server with this configuration does, in lines for people."""
+    policies = {rank: name for name, rank in POLICIES.items()}
+    facts = [
+        ("file", config.path),
+        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("error policy", policies[config.error_policy]),
+        ("seccomp", config.seccomp),
+        ("table", f"{config.family} {config.table}"),
+        ("chains", ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())),
+        ("sets", listed(list(ruleset(config).sets)).replace(",", ", ")),
+        ("keys of", listed([f"{user:08X}" for user in config.keys]).replace(",", ", ") or "nobody"),
+    ]
+    rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
+    for resource in config.resources.values():
+        opened = terms(resource, resource.timeout)
+        what = opened.get("port") or f"jump to {opened['jump']}"
+        users = who_may(config, resource).replace(",", ", ")
+        users = "everybody with a key" if users == "all" else users
+        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
+    lines = [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
+    if config.limits:
+        limits = [("USER", "SECONDS", "LAST DAY")]
+        for user, each in config.limits.items():
+            seconds = "any" if each.timeout == NEVER else f"{each.timeout:.10g}"
+            limits.append((f"{user:08X}", seconds, each.last_day or "none"))
+        lines += ["", *aligned(limits, "<><")]
+    return lines
 
 
 def resource_text(resource: Resource, timeout: float) -> str:
@@ -4898,22 +5226,25 @@ def resource_text(resource: Resource, timeout: float) -> str:
         items.append(f"{hook}: {target}")
         if match_saddr:
             items.append(f"{hook}-match: saddr")
-    return " / ".join([*items, f"timeout: {timeout:g}"])
+    return " / ".join([*items, f"timeout: {timeout:.10g}"])
 
 
 def client_file(config: Config, user: int, host: str) -> str:
     """The complete letmein.conf of a user, from the server's configuration: what that user may
     have, and the key. Raises UserError."""
     if user not in config.keys:
-        hint = f"make one: letmein gen-key -u {user:X} >>{config.path}"
+        hint = f"make one: letmein gen-key -u {user:X}, and put that line below [KEYS]"
         raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
     allowed = [
         resource
         for resource in config.resources.values()
         if not config.objection(user, resource.identifier) and resource.timeout
     ]
-    ports = [str(resource.port) for resource in allowed if resource.port]
-    example = f"letmein knock {host} {ports[0] if ports else '-r ID'}"
+    if not allowed:
+        warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
+    first = allowed[0] if allowed else None
+    what = "PORT" if first is None else str(first.port or f"-r {first.identifier:X}")
+    example = f"letmein knock {host} {what}"
     lines = [
         f"# letmein.conf of user {user:08X} for {host}. It holds a key: show it to nobody else.",
         "# Install it, on the client:",
