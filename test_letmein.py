@@ -6016,7 +6016,8 @@ class Recipe:
         self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
         words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
         letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
-        pipeline = f"letmein status --follow --json | {{ {names[0]}; kill 0; }}"
+        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", readme())
+        pipeline = pipeline.replace("letmein-ipset", names[0])
         files = {
             "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
             "service": f"while :; do setsid -w sh -c '{command or pipeline}'; sleep 0.1; done\n",
