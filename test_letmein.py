@@ -12279,7 +12279,7 @@ class TestReadme:
         texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
         for text in texts:
             keys = "".join(f"{user} = {KEYS[1].hex()}\n" for user in range(4))
-            text = text if "[KEYS]\n" in text else text + "[KEYS]\n"
+            text = text if "[KEYS]\n" in text else f"{text}\n[KEYS]\n"
             text = text.replace("[KEYS]\n", f"[KEYS]\n{keys}")
             if "[NFTABLES]" not in text:
                 text += required
