@@ -98,6 +98,7 @@ clean:
 MODULE = $(PREFIX)/lib/letmein
 UNITS = $(PREFIX)/lib/systemd/system
 DOC = $(PREFIX)/share/doc/letmein
+MAN = $(PREFIX)/share/man/man1
 DOCUMENTS = README.md letmein.conf.example letmeind.conf.example nftables.conf
 # While Python starts, Ctrl-C makes it print a traceback. So it waits until the first line of ours,
 # where env can see to that (coreutils 8.32 and newer).
@@ -107,7 +108,7 @@ FROM_MODULE = import sys; sys.path.insert(0, sys.argv.pop(1)); import letmein; \
 
 install:
 	@umask 022; set -e; \
-	install -d $(addprefix $(DESTDIR),$(MODULE) $(PREFIX)/bin $(PREFIX)/sbin $(UNITS) $(DOC)); \
+	install -d $(addprefix $(DESTDIR),$(MODULE) $(PREFIX)/bin $(PREFIX)/sbin $(UNITS) $(DOC) $(MAN)); \
 	root=$$(cd '$(DESTDIR)/' && pwd -P); root=$${root%/}; \
 	install -p -m 644 letmein.py "$$root$(MODULE)"; \
 	install -p -m 644 $(DOCUMENTS) "$$root$(DOC)"; \
@@ -122,6 +123,8 @@ install:
 			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \
 			install -m 755 /dev/stdin "$$root$(PREFIX)/$$name"; \
 	done; \
+	$(PYTHON) -I -c "$$MAN_PAGE" "$$root$(MODULE)" | \
+		install -m 644 /dev/stdin "$$root$(MAN)/letmein.1"; \
 	unit=$$($(PYTHON) -I -c '$(FROM_MODULE)' \
 		"$$root$(MODULE)" "$$root$(PREFIX)/bin/letmein" service systemd); \
 	printf '%s\n' "$$unit" | sed "s|$$root/|/|g" | \
@@ -133,7 +136,7 @@ install:
 # What a server should not be without stays: its configuration and its account.
 uninstall:
 	rm -rf $(addprefix $(DESTDIR),$(MODULE) $(DOC) $(UNITS)/letmeind.service)
-	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind)
+	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind $(MAN)/letmein.1)
 
 .PHONY: help demo test matrix soak fuzz bench lint lock clean install uninstall \
 	packages test-packages tools bench-tools
@@ -224,6 +227,23 @@ echo "  su - -c '$$command'"
 exit 1
 endef
 
+# What --help prints for each command, as a page of the manual: see man(7). Roff takes a backslash, a
+# dash, and a dot or quote at the start of a line for its own.
+define MAN_PAGE
+import sys
+sys.path.insert(0, sys.argv[1])
+import letmein
+print('.TH LETMEIN 1')
+print('.SH NAME')
+print('letmein \\- an authenticated port knocker')
+for command in (letmein.LETMEIN, *letmein.COMMANDS):
+    print('.SH', command.name.upper() or 'SYNOPSIS')
+    print('.nf')
+    for line in letmein.help_text(command).splitlines():
+        print('\\&' + line.replace('\\', '\\e').replace('-', '\\-'))
+    print('.fi')
+endef
+
 define COVERAGE_INI
 [report]
 show_missing = True
@@ -271,4 +291,4 @@ if os.environ.get("COVERAGE_PROCESS_START") or (
     atexit.register(save)
 endef
 
-export LOCKED_VENV WRITE_LOCKS INSTALL COVERAGE_INI COVERAGE_START
+export LOCKED_VENV WRITE_LOCKS INSTALL MAN_PAGE COVERAGE_INI COVERAGE_START

@@ -33,19 +33,21 @@ import struct
 import sys
 import time
 from collections import deque, namedtuple
+from types import SimpleNamespace
 
 VERSION = "1.0.0"
+STARTED = time.monotonic()
 PROGRAM = sys._getframe().f_code  # this module, compiled, for the network process
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long as a knock
 if TYPE_CHECKING:
-    import argparse
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
+    Say = Callable[[str], None]  # tells the user something
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
@@ -77,27 +79,55 @@ class UserError(Exception):
         self.hint = hint
 
 
-def tell(text: str) -> None:
-    """Tell the user. If nobody reads it any more, that is no reason to stop."""
+ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: sd-daemon(3)
+
+
+def in_journal() -> bool:
+    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
+    sets it also where only standard output goes there, see systemd.exec(5)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return False
+    place = os.fstat(2)
+    return stream == f"{place.st_dev}:{place.st_ino}"
+
+
+def tell_at(priority: int, text: str) -> None:
+    """Tell the user. The program goes on even if nobody can read it any more."""
     with contextlib.suppress(OSError):
-        print(f"letmein: {text}", file=sys.stderr, flush=True)
+        text = f"letmein: {text}"
+        if in_journal():
+            text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+        # The line in one piece: other threads tell things, too.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Tell the user what happens."""
+    tell_at(INFO, text)
 
 
 def warn(text: str) -> None:
-    """Tell the user of something that is not right, but no reason to stop."""
-    tell(f"warning: {text}")
+    """Tell the user of something that is wrong, but does not stop the program."""
+    tell_at(WARNING, f"warning: {text}")
 
 
-def tell_error(error: Exception) -> None:
+def tell_error(error: Exception, kind: str = "error") -> None:
     """Tell the user what went wrong and, on a second line, what to do."""
     hint = getattr(error, "hint", "")
-    tell(f"error: {error}" + (f"\n  {hint}" if hint else ""))
+    tell_at(ERROR, f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
 
 
 LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
 USER_LINES_LIMIT = 100  # and on what each user has got or lost
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
+PRIORITIES = {  # in the journal, of events that are not INFO
+    **dict.fromkeys(("cannot-heal", "network-process-lost", "reload-failed"), ERROR),
+    **dict.fromkeys(("warning", "failed", "restart-wanted", "set-stays"), WARNING),
+    **dict.fromkeys(("refused", "healed", "summary"), NOTICE),
+    **dict.fromkeys(("nft", "kept", "ended"), DEBUG),
+}
 
 
 class Log:
@@ -113,20 +143,21 @@ class Log:
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
-        # systemd sets the variable also where only standard output goes there: systemd.exec(5).
-        place = os.fstat(2)
-        self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
+        self.is_journal = in_journal()
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
-        escaped. In systemd's journal, which adds a time itself, the line has none."""
+        escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        words = [] if self.is_journal else [time.strftime("%Y-%m-%dT%H:%M:%S%z")]
+        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
+        if self.is_journal:
+            start = f"<{PRIORITIES.get(event, INFO)}>"
+        words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
         # A pipe that is ready takes so much at once, and without blocking: pipe(7).
-        line = " ".join(words).encode()[: select.PIPE_BUF - 1] + b"\n"
+        line = (start + " ".join(words)).encode()[: select.PIPE_BUF - 1] + b"\n"
         written = 0
         with contextlib.suppress(OSError):
             written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
@@ -245,7 +276,7 @@ class Message(NamedTuple):
     def decode(cls, data: bytes) -> Message:
         """Read 56 bytes. Raises ProtocolError if length, magic or operation is wrong."""
         if len(data) != MESSAGE_SIZE or data[:4] != MAGIC:
-            raise ProtocolError("this is no letmein message")
+            raise ProtocolError("it speaks another protocol")
         message = cls(*MESSAGE.unpack(data)[1:])
         if message.operation >= len(OPERATIONS):
             raise ProtocolError(f"unknown operation {message.operation}")
@@ -275,21 +306,25 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Callable[[str], None]
+    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
 ) -> Handshake:
     """The client's side of one knock or revocation: yields the 56 bytes to send, wants those that
     come back, and ends when the server has done what was asked for. Foreign ids are only worth a
-    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due."""
+    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due.
+    Args: say, told of each message."""
     token = NO_TOKEN
     for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
+        say(f"sending {OPERATIONS[said]} for resource {resource:08X}")
         answer = Message.decode((yield signed(said, user, resource, key, token)))
+        say(f"received {OPERATIONS[answer.operation]}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=due == COMEIN)
         if answer.operation != due:
             names = OPERATIONS[answer.operation], OPERATIONS[due]
-            raise ProtocolError("the server sent {}, not {}".format(*names))
+            raise ProtocolError("{} instead of {}".format(*names))
         if answer[1:3] != (user, resource):
-            warn(f"the server speaks of user {answer.user:08X}, resource {answer.resource:08X}")
+            ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
+            warn(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -469,11 +504,17 @@ CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SECCOMP = ("off", "log", "kill")
+CONTROL_PORT = 5800
+KEY_DIGITS = 2 * KEY_SIZE
+MAX_NR_RULES_LIMIT = 1_000_000
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used."""
+    """The configuration cannot be used. The warnings may tell why."""
+
+    warnings: tuple[str, ...] = ()
 
 
 class Unfit(UserError):
@@ -527,6 +568,12 @@ class Config(NamedTuple):
     timeout: float = 600.0  # of resources that have none of their own
     max_nr_rules: int = 100
 
+    def fixed_options(self) -> dict[str, object]:
+        """What a running server cannot change, by the names that the file has for it."""
+        chains = {f"chain-{hook}": self.chains.get(hook) for hook in HOOKS}
+        nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
+        return {**nftables, "seccomp": self.seccomp}
+
     def objection(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
@@ -567,21 +614,42 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     """ASCII digits, or hex digits behind 0x, from least to limit."""
     expected = f"a number from {least} to {limit}"
     digits = matched(text, r"\+?0*[0-9]{1,10}|0x\+?0*[0-9A-Fa-f]{1,8}", expected)
-    number = int(digits.lstrip("0x+") or "0", 16 if digits.startswith("0x") else 10)
+    is_hex = digits.startswith("0x")
+    # int() takes no more than 4,300 digits, even if they are zeros.
+    number = int(digits[2:], 16) if is_hex else int(digits.lstrip("+0") or "0")
     if not least <= number <= limit:
         raise Unfit(f"{number} is out of range", expected)
     return number
 
 
-parse_port = functools.partial(parse_number, least=1, limit=65535)
-parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
-NAME = "1 to 64 of A-Z a-z 0-9 _ - ."  # of an nftables table or chain
-parse_name = functools.partial(matched, pattern=r"[A-Za-z0-9_.-]{1,64}", expected=NAME)
+def parse_port(text: str) -> int:
+    """The number of a TCP or UDP port."""
+    return parse_number(text, 1, 65535)
+
+
+def parse_rules_limit(text: str) -> int:
+    """max-nr-rules: what is more than we can keep counts as the most that we can."""
+    return min(parse_number(text), MAX_NR_RULES_LIMIT)
+
+
+def parse_family(text: str) -> str:
+    """The family of an nftables table."""
+    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
+
+
+def parse_name(text: str) -> str:
+    """The name of an nftables table or chain."""
+    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: a number, or a decimal such as 0.5 or 1e3."""
+    """Seconds: a number, or a decimal such as 0.5 or 1e3. The reference refuses a unit, so a file
+    with one would serve only one of the two."""
     expected = "seconds, from 0 to 4294967295"
+    with_unit = re.fullmatch(r"\s*([0-9]{1,5})\s*([smhd])\s*", text)
+    if with_unit:
+        seconds = int(with_unit[1]) * UNITS_S[with_unit[2]]
+        raise Unfit(f"{shown(text.strip())} has a unit", f"{expected}; write {seconds}")
     decimal = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
     text = matched(text, rf"0x\+?[0-9A-Fa-f]+|{decimal}", expected)
     number = float(parse_number(text) if text.startswith("0x") else text)
@@ -597,16 +665,38 @@ def parse_identifier(text: str) -> int:
 
 
 def parse_key(text: str) -> bytes:
-    """A shared secret. What is wrong with one is not shown."""
-    if not re.fullmatch("(?!0+$|[Ff]+$)[0-9A-Fa-f]{64}", text.strip()):
-        expected = "64 hex digits, not all 0 or all F, such as 'letmein.py gen-key' prints"
-        raise Unfit(f"not a key (it has {len(text.strip())} characters)", expected)
-    return bytes.fromhex(text.strip())
+    """A shared secret. What is wrong with one is said without showing it."""
+    digits = text.strip()
+    problem = ""
+    if len(digits) != KEY_DIGITS:
+        problem = f"this key has {len(digits)} characters, not {KEY_DIGITS}"
+    elif not re.fullmatch("[0-9A-Fa-f]+", digits):
+        problem = "this key has characters that are not hex digits"
+    elif not digits.strip("0") or not digits.strip("Ff"):
+        problem = f"this key is all {digits[0]}, which anybody can guess"
+    if problem:
+        raise Unfit(problem, "64 hex digits, as 'letmein gen-key' prints them")
+    return bytes.fromhex(digits)
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
     """One of some words, in any case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
+
+
+def parse_boolean(text: str) -> bool:
+    """Yes or no, in one of the ways to say so."""
+    return parse_word(text, YES + NO) in YES
+
+
+def parse_policy(text: str) -> int:
+    """When an error is answered: see POLICIES."""
+    return POLICIES[parse_word(text, POLICIES)]
+
+
+def parse_seccomp(text: str) -> str:
+    """What a filter of system calls does."""
+    return parse_word(text, SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -617,71 +707,113 @@ def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
 
 def parse_control_port(text: str) -> tuple[int, tuple[str, ...]]:
     """`5800`, `5800/udp`, `5800 / tcp, udp`: the port, and "tcp", "udp" or both."""
-    items = [item.strip() for item in text.split("/")]
-    numbers = [item for item in items if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item)]
-    flags = [item for item in items if item not in numbers]
-    protocols = parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
-    return [5800, *map(parse_port, numbers)][-1], protocols
+    port = CONTROL_PORT
+    flags = []
+    for item in text.split("/"):
+        item = item.strip()
+        if re.fullmatch("0x[0-9A-Fa-f]+|[0-9]+", item):
+            port = parse_port(item)  # of several the last one counts, as in the reference
+        else:
+            flags.append(item)
+    return port, parse_protocols(flags, "such as '5800', '5800/udp' or '5800 / tcp, udp'")
+
+
+def parse_users(text: str) -> frozenset[int]:
+    """Ids of users, with commas between them."""
+    return frozenset(parse_identifier(user) for user in text.split(","))
+
+
+def parse_match(text: str) -> str:
+    """What a jump is limited to."""
+    return matched(text, "saddr", "saddr")
 
 
 RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
-    "users": lambda text: frozenset(map(parse_identifier, text.split(","))),
+    "users": parse_users,
     **{hook: parse_name for hook in HOOKS},
     **{f"{hook}-match": parse_match for hook in HOOKS},
 }
 
 
-def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
-    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`"""
+def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
+    """What a resource's value says: by key what it has a value for, and its flags."""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS or (key in values and key in PORT_ITEMS):
-            raise Unfit(f"{shown(key)} is unknown here, or appears twice", RESOURCE)
+        elif key not in ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key in values and key in PORT_ITEMS:
+            raise Unfit(f"{key} appears twice", f"{key} once")
         else:
-            values[key] = ITEMS[key](value)
+            try:
+                values[key] = ITEMS[key](value)
+            except Unfit as unfit:
+                raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
+    return values, flags
 
-    port = values.get("port", 0)
-    protocols = parse_protocols(flags, RESOURCE) if port else ()
+
+def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
+    """`port: 22 / tcp / timeout: 60 / users: 1, 2` or `jump / input: CHAIN / ...`. Args: timeout,
+    for a value that has none, in s."""
+    values, flags = parse_items(text)
     hooks = [hook for hook in HOOKS if hook in values]
+    timeout = values.get("timeout", timeout)
+    users = values.get("users", frozenset())
+    if "port" in values:
+        if not values.keys() <= PORT_ITEMS:
+            raise Unfit("a port and a jump need a resource each", RESOURCE)
+        protocols = parse_protocols(flags, RESOURCE)
+        return Resource(identifier, values["port"], protocols, (), timeout, users)
+    if set(flags) != {"jump"}:
+        raise Unfit("this is neither a port nor a jump", RESOURCE)
+    if not hooks:
+        raise Unfit("this jump has no chain to jump to", RESOURCE)
     jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
-    is_port = port and values.keys() <= PORT_ITEMS
-    is_jump = not port and hooks and set(flags) == {"jump"}
-    if not (is_port or is_jump):
-        raise Unfit("a resource opens a port or has jumps: not both, and not neither", RESOURCE)
-    timeout, users = values.get("timeout", timeout), values.get("users", frozenset())
-    return Resource(identifier, port, protocols, jumps, timeout, users)
+    return Resource(identifier, 0, (), jumps, timeout, users)
 
 
-# By section and option: the field of Config, and its parser. Resources depend on what is above.
-OPTIONS: Mapping[str, Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+class Setting(NamedTuple):
+    """An option of the file: the field of Config that it sets, and how its value is read."""
+
+    field: str
+    parse: Callable[[str], Any]
+
+
+OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
     "GENERAL": {
-        "debug": ("debug", lambda text: parse_word(text, YES + NO) in YES),
-        "port": ("control", parse_control_port),
-        "control-timeout": ("control_timeout", parse_duration),
-        "control-error-policy": ("error_policy", lambda text: POLICIES[parse_word(text, POLICIES)]),
-        "seccomp": ("seccomp", lambda text: parse_word(text, SECCOMP)),
+        "debug": Setting("debug", parse_boolean),
+        "port": Setting("control", parse_control_port),
+        "control-timeout": Setting("control_timeout", parse_duration),
+        "control-error-policy": Setting("error_policy", parse_policy),
+        "seccomp": Setting("seccomp", parse_seccomp),
     },
-    "CLIENT": {"default-user": ("default_user", parse_identifier)},
+    "CLIENT": {"default-user": Setting("default_user", parse_identifier)},
     "NFTABLES": {
-        "exe": ("nft", str.strip),
-        "family": ("family", parse_family),
-        "table": ("table", parse_name),
-        **{f"chain-{hook}": (hook, parse_name) for hook in HOOKS},
-        "timeout": ("timeout", parse_duration),
-        "max-nr-rules": ("max_nr_rules", lambda text: min(parse_number(text), 1_000_000)),
+        "exe": Setting("nft", str.strip),
+        "family": Setting("family", parse_family),
+        "table": Setting("table", parse_name),
+        **{f"chain-{hook}": Setting(hook, parse_name) for hook in HOOKS},
+        "timeout": Setting("timeout", parse_duration),
+        "max-nr-rules": Setting("max_nr_rules", parse_rules_limit),
     },
-    "KEYS": {},
-    "RESOURCES": {},
+    "KEYS": {},  # by user
+    "RESOURCES": {},  # by id
 }
+REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
+
+
+class Entry(NamedTuple):
+    """A line of the file: where it is, as a message begins with it, and its value."""
+
+    place: str
+    value: str
 
 
 # What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
@@ -690,10 +822,10 @@ NO_TEXT = re.compile("[\0\x1c-\x1f\udc80-\udcff]")
 ENTRY = re.compile(r"\[(?P<section>.+)\]\s*|(?P<name>[^=\[][^=]*)=(?P<value>.*)")
 
 
-def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """The file as it is written: by section and name where it stands, for messages, and the
-    value. The name "" is the section's own line. Raises ConfigError."""
-    sections: dict[str, dict[str, tuple[str, str]]] = {}
+def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
+    """The file as it is written, by section and name. The name "" is the section's own line.
+    Raises ConfigError."""
+    sections: dict[str, dict[str, Entry]] = {}
     section = name = ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if NO_TEXT.search(line):
@@ -701,23 +833,36 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, tuple[str, str]]
             raise ConfigError(f"{path}:{number}: this is not text", hint)
         if name and line[:1] in (" ", "\t") and line.strip():
             place, value = sections[section][name]
-            sections[section][name] = (place, f"{value} {line.lstrip()}")
+            sections[section][name] = Entry(place, f"{value} {line.lstrip()}")
             continue
         name = ""
         line = line.lstrip()
         if not line or line.startswith("#"):
             continue
         found = ENTRY.fullmatch(line)
-        if not found or not (section or found["section"]):
+        if not found:
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
-            raise ConfigError(f"{path}:{number}: this is not a section, nor an option of one", hint)
+            problem = f"{shown(line.rstrip())} is neither a section nor an option"
+            raise ConfigError(f"{path}:{number}: {problem}", hint)
         section, name = found["section"] or section, (found["name"] or "").rstrip()
+        if not section:
+            hint = "expected: a line such as [GENERAL] above it"
+            raise ConfigError(f"{path}:{number}: {shown(name)} is in no section", hint)
         place = f"{path}:{number}: [{shown(section)[1:-1]}] "
         place += f"{shown(name)[1:-1]}: " if name else ""
         if name in sections.setdefault(section, {}):
             raise ConfigError(f"{place}appears twice", "expected: each name once")
-        sections[section][name] = (place, found["value"] or "")
+        sections[section][name] = Entry(place, found["value"] or "")
     return sections
+
+
+@contextlib.contextmanager
+def blaming(place: str) -> Iterator[None]:
+    """Begin what is wrong with a value with its place. Raises ConfigError."""
+    try:
+        yield
+    except Unfit as unfit:
+        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
 
 
 def unknown(name: str, names: Iterable[str]) -> str:
@@ -727,58 +872,114 @@ def unknown(name: str, names: Iterable[str]) -> str:
     return "is unknown and ignored" + "".join(f"; did you mean {known}?" for known in found)
 
 
+def unknown_names(sections: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """A warning for each section and option that we do not know, in the file's order."""
+    warnings = []
+    for section, entries in sections.items():
+        known = OPTIONS.get(section)
+        if known is None:
+            warnings.append(entries[""].place + unknown(section.upper(), OPTIONS))
+        for name, entry in entries.items():
+            if known and name and name not in known:
+                warnings.append(entry.place + unknown(name.lower(), known))
+    return warnings
+
+
+def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The values of a section's known options, by field of Config. Raises ConfigError."""
+    values = {}
+    for name, entry in entries.items():
+        if name in known:
+            with blaming(entry.place):
+                values[known[name].field] = known[name].parse(entry.value)
+    return values
+
+
+def parse_keys(entries: Mapping[str, Entry]) -> dict[int, bytes]:
+    """[KEYS], by user. Raises ConfigError."""
+    keys: dict[int, bytes] = {}
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            user = parse_identifier(name)
+            if user in keys:
+                raise Unfit(f"user {user:08X} has a key already", "each user once")
+            keys[user] = parse_key(entry.value)
+    return keys
+
+
+def parse_resources(entries: Mapping[str, Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
+    resources: dict[int, Resource] = {}
+    owners: dict[int, int] = {}  # by port the resource that opens it
+    for name, entry in entries.items():
+        with blaming(entry.place):
+            resource = parse_resource(parse_identifier(name), entry.value, timeout)
+            if resource.identifier in resources:
+                raise Unfit(f"resource {resource.identifier:08X} appears twice", "each id once")
+            if resource.port in owners:
+                owner = owners[resource.port]
+                raise Unfit(f"resource {owner:08X} has port {resource.port}", "each port once")
+            resources[resource.identifier] = resource
+            if resource.port:
+                owners[resource.port] = resource.identifier
+    return resources
+
+
+def server_warnings(
+    config: Config, tables: Mapping[str, Entry], resources: Iterable[Entry]
+) -> list[str]:
+    """What a server can do with this, and its owner may not want. Args: the entries of [NFTABLES],
+    and those of config.resources, in their order."""
+    warnings = []
+    if config.error_policy == NO_AUTH and "udp" in config.protocols:
+        text = "control-error-policy: 'always' over UDP answers forged senders"
+        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+    if config.family != "inet" and config.table in IPTABLES_TABLES:
+        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        text += " our rules lets everybody in; give the table another name"
+        warnings.append(tables["table"].place + text)
+    if not config.keys:
+        text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
+        warnings.append(f"{config.path}: [KEYS] {text}")
+    for entry, resource in zip(resources, config.resources.values()):
+        somebody = min(resource.users, default=0)  # who may have it, if anybody can
+        objection = config.objection(somebody, resource.identifier)
+        if objection or not resource.timeout:
+            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
+            warnings.append(entry.place + text)
+        if config.keys:
+            for user in sorted(resource.users - config.keys.keys()):
+                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+    return warnings
+
+
 def parse_config(text: str, path: str, server: bool) -> Config:
     """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
     sections = parse_sections(text, path)
-    begins = {section: options.pop("")[0] for section, options in sections.items()}
-    others = [section for section in sections if section not in OPTIONS]
-    warnings = [begins[section] + unknown(section.upper(), OPTIONS) for section in others]
-    values: dict[str, Any] = {"control": (5800, ("tcp",)), **Config._field_defaults}
-    keys: dict[int, bytes] = {}
-    resources: dict[int, Resource] = {}
-    ports: set[int] = set()
-    for section, known in OPTIONS.items():
-        for name, (place, value) in sections.setdefault(section, {}).items():
-            try:
-                if section == "KEYS":
-                    user = parse_identifier(name)
-                    if user in keys:
-                        raise Unfit(f"{user:08X} has a key already", "each id once")
-                    keys[user] = parse_key(value)
-                elif section == "RESOURCES":
-                    resource = parse_resource(parse_identifier(name), value, values["timeout"])
-                    if resource.identifier in resources or resource.port in ports:
-                        raise Unfit("another resource has the same id or port", "each of them once")
-                    resources[resource.identifier] = resource
-                    ports |= {resource.port} - {0}
-                elif name not in known:
-                    warnings.append(place + unknown(name.lower(), known))
-                elif section != ("CLIENT" if server else "NFTABLES"):
-                    field, parse = known[name]
-                    values[field] = parse(value)
-            except Unfit as unfit:
-                raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
-    for option in ("family", "table", "chain-input"):
-        if server and option not in sections["NFTABLES"]:
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
-
+    warnings = unknown_names(sections)
+    begins = {section: entries.pop("").place for section, entries in sections.items()}
+    for section in OPTIONS:
+        sections.setdefault(section, {})
+    values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
+    try:
+        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+            values.update(parse_settings(sections[section], OPTIONS[section]))
+        keys = parse_keys(sections["KEYS"])
+        resources = parse_resources(sections["RESOURCES"], values["timeout"])
+        for option in REQUIRED if server else ():
+            if option not in sections["NFTABLES"]:
+                place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{place}{option}: is not set", hint)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
-    if server and config.error_policy == NO_AUTH and "udp" in protocols:
-        text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{path}: [GENERAL] {text}; 'basic-auth' is recommended")
-    if server and config.family != "inet" and config.table in IPTABLES_TABLES:
-        place, _ = sections["NFTABLES"]["table"]
-        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
-        warnings.append(f"{place}{text} our rules lets everybody in; give the table another name")
-    for (place, _), resource in zip(sections["RESOURCES"].values(), resources.values()):
-        somebody = min(resource.users, default=0)  # who may have it, if anybody can
-        objection = config.objection(somebody, resource.identifier)
-        if server and (objection or not resource.timeout):
-            warnings.append(f"{place}nobody can knock for it: {objection or 'its timeout is 0'}")
+    if server:
+        entries = sections["RESOURCES"].values()
+        warnings += server_warnings(config, sections["NFTABLES"], entries)
     return config._replace(warnings=tuple(warnings))
 
 
@@ -792,11 +993,14 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
         hint = "name another file with --config, or let this user read it"
+        if not server:
+            hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
     config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
     warnings = list(config.warnings)
     if os.name == "posix" and server and status.st_uid != 0:
@@ -809,21 +1013,22 @@ def read_config(path: str, server: bool) -> Config:
 
 
 # ==== 3  Client ==============================================================
-# Shake hands with all addresses of the host at the same time: one that does not answer costs the
-# others no time. `connect` and COMMAND hold open what was opened for as long as they use it.
+# The client knocks at all addresses of a host at the same time, so one that does not answer delays
+# none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
 
-ADDRESSES_LIMIT = 8  # of one host, knocked at the same time: a server's -N is 8 as well
-UDP_REPEAT_S = 0.4  # over UDP messages get lost: see exchange_udp()
-UDP_HANDSHAKES = 24  # kept at once; for 8 addresses this is below macOS's limit of 256 descriptors
-TCP_RETRIES = 3  # after a server has hung up without a CHALLENGE: see exchange_tcp()
-TCP_RETRY_S = 0.2  # the longest first pause; from one to the next it doubles
-OTHER_ADDRESS_S = 0.25  # where one address is open, the others are not waited for any longer
-CONNECT_S = 2.0  # a connect that takes longer may have met a port that was closed meanwhile
-RENEWAL_RETRY_S = 1.0  # the first pause after a renewal that failed; each is twice the last one
-RENEWAL_RETRY_LIMIT_S = 60.0  # the longest
-GONE_CHECK_S = 1.0  # how often a connection that only sends is asked whether the peer is gone
+ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
+UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
+UDP_HANDSHAKES = 24  # at once; with 8 addresses they stay below macOS's limit of 256 descriptors
+TCP_RETRIES = 3  # after the server hung up without a CHALLENGE: see exchange_tcp()
+TCP_RETRY_S = 0.2  # the longest first pause; it doubles from one try to the next
+OTHER_ADDRESS_S = 0.25  # how much longer to wait for the others once one address is open
+CONNECT_S = 2.0  # a slower connect may have met a port that was closed meanwhile
+RENEWAL_RETRY_S = 1.0  # the first pause after a failed renewal; it doubles from one try to the next
+RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
+GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
-FAULT_HINT = "that is a fault of letmein: please report it"
+VERBS = {KNOCK: "open", REVOKE: "close"}
+BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
 # Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
@@ -831,19 +1036,90 @@ KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_
 
 
 class HungUp(ProtocolError):
-    """The server closed the connection in place of an answer."""
+    """The server closed the connection instead of answering. Args: as Rejection."""
+
+    def __init__(self, is_challenged: bool = False) -> None:
+        super().__init__()
+        self.is_challenged = is_challenged
+
+
+class Silent(ProtocolError):
+    """Something accepts connections, but does not answer."""
 
 
 class Rejected(UserError):
     """The server answered, but did not do what was asked."""
 
 
-class AddressLost(UserError):
+class Unsent(UserError):
+    """Nothing could leave this machine."""
+
+
+class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
-def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> list[Resource]:
-    """What is to be opened or closed, as far as the client knows it. Raises UserError."""
+# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
+# and the most likely remedy. None is for all else.
+CAUSES: dict[object, tuple[type[UserError], str, str]] = {
+    errno.ENETUNREACH: (
+        Unsent, "this machine has no route to it",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EADDRNOTAVAIL: (
+        Unsent, "this machine has no IPv{version} address to send from",
+        "see whether this machine is online and has IPv{version}"),
+    errno.EPERM: (
+        Unsent, "this machine does not let letmein send to control port {port} ({error})",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
+    "no zone": (
+        Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
+        "use another of its addresses if there is one: servers refuse link-local clients"),
+    errno.EHOSTUNREACH: (
+        UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
+        "see whether the host is up, and whether you may reach it from this network"),
+    errno.ECONNREFUSED: (
+        UserError, "nothing listens on its control port {port}",
+        "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    (errno.ETIMEDOUT, "tcp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the host is up, and whether a firewall on the way drops this port"),
+    (errno.ETIMEDOUT, "udp"): (
+        UserError, "no answer on its control port {port} within {patience:g} s",
+        "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
+    Silent: (
+        Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
+        "see whether a letmein server listens there, and what it logs"),
+    HungUp: (
+        Rejected, "the server closed the connection without an answer",
+        "compare user and key with the server's file: it may not answer wrong ones"),
+    (HungUp, CHALLENGE): (
+        Rejected, "the server closed the connection after the challenge",
+        "the key is right: see the server's log for the time of this knock"),
+    Rejection: (
+        Rejected, "{error}",
+        "compare user, key and resource with the server's file; its log says which is wrong"),
+    (Rejection, CHALLENGE): (
+        Rejected, "{error}",
+        "the key is right: event=failed in the server's log says what went wrong"),
+    ProtocolError: (
+        Rejected, "what answers on its control port {port} is not a letmein server ({error})",
+        "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
+    None: (
+        UserError, "{error} (on the way to its control port {port})",
+        "see whether this machine is online, and whether you can reach the host otherwise"),
+}
+CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
+
+
+def name_of(resource: Resource) -> str:
+    """What the user calls it."""
+    return f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+
+
+def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
+    """The resources that the command line names, as far as the file knows them. Raises
+    UserError."""
     if arguments.resources:
         unknown = Resource(0, 0, (), (), config.timeout, frozenset())
         known = config.resources
@@ -851,29 +1127,21 @@ def find_resources(config: Config, arguments: argparse.Namespace, user: int) -> 
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
     for port in set(arguments.ports) - set(ports):
         names = ", ".join(str(port) for port in sorted(ports) if port)
-        hint = f"it has: {names or 'none'}; or name a --resource"
+        hint = f"it has: {names or 'none'}; add port {port}, or name a resource with -r ID"
         problem = f"[RESOURCES] has no port {port} for user {user:08X}"
         raise UserError(f"{config.path}: {problem}", hint)
     return [ports[port] for port in arguments.ports]
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, ADDRESSES_LIMIT at most. families (socket.AF_INET, AF_INET6) are
-    those that must be there; empty for what host has. Raises UserError."""
-    try:
-        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
-        name = host.encode("ascii") if host.isascii() else host
-        family = families[0] if len(families) == 1 else socket.AF_UNSPEC
-        found = socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
-    except (OSError, UnicodeError, LookupError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
-        hint = "check the name, and that this machine can resolve names"
-        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
+    those that it must have; empty takes whatever it has. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
-    for entry in found:
-        queues[entry[0]].append(entry[4])
-    for family, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if family in families and not queues[family]:
+    wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
+    for found, _, _, _, address in look_up(host, port, wanted):
+        queues[found].append(address)
+    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
+        if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
@@ -886,31 +1154,52 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     return targets
 
 
+def look_up(host: str, port: int, family: int) -> list[Any]:
+    """What getaddrinfo() finds for host; without an address of this family, those of the other.
+    Raises UserError."""
+    try:
+        # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
+        name = host.encode("ascii") if host.isascii() else host
+        return socket.getaddrinfo(name, port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError, LookupError, ValueError) as error:
+        if family != socket.AF_UNSPEC:
+            return look_up(host, port, socket.AF_UNSPEC)
+        reason = getattr(error, "strerror", None) or "this is not a host name"
+        hint = "check how the name is written"
+        if getattr(error, "errno", None) == socket.EAI_AGAIN:
+            hint = "see whether this machine is online: its name server does not answer"
+        raise UserError(f"cannot find the address of {host!a}: {reason}", hint) from None
+
+
 def receive(peer: socket.socket, timeout: float) -> bytes:
-    """One message over TCP, within timeout seconds. Raises HungUp, ProtocolError, OSError."""
+    """One message over TCP, within timeout seconds. Raises HungUp, Silent, ProtocolError,
+    OSError."""
     end = time.monotonic() + timeout
     received = b""
     while len(received) < MESSAGE_SIZE:
         peer.settimeout(max(end - time.monotonic(), 0.001))
-        data = peer.recv(MESSAGE_SIZE - len(received))
-        if not data:
-            # A letmein server that hangs up has said nothing; other services may have.
-            kind = ProtocolError if received else HungUp
-            raise kind("the server closed the connection without an answer")
+        try:
+            data = peer.recv(MESSAGE_SIZE - len(received))
+        except socket.timeout:
+            raise Silent from None
         received += data
+        if not MAGIC.startswith(received[:4]):  # others may say less, and wait for us
+            raise ProtocolError("it speaks another protocol")
+        if not data:
+            raise HungUp
     return received
 
 
 def exchange_tcp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
     """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
-    Args: local, the socket address to come from; None for any.
+    Args: local, the socket address to come from, None for any; say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
-    The pauses grow, and they are random, or clients that met once would meet again. But a server
-    may also hang up because of a wrong key, and then no patience helps: a client that got no
-    CHALLENGE, which takes the right key, tries only TCP_RETRIES times more."""
+    The pauses grow, and they are random, or clients that collided once would collide again. A
+    server may also hang up because of a wrong key, and then patience does not help: without a
+    CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
@@ -920,7 +1209,9 @@ def exchange_tcp(
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local:
                 peer.bind(local)
+            say("connecting")
             peer.connect(target[1])
+            say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
             is_challenged = False
@@ -932,7 +1223,8 @@ def exchange_tcp(
             except (HungUp, ConnectionError):
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
-                    raise
+                    raise HungUp(is_challenged) from None
+        say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
         retries -= not is_challenged
@@ -958,7 +1250,7 @@ class UdpHandshake:
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it was one that is due. Ends with
+        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
         StopIteration, or raises ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
@@ -982,7 +1274,7 @@ class UdpHandshakes:
         self.selector = selectors.DefaultSelector()
 
     def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; when there are too many, no more for the oldest's."""
+        """Wait for this one's answers too; at the limit, give up the oldest."""
         if len(self.running) == UDP_HANDSHAKES:
             self.drop(self.running[0])
         self.running.append(handshake)
@@ -1010,16 +1302,18 @@ class UdpHandshakes:
 
 
 def exchange_udp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any = None
+    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
 ) -> NoReturn:
-    """The same over UDP, where messages get lost: every UDP_REPEAT_S a new handshake begins, from
-    a port of its own, and each RESPONSE is sent again, while the older ones may still be
-    answered. No KNOCK is sent twice from one port: the reference's server rejects that."""
+    """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
+    port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
+    KNOCK is sent twice from one port: the reference's server rejects that."""
     start = again = time.monotonic()
     end = start + timeout
     with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
+                if handshakes.running:
+                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
                 if now < start + timeout:
@@ -1041,7 +1335,7 @@ def start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        hint = "is a limit of processes reached (ulimit -u, or a container's)?"
+        hint = "raise the limit of processes: ulimit -u, or the container's"
         raise UserError(f"cannot start a thread: {error}", hint) from None
 
 
@@ -1052,7 +1346,7 @@ class Race:
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
         self.addresses = list(addresses)
-        self.is_given_up = False  # from then on nothing new is begun
+        self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
         self.news = threading.Semaphore(0)
@@ -1066,7 +1360,7 @@ class Race:
         for address, thread in zip(self.addresses, self.threads):
             try:
                 thread.start()
-            except RuntimeError:  # there are no more threads: then one after the other
+            except RuntimeError:  # no more threads: one address after the other
                 self._run(address)
 
     def _run(self, address: str) -> None:
@@ -1075,7 +1369,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """The results: all of them, or those that came until OTHER_ADDRESS_S after enough."""
+        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1103,90 +1397,99 @@ class Race:
 class Client:
     """One run of the client. Args: arguments, of the command line. Raises UserError."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         self.arguments = arguments
         self.user = config.default_user if arguments.user is None else arguments.user
         if self.user not in config.keys:
-            hint = "copy its line from the server's [KEYS], or name another user with --user"
+            hint = "copy the user's line from the server's [KEYS], or name another user with -u ID"
             raise UserError(f"{config.path}: [KEYS] has no key for user {self.user:08X}", hint)
+        self.say(f"read {config.path}: the key of user {self.user:08X}")
         self.key = config.keys[self.user]
         self.resources = find_resources(config, arguments, self.user)
         self.protocol = arguments.protocol or config.protocols[0]
         self.timeout = max(min(config.control_timeout, LONGEST_WAIT_S), 0.001)
         self.port = arguments.server_port or config.port
-        self.targets = resolve(arguments.host, self.port, arguments.families)
+        # As in a URL: [2001:db8::1]
+        self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
+        self.targets = resolve(self.host, self.port, arguments.families)
+        self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
         # By address of the server the socket address to come from, where that matters.
         self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, even if the answer came late: the first first.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
-        self.say: Callable[[str], None] = tell if arguments.verbose else lambda line: None
-        self.say(f"configuration: {config.path}")
-        self.say(f"server: {' and '.join(self.targets)}, port {self.port}/{self.protocol}")
+
+    def say(self, text: str) -> None:
+        """With --verbose, tell the user of a step, and how long after the start it came."""
+        if self.arguments.verbose:
+            tell(f"{1000 * (time.monotonic() - STARTED):.0f} ms  {text}")
+
+    def place(self, addresses: Iterable[str]) -> str:
+        """The host as the user gave it, with its addresses."""
+        names = ", ".join(addresses)
+        return names if names == self.host else f"{self.host} ({names})"
 
     def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
+        place = self.place([where])
+
+        def say(text: str) -> None:
+            self.say(f"{place}: {text}")
+
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where))
+            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
         except StopIteration:
             return None
-        except ProtocolError as error:
-            return Rejected(f"{self.place(where)}: {error}", self.rejection_hint(error))
-        except OSError as error:
-            if where in self.local and error.errno == errno.EADDRNOTAVAIL:
-                lost = f"this machine no longer has the address {self.local[where][0]}"
-                return AddressLost(f"{where}: {lost}", "what is open for it closes by itself")
-            return UserError(f"{self.place(where)}: {self.reason(error)}", self.network_hint(error))
+        except (ProtocolError, OSError) as error:
+            failure = self.explain(error, where)
+        except Unsent as error:
+            failure = error
         except Exception as error:  # in a thread nobody else would tell
-            return UserError(f"{where}: {error!r}", FAULT_HINT)
+            failure = UserError(f"{error!r}", BUG_HINT)
+        say(str(failure))
+        return failure
 
-    def place(self, where: str) -> str:
-        """An address of the server, and the name that the user gave."""
-        return where if where == self.arguments.host else f"{self.arguments.host} ({where})"
-
-    def reason(self, error: OSError) -> str:
-        """What went wrong on the way to the server."""
-        port = f"control port {self.port}/{self.protocol}"
-        if isinstance(error, ConnectionRefusedError):
-            return f"nothing listens on its {port}"
-        if isinstance(error, socket.timeout):
-            return f"no answer on its {port} within {self.timeout:g} s"
-        return f"{error.strerror or error} (its {port})"
-
-    def network_hint(self, error: OSError) -> str:
-        """The most likely thing to do about it."""
-        if isinstance(error, ConnectionRefusedError):
-            return "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
-        if isinstance(error, socket.timeout) and self.protocol == "udp":
-            return "a server is silent to a wrong key over UDP: compare [KEYS] of both files"
-        if isinstance(error, socket.timeout):
-            return "see whether the host is up, and whether a firewall on the way drops this port"
-        return "see whether this machine is online, and has IPv6 if the address is one"
-
-    @staticmethod
-    def rejection_hint(error: ProtocolError) -> str:
-        """What a server may mean that does not do what it was asked for."""
-        if isinstance(error, Rejection) and error.is_challenged:
-            return "the key is right: event=failed in the server's log says what is in the way"
-        if isinstance(error, Rejection):
-            return "compare user, key and resource with the server's file; its log says which it is"
-        if isinstance(error, HungUp):
-            return "compare user and key with the server's file: it may be silent about wrong ones"
-        return "see whether it is a letmein server that listens there"
+    def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
+        """What an error on the way to an address means, and what to do about it."""
+        cause: object = type(error)
+        if getattr(error, "is_challenged", False):
+            cause = (cause, CHALLENGE)
+        elif isinstance(error, (socket.timeout, TimeoutError)):
+            cause = (errno.ETIMEDOUT, self.protocol)
+        elif isinstance(error, OSError):
+            is_local = error.errno == errno.EINVAL and where.startswith("fe")
+            cause = "no zone" if is_local else error.errno
+        if cause == errno.EADDRNOTAVAIL and where in self.local:
+            lost = f"this machine no longer has the address {self.local[where][0]}"
+            return AddressLost(lost, "what is open for it closes by itself")
+        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
+        facts = {
+            "port": f"{self.port}/{self.protocol}",
+            "patience": self.timeout,
+            "version": 6 if self.targets[where][0] == socket.AF_INET6 else 4,
+            "error": getattr(error, "strerror", None) or str(error),
+        }
+        return kind(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
         ids = operation, self.user, resource.identifier, self.key
         opened = self.opened[resource]
 
-        def new_handshake() -> Handshake:
-            if race.is_given_up:
-                raise ProtocolError("given up")
-            return client_handshake(*ids, warn)
-
         def ask(where: str) -> UserError | None:
+            place = self.place([where])
+
+            def new_handshake() -> Handshake:
+                if race.is_given_up:
+                    raise Unsent("given up: it is about to be closed")
+                return client_handshake(
+                    *ids,
+                    warn=lambda text: warn(f"{place}: {text}"),
+                    say=lambda text: self.say(f"{place}: {text}"),
+                )
+
             error = self.attempt(new_handshake, where)
             if operation == KNOCK and not error and where not in opened:
                 opened.append(where)
@@ -1204,13 +1507,20 @@ class Client:
         return families - good if self.arguments.families or not good else set()
 
     def failure(self, race: Race, results: Results) -> UserError | None:
-        """What to tell of the results, None for success. A server's word says more than the
-        silence of an address that leads nowhere."""
+        """What to tell of the results, None for success: where it failed, and why. A server's word
+        says more than the silence of another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
         relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
-        errors = [error for error in map(results.get, relevant) if error]
-        words = [error for error in errors if isinstance(error, Rejected)]
-        return next(iter(words + errors), None)
+        errors = {where: error for where in relevant if (error := results.get(where))}
+        if not errors:
+            return None
+
+        def weight(error: UserError) -> int:
+            return isinstance(error, Rejected) - isinstance(error, Unsent)
+
+        worst = max(errors.values(), key=weight)
+        where = [where for where, error in errors.items() if error.problem == worst.problem]
+        return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
         """Wait for the answers: until there are enough, and all of those where it is open."""
@@ -1221,27 +1531,53 @@ class Client:
 
         results = race.wait(is_enough)
         for where in race.addresses:
-            none_yet = UserError(f"{where}: no answer within {OTHER_ADDRESS_S:g} s more")
-            error = results.get(where, none_yet)
-            self.say(error.problem if error else f"{where}: COMEIN")
+            if where not in results:
+                self.say(f"{self.place([where])}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
 
-    def ask(self, operation: int, resource: Resource) -> bool:
-        """Knock or revoke, and tell the user; returns whether it worked."""
-        race = self.begin(operation, resource)
-        results = self.finish(race, resource)
-        if error := self.failure(race, results):
-            tell_error(error)
-            return False
-        done = "opened" if operation == KNOCK else "closed"
-        what = f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        return self.tell_done(f"{done} {what} on {self.arguments.host} ({good})")
+    def ask_all(self, operation: int) -> list[Resource]:
+        """Knock or revoke for each resource, and tell the user; returns those where it worked. A
+        server that cannot be reached for one is not asked for the others."""
+        done = []
+        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
+        for number, resource in enumerate(self.resources):
+            race = self.begin(operation, resource)
+            results = self.finish(race, resource)
+            error = self.failure(race, results)
+            if error is None:
+                if self.tell_done(operation, resource, race, results):
+                    done.append(resource)
+                continue
+            affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
+            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
+            if affected != [resource]:
+                break
+        for error, names in failures.values():
+            *others, last = names
+            listed = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, listed, error))
+        return done
 
-    def tell_done(self, line: str) -> bool:
+    def undone(self, operation: int, names: str, error: UserError) -> UserError:
+        """What to tell of an error with these resources."""
+        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
+
+    def tell_done(
+        self, operation: int, resource: Resource, race: Race, results: Results
+    ) -> bool:
         """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        name = name_of(resource)
+        if operation == KNOCK and (resource.port or resource.jumps):
+            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
+            self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
+        for where, error in results.items():
+            if isinstance(error, Rejected):
+                here = UserError(f"{self.place([where])}: {error}", error.hint)
+                tell_error(self.undone(operation, name, here), "note")
+        good = ", ".join(w for w in race.addresses if w in results and not results[w])
+        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1250,10 +1586,6 @@ class Client:
         except OSError:  # the user will not know; the other resources are to be seen to
             return False
         return True
-
-    def ask_all(self, operation: int) -> list[Resource]:
-        """Knock or revoke for each resource; returns those where it worked."""
-        return [resource for resource in self.resources if self.ask(operation, resource)]
 
 
 class Hold:
@@ -1308,7 +1640,7 @@ class Hold:
             try:
                 self._renew()
             except Exception as error:  # in a thread nobody else would tell
-                tell_error(UserError(f"what was opened is not renewed: {error!r}", FAULT_HINT))
+                tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
 
         start_thread(threading.Thread(target=run, daemon=True))
 
@@ -1317,20 +1649,23 @@ class Hold:
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        pauses = RenewalPauses(lease)
+        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+        pause = lease / 2
         end = time.monotonic() + lease
         is_told = False
         while True:
-            time.sleep(pauses.next())
+            time.sleep(pause)
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pauses, end, is_told = RenewalPauses(lease), begun + lease, False
+                pause, end, is_told = lease / 2, begun + lease, False
+                retries.reset()
                 continue
+            pause = retries.take()
             client.say(f"not renewed yet: {error}")
             if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
                 is_told = True
-                tell_error(UserError(f"what was opened is not renewed: {error}", error.hint))
+                tell_error(UserError(f"cannot renew {error}", error.hint))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -1338,8 +1673,10 @@ class Hold:
         for resource in self.client.resources:
             with self.turn:
                 race = self.client.begin(KNOCK, resource, self.addresses)
-            errors.append(self.client.failure(race, self.client.finish(race, resource)))
-        return next(filter(None, errors), None)
+            error = self.client.failure(race, self.client.finish(race, resource))
+            if error:
+                errors.append(type(error)(f"{name_of(resource)} on {error}", error.hint))
+        return errors[0] if errors else None
 
     def _run_command(self) -> int:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
@@ -1376,6 +1713,7 @@ class Hold:
         address, _, *scope = peer.getsockname()
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
+        self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()
         return 0
 
@@ -1384,43 +1722,35 @@ class Hold:
         behind our address closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
+        resource = client.resources[0]
         for patience in (CONNECT_S, client.timeout):
-            for where in client.opened[client.resources[0]]:
-                address: Any = (where.encode(), port)  # as bytes: see resolve()
+            for where in client.opened[resource]:
+                address: Any = (where.encode(), port)  # as bytes: see look_up()
+                client.say(f"{client.place([where])}: connecting to port {port}")
                 try:
                     peer = socket.create_connection(address, patience)
                 except OSError as error:
-                    reason = error.strerror or "it does not answer"
+                    reason = error.strerror or f"no answer within {patience:g} s"
                 else:
                     peer.settimeout(None)
                     return where, peer
             if patience == CONNECT_S:
                 client.ask_all(KNOCK)
-        problem = f"port {port} was opened, but cannot be reached: {reason}"
-        raise UserError(problem, "does the service run there?")
-
-
-class RenewalPauses:
-    """How long to wait before each try to renew a lease of so many seconds."""
-
-    def __init__(self, lease: float) -> None:
-        self.pause = lease / 2
-        self.retry = min(RENEWAL_RETRY_S, lease / 8)
-
-    def next(self) -> float:
-        """Seconds: half the lease, then short pauses that grow."""
-        pause, self.pause = self.pause, self.retry
-        self.retry = min(2 * self.retry, RENEWAL_RETRY_LIMIT_S)
-        return pause
+        place = client.place(client.opened[resource])
+        hint = "see whether the service runs on the server, and listens on this address"
+        if resource.port not in (0, port):
+            hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
+        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        raise UserError(f"{problem}: {reason}", hint)
 
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "is it in PATH? of a script: is the program there that its first line names?"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
         tell_error(UserError(f"cannot run {name!r}: not found", hint))
         return 127
-    hint = "is it a program that you may execute? a script begins with a line such as #!/bin/sh"
+    hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
     tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
     return 126
 
@@ -1442,8 +1772,8 @@ class Carrier:
         self.failure: UserError | None = None  # of the upload
 
     def run(self) -> None:
-        """Until both directions have come to their ends, or nobody reads the output any more.
-        Raises UserError if anything may have been lost."""
+        """Carry until both directions have ended, or nobody reads the output any more. Raises
+        UserError if anything may have been lost."""
         import threading
         uploader = threading.Thread(target=self._upload, daemon=True)
         start_thread(uploader)
@@ -1464,7 +1794,7 @@ class Carrier:
             raise self.failure
 
     def _download(self) -> None:
-        """Until the peer's end. Raises UserError, and ConnectionError if nobody reads."""
+        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
         while data := self._receive():
             while data:
                 try:
@@ -1474,7 +1804,8 @@ class Carrier:
                 except ConnectionError:
                     raise
                 except OSError as error:
-                    raise UserError(f"cannot write standard output: {error.strerror}") from None
+                    problem = f"cannot write standard output: {error.strerror}"
+                    raise UserError(problem, "check where the output goes") from None
 
     def _receive(self) -> bytes:
         try:
@@ -1491,7 +1822,7 @@ class Carrier:
         except UserError as error:
             self._fail(error)
         except Exception as error:  # in a thread nobody else would tell
-            self._fail(UserError(f"{error!r}", FAULT_HINT))
+            self._fail(UserError(f"{error!r}", BUG_HINT))
 
     def _fail(self, failure: UserError) -> None:
         """End the other direction as well."""
@@ -1507,7 +1838,8 @@ class Carrier:
             except BlockingIOError:  # our parent has made it so
                 select.select([0], [], [])
             except OSError as error:
-                raise UserError(f"cannot read standard input: {error.strerror}") from None
+                problem = f"cannot read standard input: {error.strerror}"
+                raise UserError(problem, "check where the input comes from") from None
 
     def _send(self, data: bytes) -> None:
         self.sent += len(data)
@@ -1518,18 +1850,18 @@ class Carrier:
 
 
 def broken(error: OSError) -> UserError:
-    hint = "some of what was sent, or was still to come, may be lost"
+    hint = "connect again: some of what was sent or still to come may be lost"
     return UserError(f"the connection broke: {error.strerror}", hint)
 
 
 def drop_output() -> None:
-    """Close standard output, in a way that leaves Python nothing to complain of."""
+    """Close standard output so that Python does not complain about it."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 
 
 def catch_signals(handler: Any) -> None:
-    """Have what would end this program go to handler, as of signal.signal()."""
+    """Set a handler, as for signal.signal(), for the signals that would end this program."""
     import signal
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
@@ -1809,6 +2141,7 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
+LISTING_LIMIT = 16 << 20  # bytes of what nft says
 TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 
 
@@ -1840,9 +2173,10 @@ class Nft:
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
         self.limit = NFT_LIMIT_S[0]
 
-    def run(self, script: str, *arguments: str) -> None:
-        """Run a script. Raises UserError with nft's words. An nft that takes too long is killed,
-        having perhaps done its work, and the next one may take twice as long."""
+    def run(self, script: str, *arguments: str) -> str:
+        """Run a script, and return what nft says. Raises UserError with its words. An nft that
+        takes too long is killed, having perhaps done its work, and the next one may take twice as
+        long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -1864,7 +2198,9 @@ class Nft:
                     hint = "a limit of processes or memory is reached: end other programs"
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
-            self._judge(status, said.read(4096).decode("utf-8", "replace"))
+            words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
+            self._judge(status, words)
+            return words
 
     def _judge(self, status: int, said: str) -> None:
         """Raise UserError if nft did not do what it was told."""
@@ -1875,7 +2211,7 @@ class Nft:
         if status:
             # What is wrong, and the statement it is about.
             problem = ": ".join(said.strip().split("\n")[:2])
-            hint = f"what nft makes of your ruleset: {self.path} list ruleset"
+            hint = f"compare with the rules that the kernel has: {self.path} list ruleset"
             raise UserError(problem or f"nft ended with status {status}", hint)
 
 
@@ -2236,46 +2572,77 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
     """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
     check_table(kernel, config)
+    check_targets(kernel, config)
     nft.run(ruleset_script(config), "-c")
+
+
+def unreadable(config: Config, error: OSError) -> UserError:
+    """What to say of a table that cannot be read."""
+    table = f"table {config.family} {config.table}"
+    if isinstance(error, FileNotFoundError):
+        hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
+        return UserError(f"{config.path}: [NFTABLES] table: {table} does not exist", hint)
+    if isinstance(error, PermissionError):
+        return UserError(f"cannot read {table}: only root may", "run this as root")
+    return UserError(f"cannot read {table}: {error.strerror}")
 
 
 def check_table(kernel: Kernel, config: Config) -> None:
     """See that table and chains are there, and that nobody else has a claim to them. Raises
     UserError."""
     table = f"table {config.family} {config.table}"
+    where = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
-    except FileNotFoundError:
-        hint = "load your ruleset first, or name its table in [NFTABLES]"
-        raise UserError(f"{table} does not exist", hint) from None
     except OSError as error:
-        hint = "run this as root"
-        raise UserError(f"cannot read {table}: {error.strerror}", hint) from None
+        raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        raise UserError(f"{table} belongs to another program, which alone may change it", own_table)
-    if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
-        problem = f"{table} belongs to iptables, which would restore our rules without their sets"
+        problem = f"{where} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
+    if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
+        loss = "which would restore letmein's rules without their sets"
+        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            raise UserError(f"chain-{hook}: {chain} is a base chain: it has a hook", hint)
+            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
+            raise UserError(problem, hint)
         check_chain(kernel, config, hook, chain)
+
+
+def check_targets(kernel: Kernel, config: Config) -> None:
+    """See that the chains are there that resources jump to. Raises UserError."""
+    base_chains = kernel.base_chains()
+    for resource in config.resources.values():
+        for hook, target, _ in resource.jumps:
+            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+            if hook in config.chains:
+                rules_of(kernel, config, option, target)
+            if target in base_chains:
+                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                raise UserError(problem, "name a chain without a hook, which rules can jump to")
+
+
+def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Rule]:
+    """The rules of a chain that an option names. Raises UserError if there is no such chain."""
+    try:
+        return kernel.rules(chain)
+    except OSError:
+        problem = f"table {config.family} {config.table} has no chain {chain}"
+        hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
+        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
     """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    where = f"{config.family} {config.table} {chain}"
-    try:
-        rules = kernel.rules(chain)
-    except OSError:
-        hint = f"make it: nft add chain {where}"
-        raise UserError(f"chain-{hook}: there is no chain {where}", hint) from None
+    option = f"[NFTABLES] chain-{hook}"
+    rules = rules_of(kernel, config, option, chain)
     foreign = sum(not is_ours(rule) for rule in rules)
     if foreign:
-        problem = f"chain-{hook}: {where} holds rules that are not letmein's ({foreign})"
+        where = f"{config.family} {config.table} {chain}"
+        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
         hint = f"move them to another chain, and empty this one: nft flush chain {where}"
         raise UserError(problem, hint)
 
@@ -2286,9 +2653,11 @@ def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
     warnings = []
     for hook, chain in config.chains.items():
         if not kernel.jumps_to(chain):
-            command = f"nft add rule {config.family} {config.table} {hook} jump {chain}"
+            place = next((name for name in kernel.base_chains() if hook in name.lower()), hook)
             problem = f"nothing jumps to {chain}, so its rules have no effect"
-            warnings.append(f"{problem}; such as: {command}")
+            hint = "add the jump to your firewall's file, and for now"
+            command = f"nft insert rule {config.family} {config.table} {place} jump {chain}"
+            warnings.append(f"{problem}; {hint}: {command}")
     return warnings
 
 
@@ -2982,6 +3351,9 @@ NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
+LISTED_LIMIT = 20  # resources that the log names at the start, and users of each
+REPEAT_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
+REPEATS_LIMIT = 100  # such knocks that are remembered
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
@@ -3002,6 +3374,29 @@ class Record(NamedTuple):
         if self.address.startswith(IPV4_MAPPED):
             return socket.inet_ntoa(self.address[12:])
         return socket.inet_ntop(socket.AF_INET6, self.address)
+
+
+def terms(resource: Resource) -> dict[str, str]:
+    """What a resource opens, its port or the chains it jumps to, and for how long, as fields of a
+    log line."""
+    seconds = f"{resource.timeout:.10g}"
+    if resource.port:
+        return {"port": f"{resource.port}/{'+'.join(resource.protocols)}", "seconds": seconds}
+    return {"jump": ",".join(target for _, target, _ in resource.jumps), "seconds": seconds}
+
+
+def who_may(config: Config, resource: Resource) -> str:
+    """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
+    users = sorted(resource.users & config.keys.keys()) if resource.users else list(config.keys)
+    if not users or not resource.timeout or config.objection(users[0], resource.identifier):
+        return "nobody"
+    return listed([f"{user:08X}" for user in users]) if resource.users else "all"
+
+
+def listed(names: list[str]) -> str:
+    """Names behind each other, and how many more there are than a limit."""
+    more = len(names) - LISTED_LIMIT
+    return ",".join(names[:LISTED_LIMIT]) + (f",+{more}" if more > 0 else "")
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -3025,11 +3420,13 @@ def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
             bind_soon(control, ("::" if ipv6 else "0.0.0.0", config.port))
             prepare_control(control)
         except OSError as error:
-            problem = f"cannot serve the control port {config.port}/{name[0]}"
-            hint = "does another program have it? 'ss -lntup' tells; below 1024 it takes root"
-            if error.errno != errno.EADDRINUSE and not isinstance(error, PermissionError):
-                hint = "is a limit of descriptors or memory reached?"
-            raise UserError(f"{problem}: {error.strerror}", hint) from None
+            problem = f"cannot serve the control port {config.port}/{name[0]}: {error.strerror}"
+            hint = "a limit of descriptors or memory is reached: end other programs"
+            if isinstance(error, PermissionError):
+                hint = "run the server as root, or set port in [GENERAL] to 1024 or more"
+            if error.errno == errno.EADDRINUSE:
+                hint = f"find out which program has it: ss -lntup 'sport = :{config.port}'"
+            raise UserError(problem, hint) from None
         sockets[name] = (control,)
     return sockets
 
@@ -3128,7 +3525,7 @@ def lock_table(rundir: str, config: Config) -> int:
         hint = f"make it (mkdir -m 755 {rundir}), or name another with --rundir"
         raise UserError(f"there is no run directory {rundir}", hint) from None
     except OSError as error:
-        hint = "is its disk full, or read-only? --rundir names another place"
+        hint = "make room on its disk, or name another place with --rundir"
         if isinstance(error, PermissionError):
             hint = "start the server as root, or give it a --rundir that it may write to"
         raise UserError(f"cannot open {path}: {error.strerror}", hint) from None
@@ -3139,6 +3536,7 @@ def lock_table(rundir: str, config: Config) -> int:
         problem = f"a server for the table {config.family} {config.table} runs already"
         raise UserError(problem, hint) from None
     except OSError as error:
+        hint = "name a directory on a local disk with --rundir"
         raise UserError(f"cannot lock {path}: {error.strerror}", hint) from None
     return lock
 
@@ -3153,7 +3551,7 @@ def empty_directory(rundir: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.rmdir(path)
     except OSError as error:
-        hint = "is its disk full? 'df -i' and 'df' tell; --rundir names another place"
+        hint = "make room on its disk (see 'df' and 'df -i'), or name another place with --rundir"
         raise UserError(f"cannot make a directory in {rundir}: {error.strerror}", hint) from None
     return descriptor
 
@@ -3170,10 +3568,18 @@ def note_signals() -> int:
     return ours
 
 
+def ending(status: int) -> str:
+    """How a process ended, in words. Args: status, of a signal N it is -N."""
+    import signal
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"status {status}"
+
+
 class Monitor:
     """The privileged process. Args: arguments, of the command line, and of them activated."""
 
-    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
         os.umask(0o077)
         self.config = config
         self.arguments = arguments
@@ -3200,6 +3606,7 @@ class Monitor:
         self.pause = Backoff(NETWORK_PAUSE_S)
 
         self.tokens = Tokens(os.urandom(32))
+        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
         self.since = time.time()
 
     def run(self) -> None:
@@ -3207,7 +3614,8 @@ class Monitor:
         self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
         self._catch_signals()
         if self.arguments.user == "none":
-            self.log("warning", reason="--user none: the network process keeps the server's rights")
+            reason = "--user none: the network process keeps the server's rights"
+            self.log("warning", reason=reason, hint="name an account for it with --user")
         try:
             while not (self.ready or self.stopping):
                 self._turn()
@@ -3246,8 +3654,19 @@ class Monitor:
         for warning in self.config.warnings:
             self.log("warning", reason=warning)
         config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
+        self._tell_resources()
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _tell_resources(self) -> None:
+        """Who may have what: a line for each resource, up to a limit."""
+        resources = self.config.resources.values()
+        lines = [(each, who_may(self.config, each)) for each in resources]
+        lines = [(each, users) for each, users in lines if users != "nobody"]
+        for each, users in lines[:LISTED_LIMIT]:
+            self.log("resource", resource=f"{each.identifier:08X}", **terms(each), users=users)
+        if len(lines) > LISTED_LIMIT:
+            self.log("more-resources", count=len(lines) - LISTED_LIMIT)
 
     def _open_status(self) -> None:
         """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
@@ -3260,8 +3679,10 @@ class Monitor:
             listener.bind(path)
             listener.listen()
         except OSError as error:
-            hint = "is its disk full, or its path too long? a shorter --rundir helps"
+            hint = "name another place with --rundir"
             reason = error.strerror or error  # of a path above 107 bytes Python alone complains
+            if not error.strerror:
+                hint = "name a shorter path with --rundir"
             raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
         listener.setblocking(False)
 
@@ -3323,8 +3744,11 @@ class Monitor:
             try:
                 self._start_network()
             except OSError as error:
-                hint = "is a limit of descriptors, processes or memory reached?"
+                hint = "a limit of descriptors, processes or memory is reached: end other programs"
                 problem = f"the network process cannot be started: {error.strerror}"
+                if error.filename:  # of posix_spawn()
+                    hint = "if an upgrade has replaced Python, restart the server with the new one"
+                    problem += f": {error.filename}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
         if time.monotonic() >= self.log.sum_up_at:
@@ -3336,10 +3760,15 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
-            for name in ("nft", "family", "table", "chains", "seccomp"):
-                if getattr(config, name) != getattr(old, name):
-                    self.log("restart-wanted", option=name, reason="it cannot change while running")
-                    config = config._replace(**{name: getattr(old, name)})
+            fixed = old.fixed_options()
+            for name, value in config.fixed_options().items():
+                if value != fixed[name]:
+                    reason = "the new value takes effect when the server is restarted"
+                    self.log("restart-wanted", option=name, reason=reason)
+            config = config._replace(
+                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
+                seccomp=old.seccomp,
+            )  # fmt: skip
             sockets = control_sockets(config, self.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
@@ -3404,16 +3833,21 @@ class Monitor:
 
     def _lose_network(self, reason: str) -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
+        import signal
+        reason, _, hint = reason.partition("\n")
         status = self._stop_network(0)
         if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
-            reason += f", with status {status}"
+            reason += f" ({ending(status)})"
+        if status == -signal.SIGSYS:
+            hint = "the filter of system calls did that; with seccomp = log the kernel says why"
         if not self.ready:
-            raise UserError(*reason.split("\n")[:2])
+            raise UserError(re.sub("^it ", "the network process ", reason), hint)
         self._replace_sockets()
         if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
             self.pause.reset()
         pause = self.pause.take()
-        self.log("network-process-lost", reason=reason, pause=f"{pause:g}")
+        more = {"hint": hint} if hint else {}
+        self.log("network-process-lost", reason=reason, pause=f"{pause:g}", **more)
         self.start_at = time.monotonic() + pause
 
     def _replace_sockets(self) -> None:
@@ -3500,11 +3934,28 @@ class Monitor:
         if verdict.met is not None:
             self._meet(verdict.met, message, record)
         elif verdict.reason:
-            self.log.refusals[verdict.reason] += 1
-            self._log_peer("refused", message, record, verdict.reason)
+            if not self._is_repeat(record, message, verdict.reason):
+                self.log.refusals[verdict.reason] += 1
+                self._log_peer("refused", message, record, reason=verdict.reason)
             self._end(record, verdict.reply)
         else:
             self._send(record._replace(kind=REPLY, payload=verdict.reply))
+
+    def _is_repeat(self, record: Record, message: Message, reason: str) -> bool:
+        """Whether this is a knock over UDP that was refused just now: a client that hears nothing
+        sends it again and again, each time from another port."""
+        if record.protocol == TCP:
+            return False
+        knock = (record.address, message.user, message.resource, reason)
+        now = time.monotonic()
+        if self.repeats.get(knock, 0.0) > now:
+            self.log.counts["repeated"] += 1
+            return True
+        self.repeats.pop(knock, None)  # the oldest comes first
+        self.repeats[knock] = now + REPEAT_S
+        if len(self.repeats) > REPEATS_LIMIT:
+            del self.repeats[next(iter(self.repeats))]
+        return False
 
     def _judge(self, record: Record, message: Message) -> Verdict:
         """What to make of a peer's message."""
@@ -3548,19 +3999,28 @@ class Monitor:
 
     def _do(self, operation: int, message: Message, record: Record) -> int:
         """Change the firewall; returns the answer, COMEIN or GOAWAY."""
+        event, facts = "revoked", {}
         if operation == KNOCK:
+            event, facts = "granted", self._terms(message, record)
             problem = self.firewall.knock(record.peer, message.resource, message.user)
         else:
             problem = self.firewall.revoke(record.peer, message.resource)
-        event = "granted" if operation == KNOCK else "revoked"
-        self._log_peer("failed" if problem else event, message, record, problem)
+        if problem:
+            event, facts = "failed", {"reason": problem}
+        self._log_peer(event, message, record, **facts)
         return GOAWAY if problem else COMEIN
 
-    def _log_peer(self, event: str, message: Message, record: Record, reason: str) -> None:
+    def _terms(self, message: Message, record: Record) -> dict[str, str]:
+        """What a peer gets, for the log; read before it has it."""
+        resource = self.config.resources[message.resource]
+        held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
+        is_held = held is not None and held.ends > time.monotonic()
+        return {**terms(resource), **({"renewed": "yes"} if is_held else {})}
+
+    def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
         """One line on what became of a peer's request."""
         protocol = "tcp" if record.protocol == TCP else "udp"
-        why = {"reason": reason} if reason else {}
-        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **why)
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
 
 
 # ==== 6  Network =============================================================
@@ -3881,12 +4341,14 @@ def find_account(name: str) -> tuple[int, int]:
     import pwd
     if name == "none":
         return 0, 0
-    user = group = 0
-    with contextlib.suppress(KeyError):
+    try:
         user, group = pwd.getpwnam(name)[2:4]
-    if not user or not group:
+    except KeyError:
         hint = f"make it (useradd --system {name}), or name another with --user"
-        raise UserError(f"the account {name} does not exist, or has root's rights", hint)
+        raise UserError(f"the account {name} does not exist", hint) from None
+    if not user or not group:
+        problem = f"the account {name} has root's rights (user id {user}, group id {group})"
+        raise UserError(problem, "name an ordinary account with --user")
     return user, group
 
 
@@ -3969,6 +4431,8 @@ BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
+HELP_COLUMN = 26  # where the text of --help begins
+HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
 
 def show_status(config: Config, rundir: str, as_json: bool) -> None:
@@ -3984,8 +4448,13 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
-    lines += server_lines(server) if server else [why]
-    print("\n".join(lines), flush=True)
+    about = server_lines(server) if server else [why]
+    if sys.stdout.isatty():
+        import shutil
+        import textwrap
+        width = shutil.get_terminal_size().columns
+        about = [textwrap.fill(line, width, subsequent_indent="  ") for line in about]
+    print("\n".join(lines + about), flush=True)
 
 
 def watch_status(config: Config, rundir: str) -> None:
@@ -4010,12 +4479,32 @@ def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]
             peer.connect(run_path(rundir, config) + ".status")
             return json.load(peer.makefile("rb")), ""
     except (FileNotFoundError, ConnectionRefusedError):
-        where = f"in {rundir} (another run directory: --rundir)"
-        return None, f"No server for {table} runs {where}; leases end by themselves."
+        if has_rules(config):
+            why = "It was killed, or runs with another --rundir."
+            return None, f"No server answers in {rundir}, but its rules are in {table}. {why}"
+        return None, f"No server for {table} runs in {rundir}; leases end by themselves."
     except socket.timeout:
         return None, f"The server for {table} does not answer: see its log."
     except (OSError, ValueError) as error:
         return None, f"The server for {table} cannot be asked: {error}."
+
+
+def has_rules(config: Config) -> bool:
+    """Whether a server's rules are in its chain."""
+    kernel = Kernel(config.family, config.table)
+    with contextlib.suppress(OSError), contextlib.closing(kernel.socket):
+        return any(map(is_ours, kernel.rules(config.chains["input"])))
+    return False
+
+
+def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """The lines of a table. Args: alignment, of the columns, as format() has it."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths))
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
@@ -4023,12 +4512,7 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
     rows = table_rows(leases, config)
     if not rows:
         return []
-    shown = [HEADINGS, *(row for _, row in rows)]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    lines = []
-    for row in shown:
-        cells = (f"{cell:{align}{width}}" for cell, align, width in zip(row, ALIGNMENT, widths))
-        lines.append("  ".join(cells).rstrip())
+    lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
         for number, (left, _) in enumerate(rows, 1):
@@ -4112,11 +4596,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
                 for each in kernel.elements(name):
                     found[ElementName(name, each.key)] = each
     except OSError as error:
-        table = f"table {config.family} {config.table}"
-        if isinstance(error, FileNotFoundError):
-            hint = "is your ruleset loaded? [NFTABLES] in letmeind.conf names its table"
-            raise UserError(f"{table} does not exist", hint) from None
-        raise UserError(f"cannot read {table}: {error.strerror}", "run this as root") from None
+        raise unreadable(config, error) from None
     for place, element in found.items():
         if place.set_name.endswith("-gate"):
             continue
@@ -4136,7 +4616,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
     return leases
 
 
-def begin_service(arguments: argparse.Namespace) -> None:
+def begin_service(arguments: SimpleNamespace) -> None:
     """What comes before all else: take over what systemd has given us, and note signals, so that a
     change of the file behind which a SIGHUP came is never missed. Raises UserError."""
     arguments.activated = given = activated_sockets()
@@ -4146,29 +4626,172 @@ def begin_service(arguments: argparse.Namespace) -> None:
         arguments.signals = note_signals()
 
 
-def serve(config: Config, arguments: argparse.Namespace) -> int:
+def serve(config: Config, arguments: SimpleNamespace) -> int:
     """Run the server until it is told to stop, or with --check only try whether it could."""
     find_account(arguments.user)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
-        began = time.monotonic()
-        nft = Nft(config.nft)
-        nft.limit = NFT_LIMIT_S[1]
-        kernel = Kernel(config.family, config.table)
-        check_kernel(kernel, nft, config)
-        for warning in unreached_chains(kernel, config):
-            warn(warning)
-        took = time.monotonic() - began
-        if took > SLOW_NFT_S:
-            warn(f"nft took {took:.1f} s: large sets of others belong in a table of their own")
-        print(ruleset_script(config), end="")
-        print(f"# {config.path}: good, and nft takes the ruleset above; nothing was changed")
+        check(config, arguments.verbose)
         return 0
     give_back_memory()
     warnings = config.warnings + give_up_rights()
     filter_system_calls()
     Monitor(config._replace(warnings=warnings), arguments).run()
     return 0
+
+
+# What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
+# so what is not clear counts as good.
+LISTED_TABLE = re.compile(r"table (\w+) (\S+) \{")
+LISTED_CHAIN = re.compile(r"\tchain (\S+) \{")
+# What may be in a rule that holds for every packet, beside its verdict.
+NO_CONDITION = re.compile(
+    r"counter packets \d+ bytes \d+ ?|log( prefix \"[^\"]*\"| (level|group|flags) \S+)* ?"
+    r"| ?comment \"[^\"]*\""
+)
+LISTED_PORTS = re.compile(r"dport (?:vmap )?(?:\{ (.*?) \}|(@\S+|[\d-]+))")
+
+
+class ListedChain(NamedTuple):
+    """A chain, as nft lists it. Of a base chain the first rule is its hook and policy."""
+
+    family: str
+    table: str
+    name: str
+    rules: list[str]
+
+    def drops_at(self) -> int:
+        """The number of the rule from which on this chain drops everything; -1 if none does."""
+        for number, rule in enumerate(self.rules):
+            verdict = NO_CONDITION.sub("", rule)
+            if verdict == "drop" or verdict.startswith("reject"):
+                return number
+            if verdict == "accept":
+                return -1
+        return len(self.rules) if self.rules and "policy drop;" in self.rules[0] else -1
+
+    def names_port(self, port: int) -> bool:
+        """Whether a rule looks at this destination port; or at something that may hold it: a set,
+        or a match of iptables that nft does not know."""
+        rules = "\n".join(self.rules)
+        if "xt match" in rules:
+            return True
+        for found in LISTED_PORTS.finditer(rules):
+            for item in re.findall(r"@|\d+-\d+|\d+", found[1] or found[2]):
+                first, _, last = item.partition("-")
+                if item == "@" or int(first) <= port <= int(last or first):
+                    return True
+        return False
+
+
+def listed_chains(listing: str) -> list[ListedChain]:
+    """The chains in what `nft list ruleset` prints."""
+    chains: list[ListedChain] = []
+    family = table = ""
+    is_inside = False
+    for line in listing.splitlines():
+        if found := LISTED_TABLE.fullmatch(line):
+            family, table = found.groups()
+        elif found := LISTED_CHAIN.fullmatch(line):
+            chains.append(ListedChain(family, table, found[1], []))
+            is_inside = True
+        elif line == "\t}":
+            is_inside = False
+        elif is_inside:
+            chains[-1].rules.append(line.strip())
+    return chains
+
+
+def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of rules of others that drop all knocks: in front of the jump to our chain, or in
+    another table, for what one accepts another one may drop: nft(8)."""
+    warnings = []
+    own = [each for each in chains if (each.family, each.table) == (config.family, config.table)]
+    for target in config.chains.values():
+        jump = re.compile(rf"(jump|goto) {re.escape(target)}(?![\w.-])")
+        is_behind = {}  # by chain, whether its jumps come too late
+        for chain in own:
+            jumps = [number for number, rule in enumerate(chain.rules) if jump.search(rule)]
+            if jumps:
+                is_behind[chain.name] = 0 <= chain.drops_at() < jumps[0]
+        if is_behind and all(is_behind.values()):
+            problem = f"the jump to {target} is behind a rule of {', '.join(is_behind)}"
+            warnings.append(f"{problem} that drops everything; move the jump above that rule")
+    versions = VERSIONS[config.family]
+    for chain in chains:
+        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
+        is_same_version = set(VERSIONS.get(chain.family, ())).intersection(versions)
+        if chain in own or not is_hook or not is_same_version or chain.drops_at() < 0:
+            continue
+        table = (chain.family, chain.table)
+        siblings = [each for each in chains if (each.family, each.table) == table]
+        if not any(each.names_port(config.port) for each in siblings):
+            problem = f"chain {chain.name} of table {' '.join(table)} drops all knocks"
+            hint = "let it accept the control port, and the ports of your resources"
+            command = way_in(chain, [each.name for each in siblings], config)
+            warnings.append(f"{problem}, whatever letmein accepts; {hint}: {command}")
+    return warnings
+
+
+def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
+    """The command that has another program's firewall accept the control port."""
+    protocol = config.protocols[0]
+    port = f"{config.port}/{protocol}"
+    if chain.table == "firewalld":
+        return f"firewall-cmd --permanent --add-port={port} && firewall-cmd --reload"
+    if any(name.startswith(("ufw-", "ufw6-")) for name in siblings):
+        return f"ufw allow {port}"
+    place = f"{chain.family} {chain.table} {chain.name}"
+    if place in ("ip filter INPUT", "ip6 filter INPUT"):
+        program = {"ip": "iptables", "ip6": "ip6tables"}[chain.family]
+        return f"{program} -I INPUT -p {protocol} --dport {config.port} -j ACCEPT"
+    return f"nft insert rule {place} {protocol} dport {config.port} accept"
+
+
+def check(config: Config, is_verbose: bool) -> None:
+    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    began = time.monotonic()
+    nft = Nft(config.nft)
+    nft.limit = NFT_LIMIT_S[1]
+    kernel = Kernel(config.family, config.table)
+    check_kernel(kernel, nft, config)
+    took = time.monotonic() - began
+    warnings = unreached_chains(kernel, config)
+    warnings += obstacles(listed_chains(nft.run("list ruleset", "-t")), config)
+    if took > SLOW_NFT_S:
+        hint = "move large sets of others to a table of their own"
+        warnings.append(f"nft took {took:.1f} s; {hint}")
+    for warning in warnings:
+        warn(warning)
+    print("\n".join(server_facts(config)))
+    if is_verbose:
+        print(f"\n{ruleset_script(config)}", end="")
+    number = len(config.warnings) + len(warnings)
+    verdict = f"{number} warning{'s'[:number != 1]}" if number else "good"
+    print(f"\n{verdict}: nothing was changed")
+
+
+def server_facts(config: Config) -> list[str]:
+    """What a server with this configuration does, in lines for people."""
+    policies = {rank: name for name, rank in POLICIES.items()}
+    facts = [
+        ("file", config.path),
+        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("error policy", policies[config.error_policy]),
+        ("seccomp", config.seccomp),
+        ("table", f"{config.family} {config.table}"),
+        ("chains", ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())),
+        ("sets", listed(list(ruleset(config).sets)).replace(",", ", ")),
+        ("keys of", listed([f"{user:08X}" for user in config.keys]).replace(",", ", ") or "nobody"),
+    ]
+    rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
+    for resource in config.resources.values():
+        opened = terms(resource)
+        what = opened.get("port") or f"jump to {opened['jump']}"
+        users = who_may(config, resource).replace(",", ", ")
+        users = "everybody with a key" if users == "all" else users
+        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
+    return [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
 
 
 def resource_text(resource: Resource) -> str:
@@ -4180,22 +4803,25 @@ def resource_text(resource: Resource) -> str:
         items.append(f"{hook}: {target}")
         if match_saddr:
             items.append(f"{hook}-match: saddr")
-    return " / ".join([*items, f"timeout: {resource.timeout:g}"])
+    return " / ".join([*items, f"timeout: {resource.timeout:.10g}"])
 
 
 def client_file(config: Config, user: int, host: str) -> str:
     """The complete letmein.conf of a user, from the server's configuration: what that user may
     have, and the key. Raises UserError."""
     if user not in config.keys:
-        hint = f"make one: letmein gen-key -u {user:X} >>{config.path}"
+        hint = f"make one: letmein gen-key -u {user:X}, and put that line below [KEYS]"
         raise UserError(f"{config.path}: [KEYS] has no key for user {user:08X}", hint)
     allowed = [
         resource
         for resource in config.resources.values()
         if not config.objection(user, resource.identifier) and resource.timeout
     ]
-    ports = [str(resource.port) for resource in allowed if resource.port]
-    example = f"letmein knock {host} {ports[0] if ports else '-r ID'}"
+    if not allowed:
+        warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
+    first = allowed[0] if allowed else None
+    what = "PORT" if first is None else str(first.port or f"-r {first.identifier:X}")
+    example = f"letmein knock {host} {what}"
     lines = [
         f"# letmein.conf of user {user:08X} for {host}. It holds a key: show it to nobody else.",
         "# Install it, on the client:",
@@ -4221,6 +4847,33 @@ def new_key_line(user: int) -> str:
     except ImportError:
         key = os.urandom(KEY_SIZE)
     return f"{user:08X} = {key.hex().upper()}"
+
+
+def generate_key(user: int | None, path: str, config: str | None) -> None:
+    """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
+    client's default user, or else for the first one behind that who has no key yet. Args: path, of
+    the client's file; config, the file of --config."""
+    server_places = [f"{place}/letmeind.conf" for place in CONFIG_PLACES]
+    server_path = config or next(filter(os.path.exists, server_places), server_places[-1])
+    keys: Mapping[int, bytes] = {}
+    default = 0
+    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+        default = read_config(path, server=False).default_user
+    with contextlib.suppress(ConfigError):  # nor is it to be complete: we need its keys alone
+        keys = read_config(server_path, server=False).keys
+    wanted = default if user is None else user
+    new = wanted
+    while user is None and new in keys:
+        new = (new + 1) & 0xFFFFFFFF
+    print(new_key_line(new), flush=True)
+    if new != wanted:
+        tell(f"user {wanted:08X} has a key in {server_path}, so this one is for user {new:08X}")
+    if new in keys:
+        tell(f"user {new:08X} has a key in {server_path}: this line replaces that one")
+    tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
+    if new != default:
+        tell(f"the client's file also needs, below [CLIENT]: default-user = {new:08X}")
+    tell(f"or have the server print the whole client's file: letmein client-conf -u {new:X}")
 
 
 def service_file(kind: str, path: str, account: str) -> str:
@@ -4257,7 +4910,11 @@ ListenDatagram=5800
 WantedBy=sockets.target
 """
     places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
-    places.update(map(os.path.dirname, (program, module, path)))
+    for file in (program, module, path):
+        if os.path.dirname(file) == "/":
+            hint = "move it into a directory: the service sees its files' directories, and no more"
+            raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
+        places.add(os.path.dirname(file))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
         RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
         MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
@@ -4289,168 +4946,503 @@ WantedBy=multi-user.target
 """
 
 
-ABOUT = """\
-An authenticated port knocker. For example:
-  letmein knock server 22                       open port 22 of server for this address
-  letmein knock server 22 -- ssh server         the same, log in, and close it again
-  ssh -o ProxyCommand='letmein connect %h %p' server"""
+class UsageError(UserError):
+    """The command line is wrong. Args: what is wrong, what to do."""
 
 
-def parser_class() -> type[argparse.ArgumentParser]:
-    """A parser that says in two lines what is wrong, and how the one command is used."""
-    import argparse
+class Option(NamedTuple):
+    """An option of the command line; or an argument, whose name is in upper case."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            """Tell the user, and end the program with status 2."""
-            usage = " ".join(self.format_usage().split())
-            choice = r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)"
-            if command := re.match(choice, message):
-                message = f"there is no command {shown(command[1])}"
-                known = re.findall(r"[a-z-]+", command[2])
-                usage = f"{did_you_mean(command[1], known)}'letmein --help' lists all commands"
-            tell_error(UserError(message, usage))
-            sys.exit(2)
-
-        def unknown(self, word: str) -> NoReturn:
-            """Tell the user that there is no such option."""
-            known = re.findall(r"--[a-z0-9-]+", self.format_help())
-            question = did_you_mean(word, known, "; ").rstrip()
-            self.error(f"there is no option {shown(word)}{question}")
-
-    return Parser
+    names: tuple[str, ...]
+    field: str  # of what parse_words() returns
+    text: str  # for --help, which does not show an option that has none
+    metavar: str = ""  # of its value; "" for an option that has none
+    parse: Callable[[str], Any] = str  # its value. Raises Unfit
+    words: tuple[str, ...] = ()  # the values that there are, in place of parse
+    value: Any = True  # of an option without a metavar
+    default: Any = None
+    is_list: bool = False  # it may be repeated
 
 
-def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
-    """A question that names the known word most like this one; "" if none is."""
+class Command(NamedTuple):
+    """A command, and what --help says of it. Lines of help are at most 80 characters long."""
+
+    name: str
+    summary: str  # for the list of commands
+    usage: str
+    about: str
+    examples: str
+    arguments: tuple[Option, ...] = ()
+    options: tuple[Option, ...] = ()
+
+
+def parse_account(text: str) -> str:
+    """The name of a user of this machine."""
+    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
+
+
+def parse_slots(text: str) -> int:
+    """How many connections the server keeps."""
+    return parse_number(text, 1, 1_000_000)
+
+
+def default_rundir() -> str:
+    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
+
+
+KINDS = ("systemd", "systemd-socket", "openwrt")
+SHELLS = ("bash", "zsh", "fish")
+
+CONFIG = Option(
+    ("-c", "--config"), "config", "configuration file (default: letmein.conf in ~/.config/letmein,"
+    " /opt/letmein/etc or /etc)", "FILE",
+)  # fmt: skip
+SERVER_CONFIG = CONFIG._replace(
+    text="configuration file (default: letmeind.conf in /opt/letmein/etc or /etc)"
+)
+COMMON = (  # options of all commands, in front of COMMAND or behind it
+    CONFIG,
+    Option(("--verbose",), "verbose", "print more about what happens"),
+    Option(
+        ("--seccomp",), "seccomp", "filter system calls: off, log or kill (default: seccomp of the"
+        " configuration file, else off)", "MODE", words=SECCOMP,
+    ),
+    Option(("-h", "--help"), "help", "print this help"),
+    Option(("-v", "--version"), "version", "print the version"),
+    Option(("--dns", "--dns-crypt"), "dns", "", "MODE"),  # obsolete in the reference, too
+)  # fmt: skip
+
+USER = Option(
+    ("-u", "--user"), "user", "user whose key is used (default: default-user of the configuration"
+    " file, else 00000000)", "ID", parse_identifier,
+)  # fmt: skip
+HOST = Option(("HOST",), "host", "name or address of the server")
+PORT = Option(
+    ("PORT",), "ports", "port of a resource in [RESOURCES] of the configuration file, such as 22;"
+    " several may follow each other", parse=parse_port, is_list=True,
+)  # fmt: skip
+QUIET = Option(("-q", "--quiet"), "quiet", "print only warnings and errors")
+RESOURCE_ID = Option(
+    ("-r", "--resource"), "resources", "resource instead of a PORT, such as a jump; may be"
+    " repeated", "ID", parse_identifier, is_list=True,
+)  # fmt: skip
+CONTACT = (  # how the client reaches the server
+    USER,
+    Option(
+        ("-P", "--server-port"), "server_port", "control port of the server (default: port of the"
+        " configuration file, else 5800)", "PORT", parse_port,
+    ),
+    Option(
+        ("-T", "--server-port-tcp"), "protocol", "knock over TCP (default: what port in the"
+        " configuration file says, TCP if it says both)", value="tcp",
+    ),
+    Option(("-U", "--server-port-udp"), "protocol", "knock over UDP", value="udp"),
+    Option(
+        ("-4", "--ipv4"), "families", "knock over IPv4 (default: over IPv4 and IPv6, and one of"
+        " them is enough; with -4 and -6 both must work)", value=socket.AF_INET, is_list=True,
+    ),
+    Option(
+        ("-6", "--ipv6"), "families", "knock over IPv6", value=socket.AF_INET6, is_list=True,
+    ),
+)  # fmt: skip
+RUNDIR = Option(
+    ("--rundir",), "rundir", "run directory of the server (default: /run/letmeind if it exists,"
+    " else /run)", "DIR", default=default_rundir,
+)  # fmt: skip
+ACCOUNT = Option(
+    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    " (default: letmeind)", "NAME", parse_account, default="letmeind",
+)  # fmt: skip
+
+LETMEIN = Command(
+    "", "", "[OPTION...] COMMAND ...",
+    "An authenticated port knocker: a firewall opens a port to clients with a key.",
+    """\
+  letmein knock server 22                  open port 22 for this machine
+  letmein knock server 22 -- ssh server    open it, log in, close it
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein help knock                       more about one command""",
+    options=(CONFIG._replace(text="configuration file (each command's help names its default)"),),
+)  # fmt: skip
+COMMANDS = (
+    Command(
+        "knock", "open a port for this machine's address",
+        "[OPTION...] HOST (PORT... | -r ID...) [-- COMMAND...]",
+        """\
+Open ports of HOST for the address of this machine, for as long as the server
+allows. With COMMAND they stay open while it runs, and are closed at its end.""",
+        """\
+  letmein knock server 22                  open port 22
+  letmein knock server 22 443              open two ports
+  letmein knock -r 80 server               open resource 00000080
+  letmein knock server 22 -- ssh server    open port 22, log in, close it""",
+        (HOST, PORT, Option(
+            ("COMMAND",), "to_run", "program to run, with its arguments; its exit status is that"
+            " of letmein", is_list=True,
+        )),
+        (
+            RESOURCE_ID, *CONTACT, QUIET,
+            Option(("--keep",), "keep", "leave the ports open when COMMAND ends"),
+        ),
+    ),
+    Command(
+        "revoke", "close it again", "[OPTION...] HOST (PORT... | -r ID...)",
+        """\
+Close ports of HOST that this machine has opened. What is not open counts as
+closed. The older name of this command is close.""",
+        """\
+  letmein revoke server 22                 close port 22
+  letmein revoke -r 80 server              close resource 00000080""",
+        (HOST, PORT),
+        (RESOURCE_ID, *CONTACT, QUIET),
+    ),
+    Command(
+        "connect", "open a port and connect to it, for ssh's ProxyCommand",
+        "[OPTION...] HOST PORT [-r ID]",
+        """\
+Open PORT of HOST and connect to it: standard input goes there, and what comes
+from there goes to standard output. The port is closed at the end.""",
+        """\
+  ssh -o ProxyCommand='letmein connect %h %p' server
+  letmein connect -r 80 server 8443        open 00000080, connect to port 8443""",
+        (HOST, PORT._replace(text="port to open and to connect to")),
+        (
+            RESOURCE_ID._replace(text="open this resource, and connect to PORT"), *CONTACT,
+            Option(("--keep",), "keep", "leave the port open at the end"),
+        ),
+    ),
+    Command(
+        "gen-key", "print a new key", "[OPTION...]",
+        "Print a new key, as a line for [KEYS] in the files of server and client.",
+        """\
+  letmein gen-key                          a key for the first user without one
+  letmein gen-key -u 2A                    a key for user 0000002A""",
+        (),
+        (USER._replace(
+            text="user that the key is for (default: the client's default-user; if letmeind.conf"
+            " has a key for it, the next one)"
+        ),),
+    ),
+    Command(
+        "client-conf", "print a user's client file, on the server", "[OPTION...] -u ID",
+        """\
+Print the complete letmein.conf of a user, made from letmeind.conf: it has the
+user's key, the control port and what the user may open.""",
+        """\
+  letmein client-conf -u 2A                the file for user 0000002A
+  letmein client-conf -u 2A | qrencode -t ansiutf8""",
+        (),
+        (
+            USER._replace(text="user whose file is printed (required)"),
+            Option(
+                ("--host",), "host_name", "name by which the client reaches this server (default:"
+                " the name of this machine)", "NAME",
+            ),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "server", "run the server", "[OPTION...]",
+        "Run the server in the foreground. Its log goes to standard error.",
+        """\
+  letmein server --check                   see whether it could run
+  letmein server                           run it""",
+        (),
+        (
+            Option(("--check",), "check", "check configuration and firewall, and change nothing"),
+            RUNDIR,
+            Option(
+                ("-n", "--num-connections"), "num_connections", "connections at the same time"
+                " (default: 1024)", "COUNT", parse_slots, default=1024,
+            ),
+            Option(
+                ("-N", "--num-ip-connections"), "num_ip_connections", "connections at the same time"
+                " from one IPv4 address or one IPv6 /56 (default: 128)", "COUNT", parse_slots,
+                default=128,
+            ),
+            ACCOUNT, SERVER_CONFIG,
+            Option(("--no-systemd",), "no_systemd", ""),  # for the scripts of letmeind
+        ),
+    ),
+    Command(
+        "service", "print a file that starts the server at boot", "[OPTION...] KIND",
+        """\
+Print a file that starts this copy of the program at boot:
+  systemd          the unit /etc/systemd/system/letmeind.service
+  systemd-socket   an extra, letmeind.socket: systemd opens the control port
+  openwrt          the init script /etc/init.d/letmeind""",
+        """\
+  letmein service systemd >/etc/systemd/system/letmeind.service
+  letmein service openwrt >/etc/init.d/letmeind""",
+        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (ACCOUNT, SERVER_CONFIG),
+    ),
+    Command(
+        "status", "print who has opened what, on the server", "[OPTION...]",
+        "Print who has opened what, for how long still, and what the server has counted.",
+        """\
+  letmein status --watch                   again each second, until Ctrl-C
+  letmein status --json | jq .leases""",
+        (),
+        (
+            RUNDIR,
+            Option(("--json",), "json", "print one JSON document, for other programs"),
+            Option(("--watch",), "watch", "print it again each second, until Ctrl-C"),
+            SERVER_CONFIG,
+        ),
+    ),
+    Command(
+        "completion", "print a completion script for a shell", "[OPTION...] SHELL",
+        "Print a script with which a shell completes commands and options.",
+        """\
+  eval "$(letmein completion bash)"        in ~/.bashrc
+  eval "$(letmein completion zsh)"         in ~/.zshrc, after compinit
+  letmein completion fish | source         in ~/.config/fish/config.fish""",
+        (Option(("SHELL",), "shell", ", ".join(SHELLS), words=SHELLS),),
+    ),
+)  # fmt: skip
+ALIASES = {"close": "revoke"}  # its older name
+
+
+def options_of(command: Command) -> list[Option]:
+    """What a command takes; an option of its own may have the name of a common one."""
+    fields = {option.field for option in command.options}
+    return [*command.options, *(option for option in COMMON if option.field not in fields)]
+
+
+def usage_line(command: Command) -> str:
+    """How a command is used."""
+    return f"usage: {' '.join(filter(None, ('letmein', command.name, command.usage)))}"
+
+
+def help_row(left: str, text: str, width: int) -> str:
+    """One or more lines of help: what is explained, and its text in a column of its own."""
+    import textwrap
+    indent = " " * HELP_COLUMN
+    start = f"  {left}"
+    if len(start) + 2 > HELP_COLUMN:
+        start += f"\n{indent}"
+    else:
+        start = start.ljust(HELP_COLUMN)
+    lines = textwrap.wrap(text, width - HELP_COLUMN, break_on_hyphens=False)
+    return start + f"\n{indent}".join(lines)
+
+
+def help_text(command: Command) -> str:
+    """All that there is to say of a command, in the width of the terminal."""
+    try:
+        width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
+    except OSError:  # standard output is no terminal
+        width = HELP_WIDTHS[0]
+    width = max(width, 2 * HELP_COLUMN)
+    parts = [usage_line(command), "", command.about]
+    lists = {"Arguments": command.arguments, "Options": options_of(command)}
+    if command is LETMEIN:
+        parts += ["", "Commands:"]
+        parts += [help_row(each.name, each.summary, width) for each in COMMANDS]
+    for title, options in lists.items():
+        rows = [
+            help_row(f"{', '.join(option.names)} {option.metavar}".rstrip(), option.text, width)
+            for option in options
+            if option.text
+        ]
+        parts += ["", f"{title}:", *rows] if rows else []
+    return "\n".join([*parts, "", "Examples:", command.examples])
+
+
+NO_WORD = "''"  # in a shell
+BASH_COMPLETION = """\
+_letmein() {{
+    local word command= words=
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
+        case $word in {names}) command=$word; break ;; esac
+    done
+    case $command in
+{cases}
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o bashdefault -o default -F _letmein letmein"""
+
+
+def completion_words(command: Command) -> list[str]:
+    """What may stand behind a command, but for values that only the user knows."""
+    words = [command.name for command in COMMANDS] if command is LETMEIN else []
+    for argument in command.arguments:
+        words += argument.words
+    for option in options_of(command):
+        words += option.names if option.text else ()
+    return words
+
+
+def completion(shell: str) -> str:
+    """A script with which a shell completes the words of our command line."""
+    words = {each.name: " ".join(completion_words(each)) for each in (LETMEIN, *COMMANDS)}
+    names = [command.name for command in COMMANDS]
+    if shell == "fish":  # see its complete(1)
+        lines = ["complete -c letmein -s c -l config -r -F"]
+        for name in names:
+            when = f"__fish_seen_subcommand_from {name}"
+            lines.append(f"complete -c letmein -n '{when}' -a '{words[name]}'")
+        lines.append(f"complete -c letmein -f -n __fish_use_subcommand -a '{words['']}'")
+        return "\n".join(lines)
+    cases = [f"        {name or NO_WORD}) words='{words[name]}' ;;" for name in words]
+    script = BASH_COMPLETION.format(names="|".join(names), cases="\n".join(cases))
+    # zsh can do as bash does: zshcompsys(1), bashcompinit.
+    return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the known word most like this one; "" if none is. Options are compared
+    without their dashes, in which all are alike."""
     import difflib
-    found = difflib.get_close_matches(word, list(known), 1)
-    return "".join(f"{before}did you mean {name}? " for name in found)
+    names = {name.lstrip("-"): name for name in known}
+    found = difflib.get_close_matches(word.lstrip("-"), names, 1)
+    return "".join(f"did you mean {names[name]}? " for name in found)
 
 
-def option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Have argparse name the option if a value is not what it should be."""
-
-    def convert(text: str) -> Any:
-        import argparse
-        try:
-            return parse(text)
-        except Unfit as unfit:
-            problem = f"{unfit.problem}; expected: {unfit.hint}"
-            raise argparse.ArgumentTypeError(problem) from None
-
-    return convert
+def find_command(word: str) -> Command:
+    """The command of this name. Raises UsageError."""
+    for command in COMMANDS:
+        if command.name == ALIASES.get(word, word):
+            return command
+    names = [*(command.name for command in COMMANDS), *ALIASES]
+    hint = f"{did_you_mean(word, names)}'letmein --help' lists all commands"
+    raise UsageError(f"there is no command {shown(word)}", hint)
 
 
-def build_parser(first: str) -> argparse.ArgumentParser:
-    """The command line, as README's tables have it. A knock has no time for what is other
-    commands': if its first word is one of the client's commands, there is that one alone."""
-    import argparse
-    # A server that runs by our systemd unit may write nowhere else.
-    rundir = "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
-    # Without a width argparse would import shutil, to ask for the terminal's.
-    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-    new_parser = functools.partial(parser_class(), formatter_class=form)
-    # What may stand in front of COMMAND or behind it; parse_words() has the defaults.
-    common = new_parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-c", "--config", metavar="FILE")
-    common.add_argument("--verbose", action="store_true", help="say what is going on")
-    common.add_argument("--seccomp", choices=SECCOMP, type=str.lower)
-    common.add_argument("--dns", "--dns-crypt", help=argparse.SUPPRESS)
-    common.add_argument("-v", "--version", action="version", version=f"letmein.py {VERSION}")
-    parser = new_parser(prog="letmein", description=ABOUT, parents=[common])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add_command(name: str, **more: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, formatter_class=form, **{"parents": [common], **more})
-        command.set_defaults(parser=command)
-        return command
-
-    # A PORT may stand behind an option, where argparse loses it: see parse_words().
-    client = new_parser(add_help=False)
-    client.add_argument("host", metavar="HOST")
-    client.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
-    client.add_argument("--keep", action="store_true", help="do not close at the end")
-    client.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-    client.add_argument("-P", "--server-port", metavar="PORT", type=option(parse_port))
-    add = functools.partial(client.add_argument, dest="resources", action="append", default=[])
-    add("-r", "--resource", metavar="ID", type=option(parse_identifier))
-    add = functools.partial(client.add_argument, dest="protocol", action="store_const")
-    add("-T", "--server-port-tcp", const="tcp")
-    add("-U", "--server-port-udp", const="udp")
-    add = functools.partial(client.add_argument, dest="families", action="append_const")
-    add("-4", "--ipv4", const=socket.AF_INET, default=[])
-    add("-6", "--ipv6", const=socket.AF_INET6, default=[])
-    for name, aliases, what, text in (
-        ("knock", [], "(PORT... | -r ID...) [-- COMMAND...]", "open a port for this address"),
-        ("revoke", ["close"], "(PORT... | -r ID...)", "close it again"),
-        ("connect", [], "PORT [-r ID]", "open, carry standard input and output there, close"),
-    ):
-        usage = f"letmein {name} [OPTION...] HOST {what}"
-        if name == first or first not in ("knock", "revoke", "connect"):
-            add_command(name, aliases=aliases, help=text, usage=usage, parents=[common, client])
-    if first in ("knock", "revoke", "connect"):
-        return parser
-
-    command = add_command("gen-key", help="print a new key")
-    command.add_argument("-u", "--user", metavar="ID", type=option(parse_identifier))
-
-    command = add_command("client-conf", help="print a user's client file, on the server")
-    whose = option(parse_identifier)
-    command.add_argument("-u", "--user", metavar="ID", type=whose, required=True, help="whose")
-    text = "how the client reaches this server (default: its own name)"
-    command.add_argument("--host", metavar="NAME", dest="host_name", help=text)
-
-    command = add_command("server", help="run the server")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    slots = functools.partial(parse_number, least=1, limit=1_000_000)
-    command.add_argument("-n", "--num-connections", metavar="N", type=option(slots), default=1024)
-    command.add_argument("-N", "--num-ip-connections", metavar="N", type=option(slots), default=128)
-    command.add_argument("--no-systemd", action="store_true")
-    command.add_argument("--check", action="store_true", help="try the configuration and leave")
-    name = r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"
-    account = functools.partial(matched, pattern=name, expected="a user's name, or none")
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("service", help="print what starts the server with the system")
-    command.add_argument("kind", choices=("systemd", "systemd-socket", "openwrt"))
-    command.add_argument("--user", metavar="NAME", type=option(account), default="letmeind")
-
-    command = add_command("status", help="who holds what")
-    command.add_argument("--rundir", metavar="DIR", default=rundir)
-    command.add_argument("--json", action="store_true", help="one document for other programs")
-    command.add_argument("--watch", action="store_true", help="again each second, until Ctrl-C")
-    return parser
+def no_option(name: str, command: Command) -> UsageError:
+    """What to say of an option that a command does not have."""
+    names = [option.names[-1] for option in options_of(command)]
+    program = f"letmein {command.name}".rstrip()
+    hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
+    for other in COMMANDS if command is LETMEIN else ():
+        if any(name in option.names for option in other.options):
+            hint = f"put it behind the command: letmein {other.name} {name}"
+            return UsageError(f"{name} is no option in front of a command", hint)
+    return UsageError(f"there is no option {shown(name)}", hint)
 
 
-def parse_words(words: list[str]) -> argparse.Namespace:
-    """The command line. Ends the program (status 2) if it is wrong."""
-    import argparse
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
-    parser = build_parser(words[0] if words else "")
-    arguments = argparse.Namespace(config=None, verbose=False, seccomp=None, dns=None)
-    at = words.index("--") if "--" in words else len(words)
-    _, rest = parser.parse_known_args(words[:at], arguments)
-    command = arguments.parser
-    for word in rest:
-        if word.startswith("-"):
-            command.unknown(word)
-    if hasattr(arguments, "host"):
-        try:
-            arguments.ports, rest = [parse_port(word) for word in rest], []
-        except Unfit as unfit:
-            command.error(f"PORT {unfit.problem}; expected: {unfit.hint}")
+def parse_value(option: Option, text: str) -> Any:
+    """The value of an option or argument. Raises UsageError."""
+    try:
+        return parse_word(text, option.words) if option.words else option.parse(text)
+    except Unfit as unfit:
+        problem = f"{'/'.join(option.names)}: {unfit.problem}"
+        raise UsageError(problem, f"expected: {unfit.hint}") from None
+
+
+def take_option(
+    word: str, waiting: deque[str], command: Command, arguments: SimpleNamespace
+) -> None:
+    """Set what this word says: `--user=1`, `-u1`, or with the next of the waiting words `-u 1`. As
+    everywhere, -4U is the same as -4 -U. Raises UsageError."""
+    is_long = word.startswith("--")
+    name, equals, text = word.partition("=")
+    if not is_long:
+        name, text = word[:2], word[2:].removeprefix("=")
+    found = [option for option in options_of(command) if name in option.names]
+    if not found:
+        raise no_option(name, command)
+    option = found[0]
+    names = "/".join(option.names)
+    value = option.value
+    if option.metavar:
+        if not text and not (is_long and equals):
+            if not waiting or waiting[0].startswith("-"):
+                raise UsageError(f"{names} needs its {option.metavar}", usage_line(command))
+            text = waiting.popleft()
+        value = parse_value(option, text)
+    elif is_long and equals:
+        raise UsageError(f"{names} takes no value", usage_line(command))
+    elif text:
+        waiting.appendleft(f"-{text}")
+    if option.is_list:
+        getattr(arguments, option.field).append(value)
+    else:
+        setattr(arguments, option.field, value)
+
+
+def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
+    """Set what holds for options that are not given, unless something is set already."""
+    for option in options:
+        default = option.default() if callable(option.default) else option.default
+        if not hasattr(arguments, option.field):
+            setattr(arguments, option.field, [] if option.is_list else default)
+
+
+def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments, which are known by their place. Raises UsageError."""
+    rest = deque(places)
+    for argument in command.arguments:
+        if argument.field == "to_run":  # it is behind a --
+            continue
+        if argument.is_list:
+            values = [parse_value(argument, word) for word in rest]
+            setattr(arguments, argument.field, values)
+            rest.clear()
+        elif rest:
+            setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
+        else:
+            raise UsageError(f"{argument.names[0]} is missing", usage_line(command))
     if rest:
-        command.error(f"there is no use for {shown(rest[0])}")
+        raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
+
+
+def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
+    """What is wrong with words that are each right; "" if nothing is."""
+    if command.name in ("knock", "revoke"):
+        if arguments.ports and arguments.resources:
+            return "PORT and -r/--resource cannot be combined"
+        if not arguments.ports and not arguments.resources:
+            return "PORT is missing (or a resource: -r/--resource ID)"
+    if command.name == "connect" and len(arguments.ports) != 1:
+        return "PORT is missing" if not arguments.ports else "connect takes one PORT"
+    if command.name == "client-conf" and arguments.user is None:
+        return "-u/--user is missing"
+    if has_dashes and command.name != "knock":
+        return f"{command.name} takes no COMMAND behind --"
+    if has_dashes and not arguments.to_run:
+        return "COMMAND is missing behind --"
+    return ""
+
+
+def parse_words(words: list[str]) -> SimpleNamespace:
+    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
+    UsageError."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    at = words.index("--") if "--" in words else len(words)
+    waiting = deque(words[:at])
+    command = LETMEIN
+    arguments = SimpleNamespace(quiet=False)
+    set_defaults(COMMON, arguments)
+    places = []
+    while waiting:
+        word = waiting.popleft()
+        if word.startswith("-") and len(word) > 1:
+            take_option(word, waiting, command, arguments)
+        elif command is LETMEIN:
+            command = find_command(word)
+            set_defaults((*command.arguments, *command.options), arguments)
+        else:
+            places.append(word)
+    arguments.about, arguments.command = command, command.name
     arguments.to_run = words[at + 1 :]
-    if arguments.command == "connect":
-        if len(arguments.ports) != 1:
-            command.error("give one PORT to connect to")
-    elif hasattr(arguments, "host") and bool(arguments.ports) == bool(arguments.resources):
-        command.error("give a PORT, or a resource with -r/--resource ID, but not both")
-    if at < len(words) and (arguments.command != "knock" or not arguments.to_run):
-        command.error("-- goes behind 'knock HOST PORT', and in front of a COMMAND")
+    # `letmeind -v` prints the version, and letmeind is our server.
+    if arguments.help or (arguments.version and command.name in ("", "server")):
+        return arguments
+    if arguments.version:
+        problem = f"-v prints the version; it does not go with {command.name}"
+        raise UsageError(problem, "did you mean --verbose?")
+    if command is LETMEIN:
+        hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
+        raise UsageError("a command is missing", hint)
+    set_places(places, command, arguments)
+    problem = contradiction(command, arguments, at < len(words))
+    if problem:
+        raise UsageError(problem, usage_line(command))
     return arguments
 
 
@@ -4461,8 +5453,14 @@ def allow_hangup() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
-def run_command(arguments: argparse.Namespace) -> int:
+def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
+    if arguments.help or arguments.version:
+        print(help_text(arguments.about) if arguments.help else f"letmein.py {VERSION}")
+        return 0
+    if arguments.command == "completion":
+        print(completion(arguments.shell))
+        return 0
     if arguments.command == "server":
         begin_service(arguments)
     allow_hangup()
@@ -4475,20 +5473,22 @@ def run_command(arguments: argparse.Namespace) -> int:
     if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
         where = arguments.config or ", ".join(places)
         hint = "have the server's administrator make one: letmein client-conf -u ID"
+        if arguments.config:
+            hint = f"check the path, or {hint}"
         raise UserError(f"there is no configuration file, and so no key: {where}", hint)
     if arguments.command == "gen-key":
-        user = arguments.user
-        with contextlib.suppress(ConfigError):  # one needs a key before there is a file
-            user = read_config(path, False).default_user if user is None else user
-        print(new_key_line(user or 0), flush=True)
-        tell("put this line below [KEYS] in letmeind.conf on the server and in the client's file")
-        tell("'letmein client-conf' on the server prints the whole client's file")
+        generate_key(arguments.user, path, arguments.config)
         return 0
     if arguments.command == "service":
         print(service_file(arguments.kind, path, arguments.user), end="")
         return 0
 
-    config = read_config(path, is_server)
+    try:
+        config = read_config(path, is_server)
+    except ConfigError as error:
+        for warning in error.warnings:
+            warn(warning)
+        raise
     serving = arguments.command == "server" and not arguments.check
     for warning in () if serving else config.warnings:
         warn(warning)
@@ -4535,6 +5535,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run_command(parse_words(words))
         print(end="", flush=True)
         return status
+    except UsageError as error:
+        tell_error(error)
+        return 2
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             with contextlib.suppress(OSError):
