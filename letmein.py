@@ -3225,6 +3225,7 @@ class Look:
 
 
 HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+CALM_S = 10.0  # without damage, after which the next one is a new one
 TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
@@ -3250,6 +3251,7 @@ class Firewall:
         self.look: Look | None = None  # what it has found so far
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
+        self.calm_at = 0.0  # when a while without damage is over
         self.trouble = ""  # what keeps us from healing, once it was logged
         self.claim = ""  # of somebody else to our table or chains, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
@@ -3460,19 +3462,24 @@ class Firewall:
         self._rest(damage, trouble)
 
     def _rest(self, damage: str, trouble: str) -> None:
-        """Look again after a pause, which grows as long as it helps nothing."""
-        if trouble != self.trouble or not (damage or trouble):
+        """Look again after a pause, which grows as long as it helps nothing. One good look in
+        between does not count: a second server may be slower than we are."""
+        now = time.monotonic()
+        is_calm = now > self.calm_at
+        if trouble != self.trouble or is_calm:
             self.pause.reset()
-        self.trouble = trouble
-        if damage or trouble:
-            pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
-            self.look_at = min(self.look_at, time.monotonic() + pause)
-            if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
-                self.is_contested = True
-                hint = "is there a second server for this table, with another --rundir?"
-                self.log("warning", reason="what is healed is changed again at once", hint=hint)
-        else:
+        if is_calm:
             self.is_contested = False
+        self.trouble = trouble
+        if not (damage or trouble):
+            return
+        self.calm_at = now + CALM_S
+        pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
+        self.look_at = min(self.look_at, now + pause)
+        if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
+            self.is_contested = True
+            hint = "is there a second server for this table, with another --rundir?"
+            self.log("warning", reason="what is healed is changed again at once", hint=hint)
 
     def _look(self) -> Generator[None, None, str]:
         """Make the kernel's part of our table what it should be, in pieces: others have their turn
