@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import ast
 import atexit
+import bisect
 import collections
 import contextlib
 import ctypes
+import dis
 import fcntl
 import functools
 import gc
@@ -59,7 +61,7 @@ import time
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -1300,8 +1302,8 @@ class TestRules:
             assert lab.reaches(22, CLIENT_4)
 
     def test_check_tells_what_the_server_does(self, lab: Lab) -> None:
-        """Port, table, chain, sets, and who may have what; nft's script with --verbose alone; each
-        user without a key."""
+        """Port, table, chain, sets, and who may have what, with which limits; nft's script with
+        --verbose alone; each user without a key."""
         lab.load(more="add chain inet filter WEB")
         resources = "22 = port: 22\n30 = jump / input: WEB / input-match: saddr"
         resources += " / timeout: 60.5 / users: 2, 3"
@@ -1315,6 +1317,14 @@ class TestRules:
         path = lab.file(server_conf(resources.replace(", 3", "")))
         good = lab.command("server", "-c", path, *CHECK)
         assert good.out.endswith("\n\ngood: nothing was changed\n") and not good.err, good
+        limits = "[USERS]\n2 = not-after: 2020-01-01\n1 = timeout: 60 / not-after: 9999-12-31\n"
+        path = lab.file(server_conf(resources) + limits)
+        limited = lab.command("server", "-c", path, *CHECK)
+        assert "\n00000022  22/tcp           600  everybody with a key\n" in limited.out
+        assert "\n00000030  jump to WEB     60.5  nobody\n" in limited.out
+        assert "\n\nUSER      SECONDS  LAST DAY\n00000002      any  2020-01-01\n" in limited.out
+        assert "\n00000001       60  9999-12-31\n" in limited.out
+        assert "[USERS] 2: this day is over" in limited.err
         path = lab.file(server_conf(resources).replace(keys_text(), "[KEYS]"))
         nobody = lab.command("server", "-c", path, *CHECK)
         assert "[KEYS] no user has a key, so nobody can knock" in nobody.err, nobody
@@ -2979,7 +2989,10 @@ def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
         return lab.letmein(*arguments, conf=REFERENCE_CLIENT, script=lab.patient)
 
     lab.load(JUMP_RULESET.format(family="inet"))
-    with ReferenceServer(lab, programs, server_conf(REFERENCE_RESOURCES, general="")):
+    # Options that are ours alone, it has to ignore.
+    conf = server_conf(REFERENCE_RESOURCES, general="include = /nowhere/*.conf")
+    conf += "[USERS]\n1 = timeout: 1 / not-after: 2020-02-29\n"
+    with ReferenceServer(lab, programs, conf):
         yield call
 
 
@@ -3294,11 +3307,16 @@ def knock_all(lab: Lab, *holders: tuple[str, int, int]) -> None:
         assert handshake(lab, resource, source=address, user=user) == COMEIN
 
 
-def looks(server: Server) -> int:
-    """How often the server has compared the kernel's table with its own."""
+def happened(server: Server, event: str) -> int:
+    """How often something has happened, also if the log has summed it up."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(str(status_socket(server)))
-        return int(json.load(peer.makefile("rb"))["counts"].get("looks", 0))
+        return int(json.load(peer.makefile("rb"))["counts"].get(event, 0))
+
+
+def looks(server: Server) -> int:
+    """How often the server has compared the kernel's table with its own."""
+    return happened(server, "looks")
 
 
 def quiet(server: Server) -> None:
@@ -3604,6 +3622,18 @@ class TestHeal:
         flush_and_reload(lab)
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_a_chain_that_is_renamed(self, lab: Lab, guarded: Server) -> None:
+        """The kernel tells of the new name alone, which is none of ours: it is seen at once, and
+        not when somebody changes something else."""
+        knock_all(lab, *HOLDERS)
+        quiet(guarded)
+        nft_do("rename chain inet filter LETMEIN-INPUT ANOTHER")
+        guarded.wait_for("cannot-heal")
+        nft_do("rename chain inet filter ANOTHER LETMEIN-INPUT")
+        quiet(guarded)
+        agree(lab, guarded, *HOLDERS)
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+
     def test_a_set_that_takes_no_leases(self, lab: Lab, guarded: Server) -> None:
         """Somebody has made ours anew, without its timeouts: that is said, and mended when the set
         is as it was."""
@@ -3727,7 +3757,7 @@ class TestHeal:
         key = socket.inet_aton("10.77.6.1") + letmein.PORT_KEY.pack(6, 22)
         element = letmein.nested(1, letmein.key_attribute(key), for_ever)
         where = table._elements_of("letmein-4", element)
-        table.change([(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
+        table.change([letmein.Change(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
         guarded.wait_for("healed", leases="1")
         agree(lab, guarded, holder)
         time.sleep(1.2)  # the look that must not be would come within 1 s
@@ -3778,9 +3808,12 @@ class TestHeal:
         last = "/proc/sys/kernel/ns_last_pid"
         command = f"echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!"
         for _ in range(50):
-            count = len(guarded.events("healed"))
+            count = happened(guarded, "healed")
             said = int(run("sh", "-ec", command))
-            guarded.wait_for("healed", count + 1, leases="5")
+            eventually(
+                lambda count=count: happened(guarded, "healed") > count,  # type: ignore[misc]
+                "not healed",
+            )
             if said == number:
                 break  # no other program has taken it first
         else:
@@ -3944,11 +3977,33 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.kernel.change(firewall._changes(many, [], time.monotonic(), replace=True))
+            firewall.table.kernel.change(firewall.table.changes(many, replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
+
+
+    def test_a_gate_opens_and_shuts_while_its_leases_are_adopted(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """Somebody who comes and goes then, before it is known who holds it, shuts it for nobody
+        else."""
+        settle(stepwise.firewall)
+        old = stepwise.firewall
+        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        with selectors.DefaultSelector() as selector:
+            successor.open(selector)
+            assert successor.work is not None
+            next(successor.work)
+            assert successor.knock(OTHER_4, 0x41, 2) == ""
+            assert successor.revoke(OTHER_4, 0x41) == ""
+            settle(successor)
+            for key in list(selector.get_map().values()):
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.close()
+        assert set(kernel().elements) == rows(*stepwise.holders)
+        assert len(kernel().gates) == 2
 
 
 class TestTenThousand:
@@ -4431,6 +4486,58 @@ class TestSighup:
         assert max(milliseconds_left(CLIENT_6)) <= 60
         knock_all(lab, HOLDERS[2])
         assert max(milliseconds_left(CLIENT_6)) > 890
+
+    def test_an_included_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A reload reads included files, too; if one of them is gone, all stays as it was."""
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for user in (1, 2):
+            (directory / f"{user}.conf").write_text(f"[KEYS]\n{user} = {KEYS[user].hex()}\n")
+        general = f"include = {directory}/*.conf"
+        included = watched.conf(general=general).replace(keys_text(), "")
+        reconfigure(guarded, included)
+        knock_all(lab, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 2))
+        (directory / "2.conf").rename(directory / "2.conf.off")
+        (directory / "1.conf.off").symlink_to("none")
+        reconfigure(guarded, included)
+        agree(lab, guarded, (CLIENT_4, 0x22, 1))
+        assert attempt(lab, user=2) == GOAWAY
+        (directory / "1.conf").rename(directory / "0.conf")
+        reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
+        assert f"{directory}/1.conf: cannot be read" in guarded.log
+        (directory / "0.conf").rename(directory / "1.conf")
+        knock_all(lab, (CLIENT_6, 0x22, 1))
+        agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
+
+    def test_user_limits(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """What a user may have at most counts for a knock and for leases that exist; after the last
+        day, these end, and a knock is refused with the reason."""
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = timeout: 30\n2 = timeout: 90")
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 30
+        knock_all(lab, (CLIENT_6, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert 20 < max(milliseconds_left(CLIENT_6)) <= 30
+        assert 50 < max(milliseconds_left(f"{CLIENT_4} . udp . 24")) <= 60
+        assert 80 < max(milliseconds_left(OTHER_4)) <= 90
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = not-after: 2020-01-01")
+        agree(lab, guarded, (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert len(guarded.events("revoked", reason="configuration")) == 2
+        assert attempt(lab) == GOAWAY
+        guarded.wait_for("refused", reason="the user's last day was 2020-01-01")
+
+    def test_the_last_day_ends(self, lab: Lab) -> None:
+        """A lease ends with its user's last day, and the next knock is refused. (For this server it
+        ends 4 s after the file was read.)"""
+        lab.load()
+        change = ('float((days.days + 1) * UNITS_S["d"])', "time.time() + 4")
+        conf = server_conf() + "[USERS]\n1 = not-after: 2027-01-31"
+        with Server(lab, conf, program=altered(lab, change)) as server:
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            assert float(server.wait_for("granted")["seconds"]) <= 4
+            assert max(milliseconds_left(CLIENT_4)) <= 4
+            eventually(lambda: not lab.reaches(22, CLIENT_4), "port 22 stays open")
+            # The kernel may have ended the lease some milliseconds early.
+            eventually(lambda: attempt(lab) == GOAWAY, "the user still gets in")
+            assert "the user's last day was " in server.wait_for("refused")["reason"]
 
     def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
         for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
@@ -5110,9 +5217,9 @@ class World:
 
     def plant(self) -> None:
         assert self.server is not None
-        count = len(self.server.events("healed"))
+        server, count = self.server, happened(self.server, "healed")
         nft_do(f"add element inet filter letmein-4 {{ 10.77.6.1 . tcp . 22 {comment()} }}")
-        self.server.wait_for("healed", count + 1)
+        eventually(lambda: happened(server, "healed") > count, "it is not removed")
 
     def by_hand(self, number: int) -> None:
         """Delete a lease that stands for some while yet from the kernel."""
@@ -5183,10 +5290,10 @@ class World:
     def faulty_reload(self) -> None:
         """The firewall is reloaded while nft fails; later it works again."""
         assert self.server is not None
-        count = len(self.server.events("cannot-heal"))
+        server, count = self.server, happened(self.server, "cannot-heal")
         self.nft.mode("fail")
         flush_and_reload(self.lab)
-        self.server.wait_for("cannot-heal", count + 1)
+        eventually(lambda: happened(server, "cannot-heal") > count, "nft has not failed")
         self.nft.mode("good")
 
     # -- the comparison ------------------------------------------------------
@@ -5323,8 +5430,8 @@ def counted(server: Server) -> dict[str, Any]:
 
 
 def status_socket(server: Server) -> Path:
-    """Where the server answers `status`: the only socket of its run directory."""
-    (found,) = [path for path in server.rundir.iterdir() if path.is_socket()]
+    """Where the server answers `status`."""
+    (found,) = server.rundir.glob("*.status")
     return found
 
 
@@ -5393,6 +5500,36 @@ class TestLogUnderAttack:
         assert (summary["refused-tcp"], summary["refused-udp"]) == ("4", "3")
         events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
         assert events == ["summary", "stopped"]
+
+    @pytest.mark.parametrize(
+        "event, change, change_back",
+        [
+            ("healed", "flush chain inet filter LETMEIN-INPUT", ""),
+            (
+                "cannot-heal",
+                "rename chain inet filter LETMEIN-INPUT ANOTHER",
+                "rename chain inet filter ANOTHER LETMEIN-INPUT",
+            ),
+        ],
+    )
+    def test_a_table_that_is_changed_all_the_time(
+        self, lab: Lab, event: str, change: str, change_back: str
+    ) -> None:
+        """A loop of reloads does not fill the disk, either."""
+        lab.load()
+        limits = ("\nLINES_LIMIT = 10 ", "\nLINES_LIMIT = 2 "), (SOON[0], "\nSUMMARY_S = 600.0\n")
+        with Server(lab, server_conf(), program=altered(lab, *limits)) as server:
+            for turn in range(1, 6):
+                nft_do(change)
+                eventually(
+                    lambda turn=turn: happened(server, event) == turn,  # type: ignore[misc]
+                    "it sees nothing",
+                )
+                nft_do(change_back)
+                quiet(server)
+            server.stop()
+        assert len(server.events(event)) == 2
+        assert [line[event] for line in server.events("summary")] == ["3"]
 
     @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
     def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
@@ -5683,11 +5820,429 @@ class TestCounters:
             server.stop()
 
 
+class Following:
+    """`letmein status --follow --json`, and the rows that a reader of it believes in."""
+
+    def __init__(self, server: Server) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.held: dict[tuple[str, str], set[Row]] = {}
+        self.news = threading.Condition()
+        words = [sys.executable, server.lab.installed, "status", "--follow", "--json"]
+        words += ["-c", server.path, "--rundir", server.rundir]
+        self.process = subprocess.Popen(
+            [str(word) for word in words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment(),
+        )  # fmt: skip
+        server.lab.processes.append(self.process)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Following:
+        self.wait_for("snapshot")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self.news:
+                event = json.loads(line)
+                self.events.append(event)
+                if event["event"] == "snapshot":
+                    self.held.clear()
+                for lease in event.get("leases", [event]):
+                    opens = [f"{name}/{lease['port']}" for name in lease["protocols"]] or [""]
+                    holder = (lease["address"], lease["resource"])
+                    self.held[holder] = {
+                        Row(lease["address"], each, lease["resource"], lease["user"])
+                        for each in (opens if event["event"] != "closed" else ())
+                    }
+                self.news.notify_all()
+
+    def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
+        """Wait for count such events; returns the last of them."""
+        wanted = {"event": event, **fields}
+
+        def found() -> list[dict[str, Any]]:
+            return [each for each in self.events if wanted.items() <= each.items()]
+
+        with self.news:
+            assert self.news.wait_for(lambda: len(found()) >= count, LIMIT_S), self.events
+            return found()[count - 1]
+
+    def assert_agrees(self, server: Server) -> None:
+        """It comes to believe what `status` says."""
+
+        def agrees() -> bool:
+            with self.news:
+                return set().union(*self.held.values()) == set(status(server))
+
+        eventually(agrees, f"{self.held} is not what `status` says")
+
+
+class TestFollow:
+    """`letmein status --follow`: whoever reads it can bring another device to the same state."""
+
+    def test_each_change(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """All that happens to a lease is told, once, with its reason and all fields."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded) as following:
+            knock_all(lab, (CLIENT_6, 0x23, 2), (CLIENT_6, 0x23, 2), (CLIENT_4, 0x40, 1))
+            event = following.wait_for("renewed", address=CLIENT_6)
+            assert abs(event.pop("time") - time.time()) < LIMIT_S
+            assert event == {
+                "event": "renewed", "reason": "", "address": CLIENT_6, "ip_version": 6,
+                "protocols": ["tcp", "udp"], "port": 23, "resource": "00000023", "chains": [],
+                "user": "00000002", "seconds_left": 600,
+            }  # fmt: skip
+            event = following.wait_for("opened", resource="00000040")
+            assert (event["chains"], event["port"], event["protocols"]) == (["DOOR"], None, [])
+            following.assert_agrees(guarded)
+            handshake(lab, 0x40, REVOKE)
+            following.wait_for("closed", reason="revoked", resource="00000040")
+            nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
+            following.wait_for("closed", reason="by hand", resource="00000022")
+            knock_all(lab, (CLIENT_4, 0x25, 1))
+            following.wait_for("closed", reason="expired", resource="00000025")
+            reconfigure(guarded, watched.conf(nftables="max-nr-rules = 4"))
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            following.wait_for("closed", reason="replaced", resource="00000023")
+            reconfigure(guarded, watched.conf(RESOURCES.replace("22 = port: 22", "")))
+            following.wait_for("closed", reason="configuration", resource="00000022")
+            following.assert_agrees(guarded)
+            names = [event["event"] for event in following.events]
+            assert (names.count("snapshot"), names.count("opened")) == (1, 4)
+            assert (names.count("renewed"), names.count("closed")) == (1, 5)
+
+    def test_what_others_change(self, lab: Lab, guarded: Server) -> None:
+        """What somebody has added to the kernel's sets by hand, a reader does not keep."""
+        with Following(guarded) as following:
+            forged = f"{OTHER_4} . tcp . 22 timeout 60s {comment()}"
+            nft_do(f"add element inet filter letmein-4 {{ {forged} }}")
+            following.wait_for("snapshot", 2)
+            following.assert_agrees(guarded)
+
+    def test_the_server_is_killed(self, lab: Lab, guarded: Server) -> None:
+        """A reader learns what ends while no server runs, and goes on with the next one. If it is
+        there before that has adopted leases, it reads them again: some may not be adopted."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x25, 1))
+        with Following(guarded) as following:
+            guarded.kill()
+            following.wait_for("snapshot", 2)
+            eventually(lambda: (CLIENT_4, "00000025") not in following.held, "it is not told")
+            assert {row.address for row in set().union(*following.held.values())} == {
+                CLIENT_4, CLIENT_6, OTHER_6
+            }  # fmt: skip
+            conf = guarded.path.read_text(encoding="utf-8").replace("\n2 = ", "\n3 = ")
+            count = sum(event["event"] == "snapshot" for event in following.events)
+            adopting = "self.firewall.is_adopting"
+            waits = f"while ({adopting} or not self.followers.peers) and"
+            program = altered(lab, (f"while {adopting} and", waits))
+            arguments = ("--rundir", str(guarded.rundir))
+            with Server(lab, conf, *arguments, program=program) as successor:
+                following.wait_for("snapshot", count + 2)
+                eventually(lambda: len(following.held) == 3, f"{following.held}")
+                knock_all(lab, (OTHER_4, 0x22, 1))
+                following.wait_for("opened", address=OTHER_4)
+                following.assert_agrees(successor)
+                successor.stop()
+            eventually(lambda: not following.held, "it believes in leases of a server that stopped")
+
+    def test_64_followers(self, lab: Lab) -> None:
+        """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
+        one that dies is forgotten, and the 65th is told why it gets nothing. Nobody waits for
+        them."""
+        lab.load()
+        program = altered(lab, ("FOLLOWER_BUFFER = 1 << 20", "FOLLOWER_BUFFER = 1 << 12"))
+        with contextlib.ExitStack() as stack, Server(lab, server_conf(), program=program) as server:
+            (path,) = server.rundir.glob("*.follow")
+            peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(63)]
+            for peer in peers:
+                peer.settimeout(LIMIT_S)
+                peer.connect(str(path))
+                assert json.loads(peer.recv(1000)) == {"event": "following"}
+            following = stack.enter_context(Following(server))
+            words = ("status", "--follow", "--rundir", server.rundir, "-c", server.path)
+            lab.command(*words).assert_error("64 followers")
+            peers.pop().close()
+            stack.enter_context(Following(server))
+
+            def knock_once() -> bool:
+                """Whether all of them were cut off."""
+                assert handshake(lab) == COMEIN
+                for peer in peers[::2]:
+                    peer.recv(1)
+                return len(inodes(server.process.pid)) <= before - len(peers)
+
+            before = len(inodes(server.process.pid))
+            eventually(knock_once, "a reader that does not read is not cut off")
+            assert all(peer.recv(1) for peer in peers), "what was sent before can still be read"
+            following.assert_agrees(server)
+
+    def test_an_idle_server(self, lab: Lab, guarded: Server) -> None:
+        """Nobody wakes up while nothing happens, however many follow."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded), Following(guarded):
+
+            def sleeps() -> bool:
+                before = proc_status(guarded.process.pid)["voluntary_ctxt_switches"]
+                time.sleep(1.5)
+                return proc_status(guarded.process.pid)["voluntary_ctxt_switches"] == before
+
+            eventually(sleeps, "it wakes up")
+
+    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
+        """With the reader of its output the program ends, before there is more to write."""
+        words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
+        follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
+        result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
+        assert result.out.endswith("nobody holds a lease\n") and "error" not in result.err
+
+
 def document_block(first: str) -> str:
     """The example of the documents whose first line this is."""
     found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", documents())
     assert found, f"no document has an example {first}"
     return found[1]
+
+
+class Recipe:
+    """A recipe that follows the leases, run as its service runs it: again and again. Args: names,
+    of its scripts, from blocks of the documents; command, what the service starts."""
+
+    def __init__(self, lab: Lab, server: Server, *names: str, command: str = "") -> None:
+        self.server = server
+        self.process: subprocess.Popen[bytes] | None = None
+        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
+        letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
+        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", documents())
+        pipeline = pipeline.replace("letmein-ipset", names[0])
+        files = {
+            "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
+            "service": f"while :; do setsid -w sh -c '{command or pipeline}'; sleep 0.1; done\n",
+        }
+        for name in names:
+            # The first line of a block and its last two put the script between into its place.
+            script = document_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
+            script = script.partition("\nEOF\n")[0].replace("/usr/local/sbin", str(self.directory))
+            files[name] = script.replace("/var/lib", f"{self.directory}/lib") + "\n"
+        for name, text in files.items():
+            self.file(name, text)
+
+    def file(self, name: str, text: str) -> None:
+        """A program of the recipe."""
+        (self.directory / name).write_text(text, encoding="utf-8")
+        (self.directory / name).chmod(0o755)
+
+    def __enter__(self) -> Recipe:
+        path = f"{self.directory}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        self.process = subprocess.Popen(
+            ["sh", "service"], cwd=self.directory, env={**environment(), "PATH": path}
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.kill()
+
+    def parts(self) -> list[int]:
+        """All processes that work for it, but for the service."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path / "cwd") == str(self.directory):
+                    found.append(int(path.name))
+        return [pid for pid in found if self.process and pid != self.process.pid]
+
+    def kill(self, word: str = "") -> None:
+        """SIGKILL all parts of it, or those that have this in their command line."""
+        for pid in self.parts():
+            with contextlib.suppress(OSError):
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+FOLLOWER = "--follow\0--json"  # of which command line it is a part
+IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
+
+
+class FleetHost:
+    """A machine behind the gateway, the server's host, with a firewall and an sshd of its own."""
+
+    def __init__(self, lab: Lab, number: int, sets: str) -> None:
+        self.lab = lab
+        self.address = f"10.3.{number}.2"
+        call_libc("unshare", CLONE_NEWNET)
+        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        call_libc("setns", lab.server_ns, CLONE_NEWNET)
+        links = f"""
+            host ip link set lo up
+            host ip link add uplink type veth peer name fleet{number} netns {os.getpid()}
+            host ip addr add {self.address}/24 dev uplink
+            host ip link set uplink up
+            server ip addr add 10.3.{number}.1/24 dev fleet{number}
+            server ip link set fleet{number} up
+            host ip route add default via 10.3.{number}.1
+            client ip route add 10.3.{number}.0/24 via 10.1.0.1
+        """
+        namespaces = {"host": self.namespace, "server": lab.server_ns, "client": lab.client_ns}
+        run_all(namespaces, links)
+        drop = "type filter hook input priority filter; policy drop; iif lo accept;"
+        known = f"ct state established,related accept; ip saddr 10.3.{number}.1 accept;"
+        rest = "meta l4proto tcp reject with tcp reset;"
+        chain = f"chain input {{ {drop}{known}\\1 {rest} }}"
+        ruleset = re.sub(r"chain input \{((?:.|\n)*?)\}", chain, sets)
+        with lab.inside(self.namespace):
+            run(NFT, "-f", "-", text=ruleset)
+            self.listener = socket.create_server(("", 22))
+            self.sshd = Sshd(lab)
+
+    def close(self) -> None:
+        self.sshd.process.kill()
+        self.sshd.process.wait()
+        self.listener.close()
+        os.close(self.namespace)
+
+    def reachable(self) -> bool:
+        """Whether the client gets through to its port 22."""
+        with self.lab.socket("tcp", CLIENT_4) as probe:
+            return probe.connect_ex((self.address, 22)) == 0
+
+    def state(self) -> set[str]:
+        """What its two sets hold."""
+        with self.lab.inside(self.namespace):
+            listing = json.loads(run(NFT, "-j", "list", "ruleset"))["nftables"]
+        found = set()
+        for item in listing:
+            for wrapped in item.get("set", {}).get("elem", []):
+                address, protocol, port = wrapped["elem"]["val"]["concat"]
+                assert wrapped["elem"]["timeout"] > 0
+                found.add(f"{address} {protocol}/{port}")
+        return found
+
+
+class TestRecipes:
+    """The recipes for other devices: they end up as `status` says, whatever is killed."""
+
+    def exercise(
+        self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
+    ) -> None:
+        """Args: state, the addresses that the device lets in, with what is open for them."""
+
+        def agree_with(server: Server) -> None:
+            def is_equal() -> bool:
+                return state() == {f"{row.address} {row.opens}" for row in status(server)}
+
+            eventually(is_equal, f"{state()} is not what `status` says")
+
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x23, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        assert handshake(lab, operation=REVOKE) == COMEIN
+        knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        for word in (FOLLOWER, ""):
+            for recipe in recipes:
+                recipe.kill(word)
+            assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x22, 1))
+            agree_with(server)
+            assert handshake(lab, 0x22, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x23, 1))
+            agree_with(server)
+        knock_all(lab, (CLIENT_4, 0x25, 1))
+        server.kill()
+        eventually(lambda: len(status(server)) == 4, "its 3 seconds do not end")
+        agree_with(server)
+        conf = server.path.read_text(encoding="utf-8")
+        with Server(lab, conf, "--rundir", str(server.rundir)) as successor:
+            knock_all(lab, (OTHER_6, 0x22, 1), (CLIENT_4, 0x25, 1))
+            agree_with(successor)
+            assert handshake(lab, 0x22, REVOKE, source=OTHER_6) == COMEIN
+            agree_with(successor)
+        eventually(lambda: not state(), "the server has stopped, and something is open still")
+
+    def test_ipset(self, lab: Lab) -> None:
+        """An ipset with timeouts, and an iptables firewall that lets in who is in it."""
+        try:
+            run("ipset", "create", "letmein-probe", "hash:ip")
+            run("ipset", "destroy", "letmein-probe")
+        except (OSError, AssertionError) as error:
+            pytest.skip(f"ipset does not work here: {error}")
+
+        def state() -> set[str]:
+            listing = run("ipset", "-output", "save", "list")
+            found = re.findall(r"(?m)^add letmein[46] (\S+?),(\w+):(\d+) timeout [1-9]", listing)
+            return {f"{address} {protocol}/{port}" for address, protocol, port in found}
+
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
+            eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
+            for rule in document_block(IPTABLES_RULE).strip().splitlines():
+                run(*rule.split())
+            run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
+            run("ipset", "flush", "letmein4")
+            recipe.kill("letmein-ipset\0")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
+            self.exercise(lab, server, [recipe], state)
+            run("iptables", "-F", "INPUT")
+        run("ipset", "destroy")
+
+    def test_own_command(self, lab: Lab) -> None:
+        """A command on open and on close: here one that keeps a file for each lease."""
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-hook") as recipe:
+            place = recipe.directory / "device"
+            place.mkdir()
+            act = 'case $1 in open) touch "$2 $3";; close) rm -f "$2 $3";; esac'
+            recipe.file("letmein-command", f'#!/bin/sh -e\ncd "{place}"\n{act}\n')
+
+            def state() -> set[str]:
+                held = [path.name.split() for path in place.iterdir()]
+                return {
+                    f"{address} {opens}"
+                    for address, resource in held
+                    for opens in OPENS[int(resource, 16)]
+                }
+
+            self.exercise(lab, server, [recipe], state)
+
+    def test_fleet(self, lab: Lab) -> None:
+        """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
+        lab.load()
+        sets = document_block("table inet filter {")
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server(lab, server_conf()))
+            hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
+            recipes = []
+            for host in hosts:
+                stack.callback(host.close)
+                names = ("letmein-nft", "letmein-fleet")
+                recipe = Recipe(lab, server, *names, command=f"letmein-fleet {host.address}")
+                ssh = shlex.join([shutil.which("ssh") or "ssh", *host.sshd.command[1:]])
+                recipe.file("ssh", f'#!/bin/sh\nexec {ssh} "$@"\n')
+                recipes.append(stack.enter_context(recipe))
+            assert not any(host.reachable() for host in hosts)
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            for host in hosts:
+                eventually(host.reachable, f"{host.address} stays shut")
+            with lab.inside(hosts[0].namespace):
+                run(NFT, "flush set inet filter letmein4")
+            recipes[0].kill("BatchMode")  # ssh
+            eventually(hosts[0].reachable, "its set stays empty")
+
+            def state() -> set[str]:
+                states = [host.state() for host in hosts]
+                return states[0] if states == states[:1] * 3 else {"they differ"}
+
+            self.exercise(lab, server, recipes, state)
+            assert not any(host.reachable() for host in hosts)
 
 
 class TestFail2ban:
@@ -5874,6 +6429,9 @@ class TestService:
             seen = [Path(place.lstrip("-")) for place in shlex.split(unit["BindReadOnlyPaths"][0])]
             for needed in (LETMEIN, path, Path(sys.executable), Path(NFT), Path(os.__file__)):
                 assert any(place in needed.parents for place in seen), (needed, seen)
+        included = lab.file(server_conf(general="include = /srv/*/keys.d/*.conf"))
+        (seen_there,) = unit_settings(service(lab, "systemd", "-c", included))["BindReadOnlyPaths"]
+        assert "/srv" in shlex.split(seen_there)
         # Its command line is one that the server takes.
         (*_, option, rundir) = shlex.split(command)
         assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
@@ -7678,12 +8236,12 @@ SAID = [
     ("[KEYS]\n1 = " + "0" * 63, "2: [KEYS] 1: this key has 63 characters, not 64", "64 hex"),
     ("[KEYS]\n1 = " + "O" * 64, "2: [KEYS] 1: this key has characters that are not hex digits",
      "64 hex digits"),
-    (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}", "3: [KEYS] 01: user 00000001 has a key already",
-     "each user once"),
+    (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}",
+     "3: [KEYS] 01: user 00000001 has a key already, at f.conf:2", "each user once"),
     ("[RESOURCES]\n1 = port: 22\n2 = port: 22",
-     "3: [RESOURCES] 2: resource 00000001 has port 22", "each port once"),
+     "3: [RESOURCES] 2: resource 00000001 has port 22, at f.conf:2", "each port once"),
     ("[RESOURCES]\n1 = port: 22\n01 = port: 23",
-     "3: [RESOURCES] 01: resource 00000001 appears twice", "each id once"),
+     "3: [RESOURCES] 01: resource 00000001 appears twice, first at f.conf:2", "each id once"),
     ("[RESOURCES]\n1 = port: 22 / input: A",
      "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE),
     ("[RESOURCES]\n1 = jump", "2: [RESOURCES] 1: this jump has no chain to jump to", "'port: N"),
@@ -7747,6 +8305,56 @@ def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
     )
     assert error.problem.startswith(f"f.conf:{start}")
     assert hint in error.hint
+
+
+def test_user_limits() -> None:
+    """[USERS] limits the time of a lease and the last day of a key, which ends in UTC."""
+    lines = ["[RESOURCES]", "1 = port: 22 / timeout: 60", "2 = port: 23 / timeout: 5", "[USERS]"]
+    limits = ["1 = timeout: 9", "2 = not-after: 9999-12-31 / timeout: 7"]
+    limits.append("3 = not-after: 2020-02-29")
+    keys = [f"{user} = {user:064}" for user in (1, 2, 3, 4)]
+    text = "\n".join([*lines, *limits, "[KEYS]", *keys, server_text("NFTABLES")])
+    config = parse(text)
+    terms = {
+        user: [config.longest_lease(user, each) for each in config.resources.values()]
+        for user in config.keys
+    }
+    assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
+    assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
+    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
+    assert not any(config.objection(user, 1) for user in (1, 2, 4))
+    assert config.warnings == (
+        "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
+    )
+    (warning,) = parse(text.replace(keys[0], "")).warnings[:-1]
+    assert warning == "f.conf:5: [USERS] 1: user 00000001 has no key in [KEYS]"
+    assert parse("[USERS]\n1 = nonsense", server=False).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "line, problem, hint",
+    [
+        ("1 = not-after: 2027-02-31", "there is no 2027-02-31 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 0000-01-01", "there is no 0000-01-01 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 12027-01-31", "'12027-01-31' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-W01-1", "'2027-W01-1' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 20270131", "'20270131' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: \u0662027-01-31", "is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-01-31T00:00", "'2027-01-31T00:00' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after:", "'' is not valid", "YYYY-MM-DD"),
+        ("1 = timeout: 0", "with a timeout of 0 the user can open nothing", "more than 0"),
+        ("1 = timeout: -1", "'-1' is out of range", "4294967295"),
+        ("1 = timeout: 1 / timeout: 2", "'timeout' is unknown here, or appears twice", "not-after"),
+        ("1 = port: 22", "'port' is unknown here", "timeout: SECONDS / not-after"),
+        ("1 =", "'' is unknown here", "timeout: SECONDS"),
+        ("root = timeout: 5", "'root' is not valid", "hex digits"),
+        ("1 = timeout: 5\n01 =", "user 00000001 has limits already, at f.conf:2", "each user once"),
+    ],
+)
+def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
+    error = rejection(server_text("USERS", *line.split("\n")))
+    assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
+    assert problem in error.problem and hint in error.hint
 
 
 def test_default_user_must_be_an_id() -> None:
@@ -7931,6 +8539,123 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "letmein.conf"
     path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
     assert letmein.read_config(str(path), False).port == 5801
+
+
+class Included(NamedTuple):
+    """What `include` meets: files of d/ by name, what make() does to d/, and what is said."""
+
+    files: dict[str, str]
+    said: str
+    pattern: str = "d/*.conf"
+    make: Callable[[Path], object] = lambda directory: None
+
+
+def fill(directory: Path, number: int, text: str) -> None:
+    for index in range(number):
+        (directory / f"{index:05}.conf").write_text(text)
+
+
+def add_secret(directory: Path, name: str) -> None:
+    """A link that leads to a file that whoever owns its directory can replace."""
+    directory.with_name("home").mkdir(0o777)
+    directory.with_name("home").chmod(0o777)
+    directory.with_name("home").joinpath(name).write_text("[KEYS]\n")
+    (directory / name).symlink_to(f"../home/{name}")
+
+
+KEY_2 = f"[KEYS]\n\n2 = {OTHER_KEY.hex()}\n"
+BAD_INCLUDES = {
+    "another section": Included({"a.conf": "[GENERAL]\n"}, "d/a.conf:1: [GENERAL] is not for an"),
+    "an error": Included({"a.conf": "[KEYS]\n2 = x\n"}, "d/a.conf:2: [KEYS] 2: this key has 1 "),
+    "an id twice": Included(
+        {"a.conf": KEY_2, "b.conf": KEY_2},
+        "d/b.conf:3: [KEYS] 2: user 00000002 has a key already, at HERE/d/a.conf:3\n",
+    ),
+    "an id of the main file": Included(
+        {"a.conf": KEY_2.replace("2 =", "01 =")},
+        "d/a.conf:3: [KEYS] 01: user 00000001 has a key already, at HERE/letmeind.conf:4\n",
+    ),
+    "a resource twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n01 = port: 2"},
+        "d/b.conf:2: [RESOURCES] 01: resource 00000001 appears twice, first at HERE/d/a.conf:2\n",
+    ),
+    "a port twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n2 = port: 1"},
+        "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
+    ),
+    "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
+    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
+    "nothing": Included({}, ": cannot be read: Is a directory", ""),
+    "a FIFO": Included(
+        {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
+    ),
+    "a link that leads nowhere": Included(
+        {}, "d/a.conf: cannot be read: No such file", make=lambda d: (d / "a.conf").symlink_to("x")
+    ),
+    "a loop of links": Included(
+        {}, "d/a.conf: cannot be read: Too many levels",
+        make=lambda d: (d / "a.conf").symlink_to("a.conf"),
+    ),
+    "10,000 files": Included({}, "more than 1000 files match", make=lambda d: fill(d, 10_000, "")),
+    "large files": Included(
+        {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
+    ),
+    "a directory of others": Included(
+        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
+    ),
+    "a link into a directory of others": Included(
+        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def including(tmp_path: Path) -> Path:
+    """The directory d/ beside a letmeind.conf with a key for user 1 that ends in `include`."""
+    (tmp_path / "d").mkdir(0o755)
+    path = tmp_path / "letmeind.conf"
+    text = f"[KEYS]\n# a key\n\n1 = {KEY.hex()}\n{server_text('GENERAL', 'include = d/*.conf')}"
+    path.write_text(text)
+    path.chmod(0o600)
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("name", BAD_INCLUDES)
+def test_bad_include(including: Path, name: str) -> None:
+    """What cannot be included is one error that names file and line, and keeps nobody waiting."""
+    case, conf = BAD_INCLUDES[name], including.with_name("letmeind.conf")
+    conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
+    for file, text in case.files.items():
+        (including / file).write_text(text)
+    case.make(including)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(conf), True)
+    said = f"{error.value.problem}\n{error.value.hint}"
+    assert case.said.replace("HERE", str(including.parent)) in said
+    assert said.count("\n") == 1 and error.value.hint
+
+
+def test_include(including: Path) -> None:
+    """Keys and resources come from all files that match, in the order of their names; what is
+    wrong with a file's owner or mode is told; a client ignores the option, and says so."""
+    conf = str(including.with_name("letmeind.conf"))
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert "no file matches" in warning
+    files = {"b": "[RESOURCES]\n3 = port: 3", "a": KEY_2 + "[RESOURCES]\n4 = port: 4"}
+    for name, text in files.items():
+        (including / f"{name}.conf").write_text(text)
+        (including / f"{name}.conf").chmod(0o600)
+    (including / "none.txt").write_text("?")
+    config = letmein.read_config(conf, True)
+    assert config.keys == {1: KEY, 2: OTHER_KEY}
+    assert list(config.resources) == [4, 3]
+    assert config.warnings == ()
+    (including / "a.conf").chmod(0o644)
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert warning.startswith(f"{including}/a.conf: mode 644")
+    config = letmein.read_config(conf, False)
+    assert config.keys == {1: KEY}
+    assert ["include: is for the server" in each for each in config.warnings] == [True]
 
 
 @pytest.mark.parametrize("server", [True, False])
@@ -8286,6 +9011,12 @@ def test_client_conf(tmp_path: Path) -> None:
         (0x22, 22, 60), (0x40, 0, 600),
     ]  # fmt: skip
     assert "letmein knock server.example 22" in done.stdout
+    with path.open("a") as file:
+        file.write("[USERS]\n1 = timeout: 90 / not-after: 9999-12-31\n")
+    limited = program("-c", path, "client-conf", "-u", "1", "--host", "server.example").stdout
+    resources = parse(limited, server=False).resources.values()
+    assert [each.timeout for each in resources] == [60, 90]
+    assert "up to the end of 9999-12-31 (UTC)" in limited
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
@@ -11621,7 +12352,7 @@ class TestDocuments:
         texts = [b.text for b in fenced("conf")]
         spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", documents().replace("\n", " "))
         chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
-        texts += [chains + span for span in spans]
+        texts += [f"{chains}{span}\n" for span in spans]
         assert len(texts) > 4
         texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", documents())
         for text in texts:
@@ -13559,6 +14290,32 @@ class TestNames:
                 lab.letmein("knock", host, "22", conf=HOLD_CONF).assert_good()
         finally:
             hosts.write_text(before, encoding="ascii")
+
+
+def test_a_room_uses_only_those_above_it() -> None:
+    """One goes down letmein.py once: no function needs what a later room defines."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    banners = [n for n, line in enumerate(text.split("\n"), 1) if line.startswith("# ==== ")]
+    rooms: dict[str, int] = {}  # by name: where it is defined
+    for statement in ast.parse(text).body:
+        names = {getattr(statement, "name", "")}
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            found = filter(lambda node: isinstance(node, ast.Name), ast.walk(statement))
+            names = {node.id for node in found if isinstance(node.ctx, ast.Store)}  # type: ignore[attr-defined]
+        rooms.update(dict.fromkeys(names, bisect.bisect(banners, statement.lineno)))
+
+    def too_early(code: CodeType) -> Iterator[str]:
+        """What a function uses of later rooms. (Of a module's or class's body Python says so.)"""
+        room = bisect.bisect(banners, code.co_firstlineno)
+        for instruction in dis.get_instructions(code):
+            is_global = instruction.opname == "LOAD_GLOBAL"
+            if is_global and rooms.get(instruction.argval, 0) > room:
+                yield f"{code.co_name}, in room {room}: {instruction.argval}"
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                yield from too_early(inner)
+
+    assert list(too_early(compile(text, "", "exec"))) == []
 
 
 # What a knock imports beyond a bare Python: ours, and what those need.
