@@ -12337,7 +12337,7 @@ class TestDocuments:
         found = [(words, b.text) for b in blocks for words in letmein_words(b.text)]
         assert len(found) > 25
         text = prose(documents()).replace("\n", " ")
-        spans = re.findall(r"`([^`]*\bletmein(?:\.py|d)? [^`]*)`", text)
+        spans = [x for x in re.findall("`([^`]*)`", text) if re.search(r"letmein(\.py|d)? ", x)]
         bare = [[name] for name in helps()]
         for span in spans:
             commands = letmein_words(span.replace("PORT", "22").replace(" ID", " 1"))
