@@ -2076,13 +2076,15 @@ COMMENT = re.compile(
     "user=(?P<user>[0-9A-F]{8}) resource=(?P<resource>[0-9A-F]{8})"
     r" boot=(?P<boot>\S{8}) proof=(?P<proof>\S{8})"
 )
-ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
+# A socket sends some 160 to 210 KB at once (net.core.wmem_default). A lease takes up to 1.1 KB: two
+# elements, each added, deleted and added again, in a table with a name of 64 characters.
+LEASES_PER_BATCH = 100
 
 
 def in_batches(items: list[Item]) -> Iterator[list[Item]]:
-    """The items, as many at a time as one transaction takes."""
-    for start in range(0, len(items), ELEMENTS_PER_BATCH):
-        yield items[start : start + ELEMENTS_PER_BATCH]
+    """The items, as many at a time as fit into one transaction."""
+    for start in range(0, len(items), LEASES_PER_BATCH):
+        yield items[start : start + LEASES_PER_BATCH]
 
 
 class LeaseKey(NamedTuple):
@@ -2178,7 +2180,7 @@ class Leases:
             del index[name][key]
             if not index[name]:
                 del index[name]
-        if not self.weights[lease.user]:
+        if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
             del self.weights[lease.user]
 
     def expire(self, now: float) -> list[Lease]:
@@ -2871,14 +2873,7 @@ class Table:
 
     def install(self) -> None:
         """Put our rules and sets into the table. Raises UserError."""
-        script = ruleset_script(self.config)
-        try:
-            self._run(deletion_script(self.config, self._rules()) + script)
-        except UserError as error:
-            if "No such file" not in error.problem:
-                raise
-            # Somebody may have deleted one of these rules meanwhile.
-            self._run(deletion_script(self.config, self._rules()) + script)
+        self._replace_rules(ruleset_script(self.config))
         self._delete_sets(self.read_handles().keys() - ruleset(self.config).sets.keys())
 
     def inspect(self) -> tuple[str, Handles]:
@@ -2897,7 +2892,7 @@ class Table:
         stays."""
         with contextlib.suppress(OSError):
             self.kernel.table_facts()
-            self._run(deletion_script(self.config, self._rules(even_if_incomplete=True)))
+            self._replace_rules("", even_if_incomplete=True)
             self._delete_sets(self.read_handles())
 
     def read_handles(self) -> Handles:
@@ -2910,17 +2905,28 @@ class Table:
             name = f"table {self.config.family} {self.config.table}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
 
+    def _replace_rules(self, script: str, even_if_incomplete: bool = False) -> None:
+        """Delete our rules and run an nft script, in one transaction. Raises UserError."""
+        for is_last in (False, True):
+            full = deletion_script(self.config, self._rules(even_if_incomplete)) + script
+            if self.config.debug and full:
+                self.log("nft", script=full)
+            try:
+                return self._run(full)
+            except UserError as error:
+                # Somebody may have deleted one of these rules meanwhile.
+                if is_last or "No such file" not in error.problem:
+                    raise
+
     def _run(self, script: str) -> None:
-        if not script:
-            return
-        if self.config.debug:
-            self.log("nft", script=script)
-        self.nft.run(script)
+        if script:
+            self.nft.run(script)
 
     def _rules(self, even_if_incomplete: bool = False) -> list[Rule]:
         """Our rules, as the kernel has them. Raises UserError if it has not all of our chains."""
         found = []
-        for hook, chain in self.config.chains.items():
+        hooks = {chain: hook for hook, chain in self.config.chains.items()}  # two may share one
+        for chain, hook in hooks.items():
             try:
                 found += self.kernel.rules(chain)
             except OSError as error:
@@ -3091,7 +3097,7 @@ class Look:
         """Judge the elements of a set."""
         for number, element in enumerate(self.table.kernel.elements(set_name)):
             self._judge(ElementName(set_name, element.key), element)
-            if number % ELEMENTS_PER_BATCH == 0:
+            if number % LEASES_PER_BATCH == 0:
                 yield
 
     def _judge(self, name: ElementName, element: Element) -> None:
@@ -3109,7 +3115,7 @@ class Look:
             if not is_right or earliest > lease.ends + LATE_S:
                 self.wrong.add(lease.key)
             elif latest < lease.ends - EARLY_S:
-                self._shorten(lease, latest)
+                self._shorten(lease, latest, name.set_name)
         elif heir:
             self.found.add(name)
             known = self.heirs.get(heir.key, heir)
@@ -3126,9 +3132,10 @@ class Look:
             return LeaseKey(address, int(name.set_name[8:16], 16))
         return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
 
-    def _shorten(self, lease: Lease, ends: float) -> None:
-        """Somebody has given an element less time: for a lease that counts, for a gate not."""
-        if lease.address == EVERYBODY:
+    def _shorten(self, lease: Lease, ends: float, set_name: str) -> None:
+        """An element has less time than its lease. That is an administrator's decision, but not if
+        a saved ruleset was restored, which knows nothing of later knocks; nor for a gate."""
+        if lease.address == EVERYBODY or set_name in self.renewed:
             self.wrong.add(lease.key)
         else:
             self.table.note(lease._replace(ends=ends), "")
@@ -3156,7 +3163,9 @@ class Look:
                 if heir.key in self.changed:
                     continue
                 names = lease_elements(heir, self.config)
-                if not self.found.issuperset(names):
+                # A listing may leave out an element while a knock makes the set grow.
+                has_element = self.table.kernel.has_element
+                if not all(name in self.found or has_element(name) for name in names):
                     self.strange += self.found.intersection(names)
                     continue
                 resource = self.config.resources[heir.resource]
