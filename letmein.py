@@ -2116,23 +2116,24 @@ class Lease(NamedTuple):
 
 @functools.lru_cache(10_000)
 def lease_proof(key: bytes, boot: str, meaning: str) -> str:
-    """8 hex digits that change with a user's key, the boot, and what a resource means. They stand
-    in the kernel, next to the lease: a keyed hash, of which nobody learns anything of the key."""
+    """8 hex digits that change with a user's key, the boot, and what a resource means. Anybody may
+    see them in the kernel, next to the lease: a keyed hash tells nothing of the key."""
     import hmac
     return hmac.digest(key, f"lease {boot} {meaning}".encode(), "sha3_256").hex()[:8]
 
 
 def lease_comment(lease: Lease, boot: str) -> str:
-    """What stands at an element: it tells people, and a successor of this server, whose it is, when
-    it counts (boot) and what it means."""
+    """The comment of a lease's elements. It tells people whose they are, and a server that starts
+    later whether they still count."""
     if lease.address == EVERYBODY:
         return GATE_COMMENT
     ids = f"user={lease.user:08X} resource={lease.resource:08X}"
     return f"{ids} boot={boot} proof={lease.proof}"
 
 
-def longest_time(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
-    """For how long a configuration gives a lease with this proof, in s; 0: not at all."""
+def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
+    """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
+    not."""
     if user not in config.keys or config.objection(user, resource):
         return 0.0
     found = config.resources[resource]
@@ -2176,10 +2177,10 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        for index, name in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
-            del index[name][key]
-            if not index[name]:
-                del index[name]
+        for index, entry in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
+            del index[entry][key]
+            if not index[entry]:
+                del index[entry]
         if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
             del self.weights[lease.user]
 
@@ -2202,15 +2203,15 @@ class Leases:
         return ends
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
-        """The leases that have to end for this one, if the weight of all may be limit: the oldest
-        of whoever holds most, so nobody is kept out by others. Where there are more than the limit
-        (it was lowered), nobody is thrown out for that alone: one goes for one that comes."""
+        """The leases that have to end for this one, so that all weigh no more than limit: the
+        oldest of whoever holds most, so nobody is kept out by others. If they weigh more already
+        (the limit was lowered), they need not get below what they weigh now."""
         held = self.by_key.get(lease.key)
         weight = self.weight + lease.weight - (held.weight if held else 0)
         weights = dict(self.weights)
         weights[lease.user] = weights.get(lease.user, 0) + lease.weight
         queues: dict[int, Iterator[LeaseKey]] = {}
-        ended: list[Lease] = []
+        displaced: list[Lease] = []
         while weight > max(limit, self.weight):
             user = max(weights, key=weights.__getitem__)
             queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
@@ -2219,10 +2220,10 @@ class Leases:
                 del weights[user]
             elif key != lease.key:
                 oldest = self.by_key[key]
-                ended.append(oldest)
+                displaced.append(oldest)
                 weight -= oldest.weight
                 weights[user] -= oldest.weight
-        return ended
+        return displaced
 
 
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
@@ -2234,12 +2235,11 @@ GATE_KEYS = {4: bytes.fromhex("0800"), 6: bytes.fromhex("86DD")}  # linux/if_eth
 
 
 class Ruleset(NamedTuple):
-    """Our part of the table: by name of each set the type of its elements, and the rules, each
-    behind its chain. The tag, their comment, tells them from those of another configuration."""
+    """Our part of the table, but for the leases."""
 
-    sets: dict[str, str]
-    rules: list[str]
-    tag: str
+    sets: dict[str, str]  # by name, the type of its elements
+    rules: list[str]  # each behind the name of its chain
+    tag: str  # the comment of each rule: other rules have another one
 
 
 def ruleset(config: Config) -> Ruleset:
@@ -2266,12 +2266,6 @@ def ruleset(config: Config) -> Ruleset:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
     tag = f"letmein {digest(tuple(rules))}"
     return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
-
-
-def deletion_script(config: Config, rules: Iterable[Rule]) -> str:
-    """The nft script that deletes these rules."""
-    table = f"{config.family} {config.table}"
-    return "".join(f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules)
 
 
 def ruleset_script(config: Config) -> str:
@@ -2425,6 +2419,7 @@ COMMENT_TYPE = 0  # in user data, which is nft's own: libnftnl/udata.h
 NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, of a transaction: the subsystem
 ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
+RECEIVE_SIZE = 1 << 17  # bytes, more than the kernel sends at once
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
@@ -2441,7 +2436,7 @@ class Element(NamedTuple):
 
     key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
-    asked: float  # when that was not yet known, by time.monotonic(): it ends after asked + left
+    asked: float  # by time.monotonic(), before the kernel read it: it ends after asked + left
     comment: str
     packets: int
     octets: int
@@ -2528,23 +2523,40 @@ class Attributes(dict[int, bytes]):
         return ""
 
 
-def each_message(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
-    """The netlink messages in what a socket has received: type, flags, sequence number, port of
-    the sender (or of who made the change that is told of), and what is behind the header."""
+class Packet(NamedTuple):
+    """A netlink message from the kernel."""
+
+    kind: int
+    flags: int
+    sequence: int  # that of the question
+    port: int  # of who asked, or who made the change
+    body: bytes  # all behind the first header
+
+    @property
+    def attributes(self) -> Attributes:
+        """What an answer says."""
+        return Attributes(self.body[NETFILTER_HEADER.size :])
+
+    def is_last(self) -> bool:
+        """Whether it ends an answer. Raises the OSError that it tells of, if it does."""
+        if self.kind not in (NLMSG_ERROR, NLMSG_DONE):
+            return False
+        (error,) = struct.unpack_from("=i", self.body)
+        if error:
+            raise OSError(-error, os.strerror(-error))
+        return True
+
+
+def each_packet(data: bytes) -> Iterator[Packet]:
+    """The messages in what a netlink socket has received at once."""
     offset, end = 0, len(data) - NETLINK_HEADER.size
     while offset <= end:
         length, kind, flags, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
         if length < NETLINK_HEADER.size:
             return
-        yield kind, flags, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
+        body = data[offset + NETLINK_HEADER.size : offset + length]
+        yield Packet(kind, flags, sequence, port, body)
         offset += (length + 3) & ~3
-
-
-def raise_error(body: bytes) -> None:
-    """Raise the OSError that a message of type NLMSG_ERROR or NLMSG_DONE tells of, if it does."""
-    (error,) = struct.unpack_from("=i", body)
-    if error:
-        raise OSError(-error, os.strerror(-error))
 
 
 def netlink_socket(groups: int = 0) -> socket.socket:
@@ -2584,30 +2596,28 @@ class Kernel:
         self.socket.send(self._message(kind, flags, b"".join(attributes)))
         found: list[Attributes] = []
         while True:
-            for kind, _, sequence, _, body in each_message(self.socket.recv(1 << 17)):
-                if sequence != self.sequence:
+            for packet in each_packet(self.socket.recv(RECEIVE_SIZE)):
+                if packet.sequence != self.sequence:
                     continue  # of something that failed before
-                if kind in (NLMSG_ERROR, NLMSG_DONE):
-                    raise_error(body)
+                if packet.is_last():
                     return found
-                found.append(Attributes(body[NETFILTER_HEADER.size :]))
+                found.append(packet.attributes)
 
     def change(self, changes: Iterable[Change]) -> None:
         """Make changes in one transaction: all or none."""
         begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"")
         messages = [self._message(*change) for change in changes]
         end = self._message(NFNL_MSG_BATCH_END, 0, b"")
-        # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *messages, end)))
-        for error in self._answers():
-            raise_error(error)
+        for complaint in self._answers():  # there are none if all went well
+            complaint.is_last()
 
-    def _answers(self) -> list[bytes]:
-        """What has come, to the last one: the next question is to find nothing here."""
-        answers: list[bytes] = []
+    def _answers(self) -> list[Packet]:
+        """All that has come: the next question must find nothing here."""
+        answers: list[Packet] = []
         while True:
             try:
-                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
+                answers += each_packet(self.socket.recv(RECEIVE_SIZE))
             except BlockingIOError:
                 return answers
             except OSError as error:
@@ -2639,7 +2649,7 @@ class Kernel:
     def rules(self, chain: str) -> list[Rule]:
         """The rules of a chain, in their order."""
         table = text_attribute(NFTA_RULE_TABLE, self.table)
-        self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # an error if it is none
+        self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # raises if it is none
         rules = []
         for found in self._ask(GETRULE, table, text_attribute(NFTA_RULE_CHAIN, chain), dump=True):
             comment = found.comment(NFTA_RULE_USERDATA)
@@ -2664,21 +2674,20 @@ class Kernel:
         return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, set_name: str) -> Iterator[Element]:
-        """The elements of a set. The kernel gives some 200 at a time, and the more that went before
-        the slower (1 s for 100,000). What is changed meanwhile may come twice, or be left out; and
-        so may others, while the set grows."""
+        """The elements of a set. The kernel gives some 200 at a time, ever more slowly (1 s for
+        100,000). One that changes meanwhile may come twice or be left out; so may any other, while
+        the set grows."""
         asked = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
             netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
-                # With one piece the kernel prepares the next.
+                # The kernel reads the next piece when it hands one out.
                 next_asked = time.monotonic()
-                for kind, _, _, _, body in each_message(netlink.recv(1 << 17)):
-                    if kind in (NLMSG_ERROR, NLMSG_DONE):
-                        raise_error(body)
+                for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
+                    if packet.is_last():
                         return
-                    listed = Attributes(body[NETFILTER_HEADER.size :])
-                    for _, element in each_attribute(listed.get(NFTA_LIST_ELEMENTS, b"")):
+                    listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
+                    for _, element in each_attribute(listed):
                         yield self._element(Attributes(element), asked)
                 asked = next_asked
 
@@ -2696,11 +2705,15 @@ class Kernel:
         packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
         return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
 
+    def _one_element(self, name: ElementName, *facts: bytes) -> bytes:
+        """The attributes that name one element, and say more of it."""
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key), *facts)
+        return self._elements_of(name.set_name, element)
+
     def has_element(self, name: ElementName) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
         try:
-            return bool(self._ask(GETSETELEM, self._elements_of(name.set_name, element)))
+            return bool(self._ask(GETSETELEM, self._one_element(name)))
         except FileNotFoundError:
             return False
 
@@ -2710,23 +2723,20 @@ class Kernel:
         milliseconds = round(min(max(left, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
         time_left = struct.pack("!Q", milliseconds)
         text = comment.encode("ascii") + b"\0"
-        element = nested(
-            NFTA_LIST_ELEMENT,
-            key_attribute(name.key),
+        attributes = self._one_element(
+            name,
             # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
             attribute(NFTA_ELEM_TIMEOUT, time_left),
             attribute(NFTA_ELEM_EXPIRATION, time_left),
             attribute(NFTA_ELEM_USERDATA, bytes((COMMENT_TYPE, len(text))) + text),
         )
-        flags = NLM_F_CREATE | (NLM_F_EXCL if is_new else 0)
-        return Change(NEWSETELEM, flags, self._elements_of(name.set_name, element))
+        return Change(NEWSETELEM, NLM_F_CREATE | (NLM_F_EXCL if is_new else 0), attributes)
 
     def delete(self, name: ElementName) -> list[Change]:
-        """The changes that delete an element, whether it is there or not: the kernel objects if it
-        is not, and it may just have expired. So it is added first."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
-        brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
-        return [brief, Change(DELSETELEM, 0, self._elements_of(name.set_name, element))]
+        """The changes that delete an element, whether it is there or not. It may just have expired,
+        and the kernel objects if it is not there: so it is added first."""
+        added = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
 
@@ -2735,17 +2745,17 @@ class Kernel:
         return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
 
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
-        """Whether these notifications tell of a change, by another process, of something in our
-        table that has one of these names in its own, or of a chain that got a new name. (A run of
-        nft counts as another process: its id may have been somebody else's before, and will be
-        again.) The table's name is attribute 1 everywhere."""
+        """Whether one of these notifications is about our table, a change by another process, and a
+        renamed chain or something whose name contains one of these. (Our own nft counts as another
+        process: process ids are used again.) The table's name is attribute 1 everywhere."""
         table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
-        for kind, flags, _, port, body in each_message(data):
-            if port == self.port or body[:1] != bytes([self.family]) or table not in body:
+        for packet in each_packet(data):
+            is_ours = packet.body[:1] == bytes([self.family]) and table in packet.body
+            if packet.port == self.port or not is_ours:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
-            is_renamed = kind == NEWCHAIN and not flags & NLM_F_CREATE
-            if is_renamed or any(name in body for name in names):
+            is_renamed = packet.kind == NEWCHAIN and not packet.flags & NLM_F_CREATE
+            if is_renamed or any(name in packet.body for name in names):
                 return True
         return False
 
@@ -2762,7 +2772,7 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
 
 
 def unreadable(config: Config, error: OSError) -> UserError:
-    """What to say of a table that cannot be read."""
+    """The error of a table that cannot be read."""
     table = f"table {config.family} {config.table}"
     if isinstance(error, FileNotFoundError):
         hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
@@ -2852,8 +2862,8 @@ def is_ours(rule: Rule) -> bool:
 
 
 class Table:
-    """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It
-    decides nothing. Args: as for Firewall."""
+    """Our part of the kernel's table: rules, sets, and in these the leases and gates. It does what
+    it is told. Args: as for Firewall."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2907,20 +2917,22 @@ class Table:
 
     def _replace_rules(self, script: str, even_if_incomplete: bool = False) -> None:
         """Delete our rules and run an nft script, in one transaction. Raises UserError."""
+        table = f"{self.config.family} {self.config.table}"
         for is_last in (False, True):
-            full = deletion_script(self.config, self._rules(even_if_incomplete)) + script
-            if self.config.debug and full:
+            rules = self._rules(even_if_incomplete)
+            lines = [f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules]
+            full = "".join(lines) + script
+            if not full:
+                return
+            if self.config.debug:
                 self.log("nft", script=full)
             try:
-                return self._run(full)
+                self.nft.run(full)
+                return
             except UserError as error:
                 # Somebody may have deleted one of these rules meanwhile.
                 if is_last or "No such file" not in error.problem:
                     raise
-
-    def _run(self, script: str) -> None:
-        if script:
-            self.nft.run(script)
 
     def _rules(self, even_if_incomplete: bool = False) -> list[Rule]:
         """Our rules, as the kernel has them. Raises UserError if it has not all of our chains."""
@@ -2937,8 +2949,8 @@ class Table:
         return [rule for rule in found if is_ours(rule)]
 
     def _delete_sets(self, names: Iterable[str]) -> None:
-        """A set that a foreign rule uses cannot be deleted, and would take a whole
-        transaction along: so each has its own, and that one is emptied."""
+        """Delete sets. One that a foreign rule uses cannot be deleted, and fails its transaction:
+        so each has its own, and that one is emptied. Raises UserError."""
         table = f"{self.config.family} {self.config.table}"
         for name in names:
             try:
@@ -2999,20 +3011,20 @@ class Table:
         changes: list[Change] = []
         for lease in leases:
             old = self.find(lease.key)
+            is_new = old is None and not replace
             # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
-            restart = is_same and self.refreshes and not replace
-            is_dropped = lease.ends == ENDED or replace or (old is not None and not restart)
+            can_restart = is_same and self.refreshes and not replace
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
             for name in lease_elements(lease, self.config):
-                if is_dropped:
+                if lease.ends == ENDED or not (is_new or can_restart):
                     changes += self.kernel.delete(name)
                 if lease.ends != ENDED:
-                    changes.append(self.kernel.put(name, left, comment, is_new=not restart))
+                    changes.append(self.kernel.put(name, left, comment, is_new=not can_restart))
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates as they are to be when these leases are noted, where that is a change."""
+        """The gates that change with these leases, with the end that they will have."""
         keys = frozenset(lease.key for lease in leases)
         gates = []
         for resource in {key.resource for key in keys}:
@@ -3023,7 +3035,7 @@ class Table:
             if ends < gate.ends:
                 old = [self.find(key) for key in keys if key.resource == resource]
                 if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # the last lease stays: no need to look through all of them
+                    continue  # another lease holds it open as long: no need to look through all
                 ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
             if ends != gate.ends:
                 gates.append(gate_of(resource, ends))
@@ -3047,8 +3059,8 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 class Look:
     """Compares the elements in the kernel's table with our leases, once, and mends what differs.
-    It works in steps, and others have their turn between them. The leases that they change are not
-    judged: the elements were read before.
+    It works in steps, between which knocks have their turn. Leases that these change (`changed`)
+    are left alone: what was read of them is out of date.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -3057,7 +3069,7 @@ class Look:
         self.config = table.config
         self.is_adopting = is_adopting
         self.handles = handles
-        # Made since the last look: what has gone with the old ones is nobody's wish.
+        # The sets made since the last look. What has gone with the old ones, nobody has deleted.
         self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
@@ -3080,7 +3092,7 @@ class Look:
                 yield from self._read(name)
         yield from self._adopt()
         self.table.note_gates()
-        for name in gates:
+        for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
         yield from self._find_missing()
         yield from self._mend()
@@ -3102,26 +3114,36 @@ class Look:
 
     def _judge(self, name: ElementName, element: Element) -> None:
         """Note what one element means: it is part of a lease, or of one to be adopted, or strange.
-        When it ends is known to within the time that reading it took."""
-        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        """
         key = self._holder(name)
         if key in self.changed:
             return
         lease = self.table.find(key) if key else None
-        heir = self._heir(key, element, earliest) if key and not lease else None
+        heir = self._heir(key, element) if key and not lease else None
         if lease:
             self.found.add(name)
-            is_right = element.comment == lease_comment(lease, self.table.boot)
-            if not is_right or earliest > lease.ends + LATE_S:
-                self.wrong.add(lease.key)
-            elif latest < lease.ends - EARLY_S:
-                self._shorten(lease, latest, name.set_name)
+            self._compare(lease, name, element)
         elif heir:
             self.found.add(name)
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
-        elif earliest > time.monotonic() + EARLY_S:  # else a lease of ours may just have ended
+        # A lease of ours may just have ended.
+        elif element.asked + element.left > time.monotonic() + EARLY_S:
             self.strange.append(name)
+
+    def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
+        """Compare an element with its lease, or gate. When it ends is known to within the time that
+        reading it took."""
+        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        is_right = element.comment == lease_comment(lease, self.table.boot)
+        is_short = latest < lease.ends - EARLY_S
+        # In a set made anew it may be what somebody saved before a later knock.
+        is_decided = lease.address != EVERYBODY and name.set_name not in self.renewed
+        if is_right and is_short and is_decided:  # by an administrator
+            self.table.note(lease._replace(ends=latest), "")
+            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
+        elif not is_right or is_short or earliest > lease.ends + LATE_S:
+            self.wrong.add(lease.key)
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
@@ -3132,16 +3154,7 @@ class Look:
             return LeaseKey(address, int(name.set_name[8:16], 16))
         return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
 
-    def _shorten(self, lease: Lease, ends: float, set_name: str) -> None:
-        """An element has less time than its lease. That is an administrator's decision, but not if
-        a saved ruleset was restored, which knows nothing of later knocks; nor for a gate."""
-        if lease.address == EVERYBODY or set_name in self.renewed:
-            self.wrong.add(lease.key)
-        else:
-            self.table.note(lease._replace(ends=ends), "")
-            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-
-    def _heir(self, key: LeaseKey, element: Element, ends: float) -> Lease | None:
+    def _heir(self, key: LeaseKey, element: Element) -> Lease | None:
         """The lease that an element stands for, if a server of this boot gave it (an administrator
         may have saved the ruleset and loaded it again), and this configuration still does."""
         comment = COMMENT.fullmatch(element.comment)
@@ -3151,8 +3164,9 @@ class Look:
         if key.address == EVERYBODY or key.resource != resource or element.left == NEVER:
             return None
         proof = comment["proof"]
-        if not longest_time(self.config, self.table.boot, user, resource, proof):
+        if not time_granted(self.config, self.table.boot, user, resource, proof):
             return None
+        ends = element.asked + element.left  # or up to the time that reading it took later
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
 
     def _adopt(self) -> Iterator[None]:
@@ -3175,8 +3189,8 @@ class Look:
                 self.table.leases.keep(heir._replace(ends=min(heir.ends, latest)))
 
     def _find_missing(self) -> Iterator[None]:
-        """Note the leases and gates of which elements have gone together with their set. Where they
-        have gone alone, an administrator has revoked them."""
+        """Note the leases and gates whose elements have gone together with their set. If they have
+        gone from a set that is still the same, an administrator has deleted them."""
         books = self.table.leases, self.table.gates
         for some in in_batches([lease for book in books for lease in book.by_key.values()]):
             yield
@@ -3188,8 +3202,8 @@ class Look:
                 is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                renewed = self.renewed.intersection(name.set_name for name in names)
-                if renewed or is_gate_of_heirs:
+                is_set_new = any(name.set_name in self.renewed for name in names)
+                if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
                 elif not is_ending and not all(map(self.table.kernel.has_element, names)):
                     deleted.append(lease)
@@ -3261,11 +3275,11 @@ class Firewall:
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.calm_at = 0.0  # when a while without damage is over
-        self.trouble = ""  # what keeps us from healing, once it was logged
-        self.claim = ""  # of somebody else to our table or chains, once it was logged
+        self.trouble = ""  # why healing fails, once that was logged
+        self.claim = ""  # somebody else's, to our table or chains, once that was logged
         self.futile = 0  # how often in a row nft has changed nothing
         self.disturbed = 0  # how often in a row the kernel has objected to something
-        self.is_contested = False  # whether healing has not lasted for a while, once it was logged
+        self.is_contested = False  # whether others undo what is healed, once that was logged
 
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
@@ -3273,12 +3287,8 @@ class Firewall:
         self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
         check_kernel(self.table.kernel, self.nft, self.config)
         self._warn_of_unreached_chains()
-        notifications = self.table.kernel.listen()
-
-        def notified() -> None:
-            self._on_notification(notifications)
-
-        selector.register(notifications, selectors.EVENT_READ, notified)
+        self.notifications = self.table.kernel.listen()
+        selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
         self.nft.limit = NFT_LIMIT_S[0]
@@ -3293,8 +3303,8 @@ class Firewall:
     # -- what clients ask for
 
     def knock(self, address: str, resource: int, user: int) -> str:
-        """Open a resource for an address, or restart the lease's time. Returns "" when that is in
-        force, or why it is not."""
+        """Open a resource for an address, or restart the lease's time. Returns "" once the kernel
+        has it, or why it does not."""
         found = self.config.resources[resource]
         objection = self._objection(address, found)
         if objection:
@@ -3307,14 +3317,15 @@ class Firewall:
         room = self.config.max_nr_rules - len(self.config.protocols)
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
-        ended = self.leases.make_room(lease, room)
-        problem = self._enforce([lease, *(other.ended() for other in ended)], "replaced")
-        for other in [] if problem else ended:
-            self.table.log_revoked(other, "max-nr-rules is reached")
+        displaced = self.leases.make_room(lease, room)
+        problem = self._enforce([lease, *(other.ended() for other in displaced)], "replaced")
+        if not problem:
+            for other in displaced:
+                self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
     def _objection(self, address: str, resource: Resource) -> str:
-        """Why nobody at this address can have this resource; "" if they can."""
+        """Why this resource does not open for this address; "" if it does."""
         if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
         if resource.timeout < SHORTEST_LEASE_S:
@@ -3324,8 +3335,8 @@ class Firewall:
         return ""
 
     def revoke(self, address: str, resource: int) -> str:
-        """Close a resource for an address; that it is not open is a success. Returns "" or why the
-        kernel does not do it."""
+        """Close a resource for an address; if it is not open, that is a success. Returns "" or why
+        the kernel does not close it."""
         self.table.expire()
         lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
@@ -3340,15 +3351,13 @@ class Firewall:
         try:
             try:
                 self._hold(leases, reason)
-            except FileExistsError:  # an element that we did not know of
-                self._hold(leases, reason, replace=True)
-            except OSError:
-                # The firewall was changed under us: put back what others need, and try again. Where
-                # nft does not help, do not run one for each knock.
-                if self.trouble:
-                    return self.trouble
-                self.look_at = 0.0
-                self.table.install()
+            except OSError as error:
+                if not isinstance(error, FileExistsError):  # that is an element we did not know of
+                    if self.trouble:
+                        return self.trouble  # nft did not help: do not run it for each knock
+                    # The firewall was changed under us: put back what others need.
+                    self.look_at = 0.0
+                    self.table.install()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
@@ -3365,17 +3374,18 @@ class Firewall:
     # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
-        """Go on with another configuration for the same chains; a lease that it would
-        not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
+        """Go on with another configuration for the same chains; a lease that it does not grant is
+        revoked. Raises UserError, changing nothing, if the kernel rejects it."""
         check_kernel(self.table.kernel, self.nft, config)
         self.table.expire()
-        ended, shortened = self._differences(config)
+        lost, shortened = self._differences(config)
         self.work = self.look = None  # a look under way is out of date
         self.look_at = 0.0  # to say so and to try again if anything below fails
+        # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
-            for some in in_batches(ended):
+            for some in in_batches(lost):
                 self.table.hold([lease.ended() for lease in some], reason="configuration")
-        for lease in ended:
+        for lease in lost:
             self.table.note(lease.ended(), "configuration")
             self.table.log_revoked(lease, "configuration")
         self.config = self.table.config = config
@@ -3391,20 +3401,20 @@ class Firewall:
         self._warn_of_unreached_chains()
 
     def _differences(self, config: Config) -> tuple[list[Lease], list[Lease]]:
-        """The leases that this configuration would not give, and those that it would give for less
-        time, as they are to be."""
+        """The leases that this configuration does not grant, and those that it grants for less time
+        than they have, with the end that it grants."""
         now = time.monotonic()
-        terms: dict[tuple[int, int, str], float] = {}  # by user, resource, proof: the longest time
-        ended, shortened = [], []
+        granted: dict[tuple[int, int, str], float] = {}  # in s, by user, resource and proof
+        lost, shortened = [], []
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
-            if facts not in terms:
-                terms[facts] = longest_time(config, self.boot, *facts)
-            if not terms[facts]:
-                ended.append(lease)
-            elif lease.ends > now + terms[facts]:
-                shortened.append(lease._replace(ends=now + terms[facts]))
-        return ended, shortened
+            if facts not in granted:
+                granted[facts] = time_granted(config, self.boot, *facts)
+            if not granted[facts]:
+                lost.append(lease)
+            elif lease.ends > now + granted[facts]:
+                shortened.append(lease._replace(ends=now + granted[facts]))
+        return lost, shortened
 
     def _warn_of_unreached_chains(self) -> None:
         with contextlib.suppress(OSError):
@@ -3412,7 +3422,7 @@ class Firewall:
                 self.log("warning", reason=warning)
 
     def _warn_of_limit(self) -> None:
-        """Say so if more stands than may: adopted, or given before the limit was lowered."""
+        """Warn if the leases, adopted or given before the limit was lowered, exceed it."""
         weight = self.leases.weight + len(self.config.protocols)
         if weight > self.config.max_nr_rules:
             limit = f"max-nr-rules is {self.config.max_nr_rules}, but {weight} rules are in use"
@@ -3421,13 +3431,13 @@ class Firewall:
 
     # -- what others change
 
-    def _on_notification(self, notifications: socket.socket) -> None:
-        """Read what waits, and want a look if somebody else has changed something of ours."""
+    def _on_notification(self) -> None:
+        """Read what waits, and plan a look if somebody else has changed something of ours."""
         chains = self.config.chains.values()
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in chains)]
         for _ in range(NOTIFICATIONS_PER_TURN):
             try:
-                data = notifications.recv(1 << 16)
+                data = self.notifications.recv(RECEIVE_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -3471,8 +3481,9 @@ class Firewall:
         self._rest(damage, trouble)
 
     def _rest(self, damage: str, trouble: str) -> None:
-        """Look again after a pause, which grows as long as it helps nothing. One good look in
-        between does not count: a second server may be slower than we are."""
+        """Plan another look if this one found something: after a pause, which grows until nothing
+        was found for CALM_S. (One good look is not enough: a second server for this table may be
+        slower than we are.)"""
         now = time.monotonic()
         is_calm = now > self.calm_at
         if trouble != self.trouble or is_calm:
@@ -3491,8 +3502,8 @@ class Firewall:
             self.log("warning", reason="what is healed is changed again at once", hint=hint)
 
     def _look(self) -> Generator[None, None, str]:
-        """Make the kernel's part of our table what it should be, in pieces: others have their turn
-        between them. Returns what was wrong, or "". Raises UserError, OSError."""
+        """Make our part of the kernel's table what it should be, in steps between which knocks have
+        their turn. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
@@ -3521,8 +3532,8 @@ class Firewall:
         return damage
 
     def _warn_of_claims(self) -> None:
-        """Say so, once, if somebody has made the table unfit for us: it works still, but neither
-        SIGHUP nor a start will take it."""
+        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
+        SIGHUP or start will fail."""
         claim = hint = ""
         try:
             check_table(self.table.kernel, self.config)
