@@ -3127,8 +3127,7 @@ class Look:
                 yield
 
     def _judge(self, name: ElementName, element: Element) -> None:
-        """Note what one element means: it is part of a lease, or of one to be adopted, or strange.
-        """
+        """Note what an element is part of: a lease, one to be adopted, or nothing of ours."""
         key = self._holder(name)
         if key in self.changed:
             return
