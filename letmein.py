@@ -3537,6 +3537,10 @@ class Firewall:
 # socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
 # of a peer that has not proved itself: a challenge's token is derived from a secret of this run and
 # from all that it must fit, and a RESPONSE is checked against what was possible.
+#
+# On the way down: the records; the control port's sockets; the run directory; Followers and
+# RunSocket, for `status`; NetworkChild, its start, its channels and its end; Judge, which follows a
+# message to its answer; Monitor, which joins all that.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
@@ -4993,13 +4997,15 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
         print(json_line(change).decode(), end="", flush=True)
         return
     clock = time.strftime("%H:%M:%S", time.localtime(change["time"]))
-    if change.get("leases") == []:
+    is_snapshot = change["event"] == "snapshot"
+    leases = change["leases"] if is_snapshot else [change]
+    if not leases:
         print(clock, "nobody holds a lease", sep="  ")
-    for lease in change.get("leases", [change]):
+    for lease in leases:
         what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
         if not lease["port"]:
             what = f"{lease['resource']}: {', '.join(lease['chains'])}"
-        event = "open" if change is not lease else lease["event"]
+        event = "open" if is_snapshot else change["event"]
         end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
         print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
     sys.stdout.flush()
@@ -5214,9 +5220,8 @@ def listed_chains(listing: str) -> list[ListedChain]:
     return chains
 
 
-def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
-    """Warnings of rules of others that drop all knocks: in front of the jump to our chain, or in
-    another table, for what one accepts another one may drop: nft(8)."""
+def late_jumps(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of rules that drop everything in front of the jump to our chain."""
     warnings = []
     own = [each for each in chains if (each.family, each.table) == (config.family, config.table)]
     for target in config.chains.values():
@@ -5229,13 +5234,20 @@ def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
         if is_behind and all(is_behind.values()):
             problem = f"the jump to {target} is behind a rule of {', '.join(is_behind)}"
             warnings.append(f"{problem} that drops everything; move the jump above that rule")
-    versions = VERSIONS[config.family]
+    return warnings
+
+
+def foreign_drops(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of other tables that drop all knocks: what one table accepts another one may drop,
+    nft(8)."""
+    warnings = []
     for chain in chains:
-        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
-        is_same_version = set(VERSIONS.get(chain.family, ())).intersection(versions)
-        if chain in own or not is_hook or not is_same_version or chain.drops_at() < 0:
-            continue
         table = (chain.family, chain.table)
+        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
+        versions = set(VERSIONS.get(chain.family, ())).intersection(VERSIONS[config.family])
+        is_own = table == (config.family, config.table)
+        if is_own or not is_hook or not versions or chain.drops_at() < 0:
+            continue
         siblings = [each for each in chains if (each.family, each.table) == table]
         if not any(each.names_port(config.port) for each in siblings):
             problem = f"chain {chain.name} of table {' '.join(table)} drops all knocks"
@@ -5269,7 +5281,8 @@ def check(config: Config, is_verbose: bool) -> None:
     check_kernel(kernel, nft, config)
     took = time.monotonic() - began
     warnings = unreached_chains(kernel, config)
-    warnings += obstacles(listed_chains(nft.run("list ruleset", "-t")), config)
+    chains = listed_chains(nft.run("list ruleset", "-t"))
+    warnings += late_jumps(chains, config) + foreign_drops(chains, config)
     if took > SLOW_NFT_S:
         hint = "move large sets of others to a table of their own"
         warnings.append(f"nft took {took:.1f} s; {hint}")
@@ -5279,7 +5292,7 @@ def check(config: Config, is_verbose: bool) -> None:
     if is_verbose:
         print(f"\n{ruleset_script(config)}", end="")
     number = len(config.warnings) + len(warnings)
-    verdict = f"{number} warning{'s'[:number != 1]}" if number else "good"
+    verdict = {0: "good", 1: "1 warning"}.get(number, f"{number} warnings")
     print(f"\n{verdict}: nothing was changed")
 
 
