@@ -8852,6 +8852,7 @@ def test_usage_error(conf: Path, words: str, complaint: str) -> None:
         ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
         ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
         ("help kock", "there is no command 'kock'\n  did you mean knock? "),
+        ("network-process", "there is no command 'network-process'\n"),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
