@@ -2478,6 +2478,16 @@ class TestStart:
             result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
         assert not list(place.iterdir())
 
+    @pytest.mark.parametrize("command", ["server", "status"])
+    def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
+        """Its owner could do all that, whatever its mode."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(0o755)
+        os.chown(place, 65534, 65534)
+        result = lab.command(command, "-c", lab.file(server_conf()), "--rundir", place)
+        result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
+
     def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
         """Its path is named, and nothing is installed."""
         lab.load()
@@ -4437,7 +4447,7 @@ time.sleep(1)
 """
 SLOW_PLACES = {
     "Python itself": "\nVERSION = ",
-    "the file is read": "    serving = arguments.command ==",
+    "the file is read": "    find_account(arguments.user)\n",
     "the network process starts": "        enter_sandbox(account,",
     "the firewall opens": "        self.is_adopting = True\n",
 }
@@ -5886,6 +5896,16 @@ class TestCounters:
                     result = lab.command(path, number, program=program)
                     assert (result.status == 0) == good, result
                     assert good or "PermissionError" in result.err, result
+                follow = (
+                    "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import letmein;"
+                    "os.setgroups([]); os.setuid(65534); sys.exit(letmein.main(sys.argv[1:]))"
+                )
+                words = ("status", "--follow", "-c", lab.file(server_conf(), mode=0o644))
+                program = (sys.executable, "-I", "-c", follow)
+                said = lab.command(
+                    LETMEIN.parent, *words, "--rundir", server.rundir, program=program
+                )
+                said.assert_error("cannot read table inet filter: only root may", "as root")
             server.stop()
             assert not path.exists()
 
@@ -6674,6 +6694,18 @@ class TestService:
         words = ["-c", "/letmeind.conf", "service", "systemd"]
         result = lab.command(*words, program=(sys.executable, LETMEIN))
         result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+        conf = lab.file(server_conf(general="include = /*.keys"))
+        result = lab.command("service", "systemd", "-c", conf, program=(sys.executable, LETMEIN))
+        result.assert_error(f"what include in {conf} names lies in /", "move it into a directory")
+
+    @pytest.mark.parametrize("name", ["50%", "$HOME", "a:b", "it's", 'a"b', "a\\b", "a\nb"])
+    def test_no_unit_with_a_path_that_systemd_reads_otherwise(self, lab: Lab, name: str) -> None:
+        """systemd would start another command, or show the service another directory."""
+        path = lab.directory / name / "letmeind.conf"
+        words = ("-c", path, "service", "systemd")
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("systemd reads ", "take a path without")
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
@@ -8924,6 +8956,7 @@ def test_usage_error(conf: Path, words: str, complaint: str) -> None:
         ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
         ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
         ("help kock", "there is no command 'kock'\n  did you mean knock? "),
+        ("network-process", "there is no command 'network-process'\n"),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
@@ -9121,6 +9154,9 @@ def test_client_conf(tmp_path: Path) -> None:
     resources = parse(limited, server=False).resources.values()
     assert [each.timeout for each in resources] == [60, 90]
     assert "up to the end of 9999-12-31 (UTC)" in limited
+    for host in ("a\n[KEYS]", "a b", "a\x1b[2J", ""):
+        done = program("-c", path, "client-conf", "-u", "1", "--host", host)
+        assert (done.returncode, done.stdout) == (2, ""), "it would write lines of its own"
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
@@ -9439,6 +9475,7 @@ class NotedFirewall:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
         self.leases = letmein.Leases()
+        self.table = SimpleNamespace()
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
@@ -9447,6 +9484,13 @@ class NotedFirewall:
     def revoke(self, address: str, resource: int) -> str:
         self.changes.append((REVOKE, address, resource))
         return self.problem
+
+
+class LoneChild(letmein.NetworkChild):
+    """A network process that is never started: the test is it."""
+
+    def _replace_sockets(self) -> None:
+        """There are none."""
 
 
 class LoneMonitor(letmein.Monitor):
@@ -9460,23 +9504,20 @@ class LoneMonitor(letmein.Monitor):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(letmein, "Log", QuietLog)
             patch.setattr(letmein, "Nft", lambda name: None)
+            patch.setattr(letmein, "Firewall", lambda *_: NotedFirewall())
+            patch.setattr(letmein, "NetworkChild", LoneChild)
             patch.setattr(letmein, "lock_table", lambda *_: -1)
             patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, SimpleNamespace(rundir="/", activated={}))
-        self.firewall = NotedFirewall()
-        self.tokens = letmein.Tokens(bytes(32))
-        self.started = 0.0
-        self.ready = self.is_open = True
+            super().__init__(config, letmein.ServerOptions("/", "none", 1, 1, None, {}, -1))
+        self.judge.tokens = letmein.Tokens(bytes(32))
+        self.network.is_ready = self.network.is_heard = True
         self.connect()
 
     def connect(self) -> None:
         """Have new channels, as after the start of a network process."""
-        self.theirs, self.writer = self._connect()
-
-    def _replace_sockets(self) -> None:
-        """There are none."""
+        self.theirs, self.writer = self.network._connect()
 
     def hand(self, data: bytes) -> list[letmein.Record]:
         """Send it a record; returns what it sends back."""
@@ -9484,7 +9525,7 @@ class LoneMonitor(letmein.Monitor):
             self.writer.write(data)
         else:
             self.writer.close()
-        self._on_pipe()
+        self.network._on_pipe()
         return self.said()
 
     def said(self) -> list[letmein.Record]:
@@ -9496,11 +9537,11 @@ class LoneMonitor(letmein.Monitor):
         return records
 
     def close(self) -> None:
-        self._stop_network(0)
+        self.network.close()
         self.theirs.close()
         self.writer.close()
         self.selector.close()
-        os.close(self.root)
+        os.close(self.network.root)
 
 
 @contextlib.contextmanager
@@ -9556,7 +9597,7 @@ def test_monitor_survives_any_network_process(
                 good = good and payload[:7] == letmein.MAGIC + bytes(3) and payload[7] < 6
             for _ in range(times):
                 replies = monitor.hand(data)
-                assert (monitor.link is not None) == good
+                assert (monitor.network.link is not None) == good
                 assert len(replies) <= good
                 for reply in replies:
                     assert letmein.RECORD.pack(*reply)[1:-56] == data[1:-56], "it goes back"
@@ -9564,8 +9605,8 @@ def test_monitor_survives_any_network_process(
                     last = reply.payload
                     if any(last):
                         assert Message.decode(last).operation in (CHALLENGE, GOAWAY)
-                assert not monitor.firewall.changes and not monitor.tokens.answers
-                if monitor.link is None:
+                assert not monitor.firewall.changes and not monitor.judge.tokens.answers
+                if monitor.network.link is None:
                     monitor.theirs.close()
                     monitor.writer.close()
                     monitor.connect()
@@ -9791,7 +9832,7 @@ class ServerModel(RuleBasedStateMachine):
     def reload(self, change: tuple[str, Any]) -> None:
         self.conf = self.conf._replace(**{change[0]: change[1]})
         self.shortest = min(self.shortest, self.conf.timeout)
-        self.monitor.config = parse(self.conf.text())
+        self.monitor.judge.config = parse(self.conf.text())
 
     @rule(problem=st.sampled_from(["", "", "the kernel objects"]))
     def firewall(self, problem: str) -> None:
@@ -9937,7 +9978,7 @@ class ServerModel(RuleBasedStateMachine):
 
     @invariant()
     def the_network_process_is_not_blamed(self) -> None:
-        assert self.monitor.link is not None
+        assert self.monitor.network.link is not None
 
 
 ServerModel.TestCase.settings = settings(examples(60), stateful_step_count=40)
@@ -10106,8 +10147,8 @@ class BothProcesses:
             wait = 0
             for key, _ in ready:
                 key.data()
-            self.monitor._on_pipe()
-            assert self.monitor.link is not None, self.monitor.log.lines
+            self.monitor.network._on_pipe()
+            assert self.monitor.network.link is not None, self.monitor.log.lines
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Let both work until something holds."""
@@ -10278,7 +10319,7 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
         forward()
         assert not any(talker.is_over() for talker in talkers[:4])
         assert talkers[4].is_over(), "it was there and said nothing"
-        server.monitor._on_pipe()
+        server.monitor.network._on_pipe()
         assert all(Message.decode(one.reply()).operation == CHALLENGE for one in talkers[:4])
         talkers.append(Talker(server, udp=False, source="127.0.0.2"))
         server.until(talkers[0].is_over)
@@ -10290,14 +10331,14 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
 def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
     """No peer is answered behind a READY until the predecessor's leases were adopted."""
     with lone_monitor(monitor_text("basic-auth")) as monitor:
-        monitor.ready = monitor.is_open = False
+        monitor.network.is_ready = monitor.network.is_heard = False
         knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
-        monitor._on_pipe()
-        assert monitor.ready and monitor.said() == []
-        monitor.is_open = True
-        monitor._on_pipe()
+        monitor.network._on_pipe()
+        assert monitor.network.is_ready and monitor.said() == []
+        monitor.network.is_heard = True
+        monitor.network._on_pipe()
         (reply,) = monitor.said()
         assert Message.decode(reply.payload).operation == CHALLENGE
 
@@ -11774,7 +11815,7 @@ NEVER_CALLED = {
 }
 
 
-CLIENT_STEP = "    client = Client(config, arguments)\n"
+CLIENT_STEP = "    system_call_filter(config.seccomp, CLIENT_CALLS)()\n"
 
 
 def refused_burst(lab: Lab) -> None:
@@ -12154,7 +12195,7 @@ def option_names() -> set[str]:
     return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
 
 
-LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+LOGGERS = {"log", "self", "often", "log_peer", "_tell_ready"}  # whose first argument is an event
 
 
 def log_events() -> set[str]:
