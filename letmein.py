@@ -47,7 +47,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+    from typing import Any, BinaryIO, NamedTuple, TypeVar
 
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
@@ -1219,6 +1219,10 @@ def read_config(path: str, server: bool) -> Config:
 # ==== 3  Client ==============================================================
 # The client knocks at all addresses of a host at the same time, so one that does not answer delays
 # none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
+#
+# On the way down: what can go wrong, and how the user is told; names and addresses; one handshake
+# over TCP, and over UDP; Race, at all addresses; Client, for all resources; Hold, which keeps them
+# open; Carrier, the data of `connect`.
 
 ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
 UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
@@ -1232,6 +1236,7 @@ RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
 GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
 VERBS = {KNOCK: "open", REVOKE: "close"}
+DONE = {KNOCK: "opened", REVOKE: "closed"}
 BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
@@ -1256,15 +1261,16 @@ class Rejected(UserError):
 
 
 class Unsent(UserError):
-    """Nothing could leave this machine."""
+    """This machine could send nothing."""
 
 
 class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
-# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
-# and the most likely remedy. None is for all else.
+# What can go wrong at one address: the kind of error to tell, what happened, and the most likely
+# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, in a pair
+# if it depends on the control protocol or came after the CHALLENGE; None for all else.
 CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     errno.ENETUNREACH: (
         Unsent, "this machine has no route to it",
@@ -1325,9 +1331,11 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
     """The resources that the command line names, as far as the file knows them. Raises
     UserError."""
     if arguments.resources:
-        unknown = Resource(0, 0, (), (), config.timeout, frozenset())
-        known = config.resources
-        return [known.get(i, unknown._replace(identifier=i)) for i in arguments.resources]
+        found = []
+        for identifier in arguments.resources:
+            unknown = Resource(identifier, 0, (), (), config.timeout, frozenset())
+            found.append(config.resources.get(identifier, unknown))
+        return found
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
     for port in set(arguments.ports) - set(ports):
         names = ", ".join(str(port) for port in sorted(ports) if port)
@@ -1338,12 +1346,12 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
-    those that it must have; empty takes whatever it has. Raises UserError."""
+    """The addresses of host, ADDRESSES_LIMIT at most, by their text. Args: families, AF_INET or
+    AF_INET6 or both, if it must have them. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
-    for found, _, _, _, address in look_up(host, port, wanted):
-        queues[found].append(address)
+    for family, _, _, _, address in look_up(host, port, wanted):
+        queues[family].append(address)
     for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
         if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
@@ -1359,8 +1367,8 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
 
 
 def look_up(host: str, port: int, family: int) -> list[Any]:
-    """What getaddrinfo() finds for host; without an address of this family, those of the other.
-    Raises UserError."""
+    """What getaddrinfo() finds for host: addresses of this family, or if it has none, any. Raises
+    UserError."""
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
         name = host.encode("ascii") if host.isascii() else host
@@ -1396,25 +1404,26 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
 
 def exchange_tcp(
     new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> NoReturn:
-    """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
+) -> None:
+    """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError.
     Args: local, the socket address to come from, None for any; say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
     The pauses grow, and they are random, or clients that collided once would collide again. A
     server may also hang up because of a wrong key, and then patience does not help: without a
     CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
+    family, address = target
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
     while True:
-        with socket.socket(target[0], socket.SOCK_STREAM) as peer:
+        with socket.socket(family, socket.SOCK_STREAM) as peer:
             peer.settimeout(timeout)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if local:
                 peer.bind(local)
             say("connecting")
-            peer.connect(target[1])
+            peer.connect(address)
             say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
@@ -1424,6 +1433,8 @@ def exchange_tcp(
                     peer.sendall(message)
                     message = handshake.send(receive(peer, timeout))
                     is_challenged = True
+            except StopIteration:
+                return
             except (HungUp, ConnectionError):
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
@@ -1431,7 +1442,8 @@ def exchange_tcp(
         say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
-        retries -= not is_challenged
+        if not is_challenged:
+            retries -= 1
 
 
 class UdpHandshake:
@@ -1454,8 +1466,8 @@ class UdpHandshake:
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
-        StopIteration, or raises ProtocolError, OSError."""
+        """Read and answer a datagram; returns whether it moved the handshake on. Raises
+        StopIteration at the handshake's good end, ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
         except BlockingIOError:  # a broken datagram: select(2), BUGS
@@ -1470,7 +1482,7 @@ class UdpHandshake:
 
 
 class UdpHandshakes:
-    """Handshakes with one server that are under way at the same time, UDP_HANDSHAKES at most."""
+    """The handshakes with one server that are under way, UDP_HANDSHAKES at most."""
 
     def __init__(self) -> None:
         self.running: deque[UdpHandshake] = deque()  # the oldest first
@@ -1495,11 +1507,13 @@ class UdpHandshakes:
         return [key.data for key, _ in self.selector.select(timeout)]
 
     def drop(self, handshake: UdpHandshake) -> None:
+        """Give up this one."""
         self.running.remove(handshake)
         self.selector.unregister(handshake.socket)
         handshake.socket.close()
 
     def close(self) -> None:
+        """Give up all."""
         for handshake in list(self.running):
             self.drop(handshake)
         self.selector.close()
@@ -1507,12 +1521,12 @@ class UdpHandshakes:
 
 def exchange_udp(
     new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> NoReturn:
+) -> None:
     """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
     port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
     KNOCK is sent twice from one port: the reference's server rejects that."""
-    start = again = time.monotonic()
-    end = start + timeout
+    again = time.monotonic()
+    end = last_start = again + timeout  # each answer moves the end, to give the next one its time
     with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
@@ -1520,12 +1534,14 @@ def exchange_udp(
                     say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
-                if now < start + timeout:
+                if now < last_start:
                     handshakes.add(UdpHandshake(new_handshake(), target, local))
             for handshake in handshakes.wait(min(again, end) - now):
                 try:
                     if handshake.receive():
                         end = time.monotonic() + timeout
+                except StopIteration:
+                    return
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
                     handshakes.drop(handshake)
@@ -1544,8 +1560,8 @@ def start_thread(thread: threading.Thread) -> None:
 
 
 class Race:
-    """One question to several addresses at the same time.
-    Args: ask, which asks one address and returns what went wrong, None for success."""
+    """Asks several addresses the same at the same time. Args: ask, asks one address, and returns
+    what went wrong, None for success."""
 
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
@@ -1553,7 +1569,7 @@ class Race:
         self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
-        self.news = threading.Semaphore(0)
+        self.news = threading.Semaphore(0)  # how many have arrived
         self.threads = [
             threading.Thread(target=self._run, args=[address], daemon=True)
             for address in self.addresses
@@ -1573,7 +1589,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
+        """Wait for all results, or until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1587,6 +1603,7 @@ class Race:
         return results
 
     def is_running(self) -> bool:
+        """Whether an address is still asked."""
         return any(thread.is_alive() for thread in self.threads)
 
     def give_up(self, patience: float) -> None:
@@ -1620,7 +1637,7 @@ class Client:
         # By address of the server the socket address to come from, where that matters.
         self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
-        # Where each resource was opened, even if the answer came late: the first first.
+        # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
 
@@ -1634,7 +1651,9 @@ class Client:
         names = ", ".join(addresses)
         return names if names == self.host else f"{self.host} ({names})"
 
-    def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
+    def attempt(
+        self, operation: int, resource: int, where: str, race: Race
+    ) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
         place = self.place([where])
@@ -1642,9 +1661,16 @@ class Client:
         def say(text: str) -> None:
             self.say(f"{place}: {text}")
 
+        def say_warning(text: str) -> None:
+            warn(f"{place}: {text}")
+
+        def new_handshake() -> Handshake:
+            if race.is_given_up:
+                raise Unsent("given up: it is about to be closed")
+            return client_handshake(operation, self.user, resource, self.key, say_warning, say)
+
         try:
             exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
-        except StopIteration:
             return None
         except (ProtocolError, OSError) as error:
             failure = self.explain(error, where)
@@ -1679,22 +1705,10 @@ class Client:
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
-        ids = operation, self.user, resource.identifier, self.key
         opened = self.opened[resource]
 
         def ask(where: str) -> UserError | None:
-            place = self.place([where])
-
-            def new_handshake() -> Handshake:
-                if race.is_given_up:
-                    raise Unsent("given up: it is about to be closed")
-                return client_handshake(
-                    *ids,
-                    warn=lambda text: warn(f"{place}: {text}"),
-                    say=lambda text: self.say(f"{place}: {text}"),
-                )
-
-            error = self.attempt(new_handshake, where)
+            error = self.attempt(operation, resource.identifier, where, race)
             if operation == KNOCK and not error and where not in opened:
                 opened.append(where)
             return error
@@ -1705,14 +1719,16 @@ class Client:
         return race
 
     def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which no address has worked. Without -4 -6 one that has is enough."""
+        """The families in which an address has still to work: without -4 -6 one is enough."""
         families = {self.targets[where][0] for where in race.addresses}
         good = {self.targets[where][0] for where, error in results.items() if not error}
-        return families - good if self.arguments.families or not good else set()
+        if good and not self.arguments.families:
+            return set()
+        return families - good
 
     def failure(self, race: Race, results: Results) -> UserError | None:
-        """What to tell of the results, None for success: where it failed, and why. A server's word
-        says more than the silence of another address, and that more than a missing route."""
+        """Where it failed, and why; None for success. A server's word says more than the silence of
+        another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
         relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
         errors = {where: error for where in relevant if (error := results.get(where))}
@@ -1720,14 +1736,16 @@ class Client:
             return None
 
         def weight(error: UserError) -> int:
-            return isinstance(error, Rejected) - isinstance(error, Unsent)
+            if isinstance(error, Rejected):
+                return 2
+            return 0 if isinstance(error, Unsent) else 1
 
         worst = max(errors.values(), key=weight)
         where = [where for where, error in errors.items() if error.problem == worst.problem]
         return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
-        """Wait for the answers: until there are enough, and all of those where it is open."""
+        """Wait until there are enough answers, with those of all addresses where it is open."""
 
         def is_enough(results: Results) -> bool:
             is_open = set(self.opened[resource]).intersection(race.addresses)
@@ -1743,7 +1761,8 @@ class Client:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
         server that cannot be reached for one is not asked for the others."""
         done = []
-        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
+        failures: dict[str, UserError] = {}  # what is the same is told once
+        affected: dict[str, list[str]] = {}  # by failure, the names of resources
         for number, resource in enumerate(self.resources):
             race = self.begin(operation, resource)
             results = self.finish(race, resource)
@@ -1752,12 +1771,14 @@ class Client:
                 if self.tell_done(operation, resource, race, results):
                     done.append(resource)
                 continue
-            affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
-            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
-            if affected != [resource]:
+            failures.setdefault(error.problem, error)
+            names = affected.setdefault(error.problem, [])
+            if not isinstance(error, Rejected):
+                names += map(name_of, self.resources[number:])
                 break
-        for error, names in failures.values():
-            *others, last = names
+            names.append(name_of(resource))
+        for problem, error in failures.items():
+            *others, last = affected[problem]
             listed = f"{', '.join(others)} and {last}" if others else last
             tell_error(self.undone(operation, listed, error))
         return done
@@ -1769,7 +1790,7 @@ class Client:
     def tell_done(
         self, operation: int, resource: Resource, race: Race, results: Results
     ) -> bool:
-        """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        """Tell the user of a success; returns False if nobody reads it."""
         name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
             limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
@@ -1781,13 +1802,13 @@ class Client:
                 here = UserError(f"{self.place([where])}: {error}", error.hint)
                 tell_error(self.undone(operation, name, here), "note")
         good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
+        line = f"{DONE[operation]} {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
         try:
             print(line, flush=True)
-        except OSError:  # the user will not know; the other resources are to be seen to
+        except OSError:  # go on with the other resources
             return False
         return True
 
@@ -1799,7 +1820,7 @@ class Hold:
     def __init__(self, client: Client) -> None:
         import threading
         self.client = client
-        self.turn = threading.Lock()  # who has it may begin to knock
+        self.turn = threading.Lock()  # held to begin a renewal, and from the end on
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
 
@@ -1819,10 +1840,11 @@ class Hold:
                 return self._run_command() if self.client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
-        finally:  # of its own: a signal may have come before it was ignored
+        finally:  # another one: a signal may interrupt the inner one before it is ignored
             self._close()
 
     def _open(self) -> bool:
+        """Open all; returns whether that worked."""
         client = self.client
         is_good = client.ask_all(KNOCK) == client.resources
         # What was not opened is not closed; with -4 -6 one address may be open alone.
@@ -1831,6 +1853,7 @@ class Hold:
         return is_good
 
     def _close(self) -> None:
+        """End renewing, and close what was opened unless it is to stay."""
         self.turn.acquire()  # for good: nothing is renewed from here on
         for race in self.client.races:
             race.give_up(OTHER_ADDRESS_S)  # or it may open what was closed just before
@@ -1849,7 +1872,7 @@ class Hold:
         start_thread(threading.Thread(target=run, daemon=True))
 
     def _renew(self) -> None:
-        """Knock again in time, for ever. The user hears of it if the lease has ended."""
+        """Knock again in time, for ever. Tells the user if it failed until the lease ended."""
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
@@ -1862,7 +1885,9 @@ class Hold:
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pause, end, is_told = lease / 2, begun + lease, False
+                pause = lease / 2
+                end = begun + lease
+                is_told = False
                 retries.reset()
                 continue
             pause = retries.take()
@@ -1922,12 +1947,12 @@ class Hold:
         return 0
 
     def _reach(self) -> tuple[str, socket.socket]:
-        """Connect where it was opened; returns the address too. Knocks once more if somebody
-        behind our address closed it. Raises UserError."""
+        """Connect where it was opened; returns that address, and the connection. Knocks once more
+        if that fails: somebody behind our address may have closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
         resource = client.resources[0]
-        for patience in (CONNECT_S, client.timeout):
+        for is_last, patience in ((False, CONNECT_S), (True, client.timeout)):
             for where in client.opened[resource]:
                 address: Any = (where.encode(), port)  # as bytes: see look_up()
                 client.say(f"{client.place([where])}: connecting to port {port}")
@@ -1938,7 +1963,7 @@ class Hold:
                 else:
                     peer.settimeout(None)
                     return where, peer
-            if patience == CONNECT_S:
+            if not is_last:
                 client.ask_all(KNOCK)
         place = client.place(client.opened[resource])
         hint = "see whether the service runs on the server, and listens on this address"
@@ -1993,7 +2018,7 @@ class Carrier:
             if number and self.sent > sent_before:
                 raise broken(OSError(number, os.strerror(number)))
             if number:
-                return  # the peer has gone for good, and our parent does not care
+                return  # the peer has gone, but nothing was sent after its end: nothing is lost
         if self.failure:
             raise self.failure
 
@@ -2054,6 +2079,7 @@ class Carrier:
 
 
 def broken(error: OSError) -> UserError:
+    """What to tell of a connection that did not end as it should."""
     hint = "connect again: some of what was sent or still to come may be lost"
     return UserError(f"the connection broke: {error.strerror}", hint)
 

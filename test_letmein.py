@@ -10227,7 +10227,6 @@ def test_client_survives_any_bytes(
     heard = b"".join(messages)
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
-    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
     feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
     target = socket.AF_INET, feeder.listener.getsockname()
     with pytest.MonkeyPatch.context() as patch:
@@ -10240,7 +10239,9 @@ def test_client_survives_any_bytes(
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
         caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
-        error = caller.attempt(lambda: client, "server")
+        caller.user, caller.key = USER, KEY
+        race = letmein.Race(lambda where: None, [])
+        error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
     last = second if challenged else first
