@@ -1550,13 +1550,16 @@ def exchange_udp(
     raise socket.timeout
 
 
-def start_thread(thread: threading.Thread) -> None:
-    """Start it. Raises UserError."""
+def start_thread(run: Callable[[], None]) -> threading.Thread:
+    """Run something at the same time, for as long as the program runs. Raises UserError."""
+    import threading
+    thread = threading.Thread(target=run, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
         hint = "raise the limit of processes: ulimit -u, or the container's"
         raise UserError(f"cannot start a thread: {error}", hint) from None
+    return thread
 
 
 class Race:
@@ -1860,19 +1863,15 @@ class Hold:
         if not self.client.arguments.keep:
             self.client.ask_all(REVOKE)
 
-    def _start_renewing(self) -> None:
-        import threading
-
-        def run() -> None:
-            try:
-                self._renew()
-            except Exception as error:  # in a thread nobody else would tell
-                tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
-
-        start_thread(threading.Thread(target=run, daemon=True))
-
     def _renew(self) -> None:
-        """Knock again in time, for ever. Tells the user if it failed until the lease ended."""
+        """Renew what is open, for ever; for a thread of its own."""
+        try:
+            self._renew_in_time()
+        except Exception as error:  # in a thread nobody else would tell
+            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
+
+    def _renew_in_time(self) -> None:
+        """Knock again in the middle of each lease. Tells the user if a lease ends meanwhile."""
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
@@ -1911,7 +1910,7 @@ class Hold:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
         import signal
         import subprocess
-        self._start_renewing()
+        start_thread(self._renew)
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
         command = self.client.arguments.to_run
@@ -1941,7 +1940,7 @@ class Hold:
         self.addresses = [where]
         address, _, *scope = peer.getsockname()
         self.client.local[where] = (address, 0, *scope)
-        self._start_renewing()
+        start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()
         return 0
@@ -2003,9 +2002,7 @@ class Carrier:
     def run(self) -> None:
         """Carry until both directions have ended, or nobody reads the output any more. Raises
         UserError if anything may have been lost."""
-        import threading
-        uploader = threading.Thread(target=self._upload, daemon=True)
-        start_thread(uploader)
+        uploader = start_thread(self._upload)
         try:
             self._download()
         except ConnectionError:
