@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
-    Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
 else:
 
     class _Record(type):
@@ -1244,6 +1243,14 @@ BUG_HINT = "this is a bug in letmein: please report it"
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
+class Target(NamedTuple):
+    """Where to knock. Socket addresses are as getaddrinfo() has them."""
+
+    family: int
+    address: tuple[Any, ...]
+    local: tuple[Any, ...] | None = None  # the address to come from, if that matters
+
+
 class HungUp(ProtocolError):
     """The server closed the connection instead of answering. Args: as Rejection."""
 
@@ -1362,7 +1369,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
         for family, queue in queues.items():
             if queue and len(targets) < ADDRESSES_LIMIT:
                 address = queue.popleft()
-                targets[socket.getnameinfo(address, numeric)[0]] = (family, address)
+                targets[socket.getnameinfo(address, numeric)[0]] = Target(family, address)
     return targets
 
 
@@ -1402,28 +1409,25 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
     return received
 
 
-def exchange_tcp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> None:
-    """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError.
-    Args: local, the socket address to come from, None for any; say, told of each step.
+def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
+    """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError. Args:
+    say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
     The pauses grow, and they are random, or clients that collided once would collide again. A
     server may also hang up because of a wrong key, and then patience does not help: without a
     CHALLENGE, which takes the right key, the client tries only TCP_RETRIES more times."""
-    family, address = target
     end = time.monotonic() + timeout
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
     while True:
-        with socket.socket(family, socket.SOCK_STREAM) as peer:
+        with socket.socket(target.family, socket.SOCK_STREAM) as peer:
             peer.settimeout(timeout)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if local:
-                peer.bind(local)
+            if target.local:
+                peer.bind(target.local)
             say("connecting")
-            peer.connect(address)
+            peer.connect(target.address)
             say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
@@ -1447,19 +1451,18 @@ def exchange_tcp(
 
 
 class UdpHandshake:
-    """One handshake over UDP, from a port of its own. Args: local, as exchange_tcp()'s.
-    Raises OSError."""
+    """One handshake over UDP, from a port of its own. Raises OSError."""
 
-    def __init__(self, handshake: Handshake, target: Target, local: Any) -> None:
+    def __init__(self, handshake: Handshake, target: Target) -> None:
         self.handshake = handshake
         self.response = b""
         self.heard = b""  # the last message, without its salt
-        self.socket = socket.socket(target[0], socket.SOCK_DGRAM)
+        self.socket = socket.socket(target.family, socket.SOCK_DGRAM)
         try:
             self.socket.setblocking(False)
-            if local:
-                self.socket.bind(local)
-            self.socket.connect(target[1])
+            if target.local:
+                self.socket.bind(target.local)
+            self.socket.connect(target.address)
             self.socket.send(next(handshake))
         except BaseException:
             self.socket.close()
@@ -1519,9 +1522,7 @@ class UdpHandshakes:
         self.selector.close()
 
 
-def exchange_udp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> None:
+def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
     """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
     port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
     KNOCK is sent twice from one port: the reference's server rejects that."""
@@ -1535,7 +1536,7 @@ def exchange_udp(
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
                 if now < last_start:
-                    handshakes.add(UdpHandshake(new_handshake(), target, local))
+                    handshakes.add(UdpHandshake(new_handshake(), target))
             for handshake in handshakes.wait(min(again, end) - now):
                 try:
                     if handshake.receive():
@@ -1637,8 +1638,6 @@ class Client:
         self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
         self.targets = resolve(self.host, self.port, arguments.families)
         self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
-        # By address of the server the socket address to come from, where that matters.
-        self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
         # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
@@ -1673,7 +1672,7 @@ class Client:
             return client_handshake(operation, self.user, resource, self.key, say_warning, say)
 
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
+            exchange(new_handshake, self.targets[where], self.timeout, say)
             return None
         except (ProtocolError, OSError) as error:
             failure = self.explain(error, where)
@@ -1686,6 +1685,7 @@ class Client:
 
     def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
         """What an error on the way to an address means, and what to do about it."""
+        target = self.targets[where]
         cause: object = type(error)
         if getattr(error, "is_challenged", False):
             cause = (cause, CHALLENGE)
@@ -1694,14 +1694,14 @@ class Client:
         elif isinstance(error, OSError):
             is_local = error.errno == errno.EINVAL and where.startswith("fe")
             cause = "no zone" if is_local else error.errno
-        if cause == errno.EADDRNOTAVAIL and where in self.local:
-            lost = f"this machine no longer has the address {self.local[where][0]}"
+        if cause == errno.EADDRNOTAVAIL and target.local:
+            lost = f"this machine no longer has the address {target.local[0]}"
             return AddressLost(lost, "what is open for it closes by itself")
         kind, problem, hint = CAUSES.get(cause, CAUSES[None])
         facts = {
             "port": f"{self.port}/{self.protocol}",
             "patience": self.timeout,
-            "version": 6 if self.targets[where][0] == socket.AF_INET6 else 4,
+            "version": 6 if target.family == socket.AF_INET6 else 4,
             "error": getattr(error, "strerror", None) or str(error),
         }
         return kind(problem.format(**facts), hint.format(**facts))
@@ -1723,8 +1723,8 @@ class Client:
 
     def unmet(self, race: Race, results: Results) -> set[int]:
         """The families in which an address has still to work: without -4 -6 one is enough."""
-        families = {self.targets[where][0] for where in race.addresses}
-        good = {self.targets[where][0] for where, error in results.items() if not error}
+        families = {self.targets[where].family for where in race.addresses}
+        good = {self.targets[where].family for where, error in results.items() if not error}
         if good and not self.arguments.families:
             return set()
         return families - good
@@ -1733,7 +1733,7 @@ class Client:
         """Where it failed, and why; None for success. A server's word says more than the silence of
         another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
-        relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
+        relevant = [where for where in race.addresses if self.targets[where].family in unmet]
         errors = {where: error for where in relevant if (error := results.get(where))}
         if not errors:
             return None
@@ -1938,8 +1938,9 @@ class Hold:
         keep_alive(peer)
         # The connection has a use for this lease alone, and only from the address that it has.
         self.addresses = [where]
-        address, _, *scope = peer.getsockname()
-        self.client.local[where] = (address, 0, *scope)
+        address, _, *flow_and_scope = peer.getsockname()
+        local = (address, 0, *flow_and_scope)
+        self.client.targets[where] = self.client.targets[where]._replace(local=local)
         start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
         Carrier(peer).run()

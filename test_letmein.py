@@ -10228,7 +10228,7 @@ def test_client_survives_any_bytes(
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
     feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
-    target = socket.AF_INET, feeder.listener.getsockname()
+    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(letmein, "socket", SocketModule(feeder))
         fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
@@ -10237,7 +10237,7 @@ def test_client_survives_any_bytes(
         patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
+        caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
         caller.user, caller.key = USER, KEY
         race = letmein.Race(lambda where: None, [])
