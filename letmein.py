@@ -1782,8 +1782,8 @@ class Client:
             names.append(name_of(resource))
         for problem, error in failures.items():
             *others, last = affected[problem]
-            listed = f"{', '.join(others)} and {last}" if others else last
-            tell_error(self.undone(operation, listed, error))
+            all_names = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, all_names, error))
         return done
 
     def undone(self, operation: int, names: str, error: UserError) -> UserError:
