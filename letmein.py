@@ -1826,15 +1826,21 @@ class Hold:
         self.turn = threading.Lock()  # held to begin a renewal, and from the end on
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
+        self.ended_by = 0  # a signal's number
 
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
 
         def stop(number: int, _: object) -> None:
+            self.ended_by = number
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
+        def on_lost_exception(_: object) -> None:
+            """It is that of stop(), see _obey(): no reason for a traceback."""
+
+        sys.unraisablehook = on_lost_exception
         catch_signals(stop)
         try:
             try:
@@ -1845,6 +1851,12 @@ class Hold:
                 catch_signals(signal.SIG_IGN)
         finally:  # another one: a signal may interrupt the inner one before it is ignored
             self._close()
+
+    def _obey(self) -> None:
+        """End the program if a signal has come. Python loses an exception that is raised in a
+        callback of its own, as an import has them: then this one counts."""
+        if self.ended_by:
+            raise SystemExit(128 + self.ended_by)
 
     def _open(self) -> bool:
         """Open all; returns whether that worked."""
@@ -1913,6 +1925,7 @@ class Hold:
         start_thread(self._renew)
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
+        self._obey()
         command = self.client.arguments.to_run
         try:
             process = subprocess.Popen(command)
@@ -1943,6 +1956,7 @@ class Hold:
         self.client.targets[where] = self.client.targets[where]._replace(local=local)
         start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
+        self._obey()
         Carrier(peer).run()
         return 0
 

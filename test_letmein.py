@@ -13473,16 +13473,25 @@ class TestCommand:
             assert lab.elements() == []
             assert run("pgrep", "-f", f"^sleep {mark}$", check=False) == ""
 
-    @pytest.mark.parametrize("where", ["before", "after"])
+    @pytest.mark.parametrize("where", ["before", "after", "in a callback"])
     def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
+        """It ends all, also where Python loses the exception: in a callback of its own."""
         patch = f"""
-            import os, signal, subprocess
+            import os, signal, subprocess, threading
             class Popen(subprocess.Popen):
                 def __init__(self, command):
                     os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "before" else None
                     super().__init__(command)
                     os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "after" else None
             subprocess.Popen = Popen
+            class Callback:
+                def __del__(self):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            class Thread(threading.Thread):
+                def start(self):
+                    Callback() if {where!r} == "in a callback" else None
+                    super().start()
+            threading.Thread = Thread
         """
         seconds = f"60.{os.getpid()}"
         words = patched(lab, patch, "knock", "-q", SERVER_4, "22", "--", "sleep", seconds)
