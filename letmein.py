@@ -3862,7 +3862,7 @@ def json_line(document: Mapping[str, Any]) -> bytes:
 
 
 def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[str, Any]:
-    """A lease as `status --follow` tells of it; README documents the names."""
+    """A lease as `status --follow` tells of it; MANUAL.md documents the names."""
     return {
         "address": address,
         "ip_version": 6 if ":" in address else 4,
@@ -4098,7 +4098,7 @@ class Monitor:
         return min(self.firewall.leases.ending, default=NEVER) + 1
 
     def _status(self) -> dict[str, object]:
-        """What the server tells of itself; README documents the names."""
+        """What the server tells of itself; MANUAL.md documents the names."""
         config, leases = self.config, self.firewall.leases
         return {
             "process": os.getpid(),
