@@ -4082,9 +4082,9 @@ class TestBetweenTwoSteps:
         lease = old.leases.by_key[letmein.LeaseKey(CLIENT_4, 0x23)]
         half = letmein.lease_elements(lease, old.config)[1].key
 
-        def incomplete(name: str) -> Iterator[letmein.Element]:
+        def incomplete(set_name: str) -> Iterator[letmein.Element]:
             successor.table.kernel.elements = listed  # type: ignore[method-assign]
-            return (element for element in listed(name) if element.key != half)
+            return (element for element in listed(set_name) if element.key != half)
 
         successor.table.kernel.elements = incomplete  # type: ignore[method-assign]
         with selectors.DefaultSelector() as selector:
@@ -10371,9 +10371,8 @@ def test_client_survives_any_bytes(
     heard = b"".join(messages)
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
-    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
     feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
-    target = socket.AF_INET, feeder.listener.getsockname()
+    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(letmein, "socket", SocketModule(feeder))
         fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
@@ -10382,9 +10381,11 @@ def test_client_survives_any_bytes(
         patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
+        caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
-        error = caller.attempt(lambda: client, "server")
+        caller.user, caller.key = USER, KEY
+        race = letmein.Race(lambda where: None, [])
+        error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
     last = second if challenged else first
