@@ -3837,7 +3837,9 @@ def check_rundir(rundir: str) -> None:
     starting, or answer `status` in its name. Raises UserError."""
     with contextlib.suppress(OSError):  # if it is not there: who needs it will say so
         status = os.stat(rundir)
-        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        # In a user namespace root outside has another number, and who owns / may do anything.
+        owners = (0, os.geteuid(), os.stat("/").st_uid)
+        if status.st_mode & 0o022 or status.st_uid not in owners:
             hint = "take one that is root's alone: mkdir -m 755 DIR, and --rundir DIR"
             raise UserError(f"others may write to the run directory {rundir}", hint)
 

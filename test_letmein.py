@@ -2481,6 +2481,8 @@ class TestStart:
     @pytest.mark.parametrize("command", ["server", "status"])
     def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
         """Its owner could do all that, whatever its mode."""
+        if not lab.real_root:
+            pytest.skip("only real root can give a directory to another user")
         lab.load()
         place = Path(tempfile.mkdtemp(dir=lab.directory))
         place.chmod(0o755)
