@@ -1570,6 +1570,35 @@ class TestJumps:
             # The lease that was revoked would have lasted a second more.
             ending.assert_took(3, before, told, more=0.5)
 
+    @pytest.mark.parametrize("end", ["revoked", "expired"])
+    def test_the_leases_of_two_gates_end(self, lab: Lab, end: str) -> None:
+        """One after the other, with no new one in between: the server goes on."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        text = "jump / input: DOOR-INPUT / timeout: 0.6"
+        with Server(lab, server_conf(f"31 = {text}\n33 = {text}\n34 = {text}")):
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource) == COMEIN
+            if end == "expired":
+                eventually(lambda: not lab.reaches(8080, CLIENT_4), "the leases do not end")
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource, REVOKE) == COMEIN
+            assert not lab.reaches(8080, CLIENT_4)
+            assert handshake(lab, 0x34) == COMEIN
+            assert lab.reaches(8080, CLIENT_4)
+
+    def test_one_chain_for_two_hooks(self, lab: Lab) -> None:
+        """Its rules are there once, and nothing is missing."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        nft_do("add rule inet filter output jump LETMEIN-INPUT")
+        conf = server_conf("22 = port: 22", nftables="chain-output = LETMEIN-INPUT")
+        with Server(lab, conf) as server:
+            assert handshake(lab) == COMEIN
+            flush_the_chain(lab)
+            server.wait_for("healed", leases="1")
+            quiet(server)
+            assert lab.reaches(22, CLIENT_4)
+            assert "cannot-heal" not in server.log
+
     def test_other_users_and_rules(self, lab: Lab) -> None:
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS, "5800", nftables=f"{CHAINS}\nmax-nr-rules = 4")):
@@ -2448,6 +2477,18 @@ class TestStart:
             result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
             result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
         assert not list(place.iterdir())
+
+    @pytest.mark.parametrize("command", ["server", "status"])
+    def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
+        """Its owner could do all that, whatever its mode."""
+        if not lab.real_root:
+            pytest.skip("only real root can give a directory to another user")
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(0o755)
+        os.chown(place, 65534, 65534)
+        result = lab.command(command, "-c", lab.file(server_conf()), "--rundir", place)
+        result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
 
     def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
         """Its path is named, and nothing is installed."""
@@ -3839,6 +3880,22 @@ class TestHeal:
         knock_all(lab, HOLDERS[0])
         assert min(milliseconds_left(key)) > 590
 
+    def test_an_old_ruleset_is_restored(self, lab: Lab, guarded: Server) -> None:
+        """What was saved before a lease was renewed knows too little of it: nobody has shortened
+        it, and its client, who renews in time, stays in."""
+        text = guarded.path.read_text(encoding="utf-8")
+        shorter = text.replace("22 = port: 22", "22 = port: 22 / timeout: 60")
+        reconfigure(guarded, shorter)
+        knock_all(lab, HOLDERS[0])
+        saved = run(NFT, "list", "ruleset")
+        reconfigure(guarded, text)
+        knock_all(lab, HOLDERS[0])
+        nft_do("flush ruleset", saved)
+        guarded.wait_for("healed", leases="1")
+        agree(lab, guarded, HOLDERS[0])
+        assert min(milliseconds_left(CLIENT_4)) > 500
+        assert not guarded.events("shortened")
+
     def test_lost_notifications(self, lab: Lab, guarded: Server) -> None:
         """The kernel's buffer for them overflows while the server sleeps."""
 
@@ -3983,6 +4040,63 @@ class TestBetweenTwoSteps:
         settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
 
+
+    def test_the_largest_transaction(self, lab: Lab) -> None:
+        """A socket takes it, however long the names are: leases that nobody can write anew would
+        be open for longer than a new configuration says."""
+        name = 64 * "t"
+        lab.load(f"table inet {name} {{ chain LETMEIN-INPUT {{ }}; }}")
+        text = server_conf(TRUTH_RESOURCES).replace("table = filter", f"table = {name}")
+        config = letmein.parse_config(text, "", server=True)._replace(resources={
+            0x23: letmein.parse_resource(0x23, "port: 23 / tcp, udp", 60)
+        })
+        table = letmein.Table(letmein.Nft(NFT), config, BOOT, letmein.Log())
+        table.install()
+        lease = letmein.Lease("", 0x23, 1, "12345678", 2, time.monotonic() + 60)
+        many = [lease._replace(address=f"fd77::7:{n:x}") for n in range(300)]
+        for some in letmein.in_batches(many):
+            table.kernel.change(table.changes(some, replace=True))
+        assert run(NFT, "list", "table", "inet", name).count("proof=") == 600
+
+    def test_a_rule_is_deleted_in_the_middle_of_a_stop(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """That fails nft's whole transaction: it is tried again without that rule."""
+        nft, again = stepwise.firewall.nft, stepwise.firewall.nft.run
+
+        def run_late(script: str, *arguments: str) -> str:
+            nft.run = again  # type: ignore[method-assign]
+            delete_a_rule(lab)
+            return again(script, *arguments)
+
+        nft.run = run_late  # type: ignore[method-assign]
+        stepwise.firewall.close()
+        assert "letmein" not in lab.ruleset()
+
+    def test_a_listing_without_half_of_a_lease(self, lab: Lab, stepwise: Held4And6) -> None:
+        """The kernel may leave something out while a set grows: a server that starts then keeps
+        the lease all the same."""
+        settle(stepwise.firewall)
+        old = stepwise.firewall
+        assert old.knock(CLIENT_4, 0x23, 1) == ""
+        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        listed = successor.table.kernel.elements
+        lease = old.leases.by_key[letmein.LeaseKey(CLIENT_4, 0x23)]
+        half = letmein.lease_elements(lease, old.config)[1].key
+
+        def incomplete(set_name: str) -> Iterator[letmein.Element]:
+            successor.table.kernel.elements = listed  # type: ignore[method-assign]
+            return (element for element in listed(set_name) if element.key != half)
+
+        successor.table.kernel.elements = incomplete  # type: ignore[method-assign]
+        with selectors.DefaultSelector() as selector:
+            successor.open(selector)
+            settle(successor)
+            for key in list(selector.get_map().values()):
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.close()
+        assert set(kernel().elements) == rows(*stepwise.holders, (CLIENT_4, 0x23, 1))
+        assert len(successor.leases) == 4
 
     def test_a_gate_opens_and_shuts_while_its_leases_are_adopted(
         self, lab: Lab, stepwise: Held4And6
@@ -4335,7 +4449,7 @@ time.sleep(1)
 """
 SLOW_PLACES = {
     "Python itself": "\nVERSION = ",
-    "the file is read": "    serving = arguments.command ==",
+    "the file is read": "    find_account(arguments.user)\n",
     "the network process starts": "        enter_sandbox(account,",
     "the firewall opens": "        self.is_adopting = True\n",
 }
@@ -5784,6 +5898,16 @@ class TestCounters:
                     result = lab.command(path, number, program=program)
                     assert (result.status == 0) == good, result
                     assert good or "PermissionError" in result.err, result
+                follow = (
+                    "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import letmein;"
+                    "os.setgroups([]); os.setuid(65534); sys.exit(letmein.main(sys.argv[1:]))"
+                )
+                words = ("status", "--follow", "-c", lab.file(server_conf(), mode=0o644))
+                program = (sys.executable, "-I", "-c", follow)
+                said = lab.command(
+                    LETMEIN.parent, *words, "--rundir", server.rundir, program=program
+                )
+                said.assert_error("cannot read table inet filter: only root may", "as root")
             server.stop()
             assert not path.exists()
 
@@ -5857,8 +5981,10 @@ class Following:
                     holder = (lease["address"], lease["resource"])
                     self.held[holder] = {
                         Row(lease["address"], each, lease["resource"], lease["user"])
-                        for each in (opens if event["event"] != "closed" else ())
+                        for each in opens
                     }
+                    if event["event"] == "closed":
+                        del self.held[holder]
                 self.news.notify_all()
 
     def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
@@ -6570,6 +6696,18 @@ class TestService:
         words = ["-c", "/letmeind.conf", "service", "systemd"]
         result = lab.command(*words, program=(sys.executable, LETMEIN))
         result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+        conf = lab.file(server_conf(general="include = /*.keys"))
+        result = lab.command("service", "systemd", "-c", conf, program=(sys.executable, LETMEIN))
+        result.assert_error(f"what include in {conf} names lies in /", "move it into a directory")
+
+    @pytest.mark.parametrize("name", ["50%", "$HOME", "a:b", "it's", 'a"b', "a\\b", "a\nb"])
+    def test_no_unit_with_a_path_that_systemd_reads_otherwise(self, lab: Lab, name: str) -> None:
+        """systemd would start another command, or show the service another directory."""
+        path = lab.directory / name / "letmeind.conf"
+        words = ("-c", path, "service", "systemd")
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("systemd reads ", "take a path without")
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
@@ -8820,6 +8958,7 @@ def test_usage_error(conf: Path, words: str, complaint: str) -> None:
         ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
         ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
         ("help kock", "there is no command 'kock'\n  did you mean knock? "),
+        ("network-process", "there is no command 'network-process'\n"),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
@@ -9017,6 +9156,9 @@ def test_client_conf(tmp_path: Path) -> None:
     resources = parse(limited, server=False).resources.values()
     assert [each.timeout for each in resources] == [60, 90]
     assert "up to the end of 9999-12-31 (UTC)" in limited
+    for host in ("a\n[KEYS]", "a b", "a\x1b[2J", ""):
+        done = program("-c", path, "client-conf", "-u", "1", "--host", host)
+        assert (done.returncode, done.stdout) == (2, ""), "it would write lines of its own"
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
@@ -9335,6 +9477,7 @@ class NotedFirewall:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
         self.leases = letmein.Leases()
+        self.table = SimpleNamespace()
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
@@ -9343,6 +9486,13 @@ class NotedFirewall:
     def revoke(self, address: str, resource: int) -> str:
         self.changes.append((REVOKE, address, resource))
         return self.problem
+
+
+class LoneChild(letmein.NetworkChild):
+    """A network process that is never started: the test is it."""
+
+    def _replace_sockets(self) -> None:
+        """There are none."""
 
 
 class LoneMonitor(letmein.Monitor):
@@ -9356,23 +9506,20 @@ class LoneMonitor(letmein.Monitor):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(letmein, "Log", QuietLog)
             patch.setattr(letmein, "Nft", lambda name: None)
+            patch.setattr(letmein, "Firewall", lambda *_: NotedFirewall())
+            patch.setattr(letmein, "NetworkChild", LoneChild)
             patch.setattr(letmein, "lock_table", lambda *_: -1)
             patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, SimpleNamespace(rundir="/", activated={}))
-        self.firewall = NotedFirewall()
-        self.tokens = letmein.Tokens(bytes(32))
-        self.started = 0.0
-        self.ready = self.is_open = True
+            super().__init__(config, letmein.ServerOptions("/", "none", 1, 1, None, {}, -1))
+        self.judge.tokens = letmein.Tokens(bytes(32))
+        self.network.is_ready = self.network.is_heard = True
         self.connect()
 
     def connect(self) -> None:
         """Have new channels, as after the start of a network process."""
-        self.theirs, self.writer = self._connect()
-
-    def _replace_sockets(self) -> None:
-        """There are none."""
+        self.theirs, self.writer = self.network._connect()
 
     def hand(self, data: bytes) -> list[letmein.Record]:
         """Send it a record; returns what it sends back."""
@@ -9380,7 +9527,7 @@ class LoneMonitor(letmein.Monitor):
             self.writer.write(data)
         else:
             self.writer.close()
-        self._on_pipe()
+        self.network._on_pipe()
         return self.said()
 
     def said(self) -> list[letmein.Record]:
@@ -9392,11 +9539,11 @@ class LoneMonitor(letmein.Monitor):
         return records
 
     def close(self) -> None:
-        self._stop_network(0)
+        self.network.close()
         self.theirs.close()
         self.writer.close()
         self.selector.close()
-        os.close(self.root)
+        os.close(self.network.root)
 
 
 @contextlib.contextmanager
@@ -9452,7 +9599,7 @@ def test_monitor_survives_any_network_process(
                 good = good and payload[:7] == letmein.MAGIC + bytes(3) and payload[7] < 6
             for _ in range(times):
                 replies = monitor.hand(data)
-                assert (monitor.link is not None) == good
+                assert (monitor.network.link is not None) == good
                 assert len(replies) <= good
                 for reply in replies:
                     assert letmein.RECORD.pack(*reply)[1:-56] == data[1:-56], "it goes back"
@@ -9460,8 +9607,8 @@ def test_monitor_survives_any_network_process(
                     last = reply.payload
                     if any(last):
                         assert Message.decode(last).operation in (CHALLENGE, GOAWAY)
-                assert not monitor.firewall.changes and not monitor.tokens.answers
-                if monitor.link is None:
+                assert not monitor.firewall.changes and not monitor.judge.tokens.answers
+                if monitor.network.link is None:
                     monitor.theirs.close()
                     monitor.writer.close()
                     monitor.connect()
@@ -9687,7 +9834,7 @@ class ServerModel(RuleBasedStateMachine):
     def reload(self, change: tuple[str, Any]) -> None:
         self.conf = self.conf._replace(**{change[0]: change[1]})
         self.shortest = min(self.shortest, self.conf.timeout)
-        self.monitor.config = parse(self.conf.text())
+        self.monitor.judge.config = parse(self.conf.text())
 
     @rule(problem=st.sampled_from(["", "", "the kernel objects"]))
     def firewall(self, problem: str) -> None:
@@ -9833,7 +9980,7 @@ class ServerModel(RuleBasedStateMachine):
 
     @invariant()
     def the_network_process_is_not_blamed(self) -> None:
-        assert self.monitor.link is not None
+        assert self.monitor.network.link is not None
 
 
 ServerModel.TestCase.settings = settings(examples(60), stateful_step_count=40)
@@ -10002,8 +10149,8 @@ class BothProcesses:
             wait = 0
             for key, _ in ready:
                 key.data()
-            self.monitor._on_pipe()
-            assert self.monitor.link is not None, self.monitor.log.lines
+            self.monitor.network._on_pipe()
+            assert self.monitor.network.link is not None, self.monitor.log.lines
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Let both work until something holds."""
@@ -10174,7 +10321,7 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
         forward()
         assert not any(talker.is_over() for talker in talkers[:4])
         assert talkers[4].is_over(), "it was there and said nothing"
-        server.monitor._on_pipe()
+        server.monitor.network._on_pipe()
         assert all(Message.decode(one.reply()).operation == CHALLENGE for one in talkers[:4])
         talkers.append(Talker(server, udp=False, source="127.0.0.2"))
         server.until(talkers[0].is_over)
@@ -10186,14 +10333,14 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
 def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
     """No peer is answered behind a READY until the predecessor's leases were adopted."""
     with lone_monitor(monitor_text("basic-auth")) as monitor:
-        monitor.ready = monitor.is_open = False
+        monitor.network.is_ready = monitor.network.is_heard = False
         knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
-        monitor._on_pipe()
-        assert monitor.ready and monitor.said() == []
-        monitor.is_open = True
-        monitor._on_pipe()
+        monitor.network._on_pipe()
+        assert monitor.network.is_ready and monitor.said() == []
+        monitor.network.is_heard = True
+        monitor.network._on_pipe()
         (reply,) = monitor.said()
         assert Message.decode(reply.payload).operation == CHALLENGE
 
@@ -10226,9 +10373,8 @@ def test_client_survives_any_bytes(
     heard = b"".join(messages)
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
-    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
     feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
-    target = socket.AF_INET, feeder.listener.getsockname()
+    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(letmein, "socket", SocketModule(feeder))
         fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
@@ -10237,9 +10383,11 @@ def test_client_survives_any_bytes(
         patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
+        caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
-        error = caller.attempt(lambda: client, "server")
+        caller.user, caller.key = USER, KEY
+        race = letmein.Race(lambda where: None, [])
+        error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
     last = second if challenged else first
@@ -11670,7 +11818,7 @@ NEVER_CALLED = {
 }
 
 
-CLIENT_STEP = "    client = Client(config, arguments)\n"
+CLIENT_STEP = "    system_call_filter(config.seccomp, CLIENT_CALLS)()\n"
 
 
 def refused_burst(lab: Lab) -> None:
@@ -12050,7 +12198,7 @@ def option_names() -> set[str]:
     return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
 
 
-LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+LOGGERS = {"log", "self", "often", "log_peer", "_tell_ready"}  # whose first argument is an event
 
 
 def log_events() -> set[str]:
