@@ -133,6 +133,7 @@ install:
 	if [ -z '$(DESTDIR)' ] && [ "$$(id -u)" = 0 ] && ! getent passwd letmeind >/dev/null; then \
 		useradd --system --no-create-home --shell /usr/sbin/nologin letmeind; \
 	fi
+	@echo 'installed letmein and letmeind; next: README.md, "Server in ten minutes"'
 
 # What a server should not be without stays: its configuration and its account.
 uninstall:

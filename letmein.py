@@ -1211,7 +1211,7 @@ def read_config(path: str, server: bool) -> Config:
         if not server:
             hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
-            hint = "write one, letmeind.conf.example is a start, or name one with --config"
+            hint = "this command is for the server: write the file there, or name one with -c"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
     return config._replace(warnings=(*config.warnings, *warnings))
 
@@ -1300,7 +1300,7 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
         "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
     (errno.ETIMEDOUT, "tcp"): (
         UserError, "no answer on its control port {port} within {patience:g} s",
-        "see whether the host is up, and whether a firewall on the way drops this port"),
+        "see whether the server runs, and has this control port: its firewall drops all others"),
     (errno.ETIMEDOUT, "udp"): (
         UserError, "no answer on its control port {port} within {patience:g} s",
         "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
@@ -5368,7 +5368,7 @@ def check(config: Config, is_verbose: bool) -> None:
     chains = listed_chains(nft.run("list ruleset", "-t"))
     warnings += late_jumps(chains, config) + foreign_drops(chains, config)
     if took > SLOW_NFT_S:
-        hint = "move large sets of others to a table of their own"
+        hint = "move large sets of others to a table of their own, if this machine is not just busy"
         warnings.append(f"nft took {took:.1f} s; {hint}")
     for warning in warnings:
         warn(warning)
@@ -6209,7 +6209,9 @@ def set_places(places: list[str], command: Command, arguments: SimpleNamespace) 
         elif rest:
             setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
         else:
-            raise UsageError(f"{argument.names[0]} is missing", usage_line(command))
+            words = ", ".join(argument.words)
+            hint = f"expected: one of: {words}" if words else usage_line(command)
+            raise UsageError(f"{argument.names[0]} is missing", hint)
     if rest:
         raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
 
