@@ -131,6 +131,7 @@ VECTORS = [
 def test_vector(
     operation: int, user: int, resource: int, salt: str, auth: str, key: str, token: str
 ) -> None:
+    """Messages on the wire are those of the reference, byte for byte."""
     wire = bytes.fromhex(f"3b1bb719{operation:08x}{user:08x}{resource:08x}{salt}{auth}")
     fields = (operation, user, resource, bytes.fromhex(salt), bytes.fromhex(auth))
     assert Message(*fields).encode() == wire
@@ -154,6 +155,7 @@ def test_vector(
     ],
 )
 def test_no_message(wire: bytes) -> None:
+    """Whatever has a wrong length, magic or operation is no message."""
     with pytest.raises(letmein.ProtocolError):
         Message.decode(wire)
 
@@ -180,6 +182,7 @@ PROPERTY = examples(100)
 @PROPERTY
 @given(st.binary(max_size=60) | st.binary(min_size=52, max_size=52).map(letmein.MAGIC.__add__))
 def test_decode_is_the_inverse_of_encode_or_an_error(data: bytes) -> None:
+    """Any bytes are a message that encodes to the same bytes, or an error."""
     try:
         message = Message.decode(data)
     except letmein.ProtocolError:
@@ -214,6 +217,7 @@ def server(shared_server: Shared) -> Iterator[Server]:
 @pytest.mark.parametrize("operation", [KNOCK, REVOKE])
 @pytest.mark.parametrize("policy", letmein.POLICIES)
 def test_client_and_server_agree(operation: int, policy: str) -> None:
+    """A handshake grants what was asked for before COMEIN, and no salt comes twice."""
     client, server = new_client(operation), Conversation(policy)
     request = Message.decode(next(client))
     assert request[:3] == (operation, USER, RESOURCE)
@@ -335,6 +339,7 @@ def test_error_policy(
     talk: Callable[[Conversation], bytes],
     udp: bool,
 ) -> None:
+    """Each fault is answered with GOAWAY if the policy allows it, else with silence."""
     server = Conversation(policy, letmein.NO_AUTH if udp else letmein.BASIC_AUTH)
     reply = talk(server)
     if udp and server.ids == PEER and proved == 1:
@@ -348,6 +353,7 @@ def test_error_policy(
 
 @pytest.mark.parametrize("policy", letmein.POLICIES)
 def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
+    """No policy tells a stranger which users exist."""
     replies = []
     for data in (sealed(KNOCK, user=7), sealed(KNOCK, user=USER, key=OTHER_KEY)):
         verdict = Conversation(policy).receive(data)
@@ -378,6 +384,7 @@ STREAM = st.lists(st.sampled_from(RECORDED), max_size=4).map(b"".join)
     st.sampled_from(sorted(letmein.POLICIES)),
 )
 def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
+    """Recorded, forged and echoed messages, in any order and pieces, grant nothing."""
     server = Conversation(policy)
     last = b""
     for data in sent:
@@ -397,6 +404,7 @@ def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
 
 
 def test_client_proves_the_key_for_the_servers_token() -> None:
+    """The client's two messages prove the key: the first alone, the second for the token."""
     client = new_client()
     request = Message.decode(next(client))
     assert request.auth == request.authenticate(KEY, NO_TOKEN)
@@ -408,6 +416,7 @@ def test_client_proves_the_key_for_the_servers_token() -> None:
 
 @pytest.mark.parametrize("ids", [(7, RESOURCE), (USER, 7), NOBODY])
 def test_client_warns_of_foreign_ids_and_goes_on(ids: tuple[int, int]) -> None:
+    """A reply with other ids than asked for costs a warning, not the knock."""
     warnings: list[str] = []
     client = new_client(KNOCK, warnings)
     next(client)
@@ -421,6 +430,7 @@ def test_client_warns_of_foreign_ids_and_goes_on(ids: tuple[int, int]) -> None:
 @pytest.mark.parametrize("challenged", [False, True])
 @pytest.mark.parametrize("operation", range(6), ids=letmein.OPERATIONS)
 def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None:
+    """The client takes a CHALLENGE, then COMEIN; anything else is an error."""
     client = new_client()
     next(client)
     if challenged:
@@ -436,6 +446,7 @@ def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None
 @PROPERTY
 @given(st.lists(st.binary(max_size=60) | st.sampled_from(RECORDED), max_size=4))
 def test_client_survives_any_server(sent: list[bytes]) -> None:
+    """Whatever a server sends, only CHALLENGE and COMEIN make a success."""
     client = new_client()
     next(client)
     done = False
@@ -528,11 +539,13 @@ ACCEPTED = [
 
 @pytest.mark.parametrize("section, line, field, value", ACCEPTED)
 def test_accepted(section: str, line: str, field: str, value: object) -> None:
+    """Each option takes the values that the reference takes, with the same meaning."""
     assert getattr(parse(server_text(section, line)), field) == value
 
 
 @pytest.mark.parametrize("server", [True, False])
 def test_defaults(server: bool) -> None:
+    """An option that is missing has its documented default."""
     config = parse(server_text("GENERAL") if server else "", server)
     assert (config.port, config.protocols, config.control_timeout) == (5800, OVER_TCP, 5)
     assert (config.debug, config.seccomp, config.error_policy) == (False, "off", ALWAYS)
@@ -544,6 +557,7 @@ def test_defaults(server: bool) -> None:
 
 
 def test_sections_of_the_other_program_are_not_read() -> None:
+    """The client ignores the server's sections, and the server the client's."""
     assert parse("[CLIENT]\ndefault-user = 2A\n[NFTABLES]\nfamily = x\n", False).default_user == 42
     assert parse(server_text("CLIENT", "default-user = nobody")).default_user == 0
 
@@ -582,12 +596,14 @@ NO_USERS: frozenset[int] = frozenset()
 )
 @pytest.mark.parametrize("server", [True, False])
 def test_accepted_resource(text: str, resource: tuple[object, ...], server: bool) -> None:
+    """A resource may be written in all ways that the reference takes."""
     config = parse(server_text("RESOURCES", f"0000002a = {text}"), server)
     found = config.resources[0x2A]
     assert (found.port, found.protocols, found.jumps, found.timeout, found.users) == resource
 
 
 def test_resources_take_the_default_timeout_wherever_it_stands() -> None:
+    """[NFTABLES] timeout counts for resources above it, too."""
     text = server_text(
         "RESOURCES", "1 = port: 22", "2 = jump / input: A", "3 = port: 1 / timeout:2"
     )
@@ -596,6 +612,7 @@ def test_resources_take_the_default_timeout_wherever_it_stands() -> None:
 
 
 def test_users_rights() -> None:
+    """A user may have what is for everybody or for them, and never the control port."""
     text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
     config = parse(text)
     assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
@@ -687,6 +704,7 @@ REJECTED_OPTIONS = [
 
 @pytest.mark.parametrize("section, line, hint", REJECTED_OPTIONS)
 def test_rejected_option(section: str, line: str, hint: str) -> None:
+    """A bad value is refused with file, line, section, option, and what is right."""
     error = rejection(server_text(section, line))
     name = ascii(line.partition("=")[0].strip())[1:-1]
     assert error.problem.startswith(f"f.conf:2: [{section}] {name}: ")
@@ -774,6 +792,7 @@ K1 = f"1 = {KEY_TEXT}"
 )  # fmt: skip
 @pytest.mark.parametrize("server", [True, False])
 def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
+    """A bad line is refused with its number and with what is right."""
     error = (
         rejection(text, server) if not server else rejection(f"{text}\n{server_text('NFTABLES')}")
     )
@@ -826,18 +845,21 @@ def test_user_limits() -> None:
     ],
 )
 def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
+    """Limits that make no sense are refused, with what is right."""
     error = rejection(server_text("USERS", *line.split("\n")))
     assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
     assert problem in error.problem and hint in error.hint
 
 
 def test_default_user_must_be_an_id() -> None:
+    """A default-user that is no id is refused."""
     error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
     assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
 
 
 @pytest.mark.parametrize("option", NFTABLES)
 def test_required(option: str) -> None:
+    """The server's file must name family, table and chain; the error says which is missing."""
     lines = [f"{name} = {value}" for name, value in NFTABLES.items() if name != option]
     error = rejection("\n".join(["[GENERAL]", "[NFTABLES]", *lines]))
     assert error.problem.startswith(f"f.conf:2: [NFTABLES] {option}: ") and option in error.hint
@@ -882,6 +904,7 @@ def test_warning(text: str, start: str, words: str) -> None:
     ],
 )
 def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
+    """No warning where the server answers no forged sender."""
     assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
 
 
@@ -915,6 +938,7 @@ FRAGMENTS = st.sampled_from(
 @example(f"[KEYS]\n1 = {KEY_TEXT}\u00a0", False)
 @example("[GENERAL]\nport = " + "0" * 5000 + "1", False)
 def test_any_text_is_a_config_or_a_config_error(text: str, server: bool) -> None:
+    """Any text is read, or refused in printable words with a line and a hint."""
     for candidate in (text, f"{server_text('NFTABLES')}\n{text}"):
         try:
             config = parse(candidate, server)
@@ -958,6 +982,7 @@ PASTED = (
 @example(":".join(["c3"] * 32), "[KEYS]\n{} = 1", False)
 @example(("0123456789ABCDE" + "O") * 4, "[RESOURCES]\n1 = port: {}", True)
 def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
+    """No error and no warning repeats 16 digits of what may be a key, wherever it was pasted."""
     text = place.replace("{0}", pasted).replace("{}", pasted)
     try:
         messages = [*parse(f"{text}\n{server_text('NFTABLES')}", server).warnings]
@@ -971,6 +996,7 @@ def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
+    """Without a file the client takes the defaults, and the server refuses to start."""
     path = str(tmp_path / "absent.conf")
     config = letmein.read_config(path, False)
     assert (config.port, config.keys, config.warnings) == (5800, {}, ())
@@ -996,6 +1022,7 @@ def test_missing_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_file(tmp_path: Path, data: bytes, start: str, hint: str, server: bool) -> None:
+    """A file that is no text, or far too long, is refused in a short message."""
     path = tmp_path / "bad.conf"
     path.write_bytes(data)
     with pytest.raises(letmein.ConfigError) as error:
@@ -1152,6 +1179,7 @@ def test_include(including: Path) -> None:
 
 @pytest.mark.parametrize("server", [True, False])
 def test_directory(tmp_path: Path, server: bool) -> None:
+    """A directory in place of the file is named as one."""
     with pytest.raises(letmein.ConfigError, match=re.escape(str(tmp_path))) as error:
         letmein.read_config(str(tmp_path), server)
     assert "directory" in error.value.problem
@@ -1159,6 +1187,7 @@ def test_directory(tmp_path: Path, server: bool) -> None:
 
 @pytest.mark.parametrize("server", [True, False])
 def test_unreadable_file(tmp_path: Path, server: bool) -> None:
+    """A file that may not be read is an error, not a missing file."""
     path = tmp_path / "secret.conf"
     path.touch(0o000)
     uid = os.geteuid()
@@ -1183,6 +1212,7 @@ def test_unreadable_file(tmp_path: Path, server: bool) -> None:
     ],
 )  # fmt: skip
 def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> None:
+    """Others' rights on the file are worth a warning with the chmod to run."""
     path = tmp_path / "letmein.conf"
     path.write_text(server_text("KEYS", K1))
     path.chmod(mode)
@@ -1193,6 +1223,7 @@ def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> Non
 
 @pytest.mark.parametrize("server", [True, False])
 def test_file_owner(tmp_path: Path, server: bool) -> None:
+    """A server's file that is not root's is worth a warning with the chown to run."""
     path = tmp_path / "letmein.conf"
     path.write_text(server_text("KEYS", K1))
     path.chmod(0o600)
@@ -1255,10 +1286,12 @@ class TestConfigurationPlaces:
         assert f"{other}: [KEYS]" in self.run(homes, "-c", other)
 
     def test_none_is_there(self, homes: Path) -> None:
+        """Without any file the client says where it has looked."""
         said = self.run(homes)
         assert f"no configuration file, and so no key: {homes}/xdg/letmein/letmein.conf, " in said
 
     def test_verbose_says_which(self, lab: Lab, homes: Path) -> None:
+        """--verbose names the file that was read."""
         path = homes / "xdg/letmein/letmein.conf"
         path.write_text(client_conf(timeout=0.1), encoding="utf-8")
         path.chmod(0o600)
@@ -1266,6 +1299,7 @@ class TestConfigurationPlaces:
 
     @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
     def test_others_may_read_it(self, homes: Path, mode: int) -> None:
+        """A file that others may read or change is worth a warning."""
         path = self.write(homes, "xdg/letmein", mode)
         rights = f"{path}: mode {mode:o} lets other users of this machine read or change it"
         rights += f"; chmod 600 {path}"
@@ -1296,6 +1330,7 @@ class TestConfigurationPlaces:
     ],
 )
 def test_knock(conf: Path, words: str, operation: int) -> None:
+    """Options in any order and spelling lead to the same knock."""
     log: list[tuple[int, int, int]] = []
     with listening(good_server(log), udp="-U" in words.split()) as port:
         done = program("-c", conf, *words.replace("PORT", str(port)).split())
@@ -1317,12 +1352,14 @@ def test_knock(conf: Path, words: str, operation: int) -> None:
 )
 @pytest.mark.parametrize("command", ["knock", "revoke"])
 def test_bad_server(conf: Path, reply: bytes | None, complaint: str, command: str) -> None:
+    """Each wrong answer of a server is one error with its hint."""
     with listening(lambda _: reply) as port:
         done = program("-c", conf, command, "127.0.0.1", "22", "-P", port)
     assert complaint in failure(done)
 
 
 def test_warnings_do_not_keep_from_knocking(conf: Path) -> None:
+    """A knock succeeds in spite of warnings, each of which is one line."""
     conf.write_text("[GENERL]\n" + LONE_CONF)
     conf.chmod(0o666)
     log: list[tuple[int, int, int]] = []
@@ -1340,6 +1377,7 @@ def test_warnings_do_not_keep_from_knocking(conf: Path) -> None:
 
 
 def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--verbose tells file and port, and never the key."""
     with listening(good_server([])) as port:
         words = ["knock", "127.0.0.1", "22", "-u", "A423DDA7", "-P", str(port)]
         assert letmein.main(["-c", str(conf), "--verbose", *words]) == 0
@@ -1349,6 +1387,7 @@ def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_unknown_user(conf: Path) -> None:
+    """A user without a key is named, with the file that was read."""
     text = failure(program("-c", conf, "knock", "127.0.0.1", "22", "-u", "123"))
     assert "00000123" in text and str(conf) in text
 
@@ -1357,6 +1396,7 @@ def test_unknown_user(conf: Path) -> None:
     "port", [pytest.param(23, id="nobody's"), pytest.param(80, id="another's")]
 )
 def test_port_without_a_resource(conf: Path, port: int) -> None:
+    """A port that no resource of this user opens is named, and where to add it."""
     text = failure(program("-c", conf, "knock", "127.0.0.1", port))
     assert str(port) in text and "RESOURCES" in text
 
@@ -1374,11 +1414,13 @@ def test_port_without_a_resource(conf: Path, port: int) -> None:
     ],
 )
 def test_unreachable(conf: Path, words: str, complaint: str) -> None:
+    """A host without an address of the wanted kind is one printable error."""
     assert complaint in failure(program("-c", conf, *words.split(" ")))
 
 
 @pytest.mark.parametrize("protocol", ["-T", "-U"])
 def test_refused_connection(conf: Path, protocol: str) -> None:
+    """A port that nobody serves is an error that names the host."""
     with socket.socket() as unused, socket.socket(type=socket.SOCK_DGRAM) as unused_too:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -1497,6 +1539,7 @@ class TestLyingServers:
     def test_one_clear_error(
         self, lab: Lab, protocol: str, script: list[bytes | None], word: str
     ) -> None:
+        """Each wrong answer is one error that names the server, and ends in time."""
         steps = [step for step in script if protocol == "tcp" or step != HANG]
         with FakeServer(protocol, steps):
             option = "-T" if protocol == "tcp" else "-U"
@@ -1508,6 +1551,7 @@ class TestLyingServers:
             assert result.took < 5 + 3, result
 
     def test_a_reset_connection(self, lab: Lab) -> None:
+        """A connection that is reset is one error that names the server."""
         with FakeServer("tcp", [None], reset=True):
             lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
 
@@ -1521,6 +1565,7 @@ class TestLyingServers:
 
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     def test_foreign_ids_are_worth_a_warning(self, lab: Lab, protocol: str) -> None:
+        """Other ids are a warning; the client's messages are as the wire's description says."""
         script = [None, reply(CHALLENGE, 7, 8, TOKEN), None, reply(COMEIN, 7, 8)]
         with FakeServer(protocol, script) as fake:
             option = "-T" if protocol == "tcp" else "-U"
@@ -1536,6 +1581,7 @@ class TestLyingServers:
         assert knock[16:24] != response[16:24]
 
     def test_datagrams_of_a_wrong_size_are_dropped(self, lab: Lab) -> None:
+        """Over UDP only whole messages count."""
         challenge, comein = reply(CHALLENGE, auth=TOKEN), reply(COMEIN)
         script = [None, b"?", challenge + b"?", challenge[:55], challenge, None, comein * 2, comein]
         with FakeServer("udp", script):
@@ -1543,6 +1589,7 @@ class TestLyingServers:
 
     @pytest.mark.parametrize("option", ["-T", "-U"])
     def test_nobody_listens(self, lab: Lab, option: str) -> None:
+        """Where nobody listens, the client says so at once."""
         result = lab.letmein("knock", option, SERVER_4, "22")
         result.assert_error(SERVER_4)
         assert result.took < 3, result
@@ -1572,6 +1619,7 @@ class TestDoor:
         assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
 
     def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
+        """One address that opens is enough; the other gets a moment, not a timeout."""
         done = threading.Event()
 
         def granted(operation: int, where: str) -> None:
@@ -1657,6 +1705,7 @@ class TestDoor:
         "said", [reply(GOAWAY), b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["GOAWAY", "another service"]
     )
     def test_a_server_that_says_something_is_not_asked_again(self, lab: Lab, said: bytes) -> None:
+        """A clear answer ends the knock: no second connection."""
         with FakeServer("tcp", [None, said]) as fake:
             lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
         assert len(fake.heard) == 1
@@ -1748,6 +1797,7 @@ class TestDeadAddress:
     def test_costs_little(
         self, lab: Lab, hold: Server, host: str, option: str, control: str
     ) -> None:
+        """An address of the host that is dead costs less than a second."""
         dead = "fd01::99" if option == "-4" else "10.1.0.99"
         times: dict[str, list[float]] = {"": [], option: []}
         extra = float("inf")
@@ -1933,6 +1983,7 @@ class TestLossyPath:
     its tries gets through in 5 s, and of a million in 10 s."""
 
     def test_our_server(self, lab: Lab) -> None:
+        """A knock gets through where 30 % of the datagrams are lost, each way."""
         lab.load(more=LOSSY)
         with Server(lab, HOLD_SERVER):
             times = knock_lossily(lab, LOSSY_KNOCKS)
@@ -1940,6 +1991,7 @@ class TestLossyPath:
             run(NFT, "delete", "table", "ip", "lossy")
 
     def test_revoke(self, lab: Lab) -> None:
+        """So does a revocation."""
         lab.load(more=LOSSY)
         with Server(lab, HOLD_SERVER):
             for word in ("knock", "revoke"):
@@ -1947,6 +1999,7 @@ class TestLossyPath:
             run(NFT, "delete", "table", "ip", "lossy")
 
     def test_the_reference_server(self, lab: Lab) -> None:
+        """So do nearly all knocks on the reference's server."""
         programs = reference("letmeinfwd", "letmeind")
         if not lab.real_root:
             pytest.skip("letmeind runs as an account of its own: that takes real root")
@@ -1986,6 +2039,7 @@ class TestConnect:
     @pytest.mark.parametrize("control", ["-T", "-U"])
     @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
     def test_any_bytes_there_and_back(self, lab: Lab, host: str, control: str) -> None:
+        """2 MB of any bytes go both ways unchanged, and the lease ends with them."""
         data = bytes(range(256)) * 8000
 
         def give() -> None:
@@ -2035,6 +2089,7 @@ class TestConnect:
         assert heard.data == b"one more thing"
 
     def test_nobody_reads_our_output(self, lab: Lab) -> None:
+        """A reader that has gone ends it as a success, and its lease with it."""
         with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
             client.stdout.close()
             client.say(b"here")
@@ -2042,6 +2097,7 @@ class TestConnect:
             assert lab.elements() == []
 
     def test_the_service_breaks_off(self, lab: Lab) -> None:
+        """A service that resets the connection is one error, and the lease ends."""
         def reset(connection: socket.socket) -> None:
             connection.recv(4)
             linger = struct.pack("ii", 1, 0)
@@ -2181,6 +2237,7 @@ class TestConnect:
 
     @pytest.mark.parametrize("name", ENDINGS)
     def test_a_signal(self, lab: Lab, name: str) -> None:
+        """Each signal ends it with the status of a shell, without a word, and its lease."""
         number = getattr(signal, name)
         with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
             client.say(b"here")
@@ -2207,6 +2264,7 @@ class TestConnect:
 
     @pytest.mark.parametrize("words", [["connect", "9000"], ["knock", "9000"]])
     def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
+        """Ctrl-C prints no traceback at any moment, and leaves no lease of `connect`."""
         with Service(9000, echo):
             for step in range(30):
                 call = [words[0], "both.test", words[1]]
@@ -2219,6 +2277,7 @@ class TestConnect:
                     assert lab.elements() == []
 
     def test_a_lease_that_would_end_is_renewed(self, lab: Lab, hold: Server) -> None:
+        """A connection that outlives its lease keeps the port open."""
         with Service(9001, echo), Running(lab, "connect", SERVER_4, "9001") as client:
             for _ in range(5):
                 client.say(b"here")
@@ -2229,11 +2288,13 @@ class TestConnect:
             assert lab.elements() == []
 
     def test_keep(self, lab: Lab) -> None:
+        """--keep leaves the lease."""
         with Service(9000, echo), Running(lab, "connect", "--keep", SERVER_4, "9000") as client:
             assert client.end()[:3] == (0, "", "")
         assert len(lab.elements()) == 1
 
     def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        """It works, and renews, under `--seccomp kill`."""
         pytest.importorskip("pyseccomp")
         words = ["--seccomp", "kill", "connect", "both.test", "9001"]
         with Service(9001, echo), Running(
@@ -2246,6 +2307,7 @@ class TestConnect:
             assert lab.elements() == []
 
     def test_another_resource_opens_the_port(self, lab: Lab) -> None:
+        """Resources named with -r open the port, all of them."""
         with Service(9001, echo), Running(
             lab, "connect", "-r", "90", "-r", "91", SERVER_4, "9001"
         ) as client:
@@ -2289,12 +2351,14 @@ class TestSsh:
 
     @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test"])
     def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
+        """ssh through ProxyCommand runs a command; then the port is shut again."""
         with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
             assert ssh.end()[:3] == (5, "42\n", "")
         shut_soon(lab)
         assert not lab.reaches(9000, CLIENT_4)
 
     def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
+        """20 MB go through ssh unchanged in each direction."""
         data = os.urandom(20_000_000)
         path = lab.directory / "copied"
         with sshd.log_in(f"cat >{path}") as ssh:
@@ -2322,6 +2386,7 @@ class TestSsh:
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
+        """Two sessions share a lease: the end of one does not shut out the other."""
         with sshd.log_in("cat") as one, sshd.log_in("cat") as other:
             sessions = [one, other]
             for ssh in sessions:
@@ -2346,6 +2411,7 @@ class TestCommand:
         [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill $$", 143)],
     )
     def test_its_exit_status_is_ours(self, lab: Lab, script: str, status: int) -> None:
+        """The exit status of COMMAND, or its signal, is ours, and the lease ends with it."""
         words = ["knock", SERVER_4, "22", "--", "sh", "-c", f"echo heard; {script}"]
         result = lab.letmein(*words, conf=HOLD_CONF)
         where = f"port 22 on {SERVER_4} ({SERVER_4})"
@@ -2354,6 +2420,7 @@ class TestCommand:
         assert lab.elements() == []
 
     def test_all_is_open_meanwhile(self, lab: Lab) -> None:
+        """All ports are open while COMMAND runs, and none afterwards."""
         check = python("; ".join(REACH.replace("PORT", str(port)) for port in (22, 23)))
         result = lab.letmein("knock", SERVER_4, "22", "23", "-q", "--", *check, conf=HOLD_CONF)
         assert result[:3] == (0, "", "")
@@ -2382,6 +2449,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("words", [["26", "22"], ["22", "26"], ["-r", "22", "-r", "99"]])
     def test_not_run_if_one_fails(self, lab: Lab, words: list[str]) -> None:
+        """COMMAND does not run if one of its ports does not open; the others are shut."""
         command = ["--", "echo", "run"]
         result = lab.letmein("knock", SERVER_4, *words, *command, conf=HOLD_CONF)
         assert (result.status, result.out) == (1, "")
@@ -2411,12 +2479,14 @@ class TestCommand:
         assert lab.elements() == []
 
     def test_keep(self, lab: Lab) -> None:
+        """--keep leaves the lease."""
         result = lab.letmein("knock", "--keep", SERVER_4, "22", "--", "true", conf=HOLD_CONF)
         assert result.status == 0, result
         assert "closed" not in result.err
         assert lab.reaches(22, CLIENT_4)
 
     def test_a_lease_that_would_end_is_renewed(self, lab: Lab) -> None:
+        """A COMMAND that outlives its lease keeps the port open."""
         check = f"import time; time.sleep(4.5); {REACH.replace('PORT', '22')}"
         conf = HOLD_CONF.replace("port: 22", "port: 22 / timeout: 3")
         words = ["knock", "-q", SERVER_4, "9001", "22", "--"]
@@ -2426,6 +2496,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("name", ENDINGS)
     def test_a_signal_ends_command_too(self, lab: Lab, name: str) -> None:
+        """Each signal ends COMMAND, then us, and the lease."""
         words = ["-q", "knock", SERVER_4, "22", "--", "sh", "-c", "echo $$; exec sleep 60"]
         number = getattr(signal, name)
         with Running(lab, *words[1:3], "-q", *words[3:]) as client:
@@ -2463,6 +2534,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("where", ["before", "after"])
     def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
+        """A signal just before or after its start leaves neither COMMAND nor a lease."""
         patch = f"""
             import os, signal, subprocess
             class Popen(subprocess.Popen):
@@ -2480,6 +2552,7 @@ class TestCommand:
         assert run("pgrep", "-f", f"^sleep {seconds}$", check=False) == ""
 
     def test_not_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        """COMMAND with --seccomp is refused before anything opens."""
         words = ["--seccomp", "kill", "knock", SERVER_4, "22", "--", "echo", "run"]
         result = lab.letmein(*words, conf=HOLD_CONF)
         result.assert_error("COMMAND would run with the filter", "use connect, or --seccomp off")
@@ -2704,6 +2777,7 @@ class TestWords:
 
     @pytest.mark.parametrize("words", FAILURES)
     def test_a_failure_in_two_lines(self, lab: Lab, words: str) -> None:
+        """Each failure is the right problem and the right hint, word for word."""
         problem, hint = FAILURES[words]
         wrong = "".join(f"{user} = {os.urandom(32).hex()}\n" for user in (2, 3))
         # Patience ends soon where silence is what the client gets, and nowhere else.
@@ -2724,6 +2798,7 @@ class TestWords:
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_success(self, lab: Lab, control: str) -> None:
+        """A success is one line that names host, port and addresses; with -q it is none."""
         words = [control, "both.test", "22"]
         for word, done in (("knock", "opened"), ("revoke", "closed")):
             result = lab.letmein(word, *words, conf=HOLD_CONF, script=lab.patient)
@@ -2785,6 +2860,7 @@ class TestWords:
             assert len(lab.elements()) == (2 if word == "knock" else 0)
 
     def test_closed_output(self, lab: Lab) -> None:
+        """A knock works without any of its standard streams."""
         for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
             with lab.client():
                 words = shell(redirection, "knock", SERVER_4, "22", lab=lab)
@@ -2798,6 +2874,7 @@ class TestWords:
     def test_any_control_timeout(
         self, lab: Lab, timeout: str, status: int, control: str
     ) -> None:
+        """Any control-timeout works, from none to 136 years."""
         conf = HOLD_CONF.replace("control-timeout = 5", f"control-timeout = {timeout}")
         target = "10.1.0.99" if status else SERVER_4
         result = lab.letmein("knock", control, target, "22", conf=conf)
@@ -2806,6 +2883,7 @@ class TestWords:
 
     @pytest.mark.parametrize("timeout", ["0", "0.001", "4294967295"])
     def test_any_timeout_of_a_lease(self, lab: Lab, timeout: str) -> None:
+        """Any timeout of a lease works while COMMAND runs, from none to 136 years."""
         conf = HOLD_CONF.replace("port: 22", f"port: 22 / timeout: {timeout}")
         result = lab.letmein("knock", "-q", SERVER_4, "22", "--", "sleep", "1.2", conf=conf)
         assert result[:3] == (0, "", "")
@@ -2813,6 +2891,7 @@ class TestWords:
     @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
     @pytest.mark.parametrize("name", ["b\xfccher.test", "\u4f8b.test"])
     def test_a_name_in_any_alphabet(self, lab: Lab, name: str, encoding: str) -> None:
+        """A host's name in any alphabet is found, and printed as the terminal can."""
         words = ["knock", name, "22"]
         with Running(lab, *words, env={"PYTHONIOENCODING": encoding}) as client:
             out = client.hear(-1)
@@ -2871,6 +2950,7 @@ class TestElsewhere:
     @pytest.mark.parametrize("control", ["-T", "-U"])
     @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
     def test_knock_and_revoke(self, lab: Lab, system: str, host: str, control: str) -> None:
+        """Over both protocols and IP versions."""
         script = LETMEIN if "dead" in host else lab.patient
         for word, done in (("knock", "opened"), ("revoke", "closed")):
             code = CLIENT_ELSEWHERE[system]
@@ -2882,6 +2962,7 @@ class TestElsewhere:
             assert bool(lab.elements()) == (word == "knock")
 
     def test_connect(self, lab: Lab, system: str) -> None:
+        """With a lease that has to be renewed."""
         call = ["connect", "both.test", "9001"]
         words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
         with Service(9001, echo), Running(lab, *words, program=()) as client:
@@ -2893,6 +2974,7 @@ class TestElsewhere:
 
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
     def test_a_signal(self, lab: Lab, system: str, name: str) -> None:
+        """It ends `connect` and its lease."""
         call = ["connect", "both.test", "9000"]
         words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
         number = getattr(signal, name)
@@ -2903,6 +2985,7 @@ class TestElsewhere:
         assert lab.elements() == []
 
     def test_command(self, lab: Lab, system: str) -> None:
+        """Its exit status is ours."""
         command = ["-q", "both.test", "22", "--", "sh", "-c", "echo here; exit 7"]
         words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command, script=lab.patient)
         with Running(lab, *words, program=()) as client:
@@ -2910,6 +2993,7 @@ class TestElsewhere:
         assert lab.elements() == []
 
     def test_errors(self, lab: Lab, system: str) -> None:
+        """They are the same as on Linux."""
         for word, problem in (
             ("no.invalid", "cannot find the address of 'no.invalid': "),
             ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
@@ -2921,12 +3005,14 @@ class TestElsewhere:
                 client.end().assert_error(f"letmein: error: {problem}")
 
     def test_gen_key(self, lab: Lab, system: str) -> None:
+        """It prints a key."""
         words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
         with Running(lab, *words, program=()) as client:
             assert re.fullmatch("00000003 = [0-9A-F]{64}\n", client.end().out)
 
 
 def test_imports_cost_no_more_than_a_knock_needs() -> None:
+    """What is dear to import is not imported."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import letmein; print(*sorted(sys.modules))"
     )
@@ -3001,6 +3087,7 @@ class TestPackets:
         port: int,
         open_to: str,
     ) -> None:
+        """A knock opens its port for its address alone, a revocation shuts it; both are logged."""
         def seen(address: str) -> list[str]:
             return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
 
@@ -3020,6 +3107,7 @@ class TestPackets:
         server.wait_for("revoked", before + 1, **fields)
 
     def test_what_the_client_says(self, lab: Lab, server: Server) -> None:
+        """It names port and host; --verbose tells the messages; `close` is `revoke`."""
         result = lab.letmein("--verbose", "knock", SERVER_4, "22")
         result.assert_good()
         assert "22" in result.out
@@ -3033,12 +3121,14 @@ class TestPackets:
         assert not lab.reaches(22, CLIENT_4)
 
     def test_revoking_what_is_not_open_succeeds(self, lab: Lab, server: Server) -> None:
+        """A revocation of nothing is a success."""
         for control in ("-T", "-U"):
             lab.letmein("revoke", control, SERVER_4, "22").assert_good()
         assert lab.elements() == []
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_a_resource_of_another_user(self, lab: Lab, server: Server, control: str) -> None:
+        """Only its users open or shut a resource."""
         lab.letmein("knock", control, "-u", "2", SERVER_4, "-r", "26").assert_error("rejected")
         assert not lab.reaches(26, CLIENT_4)
         server.wait_for("refused", user="00000002", resource="00000026")
@@ -3049,6 +3139,7 @@ class TestPackets:
         lab.letmein("revoke", control, "-u", "1", SERVER_4, "-r", "26").assert_good()
 
     def test_leases_of_several_addresses(self, lab: Lab, server: Server) -> None:
+        """Each address has a lease of its own, and its neighbours have none."""
         for source in (CLIENT_4, OTHER_4, CLIENT_6, "10.77.1.1", "fd77::1"):
             assert handshake(lab, source=source) == COMEIN
         for source in (CLIENT_4, OTHER_4, CLIENT_6, "10.77.1.1", "fd77::1"):
@@ -3063,16 +3154,19 @@ class TestPackets:
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_a_timeout_of_0_opens_nothing(self, lab: Lab, server: Server, control: str) -> None:
+        """A resource with a timeout of 0 is refused, and the server warns of it."""
         lab.letmein("knock", control, SERVER_4, "27").assert_error("rejected")
         assert not lab.reaches(27, CLIENT_4)
         assert lab.elements() == []
         assert re.search(r"event=warning .* 27: .*timeout", server.log), server.log
 
     def test_the_control_port_is_no_resource(self, lab: Lab, server: Server) -> None:
+        """A knock for a resource that names the control port is refused."""
         lab.letmein("knock", SERVER_4, "-r", "58").assert_error("rejected")
         assert lab.elements() == []
 
     def test_a_name_with_both_families(self, lab: Lab, server: Server) -> None:
+        """A name is knocked over IPv4 and IPv6."""
         for options in ([], ["-4", "-6"]):
             words = (*options, "both.test", "22")
             lab.letmein("knock", *words, script=lab.patient).assert_good()
@@ -3087,6 +3181,7 @@ class TestPackets:
     def test_one_family_of_a_name(
         self, lab: Lab, server: Server, option: str, in_: str, out: str
     ) -> None:
+        """-4 and -6 knock over one of them alone."""
         lab.letmein("knock", option, "both.test", "22").assert_good()
         assert lab.reaches(22, in_)
         assert not lab.reaches(22, out)
@@ -3103,6 +3198,7 @@ class TestPackets:
     def test_a_name_with_one_dead_family(
         self, lab: Lab, server: Server, control: str, name: str, alive: str
     ) -> None:
+        """One dead family is no failure and costs little, unless -4 -6 asks for both."""
         result = lab.letmein("knock", control, name, "22")
         assert result.status == 0, result
         assert result.took < 4, "the dead family is waited for"
@@ -3114,14 +3210,17 @@ class TestPackets:
         assert lab.elements() == []
 
     def test_a_name_with_two_dead_families(self, lab: Lab, server: Server) -> None:
+        """No family that answers is an error, in time."""
         result = lab.letmein("knock", "dead.test", "22", conf=client_conf(timeout=0.3))
         result.assert_error("no answer")
         assert result.took < 4, result
 
     def test_a_family_that_the_host_does_not_have(self, lab: Lab, server: Server) -> None:
+        """-6 for an IPv4 address is an error."""
         lab.letmein("knock", "-6", SERVER_4, "22").assert_error(SERVER_4)
 
     def test_status(self, lab: Lab, server: Server) -> None:
+        """`status` says who holds what, for how long, and how many packets came through."""
         def status(*arguments: str) -> str:
             result = lab.command("status", "-c", server.path, *arguments)
             assert result.status == 0, result
@@ -3196,6 +3295,7 @@ class TestPackets:
         lab.command(program=words).assert_error("cannot read table inet filter: only root may")
 
     def test_the_network_process_is_replaced(self, lab: Lab, server: Server) -> None:
+        """It is killed, and leases stay while another one takes its place."""
         assert handshake(lab, 0x22) == COMEIN
         first = server.network_process()
         os.kill(first, signal.SIGKILL)
@@ -3208,6 +3308,7 @@ class TestPackets:
             assert handshake(lab, resource, REVOKE) == COMEIN
 
     def test_knocks_that_come_together(self, lab: Lab, server: Server) -> None:
+        """40 knocks at once, and 40 revocations, all succeed."""
         addresses = [f"10.77.2.{number}" for number in range(1, 41)]
         assert storm(lab, addresses, 40, KNOCK).good == 40
         assert len(lab.elements()) == 40
@@ -3219,6 +3320,7 @@ class TestTime:
     """Leases end by themselves."""
 
     def test_a_lease_ends_on_time(self, lab: Lab) -> None:
+        """A lease ends when its timeout has passed, counted from the last knock."""
         lab.load()
         resources = "25 = port: 25 / timeout: 3\n23 = port: 23 / timeout: 2"
         with Server(lab, server_conf(resources)):
@@ -3244,6 +3346,7 @@ class TestTime:
             assert lab.reaches(23, CLIENT_4)
 
     def test_a_lease_survives_sigkill_and_ends_by_itself(self, lab: Lab) -> None:
+        """Without any server it lasts, ends on time, and a next server serves."""
         lab.load()
         with Server(lab, server_conf("22 = port: 22 / timeout: 4")) as server:
             before = time.monotonic()
@@ -3262,6 +3365,7 @@ class TestTime:
             assert lab.reaches(22, CLIENT_4)
 
     def test_without_a_monitor_the_network_process_ends(self, lab: Lab) -> None:
+        """The network process does not outlive its monitor."""
         lab.load()
         with Server(lab, server_conf()) as server:
             network = Path(f"/proc/{server.network_process()}")
@@ -3294,6 +3398,7 @@ class TestJumps:
         ],
     )
     def test_jumps(self, lab: Lab, family: str, source: str, other: str) -> None:
+        """A jump applies to its holder with `-match: saddr`, else to all while anybody holds it."""
         everything = "input forward output"
         host = server_for(source)
         icmp = {"inet": "{ icmp, icmpv6 }", "ip": "icmp", "ip6": "icmpv6"}[family]
@@ -3333,6 +3438,7 @@ class TestJumps:
             assert lab.elements() == []
 
     def test_leases_for_the_same_chain_are_apart(self, lab: Lab) -> None:
+        """Of two leases for one chain, revoking one leaves the other."""
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
             for resource in (0x30, 0x34):
@@ -3346,6 +3452,7 @@ class TestJumps:
             assert not lab.reaches(8080, CLIENT_4)
 
     def test_jumps_end_by_themselves(self, lab: Lab) -> None:
+        """Jumps end on time, and a gate with its longest lease."""
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
             before = time.monotonic()
@@ -3367,6 +3474,7 @@ class TestJumps:
             assert not lab.reaches(8080, CLIENT_4)
 
     def test_the_gate_closes_early_when_the_longest_lease_is_revoked(self, lab: Lab) -> None:
+        """A gate shuts with the longest lease that is left."""
         lab.load(JUMP_RULESET.format(family="inet"))
         resources = "33 = jump / input: DOOR-INPUT / timeout: 3"
         with Server(lab, server_conf(resources, nftables=CHAINS)):
@@ -3383,6 +3491,7 @@ class TestJumps:
             ending.assert_took(3, before, told, more=0.5)
 
     def test_other_users_and_rules(self, lab: Lab) -> None:
+        """Users and max-nr-rules count for jumps as for ports."""
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS, "5800", nftables=f"{CHAINS}\nmax-nr-rules = 4")):
             result = lab.letmein("knock", "-u", "2", SERVER_4, "-r", "33", conf=JUMPS_CLIENT)
@@ -3394,6 +3503,7 @@ class TestJumps:
             assert not lab.reaches(8080, OTHER_4)
 
     def test_a_chain_that_is_not_set(self, lab: Lab) -> None:
+        """A jump without its chain is a warning, and its knock is refused."""
         lab.load(JUMP_RULESET.format(family="inet"))
         with Server(lab, server_conf(JUMPS)) as server:
             assert "chain-forward" in server.log, "a warning"
@@ -3409,6 +3519,7 @@ class TestJumps:
 # Families ip and ip6 filter one IP version only.
 class TestFamilies:
     def test_the_longest_control_timeout(self, lab: Lab) -> None:
+        """The longest control-timeout works, on both sides."""
         lab.load()
         conf = client_conf(timeout=4e9)
         with Server(lab, server_conf(general="control-timeout = 4294967295")):
@@ -3419,6 +3530,7 @@ class TestFamilies:
         "family, inside, outside", [("ip", CLIENT_4, CLIENT_6), ("ip6", CLIENT_6, CLIENT_4)]
     )
     def test_one_version(self, lab: Lab, family: str, inside: str, outside: str) -> None:
+        """Families ip and ip6 serve their version, and refuse the other."""
         ruleset = JUMP_RULESET.format(family=family)
         icmp = "icmp" if family == "ip" else "icmpv6"
         lab.load(ruleset.replace("{ icmp, icmpv6 }", icmp))
@@ -3525,6 +3637,7 @@ class TestRules:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_stop_removes_everything(self, lab: Lab, number: int) -> None:
+        """A stop shuts all ports at once, and the control port."""
         lab.load()
         with Server(lab, server_conf()) as server:
             for source in (CLIENT_4, CLIENT_6):
@@ -3537,6 +3650,7 @@ class TestRules:
                 Peer(lab)
 
     def test_a_stop_leaves_the_rest_alone(self, lab: Lab) -> None:
+        """A stop leaves all that is not the server's as it was."""
         more = "add table ip other { set letters { type ipv4_addr; }; chain c { }; }"
         lab.load(more=more)
         before = lab.ruleset()
@@ -3547,6 +3661,7 @@ class TestRules:
 
     @pytest.mark.parametrize("how", ["link", "copy"])
     def test_a_program_named_letmeind(self, lab: Lab, how: str) -> None:
+        """A link or copy named letmeind is the server."""
         lab.load()
         program = Path(tempfile.mkdtemp(dir=lab.directory)) / "letmeind"
         if how == "link":
@@ -3558,6 +3673,7 @@ class TestRules:
             assert lab.reaches(22, CLIENT_4)
 
     def test_what_its_parent_has_open_is_closed(self, lab: Lab) -> None:
+        """Neither process keeps a file that its parent had open."""
         lab.load()
         parent = ("sh", "-c", 'exec 9</dev/zero; exec "$@"', "sh")
         program = (*parent, sys.executable, LETMEIN, "server")
@@ -3569,6 +3685,7 @@ class TestRules:
 
     @pytest.mark.parametrize("port, works", [("5900", "-T"), ("5900 / udp", "-U")])
     def test_another_control_port(self, lab: Lab, port: str, works: str) -> None:
+        """Number and protocol of the control port are as configured, and no other."""
         lab.load()
         with Server(lab, server_conf(port=port)) as server:
             assert server.wait_for("ready")["port"] == f"5900/{'udp' if works == '-U' else 'tcp'}"
@@ -3583,6 +3700,7 @@ class TestRules:
             assert lab.elements() == []
 
     def test_check_changes_nothing(self, lab: Lab) -> None:
+        """--check leaves the firewall alone, and needs no free control port."""
         lab.load()
         before = lab.ruleset()
         result = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
@@ -3626,6 +3744,7 @@ class TestRules:
         assert nobody.out.count("  nobody\n") == 3, nobody
 
     def test_check_says_what_is_wrong(self, lab: Lab) -> None:
+        """--check fails where a start would, and says why."""
         lab.load("table inet filter { chain other { }; }")
         path = lab.file(server_conf())
         lab.command("server", "-c", path, *CHECK).assert_error("LETMEIN-INPUT")
@@ -3637,6 +3756,7 @@ class TestRules:
         done.assert_error("no-such-account")
 
     def test_status_without_the_table(self, lab: Lab) -> None:
+        """`status` without the table is an error that names it."""
         lab.load("")
         path = lab.file(server_conf())
         lab.command("status", "-c", path).assert_error("filter")
@@ -3783,6 +3903,7 @@ def test_a_change_that_the_kernel_refuses(lab: Lab, mode: str, protocol: str) ->
 
 @pytest.mark.parametrize("mode", ["fail", "mute", "killed", "noise"])
 def test_an_nft_that_fails_at_the_start(lab: Lab, mode: str) -> None:
+    """An nft that fails ends the start with its words, and leaves nothing behind."""
     lab.load()
     nft = FaultyNft(lab)
     nft.set(mode)
@@ -3836,6 +3957,7 @@ class TestNftFaults:
     def test_missing_while_the_firewall_is_reloaded(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """An nft that was away is found again, and the reload healed."""
         knock_all(lab, *HOLDERS)
         away = watched.directory / "away"
         watched.exe.rename(away)
@@ -3882,6 +4004,7 @@ class TestNftFaults:
             agree(lab, server, *HOLDERS)
 
     def test_a_chain_that_vanished(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """Without its chain no change is made by half; once it is back, all is healed."""
         knock_all(lab, *HOLDERS)
         nft_do(
             *our_rules(),
@@ -3973,6 +4096,7 @@ class TestHeal:
         assert "cannot-heal" not in guarded.log
 
     def test_what_was_revoked_does_not_come_back(self, lab: Lab, guarded: Server) -> None:
+        """A restored ruleset brings back no lease that was revoked since."""
         knock_all(lab, *HOLDERS)
         saved = run(NFT, "list", "ruleset")
         assert handshake(lab, 0x22, REVOKE) == COMEIN
@@ -4020,6 +4144,7 @@ class TestHeal:
         assert len(guarded.events("warning", hint=hint)) == 1
 
     def test_elements_deleted_by_hand_are_revoked(self, lab: Lab, guarded: Server) -> None:
+        """A lease that somebody deletes, or half of it, is revoked and stays so."""
         knock_all(lab, *HOLDERS)
         nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
         event = guarded.wait_for("revoked", reason="by hand")
@@ -4053,6 +4178,7 @@ class TestHeal:
         assert kernel().gates == {}
 
     def test_a_set_flushed_by_hand_is_revoked(self, lab: Lab, guarded: Server) -> None:
+        """A set that somebody flushes revokes its leases, and no others."""
         knock_all(lab, *HOLDERS)
         nft_do("flush set inet filter letmein-4")
         guarded.wait_for("revoked", 2, reason="by hand", peer=CLIENT_4)
@@ -4141,6 +4267,7 @@ class TestHeal:
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
 
     def test_a_reload_every_100_ms(self, lab: Lab, guarded: Server) -> None:
+        """Knocks succeed and no lease is lost under one reload after the other."""
         knock_all(lab, *HOLDERS)
         sources = [f"10.77.{number >> 8}.{number & 255}" for number in range(1281, 2280)]
         let_in: list[tuple[str, int, int]] = []
@@ -4216,6 +4343,7 @@ class TestHeal:
     def test_what_somebody_plants_is_removed(
         self, lab: Lab, guarded: Server, name: str, element: str
     ) -> None:
+        """An element that no knock has made is removed, and lets nobody in for long."""
         knock_all(lab, HOLDERS[0])
         nft_do(f"add element inet filter {name} {{ {element} }}")
         guarded.wait_for("healed", leases="1")
@@ -4250,6 +4378,7 @@ class TestHeal:
         assert len(guarded.events("healed")) == 1, guarded.log
 
     def test_a_lease_prolonged_by_hand_is_cut(self, lab: Lab, guarded: Server) -> None:
+        """A lease that somebody prolongs gets its own time back."""
         knock_all(lab, HOLDERS[0])
         key = f"{CLIENT_4} . tcp . 22"
         nft_do(
@@ -4566,6 +4695,7 @@ class TestTenThousand:
 class TestAdopt:
     @pytest.mark.parametrize("network", [False, True])
     def test_after_a_sigkill(self, lab: Lab, watched: WatchedNft, network: bool) -> None:
+        """The next server takes over all leases, with the time they had left."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4622,6 +4752,7 @@ class TestAdopt:
     def test_the_time_left_is_at_most_what_is_configured(
         self, lab: Lab, watched: WatchedNft
     ) -> None:
+        """A shorter timeout in the file cuts the leases that are taken over."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4634,6 +4765,7 @@ class TestAdopt:
                 assert (left <= 5) == (row.opens == "tcp/22"), now
 
     def test_what_ended_meanwhile_is_gone(self, lab: Lab, watched: WatchedNft) -> None:
+        """A lease that ended between two servers is not taken over."""
         lab.load(more=DOOR)
         resources = "22 = port: 22 / timeout: 1\n23 = port: 23 / tcp, udp"
         with Server(lab, watched.conf(resources)) as server:
@@ -4672,6 +4804,7 @@ class TestAdopt:
     def test_what_was_planted_or_restored_is_removed(
         self, lab: Lab, watched: WatchedNft, name: str, element: str
     ) -> None:
+        """Elements that are not of this boot, user, resource or form are removed."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, HOLDERS[0])
@@ -4685,6 +4818,7 @@ class TestAdopt:
     def test_a_resource_that_means_another_thing_now(
         self, lab: Lab, watched: WatchedNft
     ) -> None:
+        """A lease whose resource has changed its meaning is not taken over."""
         lab.load(more=f"{DOOR}\nadd chain inet filter OTHER")
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4712,6 +4846,7 @@ class TestAdopt:
             assert not lab.reaches(22, CLIENT_4)
 
     def test_sets_that_nobody_has_any_more(self, lab: Lab, watched: WatchedNft) -> None:
+        """Sets of resources that are gone are removed."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4723,6 +4858,7 @@ class TestAdopt:
             assert "letmein-00000041" not in lab.ruleset()
 
     def test_a_clean_stop_leaves_nothing_to_adopt(self, lab: Lab, watched: WatchedNft) -> None:
+        """After a clean stop the next server begins with nothing."""
         lab.load(more=DOOR)
         before = lab.ruleset()
         with Server(lab, watched.conf()) as server:
@@ -4733,6 +4869,7 @@ class TestAdopt:
             agree(lab, server)
 
     def test_a_second_server_for_the_same_table(self, lab: Lab, guarded: Server) -> None:
+        """It is refused and changes nothing; one for another table starts."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
         path = lab.file(server_conf(TRUTH_RESOURCES, port="5900"))
@@ -4750,6 +4887,7 @@ class TestAdopt:
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
     def test_a_stop_when_a_foreign_rule_uses_a_set(self, lab: Lab, watched: WatchedNft) -> None:
+        """The set stays, empty, and the next server lives with it."""
         lab.load(more=DOOR)
         server = Server(lab, watched.conf())
         knock_all(lab, *HOLDERS)
@@ -4800,6 +4938,7 @@ class TestAdopt:
 
 class TestExactly:
     def test_a_revoke_leaves_the_rest(self, lab: Lab, guarded: Server) -> None:
+        """Each revocation takes its own elements, and a gate with its last lease."""
         knock_all(lab, *HOLDERS, (CLIENT_4, 0x41, 1))
         assert handshake(lab, 0x22, REVOKE) == COMEIN
         agree(lab, guarded, *HOLDERS[1:], (CLIENT_4, 0x41, 1))
@@ -4816,6 +4955,7 @@ class TestExactly:
     def test_a_refresh_restarts_the_clock(
         self, lab: Lab, watched: WatchedNft, refreshes: bool
     ) -> None:
+        """A repeated knock gives the whole time anew, on kernels that refresh and others."""
         lab.load(more=DOOR)
         program = LETMEIN if refreshes else without_refresh(lab)
         resources = re.sub(r"(?m)^(23 .*|4. .*)$", r"\1 / timeout: 3", TRUTH_RESOURCES)
@@ -4848,6 +4988,7 @@ class TestExactly:
     def test_another_user_takes_a_lease_over(
         self, lab: Lab, watched: WatchedNft, refreshes: bool
     ) -> None:
+        """The last to knock is the holder, with the whole time, and anybody may revoke."""
         lab.load(more=DOOR)
         program = LETMEIN if refreshes else without_refresh(lab)
         runner = (sys.executable, program, "server")
@@ -4871,6 +5012,7 @@ class TestExactly:
             assert kernel().gates == {}
 
     def test_two_resources_with_one_target(self, lab: Lab, watched: WatchedNft) -> None:
+        """They are two leases, each with its own time and end."""
         lab.load(more=DOOR)
         OPENS.update({0x42: [""]})
         twice = TRUTH_RESOURCES + "42 = jump / input: DOOR / input-match: saddr / timeout: 90\n"
@@ -4896,6 +5038,7 @@ class TestExactly:
     def test_jumps_for_all_traffic(
         self, lab: Lab, family: str, first: str, second: str, other: str, refreshes: bool
     ) -> None:
+        """A gate lasts as long as the longest lease that is left, whichever goes first."""
         icmp = {"inet": "{ icmp, icmpv6 }", "ip": "icmp", "ip6": "icmpv6"}[family]
         lab.load(JUMP_RULESET.format(family=family).replace("{ icmp, icmpv6 }", icmp))
         conf = server_conf("41 = jump / input: DOOR-INPUT / timeout: 60", family=family)
@@ -4944,6 +5087,7 @@ class TestExactly:
     def test_max_nr_rules_under_64_knocks_at_once(
         self, lab: Lab, watched: WatchedNft, resource: int, size: int
     ) -> None:
+        """There are never too many rules, and each knock gets in."""
         lab.load(more=DOOR)
         addresses = [f"10.77.4.{number}" for number in range(1, 65)]
         room = 20
@@ -4967,6 +5111,7 @@ class TestExactly:
     def test_an_ipv6_knock_for_family_ip(
         self, lab: Lab, watched: WatchedNft, protocol: str
     ) -> None:
+        """It is refused, with the reason in the log."""
         lab.load(JUMP_RULESET.format(family="ip").replace("{ icmp, icmpv6 }", "icmp"))
         with Server(lab, server_conf(family="ip")) as server:
             assert handshake(lab, 0x22, source=CLIENT_4) == COMEIN
@@ -4976,6 +5121,7 @@ class TestExactly:
             agree(lab, server, (CLIENT_4, 0x22, 1), family="ip")
 
     def test_3_seconds_with_everything_killed(self, lab: Lab, watched: WatchedNft) -> None:
+        """A lease ends on time without any process."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             before = time.monotonic()
@@ -5686,6 +5832,7 @@ class TestStart:
         assert lab.ruleset() == before
 
     def test_no_nft(self, lab: Lab) -> None:
+        """An nft that is missing or no program is named."""
         lab.load()
         for exe in ("/nowhere/nft", "no-such-nft", "/etc/passwd"):
             self.fails(lab, exe, conf=server_conf(nftables=f"exe = {exe}"))
@@ -5739,11 +5886,13 @@ class TestStart:
         assert "run already" not in result.err
 
     def test_no_table(self, lab: Lab) -> None:
+        """A missing table is named."""
         lab.load("table ip filter { chain LETMEIN-INPUT { }; }")
         self.fails(lab, "inet filter")
 
     @pytest.mark.parametrize("option", ["input", "forward", "output"])
     def test_no_chain(self, lab: Lab, option: str) -> None:
+        """A missing chain is named."""
         lab.load("table inet filter { chain LETMEIN-OTHER { }; }")
         there = {"input": "", "forward": "", "output": ""}
         if option != "input":
@@ -5884,12 +6033,14 @@ class TestStart:
         "kind", ["ipv4_addr; flags timeout", "ipv4_addr . inet_proto . inet_service"]
     )
     def test_a_foreign_set(self, lab: Lab, kind: str) -> None:
+        """A set of our name and another type is named."""
         lab.load(more=f"add set inet filter letmein-4 {{ type {kind}; counter; }}")
         self.fails(lab, "inet filter", "letmein-4")
 
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     @pytest.mark.parametrize("address", ["::", "0.0.0.0"])
     def test_control_port_in_use(self, lab: Lab, protocol: str, address: str) -> None:
+        """A control port that is taken is named, with its protocol."""
         lab.load()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
@@ -5902,6 +6053,7 @@ class TestStart:
             self.fails(lab, "5800", protocol)
 
     def test_another_server_runs(self, lab: Lab) -> None:
+        """A second server changes nothing of the first one's."""
         lab.load()
         with Server(lab, server_conf()):
             assert handshake(lab) == COMEIN
@@ -5910,14 +6062,17 @@ class TestStart:
             assert handshake(lab, operation=REVOKE) == COMEIN
 
     def test_not_root(self, lab: Lab) -> None:
+        """Without root's rights the error says so."""
         lab.load()
         self.fails(lab, "root", launcher=("unshare", "--user", "--"))
 
     def test_unknown_account(self, lab: Lab) -> None:
+        """An unknown account is named."""
         lab.load()
         self.fails(lab, "no-such-account", user="no-such-account")
 
     def test_no_configuration(self, lab: Lab) -> None:
+        """A missing file is named."""
         lab.load()
         result = lab.command("server", "-c", lab.directory / "missing.conf", "--user", "none")
         result.assert_error("missing.conf")
@@ -5974,6 +6129,7 @@ class TestSignalsAtTheStart:
 
 class TestSighup:
     def test_more_of_everything(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A new resource can be knocked for at once, and no lease is lost."""
         knock_all(lab, *HOLDERS)
         assert attempt(lab, 0x28) != COMEIN
         shut = TRUTH_RESOURCES.replace("27 = port: 27 / timeout: 0", "28 = port: 27 / timeout: 9")
@@ -6007,6 +6163,7 @@ class TestSighup:
     def test_users_and_resources_that_are_gone(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """Their leases end at once, and no others."""
         knock_all(lab, *HOLDERS, (OTHER_4, 0x22, 2))
         without = "\n".join(
             line for line in watched.conf().splitlines() if not line.startswith("2 = ")
@@ -6032,6 +6189,7 @@ class TestSighup:
     def test_resources_that_mean_something_else(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """Leases of resources whose meaning has changed end at once, and no others."""
         knock_all(lab, *HOLDERS, (CLIENT_4, 0x26, 1))
         nft_do("add chain inet filter OTHER")
         changed = TRUTH_RESOURCES.replace("23 = port: 23 / tcp, udp", "23 = port: 23")
@@ -6045,6 +6203,7 @@ class TestSighup:
         assert not lab.reaches(26, CLIENT_4)
 
     def test_timeouts(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A shorter timeout cuts leases that run; a longer one is for the next knock."""
         knock_all(lab, *HOLDERS)
         shorter = TRUTH_RESOURCES.replace("22 = port: 22", "22 = port: 22 / timeout: 5")
         longer = TRUTH_RESOURCES.replace("timeout: 60", "timeout: 900")
@@ -6111,12 +6270,14 @@ class TestSighup:
             assert "the user's last day was " in server.wait_for("refused")["reason"]
 
     def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A new policy counts at once."""
         for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
             general = f"control-error-policy = {policy}"
             reconfigure(guarded, watched.conf(general=general))
             assert attempt(lab, key=bytes(32)) == answer, policy
 
     def test_max_nr_rules(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A lower limit ends no lease, and refuses new ones."""
         knock_all(lab, *HOLDERS)
         reconfigure(guarded, watched.conf(nftables="max-nr-rules = 2"))
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
@@ -6126,6 +6287,7 @@ class TestSighup:
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
     def test_control_port(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """The new port answers, the old one is shut, and leases stay."""
         knock_all(lab, *HOLDERS)
         for port, other in ((5900, 5800), (5800, 5900), (5900, 5800)):
             reconfigure(guarded, watched.conf(port=f"{port} / tcp, udp"))
@@ -6141,6 +6303,7 @@ class TestSighup:
                 raise AssertionError("the old port is still served")
 
     def test_protocols(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """The protocols of the control port change, and leases stay."""
         knock_all(lab, *HOLDERS)
         for protocols in ("tcp", "tcp, udp", "udp", "tcp, udp"):
             reconfigure(guarded, watched.conf(port=f"5800 / {protocols}"))
@@ -6155,6 +6318,7 @@ class TestSighup:
     def test_a_control_port_that_is_taken(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """The reload fails with the reason, and changes nothing."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
         with socket.socket(socket.AF_INET6) as occupant:
@@ -6171,6 +6335,7 @@ class TestSighup:
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
     def test_a_bad_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """It is refused with its line, and everything goes on as before."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
         good = watched.conf()
@@ -6260,6 +6425,7 @@ class TestSighup:
     def test_a_chain_that_is_missing(
         self, lab: Lab, guarded: Server, watched: WatchedNft
     ) -> None:
+        """A reload that nft refuses changes nothing."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
         new = TRUTH_RESOURCES.replace("22 = port: 22", "30 = jump / input: MISSING")
@@ -6294,6 +6460,7 @@ class TestSighup:
     def test_a_client_between_challenge_and_response(
         self, lab: Lab, watched: WatchedNft, old: str, new: str, goes_on: bool, protocol: str
     ) -> None:
+        """It goes on, unless what it relies on has changed."""
         if "5900" in new and protocol == "udp":
             return  # a datagram to the old port finds nobody there
         lab.load(more=DOOR)
@@ -6446,6 +6613,7 @@ class TestLogUnderAttack:
     """No flood fills the disk, and none hides who was let in."""
 
     def test_a_burst_is_summed_up(self, lab: Lab) -> None:
+        """Refusals get ten lines and then a sum in which none is missing."""
         lab.load()
         program = altered(lab, SOON)
         with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
@@ -6602,6 +6770,7 @@ class TestUnreadLog:
 
     @pytest.mark.parametrize("where", ["full pipe", "/dev/full", "closed"])
     def test_it_serves_and_stops(self, lab: Lab, where: str) -> None:
+        """A log that takes no line keeps nobody out, and does not hold up the stop."""
         lab.load()
         with Mute(lab, where) as mute:
             for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
@@ -6765,6 +6934,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 class TestWithoutIPv6:
     def test_disabled_in_the_kernel(self, lab: Lab) -> None:
+        """Client and server work where IPv6 is disabled."""
         lab.load()
         with lab.without_ipv6(), Server(lab, server_conf()):
             for control in ("-T", "-U"):
@@ -6778,6 +6948,7 @@ class TestWithoutIPv6:
         assert lab.letmein("knock", SERVER_6, "22").status == 1, "IPv6 is back, the server is not"
 
     def test_absent_from_the_kernel(self, lab: Lab) -> None:
+        """Client and server work where no IPv6 socket can be made."""
         if platform.machine() not in ("x86_64", "aarch64"):
             pytest.skip(f"no seccomp filter for {platform.machine()}")
         lab.load()
@@ -7098,6 +7269,7 @@ class TestNetworkProcess:
     """The process that faces the internet dies, hangs, or turns against us."""
 
     def test_killed_again_and_again(self, lab: Lab) -> None:
+        """It comes back each time, after a longer pause, and leases stay."""
         lab.load()
         with Server(lab, server_conf()) as server:
             assert handshake(lab) == COMEIN
@@ -7145,6 +7317,7 @@ class TestNetworkProcess:
             assert "restart the server" in lost["hint"]
 
     def test_stopped(self, lab: Lab) -> None:
+        """One that stands still is replaced, and leases stay."""
         lab.load()
         with Server(lab, server_conf()) as server:
             assert handshake(lab) == COMEIN
@@ -7161,6 +7334,7 @@ class TestNetworkProcess:
         ],
     )
     def test_it_hangs(self, lab: Lab, attack: str, reason: str) -> None:
+        """One that loops, or reads nothing, is replaced, and leases stay."""
         lab.load()
         with Server(lab, server_conf(), program=with_attack(lab, attack)) as server:
             assert handshake(lab) == COMEIN
@@ -7171,6 +7345,7 @@ class TestNetworkProcess:
 
     @pytest.mark.parametrize("attack", BAD_RECORDS)
     def test_a_bad_record(self, lab: Lab, attack: str) -> None:
+        """One that sends what it should not is replaced, and no lease changes."""
         lab.load()
         program = with_attack(lab, BAD_RECORDS[attack])
         with Server(lab, server_conf(), program=program) as server:
@@ -7185,6 +7360,7 @@ class TestNetworkProcess:
 
     @pytest.mark.parametrize("attack", FLOODS)
     def test_a_flood(self, lab: Lab, attack: str) -> None:
+        """A flood of records costs no memory, descriptor or disk, and does not hold up the stop."""
         lab.load()
         program = with_attack(lab, FLOOD + FLOODS[attack])
         with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
@@ -7285,6 +7461,7 @@ class TestPrivileges:
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_the_network_process(self, lab: Lab, seccomp: str) -> None:
+        """It has no capability, root, group or file, and tight limits."""
         need_root(lab)
         lab.load()
         account = pwd.getpwnam(SANDBOX_ACCOUNT)
@@ -7332,6 +7509,7 @@ class TestPrivileges:
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_the_monitor(self, lab: Lab, seccomp: str) -> None:
+        """It has six capabilities, and other programs of root cannot look into it."""
         lab.load()
         with confined(lab, server_conf(), seccomp=seccomp) as server:
             monitor = server.process.pid
@@ -7379,6 +7557,7 @@ class TestPrivileges:
         TestStart().fails(lab, *words, user="rootgroup")
 
     def test_user_none_is_loud(self, lab: Lab) -> None:
+        """The server warns where its network process keeps its rights."""
         lab.load()
         with Server(lab, server_conf()) as server:
             assert [warning["reason"] for warning in server.events("warning")].count(LOUD) == 1
@@ -7547,6 +7726,7 @@ class TestTakeover:
     nothing to do."""
 
     def test_no_key_is_in_its_reach(self, lab: Lab) -> None:
+        """No key is in its memory, command line or environment."""
         lab.load()
         with confined(lab, server_conf(general="control-error-policy = always")) as server:
             for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
@@ -7585,6 +7765,7 @@ class TestTakeover:
 
     @pytest.mark.parametrize("call", FORBIDDEN)
     def test_what_ends_it_under_seccomp(self, lab: Lab, call: str) -> None:
+        """Each forbidden call ends it, and changes nothing."""
         lab.load()
         program = with_attack(lab, f"exec({FORBIDDEN[call]!r})")
         with confined(lab, server_conf(), seccomp="kill", program=program) as server:
@@ -7628,6 +7809,7 @@ class TestTakeover:
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_no_record_opens_a_port(self, lab: Lab, seccomp: str) -> None:
+        """No record without a client's proof opens a port."""
         lab.load()
         program = with_attack(lab, EVERY_RECORD)
         with confined(lab, server_conf(), seccomp=seccomp, program=program) as server:
@@ -7804,6 +7986,7 @@ class TestSeccomp:
 
     @pytest.mark.parametrize("call", NEVER_CALLED)
     def test_what_ends_monitor_and_client(self, lab: Lab, call: str) -> None:
+        """A call that neither of them makes ends it under `kill`."""
         need_seccomp()
         lab.load()
         number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
@@ -7944,6 +8127,7 @@ class TestEgress:
     ],
 )
 def test_usage_error(conf: Path, words: str, complaint: str) -> None:
+    """Each wrong command line is status 2, what is wrong, and what is right."""
     done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
@@ -8050,12 +8234,14 @@ def test_completion(shell: str) -> None:
 
 @pytest.mark.parametrize("option", ["-v", "--version"])
 def test_version(option: str) -> None:
+    """-v and --version print the version."""
     done = program(option)
     assert done.returncode == 0 and letmein.VERSION in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "[KEYS]\n1 = broken\n", "not a configuration", "[GENERAL\n"])
 def test_gen_key(tmp_path: Path, text: str) -> None:
+    """A key for any user, whatever the file says, and never the same twice."""
     path = tmp_path / "letmein.conf"
     path.write_text(text)
     path.chmod(0o600)
@@ -8096,6 +8282,7 @@ def test_gen_key_says_where_the_line_belongs() -> None:
 
 
 def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
+    """Without -u the key is for the file's default-user."""
     path = tmp_path / "letmein.conf"
     path.write_text("[CLIENT]\ndefault-user = 7\n")
     path.chmod(0o600)
@@ -8178,6 +8365,7 @@ def test_no_client_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["knock", "127.0.0.1", "22"], ["server"], ["status"]])
 def test_configuration_that_cannot_be_used(tmp_path: Path, command: list[str]) -> None:
+    """Each command names the bad line, and not the key."""
     path = tmp_path / "bad.conf"
     path.write_text(server_text("KEYS", f"1 = {KEY_TEXT[:-1]}"))
     path.chmod(0o600)
@@ -8187,6 +8375,7 @@ def test_configuration_that_cannot_be_used(tmp_path: Path, command: list[str]) -
 
 @pytest.mark.parametrize("command", ["server", "status"])
 def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
+    """The server's commands name a file that is missing."""
     assert "no such file" in failure(program(command, "-c", tmp_path / "absent.conf")).lower()
 
 
@@ -8194,6 +8383,7 @@ class TestCounters:
     """What `status` tells of the server itself."""
 
     def test_what_is_counted(self, lab: Lab) -> None:
+        """`status` has each refusal by its reason, and says when no server runs."""
         lab.load()
         conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 60")
         with Server(lab, conf, "-N", "2") as server:
@@ -8283,6 +8473,7 @@ class TestCounters:
                 assert counted(server)["counts"].get("granted", 0) == 0
 
     def test_readers_that_do_not_read(self, lab: Lab) -> None:
+        """200 of them keep nobody out, and do not hold up the stop."""
         lab.load()
         with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
             path = str(status_socket(server))
@@ -8479,6 +8670,7 @@ class TestService:
     """The files that start the server with the system."""
 
     def test_systemd_starts_this_copy(self, lab: Lab) -> None:
+        """The unit starts this copy with these options, and lets it see what it needs."""
         conf = lab.file(server_conf())
         for words, path, account in (
             ((), Path("/etc/letmeind.conf"), "letmeind"),
@@ -8500,6 +8692,7 @@ class TestService:
         assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
 
     def test_systemd_takes_it(self, lab: Lab) -> None:
+        """systemd finds no fault with the unit, and gives it an exposure of 2.6 at most."""
         program = shutil.which("systemd-analyze")
         if program is None:
             pytest.skip("systemd-analyze is not in PATH")
@@ -8566,6 +8759,7 @@ class TestService:
             assert handshake(lab, 0x23, protocol="udp", source=CLIENT_6) == COMEIN
 
     def test_sockets_of_systemd(self, lab: Lab) -> None:
+        """The server serves the sockets that it is given."""
         lab.load()
         file = lab.file("")
         program = (sys.executable, "-c", ACTIVATE, file, sys.executable, LETMEIN, "server")
@@ -8636,6 +8830,7 @@ class TestService:
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
+        """procd starts this copy, again if it ends, and reloads it."""
         conf = lab.file(server_conf())
         script = lab.file(service(lab, "openwrt", "-c", conf), "letmeind.init")
         assert script.read_text().startswith("#!/bin/sh /etc/rc.common\n")
@@ -8845,6 +9040,7 @@ def strict(shared_strict: tuple[Shared, int]) -> Iterator[Strict]:
 class TestWire:
     @pytest.mark.parametrize("fault", named(TCP_FAULTS))
     def test_tcp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
+        """Each fault over TCP is answered as the policy says, and the next client is served."""
         with Peer(lab) as peer:
             fault.speak(peer)
             said = peer.rest()
@@ -8856,6 +9052,7 @@ class TestWire:
 
     @pytest.mark.parametrize("fault", named(UDP_FAULTS))
     def test_udp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
+        """Each fault over UDP is answered as the policy says, and the next client is served."""
         with Peer(lab, "udp") as peer:
             fault.speak(peer)
             # What the fault is answered with comes before the answer to this.
@@ -8899,11 +9096,13 @@ class TestWire:
     def test_an_error_after_full_authentication(
         self, lab: Lab, strict: Strict, protocol: str
     ) -> None:
+        """A change that fails is GOAWAY under every policy."""
         assert handshake(lab, 0x27, protocol=protocol) == GOAWAY
         strict.server.wait_for("failed", proto=protocol, resource="00000027")
         assert_serves(lab, strict.server)
 
     def test_one_byte_at_a_time_in_time(self, lab: Lab, strict: Strict) -> None:
+        """Messages may come byte by byte."""
         with Peer(lab) as peer:
             peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             slowly(message(KNOCK, 0x22), 0)(peer)
@@ -8917,6 +9116,7 @@ class TestWire:
         assert_serves(lab, strict.server)
 
     def test_a_replayed_response_over_tcp(self, lab: Lab, strict: Strict) -> None:
+        """A recorded handshake opens nothing: its token is not good twice."""
         knock = message(KNOCK, 0x22)
         with Peer(lab) as peer:
             peer.send(knock)
@@ -8947,6 +9147,7 @@ class TestWire:
         assert_serves(lab, strict.server)
 
     def test_repeats_over_udp_are_answered_alike(self, lab: Lab, strict: Strict) -> None:
+        """A repeat gets the same answer, and opens nothing again that was revoked."""
         server = strict.server
 
         def try_it(source: str) -> bool:
@@ -8991,6 +9192,7 @@ class TestWire:
         assert not strict.server.events("network-process-lost")
 
     def test_a_port_may_knock_again_over_udp(self, lab: Lab, strict: Strict) -> None:
+        """A source port may be used for one knock after the other."""
         with Peer(lab, "udp") as peer:
             for _ in range(3):
                 peer.send(message(KNOCK, 0x23))
@@ -9002,6 +9204,7 @@ class TestWire:
         assert_serves(lab, strict.server)
 
     def test_a_late_repeat_of_a_revoke_over_udp(self, lab: Lab, strict: Strict) -> None:
+        """It does not shut what was opened since."""
         with Peer(lab, "udp") as peer:
             response = message(RESPONSE, 0x23, token=peer.challenge(0x23, operation=REVOKE))
             peer.send(response)
@@ -9013,6 +9216,7 @@ class TestWire:
         assert handshake(lab, 0x23, REVOKE) == COMEIN
 
     def test_reset_connections(self, lab: Lab, strict: Strict) -> None:
+        """Connections that are reset at any stage harm nobody."""
         for count in (0, 20, 56):
             peer = Peer(lab)
             peer.send(message(KNOCK, 0x22)[:count])
@@ -9119,6 +9323,7 @@ class TestThreats:
             assert len(server.events("granted")) == len(lab.elements()) == 1
 
     def test_the_table_names_tests_of_this_file(self) -> None:
+        """Each test that README, or the map above, names is here."""
         text = (HERE / "README.md").read_text(encoding="utf-8")
         names = re.findall(r"`((?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+)`", text)
         assert len(names) > 20
@@ -9209,6 +9414,7 @@ class TestFloods:
     def test_a_knock_succeeds(
         self, attacker: Attacker, kind: str, protocol: str, source: str, rate: float, delay: float
     ) -> None:
+        """Five knocks succeed under each flood; memory, descriptors and leases are as they were."""
         outcome = flood_case(attacker, kind, protocol, source, rate, 1, delay)
         print(outcome, end=" ")
         assert outcome.arrived >= rate / 4, outcome  # or it was no flood
@@ -9249,6 +9455,7 @@ class TestReference:
         port: int,
         open_to: str,
     ) -> None:
+        """Over each protocol and IP version, for each kind of port."""
         def seen(address: str) -> list[str]:
             return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
 
@@ -9264,6 +9471,7 @@ class TestReference:
     def test_jump_and_revoke(
         self, lab: Lab, mixed: Callable[..., Result], source: str, other: str, resource: str
     ) -> None:
+        """For its holder alone, or for all."""
         for word in ("knock", "revoke"):
             result = mixed(word, "-r", resource, server_for(source))
             assert result.status == 0, result
@@ -9274,6 +9482,7 @@ class TestReference:
     def test_a_name_with_both_families(
         self, lab: Lab, mixed: Callable[..., Result], control: str
     ) -> None:
+        """A name is knocked over IPv4 and IPv6."""
         for word in ("knock", "revoke"):
             result = mixed(word, control, "both.test", "22")
             assert result.status == 0, result
@@ -9284,6 +9493,7 @@ class TestReference:
     def test_a_resource_of_another_user(
         self, lab: Lab, mixed: Callable[..., Result], control: str
     ) -> None:
+        """Only its users open a resource."""
         result = mixed("knock", control, "-u", "2", "-r", "26", SERVER_4)
         assert result.status != 0, result
         assert not lab.reaches(26, CLIENT_4)
@@ -9292,6 +9502,7 @@ class TestReference:
             assert lab.reaches(26, CLIENT_4) == (word == "knock")
 
     def test_an_unknown_resource(self, lab: Lab, mixed: Callable[..., Result]) -> None:
+        """It is an error, and opens nothing."""
         result = mixed("knock", "-u", "2", "-r", "99", SERVER_4)
         assert result.status != 0, result
         assert not lab.reaches(22, CLIENT_4)
@@ -9617,6 +9828,7 @@ class TestReadme:
             assert any(re.match(pattern, word) for pattern in patterns), word
 
     def test_version(self) -> None:
+        """README names the version that this is."""
         assert f"Version {letmein.VERSION}," in readme()
 
     def test_lines(self) -> None:
@@ -9856,6 +10068,7 @@ class TestInstall:
         }
 
     def test_into_a_package(self, lab: Lab, tmp_path: Path) -> None:
+        """Just the files that are named come, work from there, and go again."""
         mine = tmp_path / "etc/letmeind.conf"
         mine.parent.mkdir()
         mine.write_text("mine")
@@ -10112,6 +10325,7 @@ def test_header_for_script_runners() -> None:
 class TestLightServer:
     @pytest.mark.skipif(SECCOMP != "off", reason="there is no pyseccomp without ctypes")
     def test_both_processes_without_what_openwrt_leaves_out(self, lab: Lab) -> None:
+        """Client, server, reload and status work with python3-light."""
         lab.load()
         block = textwrap.dedent(PYTHON3_LIGHT)
         python = lab.file(
