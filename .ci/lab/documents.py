@@ -109,13 +109,10 @@ def letmein_words(text: str) -> list[list[str]]:
     return commands
 
 
-PROGRAM = str(Path(letmein.__file__).resolve())
-
-
 def program(*words: object) -> subprocess.CompletedProcess[str]:
     """letmein.py with these words, as a user starts it."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, *map(str, words)],
+        [sys.executable, str(LETMEIN), *map(str, words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -267,42 +267,17 @@ def jumps(lab: Lab, source: str) -> str:
 # An nft that fails
 # ----------------------------------------------------------------------------
 
-# Fails as the file `mode` beside it says, for changes only: not for listings and checks.
-FAULTY_NFT = r"""#!/bin/sh
-here=$(dirname "$0")
-mode=$(cat "$here/mode")
-case "$*" in *list*|*-c*) exec @NFT@ "$@";; esac
-case "$mode" in
-    good) exec @NFT@ "$@";;
-    fail) echo "Error: made to fail" >&2; echo "more of it" >&2; exit 1;;
-    mute) exit 3;;
-    killed) kill -9 $$;;
-    hang) exec sleep 60;;
-    noise) head -c 3000000 /dev/zero >&2; exit 1;;
-esac
-"""
-
-
-class FaultyNft:
-    def __init__(self, lab: Lab) -> None:
-        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        self.exe = self.directory / "nft"
-        self.exe.write_text(FAULTY_NFT.replace("@NFT@", NFT), encoding="utf-8")
-        self.exe.chmod(0o755)
-        self.set("good")
-
-    def set(self, mode: str) -> None:
-        (self.directory / "mode").write_text(mode, encoding="ascii")
-
-
-# Each call leaves a line in `calls`: its process id, which is nft's as well, and its arguments.
-# Checks work in all modes without "all".
+# Does as the file `mode` says. Listings and checks work in all modes without "all". Each call
+# leaves a line in `calls`: its process id, which is nft's as well, and its arguments.
 WATCHED_NFT = r"""#!/bin/sh
 echo "$$ $*" >>@HERE@/calls
 mode=$(cat @HERE@/mode)
 case "$mode:$*" in *all:*) ;; *:*list*|*:*-c*) exec @NFT@ "$@";; esac
 case "$mode" in
-    fail*) echo "Error: made to fail" >&2; exit 1;;
+    fail*) echo "Error: made to fail" >&2; echo "more of it" >&2; exit 1;;
+    mute) exit 3;;
+    killed) kill -9 $$;;
+    noise) head -c 3000000 /dev/zero >&2; exit 1;;
     hang*) exec sleep 60;;
     slow*) sleep 2;;
     late*) @NFT@ "$@"; exec sleep 60;;

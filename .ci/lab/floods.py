@@ -51,58 +51,6 @@ from lab.wire import (
 # isort: on
 
 
-class Storm(NamedTuple):
-    """What came of many handshakes at once."""
-
-    good: int
-    seconds: float
-
-
-def storm(
-    lab: Lab, addresses: Iterable[str], at_once: int, operation: int, resource: int = 0x22
-) -> Storm:
-    """A handshake over TCP from each of these addresses, at_once of them at a time."""
-    waiting = iter(addresses)
-    good = running = 0
-    family, kind = socket.AF_INET, socket.SOCK_STREAM
-    started = time.monotonic()
-    with lab.client(), selectors.DefaultSelector() as selector:
-
-        def start() -> int:
-            address = next(waiting, None)
-            if address is None:
-                return 0
-            peer = socket.socket(family, kind)
-            peer.setblocking(False)
-            peer.bind((address, 0))
-            with contextlib.suppress(BlockingIOError):
-                peer.connect((SERVER_4, 5800))
-            selector.register(peer, selectors.EVENT_WRITE, CHALLENGE)
-            return 1
-
-        for _ in range(at_once):
-            running += start()
-        while running:
-            assert time.monotonic() < started + 60, "the storm does not end"
-            for key, _ in selector.select(LIMIT_S):
-                peer = key.fileobj
-                assert isinstance(peer, socket.socket)
-                if key.events == selectors.EVENT_WRITE:
-                    peer.send(message(KNOCK if operation == KNOCK else REVOKE, resource))
-                    selector.modify(peer, selectors.EVENT_READ, CHALLENGE)
-                    continue
-                said = peer.recv(56)
-                if len(said) == 56 and key.data == CHALLENGE and said[7] == CHALLENGE:
-                    peer.send(message(RESPONSE, resource, token=said[24:]))
-                    selector.modify(peer, selectors.EVENT_READ, COMEIN)
-                    continue
-                good += len(said) == 56 and key.data == COMEIN and said[7] == COMEIN
-                selector.unregister(peer)
-                peer.close()
-                running += start() - 1
-    return Storm(good, time.monotonic() - started)
-
-
 FLOOD_KINDS = {  # what can be done over which protocol
     "idle": ("tcp",),  # connect, and say nothing
     "replay": ("tcp", "udp"),  # one recorded KNOCK, again and again
@@ -752,19 +700,19 @@ class Rush(NamedTuple):
         return len(self.took) / self.seconds
 
 
-def rush_process() -> None:
-    """`rush`: as storm(), but it takes as little time for itself as it can. In:
-    addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
-    Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
-    addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
-    user, number = struct.pack(">I", 1), struct.pack(">I", 0x22)
-    answer = struct.pack(">I", RESPONSE) + user + number + os.urandom(8)
-    waiting = [(address, message(operation, 0x22)) for address in reversed(addresses)]
+def knock_from(
+    addresses: Sequence[str], at_once: int, operation: int, resource: int = 0x22
+) -> Callable[[float], list[float]]:
+    """Prepare a handshake over TCP from each of these addresses, at_once of them at a time. What it
+    returns does them, in as little time as it can, and begins none after so many seconds; that
+    returns how long each one took that was answered with COMEIN."""
+    ids = struct.pack(">II", 1, resource)
+    answer = struct.pack(">I", RESPONSE) + ids + os.urandom(8)
+    waiting = [(address, message(operation, resource)) for address in reversed(addresses)]
     running: dict[int, tuple[socket.socket, float]] = {}
     answered: set[int] = set()
     took: list[float] = []
     poll = select.epoll()
-    gc.disable()
 
     def start() -> None:
         address, knock = waiting.pop()
@@ -776,28 +724,51 @@ def rush_process() -> None:
         poll.register(peer, select.EPOLLIN)
         running[peer.fileno()] = (peer, began)
 
+    def begin(limit: float) -> list[float]:
+        started = time.monotonic()
+        for _ in range(min(at_once, len(waiting))):
+            start()
+        while running and (ready := poll.poll(LIMIT_S)):
+            for descriptor, _ in ready:
+                peer, began = running[descriptor]
+                said = peer.recv(56)
+                if said[7:8] == bytes([CHALLENGE]) and descriptor not in answered:
+                    answered.add(descriptor)
+                    proof = hmac.digest(KEYS[1], answer + said[24:], "sha3_256")
+                    peer.send(MAGIC + answer + proof)
+                    continue
+                now = time.monotonic()
+                if said[7:8] == bytes([COMEIN]):
+                    took.append(now - began)
+                del running[descriptor]
+                answered.discard(descriptor)
+                peer.close()
+                if waiting and now < started + limit:
+                    start()
+        return took
+
+    return begin
+
+
+def storm(
+    lab: Lab, addresses: Iterable[str], at_once: int, operation: int, resource: int = 0x22
+) -> int:
+    """knock_from() these addresses, in this process; returns how many succeeded."""
+    with lab.client():
+        return len(knock_from(list(addresses), at_once, operation, resource)(LIMIT_S))
+
+
+def rush_process() -> None:
+    """`rush`: knock_from() in a process of its own. In: addresses, how many at a time, operation,
+    limit in seconds; then a line at which to begin. Out: "ready", and then seconds, how long each
+    good one took, seconds of CPU."""
+    addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
+    begin = knock_from(addresses, at_once, operation)
+    gc.disable()
     print("ready", flush=True)
     sys.stdin.readline()
     started, used = time.monotonic(), time.process_time()
-    for _ in range(min(at_once, len(waiting))):
-        start()
-    while running and (ready := poll.poll(LIMIT_S)):
-        for descriptor, _ in ready:
-            peer, began = running[descriptor]
-            said = peer.recv(56)
-            if said[7:8] == bytes([CHALLENGE]) and descriptor not in answered:
-                answered.add(descriptor)
-                proof = hmac.digest(KEYS[1], answer + said[24:], "sha3_256")
-                peer.send(MAGIC + answer + proof)
-                continue
-            now = time.monotonic()
-            if said[7:8] == bytes([COMEIN]):
-                took.append(now - began)
-            del running[descriptor]
-            answered.discard(descriptor)
-            peer.close()
-            if waiting and now < started + limit:
-                start()
+    took = begin(limit)
     done = [time.monotonic() - started, took, time.process_time() - used]
     print(json.dumps(done), flush=True)
 

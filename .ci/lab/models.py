@@ -25,7 +25,7 @@ from lab.firewall import (
 )
 from lab.hosts import CLIENT_4, CLIENT_6, KEYS, LIMIT_S, OTHER_4, OTHER_6, Lab, eventually
 from lab.servers import Server, crash, happened, quiet, reconfigure
-from lab.wire import CHALLENGE, COMEIN, GOAWAY, KNOCK, RESPONSE, REVOKE, Answer, attempt
+from lab.wire import CHALLENGE, COMEIN, GOAWAY, KNOCK, RESPONSE, REVOKE, attempt, message, reply
 # isort: on
 
 
@@ -78,13 +78,12 @@ def sealed(
     resource: int = RESOURCE,
 ) -> bytes:
     """A message whose AUTH is right for key and token."""
-    message = Message(operation, user, resource, os.urandom(8), NO_TOKEN)
-    return message._replace(auth=message.authenticate(key, token)).encode()
+    return message(operation, resource, user, token, key)
 
 
 def plain(operation: int, user: int = USER, resource: int = RESOURCE) -> bytes:
     """A message whose AUTH proves nothing."""
-    return Message(operation, user, resource, os.urandom(8), NO_TOKEN).encode()
+    return reply(operation, user, resource)
 
 
 def new_client(
@@ -108,18 +107,6 @@ def is_done(client: Generator[bytes, bytes, None], data: bytes) -> bool:
     return False
 
 
-def good_server(log: list[tuple[int, int, int]]) -> Answer:
-    """Answers as the protocol wants it; log gets the operation, user and resource of a grant."""
-    server = Conversation()
-
-    def answer(data: bytes) -> bytes:
-        verdict = server.receive(data)
-        if verdict.met is None or server.ids is None:
-            return verdict.reply
-        log.append((verdict.met.asked, *server.ids))
-        return letmein.unsigned(COMEIN, *server.ids)
-
-    return answer
 
 
 # ----------------------------------------------------------------------------

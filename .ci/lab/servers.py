@@ -18,7 +18,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ import pytest
 
 # isort: off
 from lab.hosts import (
-    JUMP_RULESET, LETMEIN, LIMIT_S, OTHER_4, OTHER_6, SECCOMP, SERVER_4, Lab, Result, alive,
-    client_conf, environment, eventually, need_seccomp, run, seccomp_for, server_conf, unmeasured,
+    JUMP_RULESET, LAUNCHER, LETMEIN, LIMIT_S, OTHER_4, OTHER_6, SECCOMP, SERVER_4, Lab, Result,
+    alive, client_conf, environment, eventually, need_seccomp, run, seccomp_for, server_conf,
+    unmeasured,
 )
 from lab.wire import COMEIN, REVOKE, handshake
 # isort: on
@@ -38,6 +39,17 @@ from lab.wire import COMEIN, REVOKE, handshake
 # ----------------------------------------------------------------------------
 
 LOG_FIELD = re.compile(r"""([a-z-]+)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
+# The log's grammar: time, or for the journal a priority; names; words, or quoted what is no word.
+LOG_LINE = re.compile(
+    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} |<[3-7]>)event=[a-z-]+"
+    r"""(?: [a-z-]+=(?:[A-Za-z0-9_.,:/+%-]+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"))*"""
+)
+
+
+def assert_grammar(lines: Iterable[str]) -> None:
+    for line in lines:
+        assert line.isascii() and line.isprintable(), ascii(line)
+        assert LOG_LINE.fullmatch(line), line
 
 
 class Server:
@@ -274,6 +286,12 @@ def reconfigure(server: Server, conf: str, good: bool = True) -> None:
 # ----------------------------------------------------------------------------
 # A server that is not as it should be
 # ----------------------------------------------------------------------------
+
+
+def adjusted(lab: Lab, statement: str) -> tuple[str | Path, ...]:
+    """How to run a server whose monitor has executed this before it starts: it sets a constant."""
+    text = LAUNCHER.replace("import letmein\n", f"import letmein\n{statement}\n")
+    return (sys.executable, lab.file(text, mode=0o755), "server")
 
 
 def altered(lab: Lab, *changes: tuple[str, str]) -> tuple[str | Path, ...]:

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 # isort: off
@@ -24,6 +24,9 @@ from lab.hosts import CLIENT_4, KEYS, LIMIT_S, SERVER_4, SERVER_6, Lab, eventual
 
 MAGIC = bytes.fromhex("3B1BB719")
 KNOCK, CHALLENGE, RESPONSE, COMEIN, GOAWAY, REVOKE = range(6)
+# What a peer has proved when its error happens, in order; DROPPED: never answered.
+NO_AUTH, BASIC_AUTH, FULL_AUTH, DROPPED = range(4)
+POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 ANYBODY = 0xFFFFFFFF
 ZEROS = bytes(32)
 
@@ -227,9 +230,17 @@ def byte_57(peer: Peer) -> None:
 
 
 class FakeServer:
-    """Plays a script with each client: bytes are sent, None waits for a message. (UDP: once.)"""
+    """Plays a script with each client: bytes are sent, None waits for a message. (UDP: once.)
+    Args: at, its address and port, 0 for any port that is free.
+    """
 
-    def __init__(self, protocol: str, script: Sequence[bytes | None], reset: bool = False) -> None:
+    def __init__(
+        self,
+        protocol: str,
+        script: Sequence[bytes | None],
+        reset: bool = False,
+        at: tuple[str, int] = (SERVER_4, 5800),
+    ) -> None:
         self.protocol = protocol
         self.script = script
         self.reset = reset
@@ -238,7 +249,8 @@ class FakeServer:
         self.socket = socket.socket(socket.AF_INET, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.settimeout(LIMIT_S)
-        self.socket.bind((SERVER_4, 5800))
+        self.socket.bind(at)
+        self.port = self.socket.getsockname()[1]
         if protocol == "tcp":
             self.socket.listen()
         self.done = threading.Event()
@@ -419,42 +431,3 @@ def echo(connection: socket.socket) -> None:
 def shut_soon(lab: Lab) -> None:
     """All leases end long before their time."""
     eventually(lambda: not lab.elements(), "a port stays open")
-
-
-Answer = Callable[[bytes], "bytes | None"]
-
-
-@contextlib.contextmanager
-def listening(answer: Answer, udp: bool = False) -> Iterator[int]:
-    """A local server: answer() maps each message to a reply, None to hang up."""
-    listener = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
-    listener.bind(("127.0.0.1", 0))
-    listener.settimeout(10)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            if udp:
-                while True:
-                    data, peer = listener.recvfrom(100)
-                    listener.sendto(answer(data) or b"", peer)
-            while True:
-                peer_socket, _ = listener.accept()
-                with peer_socket:
-                    peer_socket.settimeout(10)
-                    while data := peer_socket.recv(56, socket.MSG_WAITALL):
-                        reply = answer(data)
-                        if reply is None:
-                            break
-                        peer_socket.sendall(reply)
-
-    if not udp:
-        listener.listen()
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
