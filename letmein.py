@@ -8,9 +8,9 @@ The server's firewall drops everything. A client who holds a shared key knocks, 
 challenge and response (HMAC-SHA3-256), and the kernel's nftables lets that one address in to that
 one port, for a while.
 
-The file has eight rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
-network, sandbox, command line. A room uses only those above it. Imported at the top is what a
-knock needs, or what costs it next to nothing: a client's time goes into starting Python.
+The file has nine rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
+network, sandbox, administration, command line. A room uses only those above it. Imported at the top
+is what a knock needs, or what costs it next to nothing: a client's time goes into starting Python.
 """
 
 from __future__ import annotations
@@ -1778,15 +1778,21 @@ class Hold:
         self.turn = threading.Lock()  # who has it may begin to knock
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
+        self.ended_by = 0  # a signal's number
 
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
 
         def stop(number: int, _: object) -> None:
+            self.ended_by = number
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
+        def on_lost_exception(_: object) -> None:
+            """It is that of stop(), see _obey(): no reason for a traceback."""
+
+        sys.unraisablehook = on_lost_exception
         catch_signals(stop)
         try:
             try:
@@ -1797,6 +1803,12 @@ class Hold:
                 catch_signals(signal.SIG_IGN)
         finally:  # of its own: a signal may have come before it was ignored
             self._close()
+
+    def _obey(self) -> None:
+        """End the program if a signal has come. Python loses an exception that is raised in a
+        callback of its own, as an import has them: then this one counts."""
+        if self.ended_by:
+            raise SystemExit(128 + self.ended_by)
 
     def _open(self) -> bool:
         client = self.client
@@ -1865,6 +1877,7 @@ class Hold:
         self._start_renewing()
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
+        self._obey()
         command = self.client.arguments.to_run
         try:
             process = subprocess.Popen(command)
@@ -1894,6 +1907,7 @@ class Hold:
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
         self.client.say("connected: carrying standard input and output")
+        self._obey()
         Carrier(peer).run()
         return 0
 
@@ -3537,6 +3551,10 @@ class Firewall:
 # socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
 # of a peer that has not proved itself: a challenge's token is derived from a secret of this run and
 # from all that it must fit, and a RESPONSE is checked against what was possible.
+#
+# On the way down: the records; the control port's sockets; the run directory; Followers and
+# RunSocket, for `status`; NetworkChild, its start, its channels and its end; Judge, which follows a
+# message to its answer; Monitor, which joins all that.
 
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
@@ -3550,6 +3568,8 @@ IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 NETWORK_COMMAND = "network-process"
 TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a record
 NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
+NETWORK_END_S = 1.0  # for a network process to end by itself when the server stops
+RECORDS_PER_TURN = 256
 NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
@@ -3610,10 +3630,32 @@ def who_may(config: Config, resource: Resource) -> str:
     return listed([f"{user:08X}" for user in sorted(filter(may, resource.users))]) or "nobody"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], comma: str = ",") -> str:
     """Names behind each other, and how many more there are than a limit."""
     more = len(names) - LISTED_LIMIT
-    return ",".join(names[:LISTED_LIMIT]) + (f",+{more}" if more > 0 else "")
+    return comma.join([*names[:LISTED_LIMIT], *([f"+{more}"] if more > 0 else [])])
+
+
+def log_resources(config: Config, log: Log) -> None:
+    """Say who may have what: a line for each resource, up to a limit."""
+    who = {resource: who_may(config, resource) for resource in config.resources.values()}
+    open_to_some = [resource for resource in who if who[resource] != "nobody"]
+    for resource in open_to_some[:LISTED_LIMIT]:
+        opens = terms(resource, resource.timeout)
+        log("resource", resource=f"{resource.identifier:08X}", **opens, users=who[resource])
+    if len(open_to_some) > LISTED_LIMIT:
+        log("more-resources", count=len(open_to_some) - LISTED_LIMIT)
+
+
+def notify_systemd() -> None:
+    """Tell systemd, if it has started us, that we serve: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
+        with contextlib.suppress(OSError), socket.socket(*unix) as notify:
+            notify.settimeout(NOTIFY_PATIENCE_S)
+            notify.connect("\0" + path[1:] if path[0] == "@" else path)
+            notify.send(b"READY=1")
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -3726,7 +3768,8 @@ def check_rundir(rundir: str) -> None:
     """See that nobody else may put files into the run directory: theirs could keep the server from
     starting, or answer `status` in its name. Raises UserError."""
     with contextlib.suppress(OSError):  # if it is not there: who needs it will say so
-        if os.stat(rundir).st_mode & 0o022:
+        status = os.stat(rundir)
+        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
             hint = "take one that is root's alone: mkdir -m 755 DIR, and --rundir DIR"
             raise UserError(f"others may write to the run directory {rundir}", hint)
 
@@ -3800,7 +3843,7 @@ def json_line(document: Mapping[str, Any]) -> bytes:
 
 
 def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[str, Any]:
-    """A lease as `status --follow` tells of it; README documents the names."""
+    """A lease as `status --follow` tells of it; MANUAL.md documents the names."""
     return {
         "address": address,
         "ip_version": 6 if ":" in address else 4,
@@ -3876,246 +3919,141 @@ class Followers:
         self.drop(peer)
 
 
-class Monitor:
-    """The privileged process. Args: arguments, of the command line, and of them activated."""
+class RunSocket:
+    """A socket in the run directory, to which only our rights let anybody connect. Args: path, of
+    which a predecessor may have left the file; answer, is given each peer. Raises UserError."""
 
-    def __init__(self, config: Config, arguments: SimpleNamespace) -> None:
-        os.umask(0o077)
-        self.config = config
-        self.arguments = arguments
-        self.log = Log()
-        self.lock = lock_table(arguments.rundir, config)
-        self.root = empty_directory(arguments.rundir)
-        for controls in arguments.activated.values():
-            for control in controls:
-                prepare_control(control)
-        self.sockets = control_sockets(config, arguments.activated)
-        for protocol, port in arguments.activated.keys() - self.sockets.keys():
-            problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
-            raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
-        self.selector = selectors.DefaultSelector()
-        self.followers = Followers(self.selector)
-        self.firewall.table.tell_change = self._tell_change
-        self.ready = self.is_open = self.stopping = self.reload_wanted = False
-
-        self.network = 0  # the network process, if there is one
-        self.link: socket.socket | None = None  # to the network process
-        self.pipe = -1  # from the network process
-        self.shared: list[socket.socket] = []  # the sockets that it was given
-        self.start_at = 0.0  # when to start it
-        self.pause = Backoff(NETWORK_PAUSE_S)
-
-        self.tokens = Tokens(os.urandom(32))
-        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
-        self.since = time.time()
-
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
-        self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
-        self._catch_signals()
-        if self.arguments.user == "none":
-            reason = "--user none: the network process keeps the server's rights"
-            self.log("warning", reason=reason, hint="name an account for it with --user")
-        try:
-            while not (self.ready or self.stopping):
-                self._turn()
-            self._open_socket("status", self._send_status)
-            self._open_socket("follow", self.followers.add)
-            self.firewall.open(self.selector)
-            self.is_open = True
-            while self.firewall.is_adopting and not self.stopping:
-                self._turn()
-            self.followers.drop_all()  # they may have read leases that were not adopted
-            self._tell_ready("ready")
-            while not self.stopping:
-                if self.reload_wanted:
-                    self.reload_wanted = False
-                    self._reload()
-                self._turn()
-        finally:
-            self._stop_network(1)
-            for group in (self.shared, *self.arguments.activated.values()):
-                for control in group:
-                    close_control(control)
-            for name in ("status", "follow"):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{run_path(self.arguments.rundir, self.config)}.{name}")
-            if self.firewall.installed:
-                self.firewall.close()
-                self.log.summary()
-                self.log("stopped")
-
-    def _tell_ready(self, event: str) -> None:
-        """Say that this configuration is in force; to systemd, too: sd_notify(3)."""
-        path = os.environ.get("NOTIFY_SOCKET", "")
-        if path:
-            unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
-            with contextlib.suppress(OSError), socket.socket(*unix) as notify:
-                notify.settimeout(NOTIFY_PATIENCE_S)
-                notify.connect("\0" + path[1:] if path[0] == "@" else path)
-                notify.send(b"READY=1")
-        for warning in self.config.warnings:
-            self.log("warning", reason=warning)
-        config, port = self.config, f"{self.config.port}/{'+'.join(self.config.protocols)}"
-        self._tell_resources()
-        counts = {"users": len(config.keys), "resources": len(config.resources)}
-        self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
-
-    def _tell_resources(self) -> None:
-        """Who may have what: a line for each resource, up to a limit."""
-        resources = self.config.resources.values()
-        lines = [(each, who_may(self.config, each)) for each in resources]
-        lines = [(each, users) for each, users in lines if users != "nobody"]
-        for each, users in lines[:LISTED_LIMIT]:
-            opened = terms(each, each.timeout)
-            self.log("resource", resource=f"{each.identifier:08X}", **opened, users=users)
-        if len(lines) > LISTED_LIMIT:
-            self.log("more-resources", count=len(lines) - LISTED_LIMIT)
-
-    def _open_socket(self, name: str, answer: Callable[[socket.socket], None]) -> None:
-        """Serve a socket of the run directory, to which only our rights let anybody connect. Args:
-        answer, is given each peer. Raises UserError."""
-        path = f"{run_path(self.arguments.rundir, self.config)}.{name}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, path: str, answer: Callable[[socket.socket], None]) -> None:
+        self.answer = answer
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # a predecessor's: we hold the lock
-            listener.bind(path)
-            listener.listen()
+                os.unlink(path)
+            self.listener.bind(path)
+            self.listener.listen()
         except OSError as error:
             hint = "name another place with --rundir"
             reason = error.strerror or error  # of a path above 107 bytes Python alone complains
             if not error.strerror:
                 hint = "name a shorter path with --rundir"
             raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
-        listener.setblocking(False)
+        self.listener.setblocking(False)
+        # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
+        self.spare = os.open(os.devnull, os.O_RDONLY)
 
-        spare = os.open(os.devnull, os.O_RDONLY)
-
-        def serve() -> None:
-            nonlocal spare
-            # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
-            if spare >= 0:
-                os.close(spare)
-            with contextlib.suppress(OSError):
-                peer = listener.accept()[0]
-                peer.setblocking(False)
-                answer(peer)
-            try:
-                spare = os.open(os.devnull, os.O_RDONLY)
-            except OSError:  # there are none at all: then it wakes us up, but not all the time
-                spare = -1
-                time.sleep(SCARCE_PAUSE_S)
-
-        self.selector.register(listener, selectors.EVENT_READ, serve)
-
-    def _send_status(self, peer: socket.socket) -> None:
-        """Answer `status` with one JSON document."""
-        with peer:
-            peer.send(json_line(self._status()))
-
-    def _tell_change(self, event: str, lease: Lease | None = None, reason: str = "") -> None:
-        """Tell followers what has become of a lease. Args: event, "opened", "renewed" or "closed",
-        or "healed" without a lease: others had changed what a follower may have read."""
-        if lease is None:
-            self.followers.drop_all()
-        elif self.followers.peers:
-            left = 0 if event == "closed" else int(lease.ends - time.monotonic()) + 1
-            found = self.firewall.config.resources[lease.resource]
-            facts = lease_facts(lease.address, lease.user, found, left)
-            self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
-
-    @property
-    def _expires_at(self) -> float:
-        """When to tell followers of the next leases that the kernel ends, those of a second at
-        once. Without followers nobody wants to know."""
-        if not self.followers.peers:
-            return NEVER
-        return min(self.firewall.leases.ending, default=NEVER) + 1
-
-    def _status(self) -> dict[str, object]:
-        """What the server tells of itself; README documents the names."""
-        config, leases = self.config, self.firewall.leases
-        return {
-            "process": os.getpid(),
-            "since": self.since,
-            "port": f"{config.port}/{'+'.join(config.protocols)}",
-            "table": f"{config.family}/{config.table}",
-            "leases": len(leases),
-            "rules": leases.weight + len(config.protocols),
-            "max_nr_rules": config.max_nr_rules,
-            "refused": self.log.refusals,
-            "counts": self.log.counts,
-        }
-
-    def _catch_signals(self) -> None:
-        """Have the signals that are noted wake the selector up."""
-        import signal
-
-        def on_signal() -> None:
-            numbers = os.read(self.arguments.signals, 4096)
-            self.reload_wanted |= signal.SIGHUP in numbers  # until the firewall is open, it waits
-            self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
-            changes = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
-            child = self.network and os.waitid(os.P_PID, self.network, changes)
-            if child and child.si_code == os.CLD_STOPPED:  # of its end the link tells
-                self._lose_network("it was stopped")
-
-        self.selector.register(self.arguments.signals, selectors.EVENT_READ, on_signal)
-
-    def _turn(self) -> None:
-        """Wait for something to happen, and see to it."""
-        wakes_at = (self.firewall.wakes_at, self.start_at, self.log.sum_up_at)
-        wait = min(*wakes_at, self.followers.send_at, self._expires_at) - time.monotonic()
-        for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
-            key.data()
-        if time.monotonic() >= self.start_at:
-            try:
-                self._start_network()
-            except OSError as error:
-                hint = "a limit of descriptors, processes or memory is reached: end other programs"
-                problem = f"the network process cannot be started: {error.strerror}"
-                if error.filename:  # of posix_spawn()
-                    hint = "if an upgrade has replaced Python, restart the server with the new one"
-                    problem += f": {error.filename}"
-                self._lose_network(f"{problem}\n{hint}")
-        self.firewall.advance()
-        if time.monotonic() >= self._expires_at:
-            self.firewall.table.expire()
-        if time.monotonic() >= self.followers.send_at:
-            self.followers.send_news()
-        if time.monotonic() >= self.log.sum_up_at:
-            self.log.summary()
-
-    def _reload(self) -> None:
-        """Take over the configuration file anew, or say why not and go on as before."""
-        old = self.config
+    def serve(self) -> None:
+        """Accept and answer a peer, with the spare descriptor if there is no other."""
+        if self.spare >= 0:
+            os.close(self.spare)
+        with contextlib.suppress(OSError):
+            peer = self.listener.accept()[0]
+            peer.setblocking(False)
+            self.answer(peer)
         try:
-            config = read_config(old.path, server=True)
-            config = config._replace(seccomp=self.arguments.seccomp or config.seccomp)
-            fixed = old.fixed_options()
-            for name, value in config.fixed_options().items():
-                if value != fixed[name]:
-                    reason = "the new value takes effect when the server is restarted"
-                    self.log("restart-wanted", option=name, reason=reason)
-            config = config._replace(
-                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
-                seccomp=old.seccomp,
-            )  # fmt: skip
-            sockets = control_sockets(config, self.sockets)
-            self.firewall.reconfigure(config)
+            self.spare = os.open(os.devnull, os.O_RDONLY)
+        except OSError:  # there are none at all: then it wakes us up, but not all the time
+            self.spare = -1
+            time.sleep(SCARCE_PAUSE_S)
+
+
+class ServerOptions(NamedTuple):
+    """What a server is told in front of its configuration: by the command line, and by whoever
+    started it."""
+
+    rundir: str
+    account: str  # of the network process; "none" leaves it ours
+    connections: int  # at the same time
+    prefix_connections: int  # and from one peer: see Connection.prefix
+    seccomp: str | None  # in place of what the configuration says
+    activated: ControlSockets  # by systemd
+    signals: int  # the pipe of note_signals()
+
+
+class NetworkChild:
+    """The network process, as its parent has it: started, told the settings, listened to, replaced
+    when it is lost. Neither it nor what it says is trusted: what is unexpected ends it.
+
+    Args: selector, waits for what it says; take, is given each message of a peer, with its record.
+    Raises UserError if the control port cannot be served."""
+
+    def __init__(
+        self, config: Config, options: ServerOptions, selector: selectors.BaseSelector, log: Log,
+        take: Callable[[Record, Message], None],
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.options = options
+        self.selector = selector
+        self.log = log
+        self.take = take
+        self.root = empty_directory(options.rundir)
+        for controls in options.activated.values():
+            for control in controls:
+                prepare_control(control)
+        self.sockets = control_sockets(config, options.activated)
+        for protocol, port in options.activated.keys() - self.sockets.keys():
+            problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
+            raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
+        self.process = 0  # its id, while it runs
+        self.link: socket.socket | None = None  # to it
+        self.pipe = -1  # from it
+        self.shared: list[socket.socket] = []  # the control sockets that it was given
+        self.is_ready = False  # whether one has started well: from then on a lost one is replaced
+        self.is_heard = False  # whether what comes behind READY is taken: it waits for the firewall
+        self.start_at = 0.0  # when to start it
+        self.started_at = 0.0
+        self.pause = Backoff(NETWORK_PAUSE_S)
+
+    # -- start
+
+    def advance(self) -> None:
+        """Start it if it is time to. Raises UserError at our start."""
+        if time.monotonic() < self.start_at:
+            return
+        self.start_at = NEVER
+        self.started_at = time.monotonic()
+        try:
+            self.sockets = control_sockets(self.config, self.sockets)  # if some are missing
         except UserError as error:
-            self.log("reload-failed", reason=error.problem, hint=error.hint)
-        else:
-            self.config, self.sockets = config, sockets
-            self._send_settings()
-            self._tell_ready("reloaded")
+            return self.lose(error.problem)
+        try:
+            self._start()
+        except OSError as error:
+            hint = "a limit of descriptors, processes or memory is reached: end other programs"
+            problem = f"the network process cannot be started: {error.strerror}"
+            if error.filename:  # of posix_spawn()
+                hint = "if an upgrade has replaced Python, restart the server with the new one"
+                problem += f": {error.filename}"
+            self.lose(problem, hint)
+
+    def _start(self) -> None:
+        """Start it with its ends of the channels as standard input and output. Its program is the
+        compiled form of this one, even if the file has been replaced; that saves 6 MB, too. It
+        inherits that and the root directory, and nothing else. Raises OSError."""
+        import marshal
+        link, pipe = self._connect()
+        self._send_settings()  # before it may have gone, having said why
+        with link, pipe, os.fdopen(os.memfd_create("letmein-program", 0), "w+b") as program:
+            program.write(marshal.dumps(PROGRAM))
+            program.seek(0)
+            code = f"marshal.load(open({program.fileno()}, 'rb'))"
+            start = f"import marshal; exec({code}, {{'__name__': '__main__'}})"
+            limits = (str(self.options.connections), str(self.options.prefix_connections))
+            words = (self.options.account, self.config.seccomp, *limits, str(self.root))
+            command = [sys.executable, "-IB", "-c", start, NETWORK_COMMAND, *words]
+            streams: list[Any] = [
+                (os.POSIX_SPAWN_DUP2, link.fileno(), 0),
+                (os.POSIX_SPAWN_DUP2, pipe.fileno(), 1),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+            ]
+            os.set_inheritable(self.root, True)
+            try:
+                self.process = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
+            finally:
+                os.set_inheritable(self.root, False)
 
     def _connect(self) -> tuple[socket.socket, BinaryIO]:
-        """Make the channels to a network process, and return its ends: of the link to read from, of
-        the pipe to write to. Neither has a flag in common with ours: we never wait for it."""
+        """Make the channels, and return its ends: of the link to read from, of the pipe to write
+        to. Neither has a flag in common with ours: we never wait for it."""
         import fcntl
         self.link, link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
@@ -4128,57 +4066,92 @@ class Monitor:
         self.selector.register(self.pipe, selectors.EVENT_READ, self._on_pipe)
         return link, os.fdopen(pipe, "wb", buffering=0)
 
-    def _start_network(self) -> None:
-        """Start it with its ends of the channels as standard input and output. Its program is the
-        compiled form of this one, even if the file has been replaced; that saves 6 MB, too. It
-        inherits that and the root directory, and nothing else. Raises OSError."""
-        import marshal
-        self.start_at = NEVER
-        self.started = time.monotonic()
-        try:
-            self.sockets = control_sockets(self.config, self.sockets)  # if some are missing
-        except UserError as error:
-            return self._lose_network(error.problem)
-        link, pipe = self._connect()
-        self._send_settings()  # before it may have gone, having said why
-        with link, pipe, os.fdopen(os.memfd_create("letmein-program", 0), "w+b") as program:
-            program.write(marshal.dumps(PROGRAM))
-            program.seek(0)
-            code = f"marshal.load(open({program.fileno()}, 'rb'))"
-            start = f"import marshal; exec({code}, {{'__name__': '__main__'}})"
-            words: list[Any] = [NETWORK_COMMAND, self.arguments.user, self.config.seccomp]
-            words += [self.arguments.num_connections, self.arguments.num_ip_connections, self.root]
-            command = [sys.executable, "-IB", "-c", start, *map(str, words)]
-            dup = os.POSIX_SPAWN_DUP2
-            streams: list[Any] = [(dup, link.fileno(), 0), (dup, pipe.fileno(), 1)]
-            streams.append((os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0))
-            os.set_inheritable(self.root, True)
-            try:
-                self.network = os.posix_spawn(sys.executable, command, {}, file_actions=streams)
-            finally:
-                os.set_inheritable(self.root, False)
+    # -- what it is told
+
+    def reconfigure(self, config: Config, sockets: ControlSockets) -> None:
+        """Go on with this configuration, and these sockets of its control port."""
+        self.config, self.sockets = config, sockets
+        self._send_settings()
 
     def _send_settings(self) -> None:
         payload = SETTINGS_PAYLOAD.pack(self.config.control_timeout)
         controls = [control for group in self.sockets.values() for control in group]
-        self._send(Record(SETTINGS, payload=payload), [control.fileno() for control in controls])
+        self.send(Record(SETTINGS, payload=payload), [control.fileno() for control in controls])
         for control in set(self.shared).difference(controls):
             close_control(control)
         self.shared = controls
 
-    def _lose_network(self, reason: str) -> None:
+    def send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
+        """Tell it something. It reads at once whatever it does, or is not to be trusted."""
+        while self.link:
+            try:
+                socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
+                return
+            except BlockingIOError:
+                if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
+                    self.lose("it reads nothing")
+            except ConnectionError:  # it has closed its end: why, and its own end, the pipe tells
+                if self.process:
+                    import signal
+                    os.kill(self.process, signal.SIGKILL)
+                return
+            except OSError as error:
+                self.lose(error.strerror or "")
+
+    # -- what it says
+
+    def _on_pipe(self) -> None:
+        """Take what it has said, at most a batch's worth."""
+        for _ in range(RECORDS_PER_TURN):
+            if self.pipe < 0 or (self.is_ready and not self.is_heard):
+                return
+            try:
+                data = os.read(self.pipe, TEXT_LIMIT)
+            except BlockingIOError:
+                return
+            if len(data) == RECORD.size:
+                self._receive(Record(*RECORD.unpack(data)))
+            else:
+                reason, _, hint = data.decode("utf-8", "replace").partition("\n")
+                self.lose(reason or "it ended", hint)
+
+    def _receive(self, record: Record) -> None:
+        """Check one record, and hand on what a peer has said."""
+        if record.kind == READY:
+            self.is_ready = True
+        elif record.kind == COUNTS:
+            counts = zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload))
+            self.log.counts.update(dict(counts))
+        elif record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
+            self.lose("it sent a bad record")
+        else:
+            try:
+                message = Message.decode(record.payload)
+            except ProtocolError:
+                return self.lose("it sent a bad message")
+            self.take(record, message)
+
+    # -- its end
+
+    def notice_stop(self) -> None:
+        """Replace it if somebody has stopped it (SIGSTOP). Of its end the pipe tells."""
+        changes = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+        change = os.waitid(os.P_PID, self.process, changes) if self.process else None
+        if change and change.si_code == os.CLD_STOPPED:
+            self.lose("it was stopped")
+
+    def lose(self, reason: str, hint: str = "") -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
         import signal
-        reason, _, hint = reason.partition("\n")
-        status = self._stop_network(0)
-        if status not in (0, -9):  # of a signal N it is -N, and 9 is ours
+        status = self._stop(0)
+        if status not in (0, -signal.SIGKILL):  # that one is ours
             reason += f" ({ending(status)})"
         if status == -signal.SIGSYS:
             hint = "the filter of system calls did that; with seccomp = log the kernel says why"
-        if not self.ready:
+        if not self.is_ready:
             raise UserError(re.sub("^it ", "the network process ", reason), hint)
         self._replace_sockets()
-        if time.monotonic() - self.started > NETWORK_PAUSE_S[1]:
+        if time.monotonic() - self.started_at > NETWORK_PAUSE_S[1]:
             self.pause.reset()
         pause = self.pause.take()
         more = {"hint": hint} if hint else {}
@@ -4189,20 +4162,21 @@ class Monitor:
         """Open the control sockets anew: if the network process was taken over, it may have made
         them deaf. Those of systemd are not ours to open: they stay, with their options as at
         first, but a filter or an interface that they were bound to stays as well."""
+        activated = [control for group in self.options.activated.values() for control in group]
         for control in self.shared:
-            if not any(control in group for group in self.arguments.activated.values()):
+            if control not in activated:
                 close_control(control)
         opened = {name: group for name, group in self.sockets.items() if group[0].fileno() >= 0}
         self.sockets, self.shared = opened, []
         with contextlib.suppress(UserError):  # it is tried again with the next network process
             self.sockets = control_sockets(self.config, opened)
-        for group in self.arguments.activated.values():
-            for control in group:
-                with contextlib.suppress(OSError):
-                    prepare_control(control)
+        for control in activated:
+            with contextlib.suppress(OSError):
+                prepare_control(control)
 
-    def _stop_network(self, patience: float) -> int:
-        """It ends when its link closes, or is killed after so many seconds. Returns its status."""
+    def _stop(self, patience: float) -> int:
+        """It ends when its link closes, or is killed after patience, in s. Returns its status, of a
+        signal N it is -N."""
         if self.link is not None:
             self.link.close()
             self.link = None
@@ -4211,7 +4185,7 @@ class Monitor:
                 self.selector.unregister(self.pipe)
             os.close(self.pipe)
             self.pipe = -1
-        process, self.network = self.network, 0
+        process, self.process = self.process, 0
         try:
             return await_end(process, patience) if process else 0
         except OSError:  # to wait for a time takes a descriptor
@@ -4219,62 +4193,26 @@ class Monitor:
             os.kill(process, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-    def _on_pipe(self) -> None:
-        """Take what the network process has said, at most a batch's worth."""
-        for _ in range(256):
-            if self.pipe < 0 or (self.ready and not self.is_open):
-                return  # it is gone; or what comes behind READY waits for the firewall
-            try:
-                data = os.read(self.pipe, TEXT_LIMIT)
-            except BlockingIOError:
-                return
-            if len(data) == RECORD.size:
-                self._receive(Record(*RECORD.unpack(data)))
-            else:
-                said = data.decode("utf-8", "replace")
-                self._lose_network(said or "it ended")
+    def close(self) -> None:
+        """End it, and close the control port."""
+        self._stop(NETWORK_END_S)
+        for group in (self.shared, *self.options.activated.values()):
+            for control in group:
+                close_control(control)
 
-    def _send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
-        """The network process reads at once whatever it does, or is not to be trusted."""
-        while self.link:
-            try:
-                socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
-                return
-            except BlockingIOError:
-                if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
-                    self._lose_network("it reads nothing")
-            except ConnectionError:  # it has closed its end: why, and its own end, the pipe tells
-                if self.network:
-                    import signal
-                    os.kill(self.network, signal.SIGKILL)
-                return
-            except OSError as error:
-                self._lose_network(error.strerror or "")
 
-    def _receive(self, record: Record) -> None:
-        """See to one record from the network process, which is not trusted."""
-        if record.kind == COUNTS:
-            counts = zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload))
-            self.log.counts.update(dict(counts))
-        self.ready |= record.kind == READY
-        if record.kind in (READY, COUNTS):
-            return
-        if record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
-            return self._lose_network("it sent a bad record")
-        try:
-            message = Message.decode(record.payload)
-        except ProtocolError:
-            return self._lose_network("it sent a bad message")
-        verdict = self._judge(record, message)
-        if verdict.met is not None:
-            self._meet(verdict.met, message, record)
-        elif verdict.reason:
-            if not self._is_repeat(record, message, verdict.reason):
-                self.log.refusals[verdict.reason] += 1
-                self._log_peer("refused", message, record, reason=verdict.reason)
-            self._end(record, verdict.reply)
-        else:
-            self._send(record._replace(kind=REPLY, payload=verdict.reply))
+class PeerLog:
+    """What the log says of peers, and of what each got."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
+
+    def refused(self, record: Record, message: Message, reason: str) -> None:
+        """A peer was refused."""
+        if not self._is_repeat(record, message, reason):
+            self.log.refusals[reason] += 1
+            self.log_peer("refused", record, message, reason=reason)
 
     def _is_repeat(self, record: Record, message: Message, reason: str) -> bool:
         """Whether this is a knock over UDP that was refused just now: a client that hears nothing
@@ -4291,6 +4229,38 @@ class Monitor:
         if len(self.repeats) > REPEATS_LIMIT:
             del self.repeats[next(iter(self.repeats))]
         return False
+
+    def log_peer(self, event: str, record: Record, message: Message, **facts: str) -> None:
+        """One line on what became of a peer's request."""
+        protocol = "tcp" if record.protocol == TCP else "udp"
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
+
+
+class Judge:
+    """Follows each message from its arrival to its answer: judges it, changes the firewall, logs
+    it. Args: send, takes a record for the network process."""
+
+    def __init__(
+        self, config: Config, firewall: Firewall, log: Log, send: Callable[[Record], None]
+    ) -> None:
+        self.config = config
+        self.firewall = firewall
+        self.log = PeerLog(log)
+        self.send = send
+        self.tokens = Tokens(os.urandom(32))
+        self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
+
+    def take(self, record: Record, message: Message) -> None:
+        """See to one message of a peer."""
+        verdict = self._judge(record, message)
+        if verdict.met is not None:
+            answer = self._meet(verdict.met, record, message)
+            self._end(record, unsigned(answer, message.user, message.resource))
+        elif verdict.reason:
+            self.log.refused(record, message, verdict.reason)
+            self._end(record, verdict.reply)
+        else:
+            self.send(record._replace(kind=REPLY, payload=verdict.reply))
 
     def _judge(self, record: Record, message: Message) -> Verdict:
         """What to make of a peer's message."""
@@ -4318,45 +4288,205 @@ class Monitor:
         configured = (self.config.keys.get(user, NOBODYS_KEY), self.config.resources.get(resource))
         return repr((peer, user, resource, configured)).encode()
 
+    def _meet(self, met: Challenge, record: Record, message: Message) -> int:
+        """The peer has proved itself: do what it asked for, once. A RESPONSE that comes again
+        changes nothing, and gets its answer again: COMEIN or GOAWAY."""
+        if met.answer is not None:
+            return met.answer
+        if met.asked == KNOCK:
+            problem = self._knock(record, message)
+        else:
+            problem = self.firewall.revoke(record.peer, message.resource)
+            if not problem:
+                self.log.log_peer("revoked", record, message)
+        if problem:
+            self.log.log_peer("failed", record, message, reason=problem)
+        answer = GOAWAY if problem else COMEIN
+        self.tokens.answer(met, answer)
+        return answer
+
+    def _knock(self, record: Record, message: Message) -> str:
+        """Open a resource for a peer. Returns "" or why it is not open."""
+        resource = self.config.resources[message.resource]
+        gets = terms(resource, self.config.longest_lease(message.user, resource))
+        held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
+        if held and held.ends > time.monotonic():
+            gets["renewed"] = "yes"
+        problem = self.firewall.knock(record.peer, message.resource, message.user)
+        if not problem:
+            self.log.log_peer("granted", record, message, **gets)
+        return problem
+
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
         if reply or record.protocol == TCP:
-            self._send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
+            self.send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
 
-    def _meet(self, met: Challenge, message: Message, record: Record) -> None:
-        """The peer has proved itself: do what it asked for, once. A RESPONSE that comes again
-        changes nothing, and gets its answer again."""
-        answer = met.answer
-        if answer is None:
-            answer = self._do(met.asked, message, record)
-            self.tokens.answer(met, answer)
-        self._end(record, unsigned(answer, message.user, message.resource))
 
-    def _do(self, operation: int, message: Message, record: Record) -> int:
-        """Change the firewall; returns the answer, COMEIN or GOAWAY."""
-        event, facts = "revoked", {}
-        if operation == KNOCK:
-            event, facts = "granted", self._terms(message, record)
-            problem = self.firewall.knock(record.peer, message.resource, message.user)
+class Monitor:
+    """The privileged process: it joins network process, judge, firewall, log and followers, and
+    waits for all of them. Raises UserError."""
+
+    def __init__(self, config: Config, options: ServerOptions) -> None:
+        os.umask(0o077)
+        self.config = config
+        self.options = options
+        self.log = Log()
+        self.lock = lock_table(options.rundir, config)
+        self.selector = selectors.DefaultSelector()
+        self.network = NetworkChild(config, options, self.selector, self.log, self._take)
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
+        self.firewall.table.tell_change = self._tell_change
+        self.judge = Judge(config, self.firewall, self.log, self.network.send)
+        self.followers = Followers(self.selector)
+        self.stopping = False
+        self.reload_wanted = False
+        self.since = time.time()
+
+    def _take(self, record: Record, message: Message) -> None:
+        self.judge.take(record, message)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
+        self.selector.register(self.options.signals, selectors.EVENT_READ, self._on_signal)
+        if self.options.account == "none":
+            reason = "--user none: the network process keeps the server's rights"
+            self.log("warning", reason=reason, hint="name an account for it with --user")
+        try:
+            self._start()
+            while not self.stopping:
+                if self.reload_wanted:
+                    self.reload_wanted = False
+                    self._reload()
+                self._turn()
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        """Serve as soon as a network process is ready, and the firewall takes our rules."""
+        while not (self.network.is_ready or self.stopping):
+            self._turn()
+        for name, answer in (("status", self._send_status), ("follow", self.followers.add)):
+            served = RunSocket(self._run_path(name), answer)
+            self.selector.register(served.listener, selectors.EVENT_READ, served.serve)
+        self.firewall.open(self.selector)
+        self.network.is_heard = True
+        while self.firewall.is_adopting and not self.stopping:
+            self._turn()
+        self.followers.drop_all()  # they may have read leases that were not adopted
+        self._tell_ready("ready")
+
+    def _stop(self) -> None:
+        self.network.close()
+        for name in ("status", "follow"):
+            with contextlib.suppress(OSError):
+                os.unlink(self._run_path(name))
+        if self.firewall.installed:
+            self.firewall.close()
+            self.log.summary()
+            self.log("stopped")
+
+    def _run_path(self, name: str) -> str:
+        return f"{run_path(self.options.rundir, self.config)}.{name}"
+
+    def _on_signal(self) -> None:
+        import signal
+        numbers = os.read(self.options.signals, 4096)
+        self.reload_wanted |= signal.SIGHUP in numbers  # until the firewall is open, it waits
+        self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
+        self.network.notice_stop()
+
+    def _turn(self) -> None:
+        """Wait for something to happen, and see to it."""
+        wakes_at = min(
+            self.firewall.wakes_at, self.network.start_at, self.log.sum_up_at,
+            self.followers.send_at, self._expires_at,
+        )  # fmt: skip
+        wait = max(wakes_at - time.monotonic(), 0)
+        for key, _ in self.selector.select(wait if wakes_at < NEVER else None):
+            key.data()
+        self.network.advance()
+        self.firewall.advance()
+        if time.monotonic() >= self._expires_at:
+            self.firewall.table.expire()
+        if time.monotonic() >= self.followers.send_at:
+            self.followers.send_news()
+        if time.monotonic() >= self.log.sum_up_at:
+            self.log.summary()
+
+    def _reload(self) -> None:
+        """Take over the configuration file anew, or say why not and go on as before."""
+        old = self.config
+        try:
+            config = read_config(old.path, server=True)
+            config = config._replace(seccomp=self.options.seccomp or config.seccomp)
+            fixed = old.fixed_options()
+            for name, value in config.fixed_options().items():
+                if value != fixed[name]:
+                    reason = "the new value takes effect when the server is restarted"
+                    self.log("restart-wanted", option=name, reason=reason)
+            config = config._replace(
+                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
+                seccomp=old.seccomp,
+            )  # fmt: skip
+            sockets = control_sockets(config, self.network.sockets)
+            self.firewall.reconfigure(config)
+        except UserError as error:
+            self.log("reload-failed", reason=error.problem, hint=error.hint)
         else:
-            problem = self.firewall.revoke(record.peer, message.resource)
-        if problem:
-            event, facts = "failed", {"reason": problem}
-        self._log_peer(event, message, record, **facts)
-        return GOAWAY if problem else COMEIN
+            self.config = self.judge.config = config
+            self.network.reconfigure(config, sockets)
+            self._tell_ready("reloaded")
 
-    def _terms(self, message: Message, record: Record) -> dict[str, str]:
-        """What a peer gets, for the log; read before it has it."""
-        resource = self.config.resources[message.resource]
-        longest = self.config.longest_lease(message.user, resource)
-        held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
-        is_held = held is not None and held.ends > time.monotonic()
-        return {**terms(resource, longest), **({"renewed": "yes"} if is_held else {})}
+    # -- what it tells
 
-    def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
-        """One line on what became of a peer's request."""
-        protocol = "tcp" if record.protocol == TCP else "udp"
-        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
+    def _tell_ready(self, event: str) -> None:
+        """Say that this configuration is in force, and what it is."""
+        config = self.config
+        notify_systemd()
+        for warning in config.warnings:
+            self.log("warning", reason=warning)
+        log_resources(config, self.log)
+        port = f"{config.port}/{'+'.join(config.protocols)}"
+        counts = {"users": len(config.keys), "resources": len(config.resources)}
+        self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
+
+    def _tell_change(self, event: str, lease: Lease | None = None, reason: str = "") -> None:
+        """Tell followers what has become of a lease. Args: event, "opened", "renewed" or "closed",
+        or "healed" without a lease: others had changed what a follower may have read."""
+        if lease is None:
+            self.followers.drop_all()
+        elif self.followers.peers:
+            left = 0 if event == "closed" else int(lease.ends - time.monotonic()) + 1
+            found = self.firewall.config.resources[lease.resource]
+            facts = lease_facts(lease.address, lease.user, found, left)
+            self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
+
+    @property
+    def _expires_at(self) -> float:
+        """When to tell followers of the next leases that the kernel ends, those of a second at
+        once. Without followers nobody wants to know."""
+        if not self.followers.peers:
+            return NEVER
+        return min(self.firewall.leases.ending, default=NEVER) + 1
+
+    def _send_status(self, peer: socket.socket) -> None:
+        """Answer `status` with one JSON document; MANUAL.md documents the names."""
+        config, leases = self.config, self.firewall.leases
+        document = {
+            "process": os.getpid(),
+            "since": self.since,
+            "port": f"{config.port}/{'+'.join(config.protocols)}",
+            "table": f"{config.family}/{config.table}",
+            "leases": len(leases),
+            "rules": leases.weight + len(config.protocols),
+            "max_nr_rules": config.max_nr_rules,
+            "refused": self.log.refusals,
+            "counts": self.log.counts,
+        }
+        with peer:
+            peer.send(json_line(document))
 
 
 # ==== 6  Network =============================================================
@@ -4744,8 +4874,9 @@ def network_process(
             os.write(1, f"{what}{error}\n{getattr(error, 'hint', '')}".encode())
 
 
-# ==== 8  Command line ========================================================
-
+# ==== 8  Administration ======================================================
+# What an administrator asks for on the server: who holds what, whether the server could work, keys,
+# and the files for clients and for the system. None of it needs a running server.
 
 STATUS_PATIENCE_S = 8.0  # with a server that is busy
 
@@ -4768,16 +4899,14 @@ CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
 FOLLOW_PAUSE_S = 0.5  # before a server that has ended, or cut us off, is asked again
-HELP_COLUMN = 26  # where the text of --help begins
-HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
 
 def show_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, as the kernel has it, and what a running server tells of itself.
     Raises UserError."""
     import json
-    check_rundir(rundir)
     leases = list_leases(config)
+    check_rundir(rundir)
     server, why = ask_server(config, rundir)
     if as_json:
         table = {"family": config.family, "table": config.table}
@@ -4817,6 +4946,8 @@ def follow_status(config: Config, rundir: str, as_json: bool) -> None:
         with socket.socket(socket.AF_UNIX) as peer:
             try:
                 peer.connect(run_path(rundir, config) + ".follow")
+            except PermissionError as error:
+                raise unreadable(config, error) from None
             except (FileNotFoundError, ConnectionRefusedError):
                 change = snapshot(config)
                 found = [{**lease, "seconds_left": 0} for lease in change["leases"]]
@@ -4880,13 +5011,15 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
         print(json_line(change).decode(), end="", flush=True)
         return
     clock = time.strftime("%H:%M:%S", time.localtime(change["time"]))
-    if change.get("leases") == []:
+    is_snapshot = change["event"] == "snapshot"
+    leases = change["leases"] if is_snapshot else [change]
+    if not leases:
         print(clock, "nobody holds a lease", sep="  ")
-    for lease in change.get("leases", [change]):
+    for lease in leases:
         what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
         if not lease["port"]:
             what = f"{lease['resource']}: {', '.join(lease['chains'])}"
-        event = "open" if change is not lease else lease["event"]
+        event = "open" if is_snapshot else change["event"]
         end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
         print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
     sys.stdout.flush()
@@ -5039,30 +5172,6 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
     return leases
 
 
-def begin_service(arguments: SimpleNamespace) -> None:
-    """What comes before all else: take over what systemd has given us, and note signals, so that a
-    change of the file behind which a SIGHUP came is never missed. Raises UserError."""
-    arguments.activated = given = activated_sockets()
-    first = 3 + sum(map(len, given.values()))
-    os.closerange(first, 1 << 16)  # what else our parent has left open is for nobody
-    if not arguments.check:
-        arguments.signals = note_signals()
-
-
-def serve(config: Config, arguments: SimpleNamespace) -> int:
-    """Run the server until it is told to stop, or with --check only try whether it could."""
-    find_account(arguments.user)
-    filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
-    if arguments.check:
-        check(config, arguments.verbose)
-        return 0
-    give_back_memory()
-    warnings = config.warnings + give_up_rights()
-    filter_system_calls()
-    Monitor(config._replace(warnings=warnings), arguments).run()
-    return 0
-
-
 # What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
 # so what is not clear counts as good.
 LISTED_TABLE = re.compile(r"table (\w+) (\S+) \{")
@@ -5125,9 +5234,8 @@ def listed_chains(listing: str) -> list[ListedChain]:
     return chains
 
 
-def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
-    """Warnings of rules of others that drop all knocks: in front of the jump to our chain, or in
-    another table, for what one accepts another one may drop: nft(8)."""
+def late_jumps(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of rules that drop everything in front of the jump to our chain."""
     warnings = []
     own = [each for each in chains if (each.family, each.table) == (config.family, config.table)]
     for target in config.chains.values():
@@ -5140,13 +5248,20 @@ def obstacles(chains: list[ListedChain], config: Config) -> list[str]:
         if is_behind and all(is_behind.values()):
             problem = f"the jump to {target} is behind a rule of {', '.join(is_behind)}"
             warnings.append(f"{problem} that drops everything; move the jump above that rule")
-    versions = VERSIONS[config.family]
+    return warnings
+
+
+def foreign_drops(chains: list[ListedChain], config: Config) -> list[str]:
+    """Warnings of other tables that drop all knocks: what one table accepts another one may drop,
+    nft(8)."""
+    warnings = []
     for chain in chains:
-        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
-        is_same_version = set(VERSIONS.get(chain.family, ())).intersection(versions)
-        if chain in own or not is_hook or not is_same_version or chain.drops_at() < 0:
-            continue
         table = (chain.family, chain.table)
+        is_hook = chain.rules and chain.rules[0].startswith("type filter hook input ")
+        versions = set(VERSIONS.get(chain.family, ())).intersection(VERSIONS[config.family])
+        is_own = table == (config.family, config.table)
+        if is_own or not is_hook or not versions or chain.drops_at() < 0:
+            continue
         siblings = [each for each in chains if (each.family, each.table) == table]
         if not any(each.names_port(config.port) for each in siblings):
             problem = f"chain {chain.name} of table {' '.join(table)} drops all knocks"
@@ -5180,7 +5295,8 @@ def check(config: Config, is_verbose: bool) -> None:
     check_kernel(kernel, nft, config)
     took = time.monotonic() - began
     warnings = unreached_chains(kernel, config)
-    warnings += obstacles(listed_chains(nft.run("list ruleset", "-t")), config)
+    chains = listed_chains(nft.run("list ruleset", "-t"))
+    warnings += late_jumps(chains, config) + foreign_drops(chains, config)
     if took > SLOW_NFT_S:
         hint = "move large sets of others to a table of their own"
         warnings.append(f"nft took {took:.1f} s; {hint}")
@@ -5190,7 +5306,7 @@ def check(config: Config, is_verbose: bool) -> None:
     if is_verbose:
         print(f"\n{ruleset_script(config)}", end="")
     number = len(config.warnings) + len(warnings)
-    verdict = f"{number} warning{'s'[:number != 1]}" if number else "good"
+    verdict = {0: "good", 1: "1 warning"}.get(number, f"{number} warnings")
     print(f"\n{verdict}: nothing was changed")
 
 
@@ -5204,8 +5320,8 @@ def server_facts(config: Config) -> list[str]:
         ("seccomp", config.seccomp),
         ("table", f"{config.family} {config.table}"),
         ("chains", ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())),
-        ("sets", listed(list(ruleset(config).sets)).replace(",", ", ")),
-        ("keys of", listed([f"{user:08X}" for user in config.keys]).replace(",", ", ") or "nobody"),
+        ("sets", listed(list(ruleset(config).sets), ", ")),
+        ("keys of", listed([f"{user:08X}" for user in config.keys], ", ") or "nobody"),
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
@@ -5283,16 +5399,14 @@ def new_key_line(user: int) -> str:
     return f"{user:08X} = {key.hex().upper()}"
 
 
-def generate_key(user: int | None, path: str, config: str | None) -> None:
+def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
-    client's default user, or else for the first one behind that who has no key yet. Args: path, of
-    the client's file; config, the file of --config."""
-    server_places = [f"{place}/letmeind.conf" for place in CONFIG_PLACES]
-    server_path = config or next(filter(os.path.exists, server_places), server_places[-1])
+    client's default user, or else for the first one behind that who has no key yet. Args: the paths
+    of both files, which may be missing."""
     keys: Mapping[int, bytes] = {}
     default = 0
     with contextlib.suppress(ConfigError):  # one needs a key before there is a file
-        default = read_config(path, server=False).default_user
+        default = read_config(client_path, server=False).default_user
     with contextlib.suppress(ConfigError):  # nor is it to be complete: we need its keys alone
         keys = read_config(server_path, server=False).keys
     wanted = default if user is None else user
@@ -5310,14 +5424,7 @@ def generate_key(user: int | None, path: str, config: str | None) -> None:
     tell(f"or have the server print the whole client's file: letmein client-conf -u {new:X}")
 
 
-def service_file(kind: str, path: str, account: str) -> str:
-    """A file that starts this copy of the program with the system. Args: kind, as on the command
-    line; path, of letmeind.conf; account, of the network process."""
-    import shlex
-    program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
-    command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
-    if kind == "openwrt":
-        return f"""\
+OPENWRT_SCRIPT = """\
 #!/bin/sh /etc/rc.common
 # The chain, and the jump to it, in the table that fw4 makes:
 #     echo 'chain LETMEIN-INPUT {{ }}' >/etc/nftables.d/letmein.nft
@@ -5334,8 +5441,7 @@ start_service() {{
 }}
 reload_service() {{ procd_send_signal letmeind '*' HUP; }}
 """
-    if kind == "systemd-socket":
-        return """\
+SYSTEMD_SOCKET = """\
 # An extra. letmeind.service must be enabled as well: without it the firewall drops all knocks.
 [Socket]
 ListenStream=5800
@@ -5343,30 +5449,39 @@ ListenDatagram=5800
 [Install]
 WantedBy=sockets.target
 """
-    places = {"/etc", "/usr", sys.prefix, sys.base_prefix}
-    for file in (program, module, path):
-        if os.path.dirname(file) == "/":
-            hint = "move it into a directory: the service sees its files' directories, and no more"
-            raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
-        places.add(os.path.dirname(file))
-    with contextlib.suppress(ConfigError):
-        places.add(include_directory(read_config(path, server=True)))
-    settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
-        RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
-        MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
-        ProtectControlGroups ProtectHome=tmpfs ProtectHostname ProtectKernelLogs
-        ProtectKernelModules ProtectKernelTunables ProtectProc=invisible ProtectSystem=strict
-        RestrictNamespaces RestrictRealtime RestrictSUIDSGID SystemCallArchitectures=native
-        SystemCallErrorNumber=EPERM"""
-    lines = "\n".join(word if "=" in word else f"{word}=yes" for word in settings.split())
-    return f"""\
+SYSTEMD_UNIT = """\
 [Unit]
 Description=letmein, an authenticated port knocker
 After=nftables.service network.target
 [Service]
 ExecStart={command} --rundir /run/letmeind
 ExecReload=/bin/kill -HUP $MAINPID
-{lines}
+Type=notify
+KillMode=mixed
+Restart=on-failure
+RestartSec=3
+RestartForceExitStatus=SIGHUP
+UMask=0077
+SyslogIdentifier=letmeind
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+NoNewPrivileges=yes
+PrivateDevices=yes
+PrivateMounts=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=tmpfs
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
 # Not PrivateTmp=: that makes a directory in /tmp, and whoever fills that up keeps us from starting.
 # Not User=: what it gives is not lost by a change of user, so the network process would keep it.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SYS_CHROOT CAP_KILL
@@ -5376,10 +5491,49 @@ SystemCallFilter=~@aio @chown @keyring @memlock @resources
 # All that is there of the disk:
 RuntimeDirectory=letmeind letmeind/root
 RootDirectory=/run/letmeind/root
-BindReadOnlyPaths=-/bin -/lib -/lib64 -/sbin {shlex.join(sorted(places))}
+BindReadOnlyPaths=-/bin -/lib -/lib64 -/sbin {places}
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def service_file(kind: str, path: str, account: str) -> str:
+    """A file that starts this copy of the program with the system. Args: kind, as on the command
+    line; path, of letmeind.conf; account, of the network process. Raises UserError."""
+    import shlex
+    if kind == "systemd-socket":
+        return SYSTEMD_SOCKET
+    program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
+    command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
+    if kind == "openwrt":
+        return OPENWRT_SCRIPT.format(command=command)
+    places = service_places(program, module, path)
+    return SYSTEMD_UNIT.format(command=command, places=shlex.join(places))
+
+
+def service_places(program: str, module: str, path: str) -> list[str]:
+    """The directories that the service sees. Args: path, of letmeind.conf. Raises UserError."""
+    files = {file: os.path.dirname(file) for file in (program, module, path)}
+    with contextlib.suppress(ConfigError):
+        config = read_config(path, server=True)
+        if config.include:
+            files[f"what include in {path} names"] = include_directory(config)
+    for file, directory in files.items():
+        if directory == "/":
+            hint = "move it into a directory: the service sees its files' directories, and no more"
+            raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
+    for place in (sys.executable, sys.prefix, *files, *files.values()):
+        if re.search(r"[%$:\\'\"\n]", place):
+            problem = f"systemd reads {shown(place)} otherwise than as a path"
+            raise UserError(problem, "take a path without % $ : \\ and quotation marks")
+    return sorted({"/etc", "/usr", sys.prefix, sys.base_prefix, *files.values()})
+
+
+# ==== 9  Command line ========================================================
+# Words in, one call out: each Command names its options and what runs it.
+
+HELP_COLUMN = 26  # where the text of --help begins
+HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
 
 class UsageError(UserError):
@@ -5410,6 +5564,8 @@ class Command(NamedTuple):
     examples: str
     arguments: tuple[Option, ...] = ()
     options: tuple[Option, ...] = ()
+    # Does it, given the words of the command line, and returns the exit status. Raises UserError.
+    run: Callable[[SimpleNamespace], int] | None = None
 
 
 def parse_account(text: str) -> str:
@@ -5422,10 +5578,158 @@ def parse_slots(text: str) -> int:
     return parse_number(text, 1, 1_000_000)
 
 
+def parse_host_name(text: str) -> str:
+    """A host's name or address, fit for a file: nothing that could begin a line of its own."""
+    return matched(text, r"[\w.:%\[\]-]{1,255}", "a host's name or address")
+
+
 def default_rundir() -> str:
     """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
     return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
+
+# -- what each command does
+
+SERVER_FILE, CLIENT_FILE = "letmeind.conf", "letmein.conf"
+
+
+def allow_hangup() -> None:
+    """Take SIGHUP from now on, and the one that has come since our start."""
+    signal = sys.modules.get("signal")  # who has blocked it has imported that
+    if signal and hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+
+def config_places(name: str) -> list[str]:
+    """Where a configuration file may be. Args: name, SERVER_FILE or CLIENT_FILE."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    homes = [f"{home}/letmein"] if name == CLIENT_FILE else []
+    return [f"{place}/{name}" for place in (*homes, *CONFIG_PLACES)]
+
+
+def config_path(name: str, given: str | None) -> str:
+    """The configuration file: the one given with --config, or the first that is there."""
+    places = config_places(name)
+    return given or next(filter(os.path.exists, places), places[-1])
+
+
+def load_config(name: str, arguments: SimpleNamespace, is_told: bool = True) -> Config:
+    """The configuration, with what the command line says instead. Args: is_told, whether the user
+    is told the warnings. Raises ConfigError."""
+    try:
+        config = read_config(config_path(name, arguments.config), name == SERVER_FILE)
+    except ConfigError as error:
+        for warning in error.warnings:
+            warn(warning)
+        raise
+    for warning in config.warnings if is_told else ():
+        warn(warning)
+    if arguments.dns:
+        warn("--dns and --dns-crypt are obsolete; the system resolves names")
+    return config._replace(seccomp=arguments.seccomp or config.seccomp)
+
+
+def new_client(arguments: SimpleNamespace) -> Client:
+    """A client that may make its system calls alone. Raises UserError."""
+    if not os.path.exists(config_path(CLIENT_FILE, arguments.config)):
+        where = arguments.config or ", ".join(config_places(CLIENT_FILE))
+        hint = "have the server's administrator make one: letmein client-conf -u ID"
+        if arguments.config:
+            hint = f"check the path, or {hint}"
+        raise UserError(f"there is no configuration file, and so no key: {where}", hint)
+    config = load_config(CLIENT_FILE, arguments)
+    if arguments.to_run and config.seccomp != "off":
+        hint = "use connect, or --seccomp off"
+        raise UserError("COMMAND would run with the filter that seccomp gives the client", hint)
+    system_call_filter(config.seccomp, CLIENT_CALLS)()
+    return Client(config, arguments)
+
+
+def run_knock(arguments: SimpleNamespace) -> int:
+    client = new_client(arguments)
+    if arguments.to_run:
+        return Hold(client).run()
+    return 0 if client.ask_all(KNOCK) == client.resources else 1
+
+
+def run_revoke(arguments: SimpleNamespace) -> int:
+    client = new_client(arguments)
+    return 0 if client.ask_all(REVOKE) == client.resources else 1
+
+
+def run_connect(arguments: SimpleNamespace) -> int:
+    return Hold(new_client(arguments)).run()
+
+
+def run_gen_key(arguments: SimpleNamespace) -> int:
+    client_path, server_path = (
+        config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE)
+    )
+    generate_key(arguments.user, client_path, server_path)
+    return 0
+
+
+def run_client_conf(arguments: SimpleNamespace) -> int:
+    config = load_config(SERVER_FILE, arguments)
+    host = arguments.host_name or socket.gethostname()
+    print(client_file(config, arguments.user, host), end="")
+    return 0
+
+
+def run_server(arguments: SimpleNamespace) -> int:
+    """Serve until told to stop, or with --check only see whether that could work."""
+    # Before all else: what systemd has given us, and signals, so that a change of the file behind
+    # which a SIGHUP came is never missed.
+    activated = activated_sockets()
+    first = 3 + sum(map(len, activated.values()))
+    os.closerange(first, 1 << 16)  # what else our parent has left open is for nobody
+    signals = -1 if arguments.check else note_signals()
+    allow_hangup()
+    config = load_config(SERVER_FILE, arguments, is_told=arguments.check)
+    find_account(arguments.user)
+    filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
+    if arguments.check:
+        check(config, arguments.verbose)
+        return 0
+    give_back_memory()
+    warnings = config.warnings + give_up_rights()
+    filter_system_calls()
+    options = ServerOptions(
+        rundir=arguments.rundir,
+        account=arguments.user,
+        connections=arguments.num_connections,
+        prefix_connections=arguments.num_ip_connections,
+        seccomp=arguments.seccomp,
+        activated=activated,
+        signals=signals,
+    )
+    Monitor(config._replace(warnings=warnings), options).run()
+    return 0
+
+
+def run_service(arguments: SimpleNamespace) -> int:
+    path = config_path(SERVER_FILE, arguments.config)
+    print(service_file(arguments.kind, path, arguments.user), end="")
+    return 0
+
+
+def run_status(arguments: SimpleNamespace) -> int:
+    config = load_config(SERVER_FILE, arguments)
+    if arguments.follow:
+        follow_status(config, arguments.rundir, arguments.json)
+    elif arguments.watch:
+        watch_status(config, arguments.rundir)
+    else:
+        show_status(config, arguments.rundir, arguments.json)
+    return 0
+
+
+def run_completion(arguments: SimpleNamespace) -> int:
+    print(completion(arguments.shell))
+    return 0
+
+
+# -- the commands and their options
 
 KINDS = ("systemd", "systemd-socket", "openwrt")
 SHELLS = ("bash", "zsh", "fish")
@@ -5521,6 +5825,7 @@ allows. With COMMAND they stay open while it runs, and are closed at its end."""
             RESOURCE_ID, *CONTACT, QUIET,
             Option(("--keep",), "keep", "leave the ports open when COMMAND ends"),
         ),
+        run=run_knock,
     ),
     Command(
         "revoke", "close it again", "[OPTION...] HOST (PORT... | -r ID...)",
@@ -5532,6 +5837,7 @@ closed. The older name of this command is close.""",
   letmein revoke -r 80 server              close resource 00000080""",
         (HOST, PORT),
         (RESOURCE_ID, *CONTACT, QUIET),
+        run=run_revoke,
     ),
     Command(
         "connect", "open a port and connect to it, for ssh's ProxyCommand",
@@ -5547,6 +5853,7 @@ from there goes to standard output. The port is closed at the end.""",
             RESOURCE_ID._replace(text="open this resource, and connect to PORT"), *CONTACT,
             Option(("--keep",), "keep", "leave the port open at the end"),
         ),
+        run=run_connect,
     ),
     Command(
         "gen-key", "print a new key", "[OPTION...]",
@@ -5559,6 +5866,7 @@ from there goes to standard output. The port is closed at the end.""",
             text="user that the key is for (default: the client's default-user; if letmeind.conf"
             " has a key for it, the next one)"
         ),),
+        run=run_gen_key,
     ),
     Command(
         "client-conf", "print a user's client file, on the server", "[OPTION...] -u ID",
@@ -5573,10 +5881,11 @@ user's key, the control port and what the user may open.""",
             USER._replace(text="user whose file is printed (required)"),
             Option(
                 ("--host",), "host_name", "name by which the client reaches this server (default:"
-                " the name of this machine)", "NAME",
+                " the name of this machine)", "NAME", parse_host_name,
             ),
             SERVER_CONFIG,
         ),
+        run=run_client_conf,
     ),
     Command(
         "server", "run the server", "[OPTION...]",
@@ -5600,6 +5909,7 @@ user's key, the control port and what the user may open.""",
             ACCOUNT, SERVER_CONFIG,
             Option(("--no-systemd",), "no_systemd", ""),  # for the scripts of letmeind
         ),
+        run=run_server,
     ),
     Command(
         "service", "print a file that starts the server at boot", "[OPTION...] KIND",
@@ -5613,6 +5923,7 @@ Print a file that starts this copy of the program at boot:
   letmein service openwrt >/etc/init.d/letmeind""",
         (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
         (ACCOUNT, SERVER_CONFIG),
+        run=run_service,
     ),
     Command(
         "status", "print who has opened what, on the server", "[OPTION...]",
@@ -5632,6 +5943,7 @@ Print a file that starts this copy of the program at boot:
             ),
             SERVER_CONFIG,
         ),
+        run=run_status,
     ),
     Command(
         "completion", "print a completion script for a shell", "[OPTION...] SHELL",
@@ -5641,6 +5953,7 @@ Print a file that starts this copy of the program at boot:
   eval "$(letmein completion zsh)"         in ~/.zshrc, after compinit
   letmein completion fish | source         in ~/.config/fish/config.fish""",
         (Option(("SHELL",), "shell", ", ".join(SHELLS), words=SHELLS),),
+        run=run_completion,
     ),
 )  # fmt: skip
 ALIASES = {"close": "revoke"}  # its older name
@@ -5887,85 +6200,23 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     return arguments
 
 
-def allow_hangup() -> None:
-    """Take SIGHUP from now on, and the one that has come since our start."""
-    signal = sys.modules.get("signal")  # who has blocked it has imported that
-    if signal and hasattr(signal, "SIGHUP"):  # Windows has none
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-
-
 def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
+    command = arguments.about
     if arguments.help or arguments.version:
-        print(help_text(arguments.about) if arguments.help else f"letmein.py {VERSION}")
+        print(help_text(command) if arguments.help else f"letmein.py {VERSION}")
         return 0
-    if arguments.command == "completion":
-        print(completion(arguments.shell))
-        return 0
-    if arguments.command == "server":
-        begin_service(arguments)
-    allow_hangup()
-    is_server = arguments.command in ("server", "service", "status", "client-conf")
-    name = "letmeind.conf" if is_server else "letmein.conf"
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    homes = () if is_server else (f"{home}/letmein",)
-    places = [f"{place}/{name}" for place in (*homes, *CONFIG_PLACES)]
-    path = arguments.config or next(filter(os.path.exists, places), places[-1])
-    if not is_server and arguments.command != "gen-key" and not os.path.exists(path):
-        where = arguments.config or ", ".join(places)
-        hint = "have the server's administrator make one: letmein client-conf -u ID"
-        if arguments.config:
-            hint = f"check the path, or {hint}"
-        raise UserError(f"there is no configuration file, and so no key: {where}", hint)
-    if arguments.command == "gen-key":
-        generate_key(arguments.user, path, arguments.config)
-        return 0
-    if arguments.command == "service":
-        print(service_file(arguments.kind, path, arguments.user), end="")
-        return 0
-
-    try:
-        config = read_config(path, is_server)
-    except ConfigError as error:
-        for warning in error.warnings:
-            warn(warning)
-        raise
-    serving = arguments.command == "server" and not arguments.check
-    for warning in () if serving else config.warnings:
-        warn(warning)
-    if arguments.dns:
-        warn("--dns and --dns-crypt are obsolete; the system resolves names")
-    config = config._replace(seccomp=arguments.seccomp or config.seccomp)
-    if arguments.command == "server":
-        return serve(config, arguments)
-    if arguments.command == "client-conf":
-        host = arguments.host_name or socket.gethostname()
-        print(client_file(config, arguments.user, host), end="")
-        return 0
-    if arguments.command == "status":
-        if arguments.follow:
-            follow_status(config, arguments.rundir, arguments.json)
-        elif arguments.watch:
-            watch_status(config, arguments.rundir)
-        else:
-            show_status(config, arguments.rundir, arguments.json)
-        return 0
-    if arguments.to_run and config.seccomp != "off":
-        hint = "use connect, or --seccomp off"
-        raise UserError("COMMAND would run with the filter that seccomp gives the client", hint)
-    system_call_filter(config.seccomp, CLIENT_CALLS)()
-    client = Client(config, arguments)
-    if arguments.to_run or arguments.command == "connect":
-        return Hold(client).run()
-    done = client.ask_all(KNOCK if arguments.command == "knock" else REVOKE)
-    return 0 if done == client.resources else 1
+    if command.run is not run_server:  # which has to note first what may come
+        allow_hangup()
+    status: int = command.run(arguments)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program: returns the exit status, 0 for success, 1 for failure (2: bad usage)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == [NETWORK_COMMAND]:
+        if words[:1] == [NETWORK_COMMAND] and len(words) == 6:  # as NetworkChild starts it
             network_process(*words[1:])
             return 0
         for stream in ("stdin", "stdout", "stderr"):

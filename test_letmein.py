@@ -1,7 +1,37 @@
 """Tests of letmein.py on the real kernel, by its command line, its log, the wire and nft.
 
 The lab is in .ci/lab: two hosts in network namespaces, servers, clients, attackers, models. No test
-needs root, but for those that say so; nothing outlives the process that runs them.
+needs root, but for those that say so; nothing outlives the process that runs them. The sections
+follow the rooms of letmein.py, from Protocol to Command line; then comes what takes all of it.
+
+    What is claimed                                 Where it is proven
+    A knock opens its port, for its address alone   TestPackets.test_knock_and_revoke
+    A lease ends on time, by the kernel alone       TestTime, TestExactly
+    A stop removes all that the server installed    TestRules.test_a_stop_removes_everything
+    Leases live through crashes and reloads         TestAdopt, TestHeal
+    What others plant or prolong is put right       TestHeal
+    Server, kernel and `status` agree at all times  TestAnything
+    A reload ends what the file forbids now         TestSighup
+    Client and server work with the reference's     TestReference, test_vector
+    Files mean what they mean to the reference      test_accepted, test_rejected_option
+    No message holds a key                          test_no_message_holds_a_key
+    One ssh command opens, connects and shuts       TestConnect, TestSsh
+    A command runs while its ports are open         TestCommand
+    An error says what is wrong, and what to do     TestWords, test_every_message_keeps_the_rules
+    Dead addresses and lost packets cost little     TestDeadAddress, TestLossyPath
+    A knock imports no more than it needs           TestImports
+    The log is short, whole, and nobody's weapon    TestLogUnderAttack, TestUnreadLog
+    The documents are right, their recipes work     TestDocuments, TestRecipes, TestFail2ban
+
+    Who attacks                                     What shows how far they get
+    A stranger                                      TestWire, test_nobody_gets_in_without_the_key
+    A replayer                                      TestWire.test_a_replayed_response_over_tcp, TestRepeats
+    A man in the middle                             TestThreats.test_who_relays_a_knock_gets_its_lease
+    A flooder                                       TestFloods, TestMany, TestLogUnderAttack
+    A user with a key                               TestPackets.test_a_resource_of_another_user
+    Who takes the network process over              TestTakeover, TestNetworkProcess
+    ... and goes on from there                      TestPrivileges, TestSeccomp, TestEgress
+    A local user of the server                      test_file_mode, TestCounters.test_who_may_ask
 """
 
 from __future__ import annotations
@@ -55,9 +85,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 # isort: off
 sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
 from lab.documents import (
-    OPENWRT_FUNCTIONS, OPENWRT_PROGRAMS, OPENWRT_RC, FleetHost, ReadmeHost, Recipe, Said, Sayings,
-    assert_parses, failure, helps, letmein_words, log_events, objection, option_names, program,
-    readme, readme_block, readme_blocks, readme_section, service, unit_settings,
+    DOCUMENTS, OPENWRT_FUNCTIONS, OPENWRT_PROGRAMS, OPENWRT_RC, DocumentHost, FleetHost, Recipe,
+    Said, Sayings, assert_parses, document_block, document_section, documents, failure, fenced,
+    helps, letmein_words, log_events, objection, option_names, program, prose, service,
+    unit_settings,
 )
 from lab.firewall import (
     BOOT, DOOR, MEANINGS, OPENS, TRUTH_RESOURCES, TRUTH_RULES, Following, Remaining, WatchedNft,
@@ -2515,17 +2546,25 @@ class TestCommand:
             assert lab.elements() == []
             assert run("pgrep", "-f", f"^sleep {mark}$", check=False) == ""
 
-    @pytest.mark.parametrize("where", ["before", "after"])
+    @pytest.mark.parametrize("where", ["before", "after", "in a callback"])
     def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
-        """A signal just before or after its start leaves neither COMMAND nor a lease."""
+        """It ends all, also where Python loses the exception: in a callback of its own."""
         patch = f"""
-            import os, signal, subprocess
+            import os, signal, subprocess, threading
             class Popen(subprocess.Popen):
                 def __init__(self, command):
                     os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "before" else None
                     super().__init__(command)
                     os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "after" else None
             subprocess.Popen = Popen
+            class Callback:
+                def __del__(self):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            class Thread(threading.Thread):
+                def start(self):
+                    Callback() if {where!r} == "in a callback" else None
+                    super().start()
+            threading.Thread = Thread
         """
         seconds = f"60.{os.getpid()}"
         words = patched(lab, patch, "knock", "-q", SERVER_4, "22", "--", "sleep", seconds)
@@ -5244,7 +5283,7 @@ def test_monitor_survives_any_network_process(
                 good = good and payload[:7] == letmein.MAGIC + bytes(3) and payload[7] < 6
             for _ in range(times):
                 replies = monitor.hand(data)
-                assert (monitor.link is not None) == good
+                assert (monitor.network.link is not None) == good
                 assert len(replies) <= good
                 for reply in replies:
                     assert letmein.RECORD.pack(*reply)[1:-56] == data[1:-56], "it goes back"
@@ -5252,8 +5291,8 @@ def test_monitor_survives_any_network_process(
                     last = reply.payload
                     if any(last):
                         assert Message.decode(last).operation in (CHALLENGE, GOAWAY)
-                assert not monitor.firewall.changes and not monitor.tokens.answers
-                if monitor.link is None:
+                assert not monitor.firewall.changes and not monitor.judge.tokens.answers
+                if monitor.network.link is None:
                     monitor.theirs.close()
                     monitor.writer.close()
                     monitor.connect()
@@ -5477,7 +5516,7 @@ class ServerModel(RuleBasedStateMachine):
     def reload(self, change: tuple[str, Any]) -> None:
         self.conf = self.conf._replace(**{change[0]: change[1]})
         self.shortest = min(self.shortest, self.conf.timeout)
-        self.monitor.config = parse(self.conf.text())
+        self.monitor.judge.config = parse(self.conf.text())
 
     @rule(problem=st.sampled_from(["", "", "the kernel objects"]))
     def firewall(self, problem: str) -> None:
@@ -5623,7 +5662,7 @@ class ServerModel(RuleBasedStateMachine):
 
     @invariant()
     def the_network_process_is_not_blamed(self) -> None:
-        assert self.monitor.link is not None
+        assert self.monitor.network.link is not None
 
 
 ServerModel.TestCase.settings = settings(examples(60), stateful_step_count=40)
@@ -5647,14 +5686,14 @@ def test_a_longer_control_timeout_brings_no_response_back() -> None:
 def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
     """No peer is answered behind a READY until the predecessor's leases were adopted."""
     with lone_monitor(monitor_text("basic-auth")) as monitor:
-        monitor.ready = monitor.is_open = False
+        monitor.network.is_ready = monitor.network.is_heard = False
         knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
-        monitor._on_pipe()
-        assert monitor.ready and monitor.said() == []
-        monitor.is_open = True
-        monitor._on_pipe()
+        monitor.network._on_pipe()
+        assert monitor.network.is_ready and monitor.said() == []
+        monitor.network.is_heard = True
+        monitor.network._on_pipe()
         (reply,) = monitor.said()
         assert Message.decode(reply.payload).operation == CHALLENGE
 
@@ -5818,6 +5857,16 @@ class TestStart:
             result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
             result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
         assert not list(place.iterdir())
+
+    @pytest.mark.parametrize("command", ["server", "status"])
+    def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
+        """Its owner could do all that, whatever its mode."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(0o755)
+        os.chown(place, 65534, 65534)
+        result = lab.command(command, "-c", lab.file(server_conf()), "--rundir", place)
+        result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
 
     def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
         """Its path is named, and nothing is installed."""
@@ -6825,7 +6874,7 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
         forward()
         assert not any(talker.is_over() for talker in talkers[:4])
         assert talkers[4].is_over(), "it was there and said nothing"
-        server.monitor._on_pipe()
+        server.monitor.network._on_pipe()
         assert all(Message.decode(one.reply()).operation == CHALLENGE for one in talkers[:4])
         talkers.append(Talker(server, udp=False, source="127.0.0.2"))
         server.until(talkers[0].is_over)
@@ -7804,7 +7853,7 @@ NEVER_CALLED = {
     "unshare": "__import__('ctypes').CDLL(None).unshare(0)",
     "init_module": "__import__('ctypes').CDLL(None).syscall(@NUMBER@, 0, 0, 0)",
 }
-CLIENT_STEP = "    client = Client(config, arguments)\n"
+CLIENT_STEP = "    system_call_filter(config.seccomp, CLIENT_CALLS)()\n"
 
 
 class TestSeccomp:
@@ -8092,6 +8141,7 @@ def test_usage_error(conf: Path, words: str, complaint: str) -> None:
         ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
         ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
         ("help kock", "there is no command 'kock'\n  did you mean knock? "),
+        ("network-process", "there is no command 'network-process'\n"),
         ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
     ],
 )
@@ -8291,6 +8341,9 @@ def test_client_conf(tmp_path: Path) -> None:
     resources = parse(limited, server=False).resources.values()
     assert [each.timeout for each in resources] == [60, 90]
     assert "up to the end of 9999-12-31 (UTC)" in limited
+    for host in ("a\n[KEYS]", "a b", "a\x1b[2J", ""):
+        done = program("-c", path, "client-conf", "-u", "1", "--host", host)
+        assert (done.returncode, done.stdout) == (2, ""), "it would write lines of its own"
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
@@ -8400,6 +8453,16 @@ class TestCounters:
                     result = lab.command(path, number, program=program)
                     assert (result.status == 0) == good, result
                     assert good or "PermissionError" in result.err, result
+                follow = (
+                    "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import letmein;"
+                    "os.setgroups([]); os.setuid(65534); sys.exit(letmein.main(sys.argv[1:]))"
+                )
+                words = ("status", "--follow", "-c", lab.file(server_conf(), mode=0o644))
+                program = (sys.executable, "-I", "-c", follow)
+                said = lab.command(
+                    LETMEIN.parent, *words, "--rundir", server.rundir, program=program
+                )
+                said.assert_error("cannot read table inet filter: only root may", "as root")
             server.stop()
             assert not path.exists()
 
@@ -8770,6 +8833,18 @@ class TestService:
         words = ["-c", "/letmeind.conf", "service", "systemd"]
         result = lab.command(*words, program=(sys.executable, LETMEIN))
         result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+        conf = lab.file(server_conf(general="include = /*.keys"))
+        result = lab.command("service", "systemd", "-c", conf, program=(sys.executable, LETMEIN))
+        result.assert_error(f"what include in {conf} names lies in /", "move it into a directory")
+
+    @pytest.mark.parametrize("name", ["50%", "$HOME", "a:b", "it's", 'a"b', "a\\b", "a\nb"])
+    def test_no_unit_with_a_path_that_systemd_reads_otherwise(self, lab: Lab, name: str) -> None:
+        """systemd would start another command, or show the service another directory."""
+        path = lab.directory / name / "letmeind.conf"
+        words = ("-c", path, "service", "systemd")
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("systemd reads ", "take a path without")
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
@@ -9227,7 +9302,7 @@ class TestWire:
 
 
 class TestThreats:
-    """The README's threat model: what it admits, and that its table is of this file."""
+    """The threat model: what it admits, and that its table is of this file."""
 
     def test_who_relays_a_knock_gets_its_lease(self, lab: Lab) -> None:
         """A man in the middle: one lease, for what was knocked for, and no second one."""
@@ -9263,10 +9338,13 @@ class TestThreats:
             assert len(server.events("granted")) == len(lab.elements()) == 1
 
     def test_the_table_names_tests_of_this_file(self) -> None:
-        """Each test that README, or the map above, names is here."""
-        text = (HERE / "README.md").read_text(encoding="utf-8")
+        """Each test that the threat model, or the table at the top of this file, names is here."""
+        text = document_section("Threat model")
         names = re.findall(r"`((?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+)`", text)
         assert len(names) > 20
+        assert __doc__
+        names += re.findall(r"(?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+", __doc__)
+        assert len(names) > 60
         for name in names:
             place: Any = sys.modules[__name__]
             for part in name.split("."):
@@ -9507,12 +9585,12 @@ class TestAnything:
 # ----------------------------------------------------------------------------
 # 13  The whole: documents
 #
-# What README and the messages say is so, and README's commands and recipes work.
+# What the documents and messages say is so, and the documents' commands and recipes work.
 # ----------------------------------------------------------------------------
 
 
-class TestReadme:
-    """What README says is so, and its commands do what it says."""
+class TestDocuments:
+    """What the documents say is so, and their commands do what they say."""
 
     def test_server_in_ten_minutes(self, lab: Lab) -> None:
         """Followed to the letter, it ends with a port 22 that only a knock opens; its safety net
@@ -9521,14 +9599,14 @@ class TestReadme:
             pytest.skip("make is not in PATH")
         lab.load("")
         stack = contextlib.ExitStack()
-        server = ReadmeHost(lab)
+        server = DocumentHost(lab)
         stack.callback(server.close)
         to_server = shlex.join(server.enter)
         with lab.client():
-            client = ReadmeHost(lab, ssh=f'shift; {to_server} "$@"')
+            client = DocumentHost(lab, ssh=f'shift; {to_server} "$@"')
         stack.callback(client.close)
         hosts = {"server": server, "client": client}
-        blocks = [b for b in readme_blocks("sh", readme_section("Server in ten minutes")) if b.host]
+        blocks = [b for b in fenced("sh", document_section("Server in ten minutes")) if b.host]
         said = {}
         with stack:
             for block in blocks:
@@ -9543,11 +9621,11 @@ class TestReadme:
                     server.run("nft -f /etc/nftables.conf")
                     eventually(lambda: not lab.reaches(22, OTHER_4), "the safety net stays")
             assert not (server.home / "net").exists()
-            # What a command prints, where README says so behind it.
+            # What a command prints, where a comment behind it says so.
             for text, out in said.items():
                 for comment in re.findall("(?m)^(?:letmein|journalctl) .*? # (.*)$", text):
                     assert comment.partition(" (")[0] in out, (comment, out)
-            table = readme_blocks("text", readme_section("Server in ten minutes"))[0].text
+            table = fenced("text", document_section("Server in ten minutes"))[0].text
             out = said["letmein status\n"]
             assert table.splitlines()[0].split() == out.splitlines()[0].split()
             assert re.search(rf"(?m)^{CLIENT_4} +22/tcp +00000001 ", out)
@@ -9559,13 +9637,13 @@ class TestReadme:
         """Followed on a host with OpenWrt's words and fw4's table, it ends with a port that only
         a knock opens, and that stays open when the firewall is made anew."""
         lab.load("")
-        host = ReadmeHost(lab, **OPENWRT_PROGRAMS)
+        host = DocumentHost(lab, **OPENWRT_PROGRAMS)
         init = OPENWRT_RC.replace("HOME", str(host.home))
         files = {"fw4.nft": FW4.replace("ROOT", ""), "rc.common": init}
         for name, text in {**files, "functions.sh": OPENWRT_FUNCTIONS}.items():
             (host.home / name).write_text(text, encoding="utf-8")
-        prepare, start, keep, forward = (b.text for b in readme_blocks("sh") if b.host == "openwrt")
-        _, conf, *_ = readme_blocks("sh", readme_section("Server in ten minutes"))
+        prepare, start, keep, forward = (b.text for b in fenced("sh") if b.host == "openwrt")
+        _, conf, *_ = fenced("sh", document_section("Server in ten minutes"))
         with contextlib.closing(host):
             host.run(f"cd {host.home}; cp functions.sh /lib; cp rc.common /etc")
             host.run("cp letmein.py /usr/sbin/; mkdir -p /etc/nftables.d /etc/init.d")
@@ -9587,7 +9665,7 @@ class TestReadme:
         """The two commands for it are enough for a server, which has nothing to warn of."""
         own = "table inet filter { chain input { type filter hook input priority 0; policy drop;"
         lab.load(own + " ct state established accept; }; }")
-        (block,) = [b for b in readme_blocks("sh") if b.text.startswith("nft add chain")]
+        (block,) = [b for b in fenced("sh") if b.text.startswith("nft add chain")]
         run("sh", "-ec", f"PATH=$PATH:/usr/sbin\n{block.text}")
         check = ("server", "--check", "--user", "none")
         assert lab.command("-c", lab.file(server_conf(resources="22 = port: 22")), *check).err == ""
@@ -9601,7 +9679,7 @@ class TestReadme:
         iptables = shutil.which("iptables-nft", path=f"{os.environ['PATH']}:/usr/sbin")
         if iptables is None:
             pytest.skip("iptables-nft is not in PATH")
-        (gate,) = [b for b in readme_blocks("nft") if "delete table inet gate" in b.text]
+        (gate,) = [b for b in fenced("nft") if "delete table inet gate" in b.text]
         lab.load("")
         run(iptables, "-P", "INPUT", "DROP")
         for port in (22, 5800):
@@ -9617,11 +9695,11 @@ class TestReadme:
 
     def test_a_range_of_ports(self, lab: Lab) -> None:
         """The jump for mosh opens its range to the address that knocked, and no more."""
-        text = readme_section("mosh: a range of ports")
-        (chain,), (line,) = readme_blocks("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
+        text = document_section("mosh: a range of ports")
+        (chain,), (line,) = fenced("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
         rules = chain.text.replace("60000-61000", "24-25")
         lab.load(more=f"table inet filter {{\n{rules}\n}}")
-        ((command, _, *words),) = letmein_words(readme_blocks("sh", text)[0].text)
+        ((command, _, *words),) = letmein_words(fenced("sh", text)[0].text)
         with Server(lab, server_conf(f"22 = port: 22\n{line}")):
             lab.letmein(command, SERVER_4, *words[: words.index("--")]).assert_good()
             assert lab.reaches(22, CLIENT_4) and lab.reaches(25, CLIENT_4, "udp")
@@ -9630,7 +9708,7 @@ class TestReadme:
     def test_a_key_without_opening_anything(self, lab: Lab) -> None:
         """`revoke` tries a key: it succeeds with the right one, fails with a wrong one, opens
         nothing."""
-        (block,) = readme_blocks("sh", readme_section("Try a key without opening anything"))
+        (block,) = fenced("sh", document_section("Try a key without opening anything"))
         ((command, _, port),) = letmein_words(block.text)
         lab.load()
         with Server(lab, server_conf()):
@@ -9641,11 +9719,11 @@ class TestReadme:
 
     def test_commands(self) -> None:
         """Each `letmein` command line parses, in blocks and in running text."""
-        blocks = [b for name in ("sh", "sshconfig", "ini") for b in readme_blocks(name)]
-        found = [(words, f"line {b.line}") for b in blocks for words in letmein_words(b.text)]
+        blocks = [b for name in ("sh", "sshconfig", "ini") for b in fenced(name)]
+        found = [(words, b.text) for b in blocks for words in letmein_words(b.text)]
         assert len(found) > 25
-        prose = re.sub("(?ms)^```.*?^```$", "", readme())
-        spans = re.findall(r"`([^`]*\bletmein(?:\.py|d)? [^`]*)`", prose.replace("\n", " "))
+        text = prose(documents()).replace("\n", " ")
+        spans = [x for x in re.findall("`([^`]*)`", text) if re.search(r"letmein(\.py|d)? ", x)]
         bare = [[name] for name in helps()]
         for span in spans:
             commands = letmein_words(span.replace("PORT", "22").replace(" ID", " 1"))
@@ -9657,12 +9735,12 @@ class TestReadme:
         """Each configuration is one for both sides, without a warning, as the examples are."""
         required = "[NFTABLES]\nfamily = inet\ntable = filter\nchain-input = LETMEIN-INPUT\n"
         server, client = (HERE / f"{name}.conf.example" for name in ("letmeind", "letmein"))
-        texts = [b.text for b in readme_blocks("conf")]
-        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
+        texts = [b.text for b in fenced("conf")]
+        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", documents().replace("\n", " "))
         chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
         texts += [f"{chains}{span}\n" for span in spans]
         assert len(texts) > 4
-        texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
+        texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", documents())
         for text in texts:
             keys = "".join(f"{user} = {KEYS[1].hex()}\n" for user in range(4))
             text = text if "[KEYS]\n" in text else f"{text}\n[KEYS]\n"
@@ -9672,7 +9750,7 @@ class TestReadme:
             elif "family" not in text:
                 text = text.replace("[NFTABLES]\n", required)
             for side in (True,) if "[USERS]" in text else (False, True):
-                assert not letmein.parse_config(text, "README.md", side).warnings
+                assert not letmein.parse_config(text, "letmein.conf", side).warnings
         for path in (server, client):
             text = re.sub("# (.*) = PUT-THE-.*", rf"\1 = {KEYS[1].hex()}", path.read_text())
             config = letmein.parse_config(text, path.name, path == server)
@@ -9680,9 +9758,9 @@ class TestReadme:
 
     def test_rules(self, lab: Lab) -> None:
         """nft takes each ruleset, in the table that it is for."""
-        rules = [(b.text, "filter") for b in readme_blocks("nft")]
+        rules = [(b.text, "filter") for b in fenced("nft")]
         assert len(rules) >= 3
-        for block in readme_blocks("sh"):
+        for block in fenced("sh"):
             files = re.findall(r"(?ms)>>?/etc/nftables.d/\S+ <<'END'\n(.*?)^END$", block.text)
             rules += [(text, "fw4") for text in files]
         assert len({table for _, table in rules}) == 2
@@ -9696,7 +9774,7 @@ class TestReadme:
         """ssh takes each configuration for it."""
         if shutil.which("ssh") is None:
             pytest.skip("ssh is not in PATH")
-        blocks = readme_blocks("sshconfig")
+        blocks = fenced("sshconfig")
         assert len(blocks) >= 4
         for block in blocks:
             path = lab.file(block.text)
@@ -9707,20 +9785,28 @@ class TestReadme:
             assert re.search(ours, done.out + block.text), done
 
     def test_links(self) -> None:
-        """Each link within README leads to a heading, and the contents to each chapter."""
-        text = re.sub("(?ms)^```.*?^```$", "", readme())
-        headings = re.findall("(?m)^#{2,3} (.*)$", text)
-        words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
-        anchors = {heading.replace(" ", "-") for heading in words}
-        assert len(anchors) == len(headings)
-        links = set(re.findall(r"\]\(#([^)]*)\)", text))
-        assert links <= anchors
-        contents = set(re.findall(r"\]\(#([^)]*)\)", readme_section("Contents")))
-        assert anchors - contents <= {"try-it", "contents"}
+        """Each link leads to a heading or a file, and README's contents to all that are below."""
+        anchors: dict[str, set[str]] = {}
+        links: dict[str, set[tuple[str, str]]] = {}
+        for name in DOCUMENTS:
+            text = prose((HERE / name).read_text(encoding="utf-8"))
+            headings = re.findall("(?m)^#{2,3} (.*)$", text)
+            words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+            anchors[name] = {"", *(heading.replace(" ", "-") for heading in words)}
+            assert len(anchors[name]) == len(headings) + 1
+            found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]*)#?([^)]*)\)", text)
+            links[name] = {(place or name, anchor) for place, anchor in found}
+        for name in DOCUMENTS:
+            for place, anchor in links[name]:
+                assert ":" in place or anchor in anchors[place], (name, place, anchor)
+        contents = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", document_section("Contents"))
+        listed = {(place or "README.md", anchor) for place, anchor in contents}
+        below = {(name, anchor) for name in DOCUMENTS for anchor in anchors[name]}
+        assert below - listed <= {("README.md", name) for name in ("", "try-it", "contents")}
 
     def test_options_of_the_command_line(self) -> None:
         """The chapter has each command and each option that the parser has, and no other."""
-        text = readme_section("Command line")
+        text = document_section("Command line")
         cells = re.findall(r"(?m)^\| (`.*?`) \| ", text.replace("\\|", ""))
         spans = " ".join(re.findall("`([^`]+)`", " ".join(cells)))
         named = set(re.findall(r"(?<![\w-])--?[A-Za-z0-9][a-z0-9-]*", spans))
@@ -9732,7 +9818,7 @@ class TestReadme:
         """The chapter has each option that the program knows, and no other, and so have the
         examples, each those of its side."""
         known = {(section, name) for section, names in letmein.OPTIONS.items() for name in names}
-        text = readme_section("Configuration files")
+        text = document_section("Configuration files")
         named = set()
         for section, names in re.findall(r"(?m)^\| ([A-Z]+) \| (`.*?) \|", text):
             named |= {(section, name) for name in re.findall("`([^`]+)`", names)}
@@ -9745,7 +9831,7 @@ class TestReadme:
 
     def test_events_of_the_log(self) -> None:
         """The chapter's table has each event that the program logs, and no other."""
-        rows = re.findall(r"(?m)^\| (`[^|]*) \|", readme_section("Log"))
+        rows = re.findall(r"(?m)^\| (`[^|]*) \|", document_section("Log"))
         named = {name for row in rows for name in re.findall("`([a-z-]+)`", row)}
         assert len(named) > 15
         assert named == log_events()
@@ -9762,19 +9848,20 @@ class TestReadme:
             texts |= {text, text.partition(": ")[2]}  # behind the place
         texts = {text for text in texts if len(text.replace("{}", "")) > 12}
         patterns = [re.escape(text).replace(r"\{\}", ".+") for text in texts]
-        words = re.findall(r"(?m)^\| `([^|]*)` \|", readme_section("When it does not work"))
+        words = re.findall(r"(?m)^\| `([^|]*)` \|", document_section("When it does not work"))
         assert len(words) >= 8
         for word in words:
             assert any(re.match(pattern, word) for pattern in patterns), word
 
     def test_version(self) -> None:
-        """README names the version that this is."""
-        assert f"Version {letmein.VERSION}," in readme()
+        """The documents name the version that this is."""
+        assert f"Version {letmein.VERSION}," in documents()
 
     def test_lines(self) -> None:
-        """Prose is at most 100 characters wide."""
-        prose = re.sub("(?ms)^```.*?^```$", "", readme())
-        assert not [line for line in prose.splitlines() if len(line) > 100 and line[0] != "|"]
+        """Prose is at most 100 characters wide, but for what the bench writes."""
+        text = re.sub("(?s)<!-- bench -->.*<!-- /bench -->", "", documents())
+        lines = prose(text).splitlines()
+        assert not [line for line in lines if len(line) > 100 and line[0] != "|"]
 
 
 FOLLOWER = "--follow\0--json"  # of which command line it is a part
@@ -9782,7 +9869,7 @@ IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j
 
 
 class TestRecipes:
-    """What the README has for other devices: they end up as `status` says, whatever is killed."""
+    """The recipes for other devices: they end up as `status` says, whatever is killed."""
 
     def exercise(
         self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
@@ -9837,7 +9924,7 @@ class TestRecipes:
         lab.load()
         with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
             eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
-            for rule in readme_block(IPTABLES_RULE).strip().splitlines():
+            for rule in document_block(IPTABLES_RULE).strip().splitlines():
                 run(*rule.split())
             run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
             knock_all(lab, (CLIENT_4, 0x22, 1))
@@ -9871,7 +9958,7 @@ class TestRecipes:
     def test_fleet(self, lab: Lab) -> None:
         """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
         lab.load()
-        sets = readme_block("table inet filter {")
+        sets = document_block("table inet filter {")
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(Server(lab, server_conf()))
             hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
@@ -9901,7 +9988,7 @@ class TestRecipes:
 
 
 class TestFail2ban:
-    def test_the_filter_of_the_readme(self, lab: Lab) -> None:
+    def test_the_filter_of_the_documents(self, lab: Lab) -> None:
         """It bans those who speak the protocol without a key, over TCP: nobody can forge them."""
         program = shutil.which("fail2ban-regex")
         if program is None:
@@ -9927,7 +10014,7 @@ class TestFail2ban:
             server.stop()
         for event in ("refused", "granted", "revoked", "failed", "summary", "stopped"):
             assert server.events(event), event
-        rules = lab.file(readme_block("# /etc/fail2ban/filter.d/letmein.conf"), "filter.conf")
+        rules = lab.file(document_block("# /etc/fail2ban/filter.d/letmein.conf"), "filter.conf")
         # As a file, as the journal's reader puts it together, and as syslog writes it.
         bare = [line.partition(" ")[2] if line[0] == "2" else line for line in server.lines]
         for prefix, lines in (
@@ -10022,7 +10109,7 @@ class TestInstall:
             "usr/local/lib/letmein/letmein.py",
             pyc,
             "usr/local/lib/systemd/system/letmeind.service",
-            "usr/local/share/doc/letmein/README.md",
+            *(f"usr/local/share/doc/letmein/{name}" for name in DOCUMENTS),
             "usr/local/share/doc/letmein/letmein.conf.example",
             "usr/local/share/doc/letmein/letmeind.conf.example",
             "usr/local/share/doc/letmein/nftables.conf",

@@ -8,7 +8,7 @@ Each module uses only those above it:
     firewall   what the kernel has of ours, an nft that fails, what others do to the firewall
     floods     a third host that attacks, and who knocks meanwhile
     models     rooms of letmein.py in the test's own process, and models of what they have to do
-    documents  README's blocks, commands and recipes, and hosts to follow them on
+    documents  blocks, commands and recipes of the documents, and hosts to follow them on
 """
 
 import sys

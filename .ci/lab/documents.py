@@ -1,4 +1,4 @@
-"""README and the texts of the program, and hosts to follow README on."""
+"""The documents, the texts of the program, and hosts to follow the documents on."""
 
 from __future__ import annotations
 
@@ -31,36 +31,43 @@ from lab.servers import Server, Sshd
 
 
 # ----------------------------------------------------------------------------
-# Blocks and commands of README
+# Blocks and commands of the documents
 # ----------------------------------------------------------------------------
 
 
-def readme_block(first: str) -> str:
-    """The example of the README whose first line this is."""
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", text)
-    assert found, f"README.md has no example {first}"
+def document_block(first: str) -> str:
+    """The example of the documents whose first line this is."""
+    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", documents())
+    assert found, f"no document has an example {first}"
     return found[1]
 
 
 class Block(NamedTuple):
-    """A fenced block of README. Args: language; host, where it runs when the tests follow README,
-    "" for nowhere; text; line, its number, for messages."""
+    """A fenced block. Args: language; host, where it runs when the tests follow the document, ""
+    for nowhere; text."""
 
     language: str
     host: str
     text: str
-    line: int
+
+
+DOCUMENTS = ("README.md", "MANUAL.md", "RECIPES.md")
 
 
 @functools.lru_cache(None)
-def readme() -> str:
-    return (HERE / "README.md").read_text(encoding="utf-8")
+def documents() -> str:
+    """The text of all of them."""
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in DOCUMENTS)
 
 
-def readme_section(title: str) -> str:
-    """A section of README, with those below it."""
-    lines = readme().splitlines(keepends=True)
+def prose(text: str) -> str:
+    """What is in no fenced block."""
+    return re.sub("(?ms)^```.*?^```$", "", text)
+
+
+def document_section(title: str) -> str:
+    """A section of a document, with those below it."""
+    lines = documents().splitlines(keepends=True)
     (start,) = (at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {title}\n", line))
     level = len(lines[start].split()[0])
     is_code = False
@@ -71,15 +78,11 @@ def readme_section(title: str) -> str:
     return "".join(lines[start:])
 
 
-def readme_blocks(language: str, text: str | None = None) -> list[Block]:
-    """The blocks in this language, of a section's text or of all README."""
-    text = readme() if text is None else text
-    fences = re.finditer(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
-    blocks = [
-        Block(fence[1], fence[2] or "", fence[3], text[: fence.start()].count("\n") + 1)
-        for fence in fences
-    ]
-    return [block for block in blocks if block.language == language]
+def fenced(language: str, text: str | None = None) -> list[Block]:
+    """The blocks in this language, of a section's text or of all documents."""
+    text = documents() if text is None else text
+    fences = re.findall(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
+    return [Block(*fence) for fence in fences if fence[0] == language]
 
 
 # What a command may stand behind, in a shell, an ssh_config or a wg-quick file.
@@ -161,7 +164,7 @@ def option_names() -> set[str]:
 # Texts of the program
 # ----------------------------------------------------------------------------
 
-LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+LOGGERS = {"log", "self", "often", "log_peer", "_tell_ready"}  # whose first argument is an event
 
 
 def log_events() -> set[str]:
@@ -315,11 +318,12 @@ def unit_settings(unit: str) -> dict[str, list[str]]:
 
 
 # ----------------------------------------------------------------------------
-# Hosts to follow README on
+# Hosts to follow the documents on
 # ----------------------------------------------------------------------------
 
-# A host of README's: its /etc, /usr and /run are copies that nobody keeps. $1 is a directory.
-README_HOST = """
+# A host to follow a document on: its /etc, /usr and /run are copies that nobody keeps. $1 is a
+# directory.
+DOCUMENT_HOST = """
 mount -t tmpfs none "$1"
 for place in etc usr; do
     mkdir -p "$1/$place/upper" "$1/$place/work"
@@ -335,7 +339,7 @@ exec cat
 """
 
 # The programs there that are not the real ones. HOME is a directory.
-README_PROGRAMS = {
+DOCUMENT_PROGRAMS = {
     "apt-get": "",
     "sudo": 'exec "$@"',
     "python3": f'exec {sys.executable} "$@"',
@@ -387,9 +391,9 @@ until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done
 """
 
 
-class ReadmeHost:
-    """A host to follow README on, on the network that the caller is on. Args: programs, more of
-    those that are not the real ones."""
+class DocumentHost:
+    """A host to follow a document on, on the caller's network. Args: programs, more of those that
+    are not the real ones."""
 
     def __init__(self, lab: Lab, **programs: str) -> None:
         self.home = Path(tempfile.mkdtemp(dir=lab.directory))
@@ -397,13 +401,13 @@ class ReadmeHost:
             pytest.skip("a user namespace has no other root's files")
         for name in ("disk", "programs"):
             (self.home / name).mkdir()
-        for name, text in {**README_PROGRAMS, **programs}.items():
+        for name, text in {**DOCUMENT_PROGRAMS, **programs}.items():
             text = text.replace("HOME", str(self.home))
             program = self.home / "programs" / name
             program.write_text(f"#!/bin/sh -e\n{text}\n", encoding="utf-8")
             program.chmod(0o755)
         self.process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-ec", README_HOST, "sh", self.home / "disk"],
+            ["unshare", "--mount", "sh", "-ec", DOCUMENT_HOST, "sh", self.home / "disk"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         lab.processes.append(self.process)
@@ -436,8 +440,8 @@ class ReadmeHost:
 
 
 class Recipe:
-    """A recipe of the README that follows the leases, run as its service runs it: again and again.
-    Args: names, of its scripts, from blocks of the README; command, what the service starts."""
+    """A recipe that follows the leases, run as its service runs it: again and again. Args: names,
+    of its scripts, from blocks of the documents; command, what the service starts."""
 
     def __init__(self, lab: Lab, server: Server, *names: str, command: str = "") -> None:
         self.server = server
@@ -445,7 +449,7 @@ class Recipe:
         self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
         words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
         letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
-        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", readme())
+        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", documents())
         pipeline = pipeline.replace("letmein-ipset", names[0])
         files = {
             "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
@@ -453,7 +457,7 @@ class Recipe:
         }
         for name in names:
             # The first line of a block and its last two put the script between into its place.
-            script = readme_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
+            script = document_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
             script = script.partition("\nEOF\n")[0].replace("/usr/local/sbin", str(self.directory))
             files[name] = script.replace("/var/lib", f"{self.directory}/lib") + "\n"
         for name, text in files.items():

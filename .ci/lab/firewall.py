@@ -211,8 +211,10 @@ class Following:
                     holder = (lease["address"], lease["resource"])
                     self.held[holder] = {
                         Row(lease["address"], each, lease["resource"], lease["user"])
-                        for each in (opens if event["event"] != "closed" else ())
+                        for each in opens
                     }
+                    if event["event"] == "closed":
+                        del self.held[holder]
                 self.news.notify_all()
 
     def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:

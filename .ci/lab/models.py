@@ -159,6 +159,7 @@ class NotedFirewall:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
         self.leases = letmein.Leases()
+        self.table = SimpleNamespace()
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
@@ -167,6 +168,13 @@ class NotedFirewall:
     def revoke(self, address: str, resource: int) -> str:
         self.changes.append((REVOKE, address, resource))
         return self.problem
+
+
+class LoneChild(letmein.NetworkChild):
+    """A network process that is never started: the test is it."""
+
+    def _replace_sockets(self) -> None:
+        """There are none."""
 
 
 class LoneMonitor(letmein.Monitor):
@@ -180,23 +188,20 @@ class LoneMonitor(letmein.Monitor):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(letmein, "Log", QuietLog)
             patch.setattr(letmein, "Nft", lambda name: None)
+            patch.setattr(letmein, "Firewall", lambda *_: NotedFirewall())
+            patch.setattr(letmein, "NetworkChild", LoneChild)
             patch.setattr(letmein, "lock_table", lambda *_: -1)
             patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
             patch.setattr(letmein, "control_sockets", lambda *_: {})
             patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, SimpleNamespace(rundir="/", activated={}))
-        self.firewall = NotedFirewall()
-        self.tokens = letmein.Tokens(bytes(32))
-        self.started = 0.0
-        self.ready = self.is_open = True
+            super().__init__(config, letmein.ServerOptions("/", "none", 1, 1, None, {}, -1))
+        self.judge.tokens = letmein.Tokens(bytes(32))
+        self.network.is_ready = self.network.is_heard = True
         self.connect()
 
     def connect(self) -> None:
         """Have new channels, as after the start of a network process."""
-        self.theirs, self.writer = self._connect()
-
-    def _replace_sockets(self) -> None:
-        """There are none."""
+        self.theirs, self.writer = self.network._connect()
 
     def hand(self, data: bytes) -> list[letmein.Record]:
         """Send it a record; returns what it sends back."""
@@ -204,7 +209,7 @@ class LoneMonitor(letmein.Monitor):
             self.writer.write(data)
         else:
             self.writer.close()
-        self._on_pipe()
+        self.network._on_pipe()
         return self.said()
 
     def said(self) -> list[letmein.Record]:
@@ -216,11 +221,11 @@ class LoneMonitor(letmein.Monitor):
         return records
 
     def close(self) -> None:
-        self._stop_network(0)
+        self.network.close()
         self.theirs.close()
         self.writer.close()
         self.selector.close()
-        os.close(self.root)
+        os.close(self.network.root)
 
 
 @contextlib.contextmanager
@@ -392,8 +397,8 @@ class BothProcesses:
             wait = 0
             for key, _ in ready:
                 key.data()
-            self.monitor._on_pipe()
-            assert self.monitor.link is not None, self.monitor.log.lines
+            self.monitor.network._on_pipe()
+            assert self.monitor.network.link is not None, self.monitor.log.lines
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Let both work until something holds."""
