@@ -25,8 +25,8 @@ follow the rooms of letmein.py, from Protocol to Command line; then comes what t
 
     Who attacks                                     What shows how far they get
     A stranger                                      TestWire, test_nobody_gets_in_without_the_key
-    A replayer                                      TestWire.test_a_replayed_response_over_tcp, TestRepeats
-    A man in the middle                             TestThreats.test_who_relays_a_knock_gets_its_lease
+    A replayer                                      TestWire, TestRepeats
+    A man in the middle                             TestThreats
     A flooder                                       TestFloods, TestMany, TestLogUnderAttack
     A user with a key                               TestPackets.test_a_resource_of_another_user
     Who takes the network process over              TestTakeover, TestNetworkProcess
