@@ -8,9 +8,13 @@ The server's firewall drops everything. A client who holds a shared key knocks, 
 challenge and response (HMAC-SHA3-256), and the kernel's nftables lets that one address in to that
 one port, for a while.
 
+It speaks the protocol and reads the files of letmein in Rust (github.com/mbuesch/letmein), which
+the comments below call the reference.
+
 The file has nine rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
-network, sandbox, administration, command line. A room uses only those above it. Imported at the top
-is what a knock needs, or what costs it next to nothing: a client's time goes into starting Python.
+network, sandbox, administration, command line. A room uses only those above it. The top imports
+only what a knock needs, or what costs it next to nothing: a client's time goes into starting
+Python.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import signal  # before all else: Ctrl-C ends us without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGHUP"):  # it waits until main() knows what it is for
+    if hasattr(signal, "SIGHUP"):  # it waits until we know whether we are a server
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 import contextlib
@@ -44,7 +48,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING: importing typing takes as long
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+    from typing import Any, BinaryIO, NamedTuple, TypeVar
 
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
@@ -54,7 +58,6 @@ if TYPE_CHECKING:
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
-    Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
 else:
 
     class _Record(type):
@@ -70,6 +73,7 @@ else:
 
 
 NEVER = float("inf")  # as a time
+LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
 
 
 class UserError(Exception):
@@ -120,8 +124,9 @@ def tell_error(error: Exception, kind: str = "error") -> None:
     tell_at(ERROR, f"{kind}: {error}" + (f"\n  {hint}" if hint else ""))
 
 
-LINES_LIMIT = 10  # lines of the log on refused peers, for each protocol, until the next summary
+LINES_LIMIT = 10  # lines of the log for each of FLOODS, until the next summary
 USER_LINES_LIMIT = 100  # and on what each user has got or lost
+FLOODS = ("refused", "failed", "healed", "cannot-heal")  # events that others can cause at will
 SUMMARY_S = 10.0
 LOG_PATIENCE_S = 0.2  # for a reader of the log that has kept up so far
 PRIORITIES = {  # in the journal, of events that are not INFO
@@ -158,22 +163,23 @@ class Log:
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
             words.append(f"{name}={value if plain else ascii(str(value))}")
-        # A pipe that is ready takes so much at once, and without blocking: pipe(7).
+        # A pipe that is ready takes PIPE_BUF bytes at once, and without blocking: pipe(7).
         line = (start + " ".join(words)).encode()[: select.PIPE_BUF - 1] + b"\n"
         written = 0
         with contextlib.suppress(OSError):
-            written = os.write(2, line) if select.select([], [2], [], self.patience)[1] else 0
+            if select.select([], [2], [], self.patience)[1]:
+                written = os.write(2, line)
         self.patience = LOG_PATIENCE_S if written else 0
         if not written:
             self.counts["lines-lost"] += 1
 
     def often(self, event: str, **fields: str) -> None:
-        """Write a line of a kind that there may be many of, or sum it up: a peer was refused, the
-        table healed; or what a user has got or lost, where a busy user must not hide another."""
-        name = "-".join(filter(None, (event, fields.get("proto"))))
-        kind, limit = (name, ""), LINES_LIMIT
-        if event not in ("refused", "failed", "healed", "cannot-heal"):
-            kind, limit = (name, fields["user"]), USER_LINES_LIMIT
+        """Write a line on an event that may come often, or only count it for the next summary.
+        What users get and lose is limited for each of them: a busy one must not hide another."""
+        name = f"{event}-{fields['proto']}" if "proto" in fields else event
+        kind, limit = (name, fields.get("user", "")), USER_LINES_LIMIT
+        if event in FLOODS:
+            kind, limit = (name, ""), LINES_LIMIT
         self.kinds[kind] += 1
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
         if self.kinds[kind] <= limit:
@@ -183,7 +189,7 @@ class Log:
             self.left_out[name] += 1
 
     def summary(self) -> None:
-        """Write how many got no line since the last one."""
+        """Write how many events got no line since the last summary."""
         more = dict(self.left_out)
         self.kinds.clear()
         self.left_out.clear()
@@ -240,7 +246,6 @@ MAGIC = bytes.fromhex("3B1BB719")
 MESSAGE = struct.Struct("!4sIII8s32s")
 MESSAGE_SIZE = MESSAGE.size  # 56 bytes
 KEY_SIZE = 32  # bytes
-LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
 NO_TOKEN = bytes(32)
 ANYBODY = 0xFFFFFFFF  # user and resource of a GOAWAY to a peer that named none
 
@@ -250,7 +255,7 @@ SERVER_OPERATIONS = (CHALLENGE, COMEIN, GOAWAY)
 
 
 class ProtocolError(Exception):
-    """The peer said something that the protocol does not allow here."""
+    """The peer sent something that the protocol does not allow here."""
 
 
 class Rejection(ProtocolError):
@@ -285,9 +290,10 @@ class Message(NamedTuple):
         return message
 
     def authenticate(self, key: bytes, token: bytes) -> bytes:
-        """HMAC-SHA3-256 (RFC 2104, FIPS 202) over all from operation to salt, and a token: the auth
-        of the CHALLENGE; zeros in KNOCK and REVOKE, which whoever saw one can send again."""
-        import hmac  # here, for the network process needs none
+        """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
+        A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
+        there is one: anybody can replay them, and gets no further than the CHALLENGE."""
+        import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
     def proves(self, key: bytes, token: bytes) -> bool:
@@ -310,27 +316,28 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 def client_handshake(
     operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
 ) -> Handshake:
-    """The client's side of one knock or revocation: yields the 56 bytes to send, wants those that
-    come back, and ends when the server has done what was asked for. Foreign ids are only worth a
-    warning: a wrong token leads nowhere anyway. Raises ProtocolError on all that is not due.
-    Args: say, told of each message."""
+    """The client's side of one knock or revocation: yields each message to send, takes the answer
+    by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
+    warning alone: they are not authenticated, and a wrong token leads nowhere anyway. Raises
+    ProtocolError on any other answer. Args: operation, KNOCK or REVOKE; say, told of each step."""
     token = NO_TOKEN
-    for said, due in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
-        say(f"sending {OPERATIONS[said]} for resource {resource:08X}")
-        answer = Message.decode((yield signed(said, user, resource, key, token)))
-        say(f"received {OPERATIONS[answer.operation]}")
+    for request, expected in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
+        say(f"sending {OPERATIONS[request]} for resource {resource:08X}")
+        answer = Message.decode((yield signed(request, user, resource, key, token)))
+        name = OPERATIONS[answer.operation]
+        say(f"received {name}")
         if answer.operation == GOAWAY:
-            raise Rejection(is_challenged=due == COMEIN)
-        if answer.operation != due:
-            names = OPERATIONS[answer.operation], OPERATIONS[due]
-            raise ProtocolError("{} instead of {}".format(*names))
-        if answer[1:3] != (user, resource):
+            raise Rejection(is_challenged=request == RESPONSE)
+        if answer.operation != expected:
+            raise ProtocolError(f"{name} instead of {OPERATIONS[expected]}")
+        if (answer.user, answer.resource) != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
             warn(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
-# What a peer has proved, in this order. An error policy is the least that has errors answered.
+# What a peer has proved so far: nothing, the key in its KNOCK (a replay has it, too), or the key in
+# its RESPONSE. An error policy names the least of these for which the server answers errors.
 NO_AUTH, BASIC_AUTH, FULL_AUTH = range(3)
 POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 
@@ -341,17 +348,16 @@ class Challenge(NamedTuple):
     asked: int  # KNOCK or REVOKE
     token: bytes
     window: int  # the window of time it was given in; see Tokens
-    name: bytes  # what Tokens knows it by
+    base: bytes  # what Tokens has derived it from
     answer: int | None = None  # COMEIN or GOAWAY, if its RESPONSE was answered before
 
 
 class Verdict(NamedTuple):
-    """On a message: the reply (b"": none), why it was refused, and the challenge that a right
-    RESPONSE has met."""
+    """What to do about a message."""
 
-    reply: bytes
-    reason: str = ""
-    met: Challenge | None = None
+    reply: bytes  # b"" for none
+    reason: str = ""  # why it was refused
+    met: Challenge | None = None  # the challenge that this RESPONSE answers rightly
 
 
 # An unknown user's knock is checked against this, to take as long as one with a wrong key.
@@ -359,16 +365,15 @@ NOBODYS_KEY = os.urandom(KEY_SIZE)
 
 
 class ServerHandshake(NamedTuple):
-    """The server's side: judges each message by itself and keeps nothing of its peer, so there is
-    nothing to fill. policy is what a peer must have proved for its errors to be answered; key_of
-    gives a user's key or None; objection says why a user may not have a resource, or ""."""
+    """The server's side: judges each message by itself and keeps nothing of its peer, so a flood
+    has no memory to fill."""
 
-    policy: int
-    key_of: Callable[[int], bytes | None]
-    objection: Callable[[int, int], str]
+    policy: int  # what a peer must have proved for its errors to be answered
+    key_of: Callable[[int], bytes | None]  # of a user
+    objection: Callable[[int, int], str]  # why a user may not have a resource, or ""
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
-        """Judge a peer's first message. new_token gives 32 bytes to challenge a KNOCK or REVOKE."""
+        """Judge a peer's first message. Args: new_token, gives the token for an operation."""
         user, resource = message.user, message.resource
         if message.operation not in (KNOCK, REVOKE):
             return self._refuse_operation(message, NO_AUTH, ANYBODY, ANYBODY)
@@ -382,8 +387,8 @@ class ServerHandshake(NamedTuple):
     def on_response(
         self, message: Message, proved: int, challenges: Iterable[Challenge]
     ) -> Verdict:
-        """Judge what should be the RESPONSE of a peer that has proved so much before. challenges
-        are those that a request of this peer for the same user and resource may have got."""
+        """Judge what should be a RESPONSE. Args: proved, what this peer has proved before;
+        challenges, all that it may have got for this user and resource."""
         user, resource = message.user, message.resource
         if message.operation != RESPONSE:
             return self._refuse_operation(message, proved, user, resource)
@@ -400,51 +405,51 @@ class ServerHandshake(NamedTuple):
     def _refuse_operation(
         self, message: Message, proved: int, user: int, resource: int
     ) -> Verdict:
-        """Refuse a message that is not due. What only a server says is never answered, or two
-        servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
+        """Refuse a message that does not belong here. What only a server says is never answered, or
+        two servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
         reason = f"unexpected {OPERATIONS[message.operation]}"
         if message.operation in SERVER_OPERATIONS:
             return Verdict(b"", reason)
         return self.refuse(proved, user, resource, reason)
 
     def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
-        """Refuse a peer that has proved so much."""
+        """Refuse a peer: with a GOAWAY if it has proved enough for one, otherwise silently."""
         reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
         return Verdict(reply, reason)
 
 
 TOKEN_WINDOW_S = 5.0
 TOKEN_LIMIT_S = 60.0  # the longest patience with a peer, whatever control-timeout is
-ANSWERS_LIMIT = 1 << 17  # answers remembered; some 150 bytes each
+ANSWERS_LIMIT = 1 << 17  # answers remembered; some 200 bytes each
 
 
 class Answers(NamedTuple):
-    """What became of the challenges for the same facts in the same window."""
+    """The RESPONSEs that have met challenges of the same base."""
 
-    met: int  # how many there were
-    latest: int  # what the latest was answered with: COMEIN or GOAWAY
+    met: int  # how many
+    latest: int  # how the last one was answered: COMEIN or GOAWAY
 
 
 NO_ANSWERS = Answers(0, GOAWAY)
 
 
 class Tokens:
-    """Challenge tokens that nobody has to remember: a token is an HMAC, under a secret of this
-    run, of all that it is for: a window of time, KNOCK or REVOKE, and facts (the peer, and what
-    is configured for it). Whoever has the facts can compute it anew, so the same KNOCK gets the
-    same CHALLENGE, and a RESPONSE is checked against what was possible.
+    """Challenge tokens that the server need not remember. A token is an HMAC, under a secret of
+    this run, of all that it is for: a window of time, KNOCK or REVOKE, and facts (the peer, and
+    what is configured for it). The server computes it anew from the same facts: the same KNOCK gets
+    the same CHALLENGE, and a RESPONSE is checked against all tokens that its peer may have.
 
-    Remembered is only which tokens were met, for a token is good for one change of the firewall.
-    The next request for the same facts gets another token, and a RESPONSE that comes twice gets
-    its answer again. Memory is bounded: above ANSWERS_LIMIT the oldest window is given up, and
-    its tokens with it. That costs nobody a knock who answers within the latest two windows.
+    A token is good for one change of the firewall, so the server remembers which were met. The
+    next request for the same facts gets another token, and a RESPONSE that comes twice gets its
+    answer again. Memory is bounded: above ANSWERS_LIMIT the oldest window is given up, and its
+    tokens with it. That costs nobody a knock who answers within the latest two windows.
 
     Args: secret, 32 bytes. Times are in seconds, by any clock that does not go back."""
 
     def __init__(self, secret: bytes) -> None:
         self.secret = secret
-        self.answers: dict[int, dict[bytes, Answers]] = {}  # by window, and a challenge's name
-        self.oldest = 0  # no token of a window before this is good any more
+        self.answers: dict[int, dict[bytes, Answers]] = {}  # by window and base
+        self.oldest = 0  # the first window of which tokens are still good
 
     def new(self, facts: bytes, asked: int, now: float) -> bytes:
         """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
@@ -461,26 +466,25 @@ class Tokens:
             for asked in (KNOCK, REVOKE):
                 base = self._base(facts, asked, window)
                 met, latest = self._answers(window, base)
-                yield Challenge(asked, self._token(base, met), window, base[:16])
+                yield Challenge(asked, self._token(base, met), window, base)
                 if met:
-                    token = self._token(base, met - 1)
-                    yield Challenge(asked, token, window, base[:16], latest)
+                    yield Challenge(asked, self._token(base, met - 1), window, base, latest)
 
     def answer(self, challenge: Challenge, operation: int) -> None:
         """Note that a challenge was met, and its RESPONSE answered with COMEIN or GOAWAY."""
-        answers = self.answers.setdefault(challenge.window, {})
-        met = answers.get(challenge.name, NO_ANSWERS).met
-        answers[challenge.name] = Answers(met + 1, operation)
+        met = self._answers(challenge.window, challenge.base).met + 1
+        self.answers.setdefault(challenge.window, {})[challenge.base] = Answers(met, operation)
 
     def _base(self, facts: bytes, asked: int, window: int) -> bytes:
+        """What all tokens for these facts in this window are derived from; the first one itself."""
         import hmac
         return hmac.digest(self.secret, struct.pack("!QI", window, asked) + facts, "sha3_256")
 
     def _answers(self, window: int, base: bytes) -> Answers:
-        return self.answers.get(window, {}).get(base[:16], NO_ANSWERS)
+        return self.answers.get(window, {}).get(base, NO_ANSWERS)
 
     def _token(self, base: bytes, met: int) -> bytes:
-        """The token behind so many others of the same base that were met."""
+        """The token that follows so many that were met."""
         import hmac
         if not met:
             return base
@@ -499,7 +503,11 @@ class Tokens:
 
 # ==== 2  Configuration =======================================================
 # letmeind.conf (server) and letmein.conf (client): text in, a frozen Config out, or a ConfigError
-# that names file, line, option and what was expected. The text of a key gets into no message.
+# that names file, line, option and what was expected. No message shows the text of a key.
+#
+# On the way down: what a Config holds; a parser of each kind of value, which raises Unfit; OPTIONS,
+# the table of sections and options; the file as sections of entries; parse_config() for its text,
+# read_config() for its path.
 
 CONFIG_SIZE_LIMIT = 4 << 20  # bytes; of all included files together, too
 INCLUDE_LIMIT = 1000  # files
@@ -515,24 +523,32 @@ IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used. The warnings may tell why."""
+    """The configuration cannot be used."""
 
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # which may tell why
 
 
 class Unfit(UserError):
     """A value is not what it should be. Args: what is wrong, what was expected."""
 
 
+class Jump(NamedTuple):
+    """A rule that a knock adds: from our chain at a hook to another chain."""
+
+    hook: str
+    target: str
+    match_saddr: bool  # for the client's address alone
+
+
 class Resource(NamedTuple):
-    """What can be knocked for: a port or some jumps. users is empty where everybody may."""
+    """Something to knock for: a port, or some jumps."""
 
     identifier: int
-    port: int
+    port: int  # 0 for jumps
     protocols: tuple[str, ...]  # "tcp", "udp"
-    jumps: tuple[tuple[str, str, bool], ...]  # (hook, target, for the client's address alone)
+    jumps: tuple[Jump, ...]
     timeout: float  # in seconds
-    users: frozenset[int]
+    users: frozenset[int]  # who may knock for it; empty for everybody
 
     @property
     def weight(self) -> int:
@@ -542,20 +558,19 @@ class Resource(NamedTuple):
     @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
-        return digest((self.port, self.protocols, self.jumps))
+        return digest((self.port, self.protocols, tuple(map(tuple, self.jumps))))
 
     @property
     def is_gate(self) -> bool:
         """Whether one holder's lease opens something for everybody."""
-        return any(not match_saddr for _, _, match_saddr in self.jumps)
+        return any(not jump.match_saddr for jump in self.jumps)
 
 
 class UserLimits(NamedTuple):
-    """What [USERS] says of a user: the longest lease in s, and when the last day of their key ends
-    (time.time())."""
+    """What [USERS] says of a user."""
 
-    timeout: float = NEVER
-    ends: float = NEVER
+    timeout: float = NEVER  # the longest lease, in s
+    ends: float = NEVER  # when the last day of their key is over, by time.time()
 
     @property
     def last_day(self) -> str:
@@ -587,7 +602,7 @@ class Config(NamedTuple):
     limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     def fixed_options(self) -> dict[str, object]:
-        """What a running server cannot change, by the names that the file has for it."""
+        """What a running server cannot change, by the option's name in the file."""
         chains = {f"chain-{hook}": self.chains.get(hook) for hook in HOOKS}
         nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
         return {**nftables, "seccomp": self.seccomp}
@@ -603,22 +618,21 @@ class Config(NamedTuple):
             return f"the user's last day was {self.limits_of(user).last_day}"
         if found.port == self.port:
             return f"port {found.port} is the control port"
-        for hook, *_ in found.jumps:
-            if hook not in self.chains:
-                return f"chain-{hook} is not set in [NFTABLES]"
+        for jump in found.jumps:
+            if jump.hook not in self.chains:
+                return f"chain-{jump.hook} is not set in [NFTABLES]"
         return ""
-
 
     def limits_of(self, user: int) -> UserLimits:
         """What limits a user, whatever they knock for."""
         return self.limits.get(user, UserLimits())
 
     def timeout_of(self, user: int, resource: Resource) -> float:
-        """For how long one knock opens a resource for this user, in s, but for their last day."""
+        """For how long a knock of this user opens a resource on any day but their last, in s."""
         return min(resource.timeout, self.limits_of(user).timeout)
 
     def longest_lease(self, user: int, resource: Resource) -> float:
-        """For how long a knock of this user opens a resource now, in s."""
+        """For how long a knock of this user opens a resource if it comes now, in s."""
         until_last_day = max(self.limits_of(user).ends - time.time(), 0.0)
         return min(self.timeout_of(user, resource), until_last_day)
 
@@ -662,7 +676,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_rules_limit(text: str) -> int:
-    """max-nr-rules: what is more than we can keep counts as the most that we can."""
+    """max-nr-rules. A number above our own limit counts as that limit."""
     return min(parse_number(text), MAX_NR_RULES_LIMIT)
 
 
@@ -689,7 +703,7 @@ def parse_duration(text: str) -> float:
     number = float(parse_number(text) if text.startswith("0x") else text)
     if not 0 <= number <= 0xFFFFFFFF:
         raise Unfit(f"{shown(text)} is out of range", expected)
-    return abs(number)
+    return abs(number)  # of -0.0
 
 
 def parse_identifier(text: str) -> int:
@@ -699,7 +713,7 @@ def parse_identifier(text: str) -> int:
 
 
 def parse_key(text: str) -> bytes:
-    """A shared secret. What is wrong with one is said without showing it."""
+    """A shared secret."""
     digits = text.strip()
     problem = ""
     if len(digits) != KEY_DIGITS:
@@ -729,12 +743,12 @@ def parse_policy(text: str) -> int:
 
 
 def parse_seccomp(text: str) -> str:
-    """What a filter of system calls does."""
+    """What happens at a system call that the filter does not allow; "off" for no filter."""
     return parse_word(text, SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
-    """Items such as `udp` or `tcp, udp`; without any it is tcp."""
+    """`tcp`, `udp`, or both. Args: flags, such as "tcp, udp", or several; none means tcp."""
     text = matched(", ".join(flags or ["tcp"]).lower(), r"(tcp|udp)(\s*,\s*(tcp|udp))*", expected)
     return tuple(sorted(set(re.findall("tcp|udp", text))))
 
@@ -758,7 +772,7 @@ def parse_users(text: str) -> frozenset[int]:
 
 
 def parse_match(text: str) -> str:
-    """What a jump is limited to."""
+    """What limits a jump: there is only the source address of packets."""
     return matched(text, "saddr", "saddr")
 
 
@@ -774,7 +788,7 @@ ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
 
 
 def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
-    """What a resource's value says: by key what it has a value for, and its flags."""
+    """The items of a resource: those of the form `KEY: VALUE`, by key, and the others."""
     values: dict[str, Any] = {}
     flags = []
     for item in text.split("/"):
@@ -809,12 +823,12 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
         raise Unfit("this is neither a port nor a jump", RESOURCE)
     if not hooks:
         raise Unfit("this jump has no chain to jump to", RESOURCE)
-    jumps = tuple((hook, values[hook], f"{hook}-match" in values) for hook in hooks)
+    jumps = tuple(Jump(hook, values[hook], f"{hook}-match" in values) for hook in hooks)
     return Resource(identifier, 0, (), jumps, timeout, users)
 
 
 def parse_last_day(text: str) -> float:
-    """The end of a day in UTC, as time.time() has it."""
+    """The end of this day in UTC, by time.time()."""
     import datetime
     expected = "a day as YYYY-MM-DD, such as 2027-01-31"
     day = matched(text, "[0-9]{4}-[0-9]{2}-[0-9]{2}", expected)
@@ -849,10 +863,10 @@ def parse_user_limits(text: str) -> UserLimits:
 
 
 class Setting(NamedTuple):
-    """An option of the file: the field of Config that it sets, and how its value is read."""
+    """An option of the file."""
 
-    field: str
-    parse: Callable[[str], Any]
+    field: str  # of Config; but parse_config() parts "control", and collects the chains of hooks
+    parse: Callable[[str], Any]  # its value. Raises Unfit
 
 
 OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
@@ -882,18 +896,19 @@ REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
 class Entry(NamedTuple):
-    """A line of the file: where it is, as a message begins with it, and its value."""
+    """An option, or the line that begins a section, as the file has it."""
 
-    place: str
+    line: str  # "FILE:NUMBER"
+    label: str  # section and name, fit to be printed
     value: str
 
     @property
-    def line(self) -> str:
-        """The place without section and name."""
-        return self.place.partition(": [")[0]
+    def place(self) -> str:
+        """How a message on it begins."""
+        return f"{self.line}: {self.label} "
 
 
-# What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
+# Bytes that are not UTF-8 decode to DC80 to DCFF. Only Python takes 1C to 1F for white space.
 NO_TEXT = re.compile("[\0\x1c-\x1f\udc80-\udcff]")
 # A line that begins a section, or an option.
 ENTRY = re.compile(r"\[(?P<section>.+)\]\s*|(?P<name>[^=\[][^=]*)=(?P<value>.*)")
@@ -905,12 +920,13 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
     sections: dict[str, dict[str, Entry]] = {}
     section = name = ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        where = f"{path}:{number}"
         if NO_TEXT.search(line):
             hint = "expected: UTF-8, without control characters"
-            raise ConfigError(f"{path}:{number}: this is not text", hint)
-        if name and line[:1] in (" ", "\t") and line.strip():
-            place, value = sections[section][name]
-            sections[section][name] = Entry(place, f"{value} {line.lstrip()}")
+            raise ConfigError(f"{where}: this is not text", hint)
+        if name and line[:1] in (" ", "\t") and line.strip():  # it continues the value above
+            entry = sections[section][name]
+            sections[section][name] = entry._replace(value=f"{entry.value} {line.lstrip()}")
             continue
         name = ""
         line = line.lstrip()
@@ -920,45 +936,48 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
         if not found:
             hint = "expected: a line such as [GENERAL], or NAME = VALUE below one"
             problem = f"{shown(line.rstrip())} is neither a section nor an option"
-            raise ConfigError(f"{path}:{number}: {problem}", hint)
-        section, name = found["section"] or section, (found["name"] or "").rstrip()
+            raise ConfigError(f"{where}: {problem}", hint)
+        section = found["section"] or section
+        name = (found["name"] or "").rstrip()
         if not section:
             hint = "expected: a line such as [GENERAL] above it"
-            raise ConfigError(f"{path}:{number}: {shown(name)} is in no section", hint)
-        place = f"{path}:{number}: [{shown(section)[1:-1]}] "
-        place += f"{shown(name)[1:-1]}: " if name else ""
+            raise ConfigError(f"{where}: {shown(name)} is in no section", hint)
+        label = f"[{shown(section)[1:-1]}]"  # without the quotes
+        if name:
+            label += f" {shown(name)[1:-1]}:"
+        entry = Entry(where, label, found["value"] or "")
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{place}appears twice", "expected: each name once")
-        sections[section][name] = Entry(place, found["value"] or "")
+            raise ConfigError(f"{entry.place}appears twice", "expected: each name once")
+        sections[section][name] = entry
     return sections
 
 
 @contextlib.contextmanager
 def blaming(place: str) -> Iterator[None]:
-    """Begin what is wrong with a value with its place. Raises ConfigError."""
+    """Put a value's place in front of what is wrong with it. Raises ConfigError."""
     try:
         yield
     except Unfit as unfit:
         raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
 
 
-def unknown(name: str, names: Iterable[str]) -> str:
-    """What to say of an unknown name, with the known one that is most like it."""
-    import difflib
-    found = difflib.get_close_matches(name, names, 1)
-    return "is unknown and ignored" + "".join(f"; did you mean {known}?" for known in found)
-
-
-def unknown_names(sections: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+def unknown_names(sections: Sections) -> list[str]:
     """A warning for each section and option that we do not know, in the file's order."""
     warnings = []
+
+    def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
+        import difflib
+        similar = difflib.get_close_matches(name, names, 1)
+        question = f"; did you mean {similar[0]}?" if similar else ""
+        warnings.append(f"{entry.place}is unknown and ignored{question}")
+
     for section, entries in sections.items():
         known = OPTIONS.get(section)
         if known is None:
-            warnings.append(entries[""].place + unknown(section.upper(), OPTIONS))
+            ignore(entries[""], section.upper(), OPTIONS)
         for name, entry in entries.items():
             if known and name and name not in known:
-                warnings.append(entry.place + unknown(name.lower(), known))
+                ignore(entry, name.lower(), known)
     return warnings
 
 
@@ -975,8 +994,8 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
 def parse_by_user(
     lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
 ) -> dict[int, Item]:
-    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what
-    one gives a user. Raises ConfigError."""
+    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what,
+    the name of a value in messages. Raises ConfigError."""
     values: dict[int, Item] = {}
     lines_of: dict[int, str] = {}
     for name, entry in lines:
@@ -1014,11 +1033,18 @@ def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[
     return resources
 
 
-def server_warnings(
-    config: Config, tables: Mapping[str, Entry], entries: Mapping[str, list[Entry]]
-) -> list[str]:
-    """What a server can do with this, and its owner may not want. Args: tables, [NFTABLES];
-    entries, by section, in the order of config.resources and config.limits."""
+def check_required(section: Mapping[str, Entry], place: str) -> None:
+    """See that [NFTABLES] has what a server needs. Args: place, where it begins. Raises
+    ConfigError."""
+    for option in REQUIRED:
+        if option not in section:
+            hint = "expected: family, table and chain-input, as in nftables.conf"
+            raise ConfigError(f"{place}{option}: is not set", hint)
+
+
+def server_warnings(config: Config, lines: Mapping[str, list[tuple[str, Entry]]]) -> list[str]:
+    """What a server can do with this configuration, but its owner may not want. Args: lines, by
+    section, name and entry of each, in the order of config.resources and config.limits."""
     warnings = []
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
@@ -1026,12 +1052,12 @@ def server_warnings(
     if config.family != "inet" and config.table in IPTABLES_TABLES:
         text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
         text += " our rules lets everybody in; give the table another name"
-        warnings.append(tables["table"].place + text)
+        warnings.append(dict(lines["NFTABLES"])["table"].place + text)
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         warnings.append(f"{config.path}: [KEYS] {text}")
-    for entry, resource in zip(entries["RESOURCES"], config.resources.values()):
-        users = resource.users or {-1}  # everybody: an id without limits
+    for (_, entry), resource in zip(lines["RESOURCES"], config.resources.values()):
+        users = resource.users or {-1}  # everybody: nobody has this id, so it has no limits
         objections = [config.objection(user, resource.identifier) for user in users]
         objection = objections[0] if all(objections) else ""
         if objection or not resource.timeout:
@@ -1040,7 +1066,7 @@ def server_warnings(
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
                 warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
-    for entry, user in zip(entries["USERS"], config.limits):
+    for (_, entry), user in zip(lines["USERS"], config.limits):
         if user not in config.keys:
             warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
         elif time.time() >= config.limits[user].ends:
@@ -1059,15 +1085,15 @@ def parse_config(
     for section in OPTIONS:
         sections.setdefault(section, {})
     lines = {section: list(sections[section].items()) for section in OPTIONS}
+    include = sections["GENERAL"].get("include")
+    if include and not server:
+        warnings.append(f"{include.place}is for the server's file, and ignored here")
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
-    if not server and "include" in sections["GENERAL"]:
-        place = sections["GENERAL"]["include"].place
-        warnings.append(f"{place}is for the server's file, and ignored here")
     try:
         for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
             values.update(parse_settings(sections[section], OPTIONS[section]))
-        if server and included and "include" in sections["GENERAL"]:
-            with blaming(sections["GENERAL"]["include"].place):
+        if include and server and included:
+            with blaming(include.place):
                 for each in included(values["include"]):
                     for section in INCLUDABLE:
                         lines[section] += each.get(section, {}).items()
@@ -1075,11 +1101,8 @@ def parse_config(
         resources = parse_resources(lines["RESOURCES"], values["timeout"])
         if server:
             values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
-        for option in REQUIRED if server else ():
-            if option not in sections["NFTABLES"]:
-                place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-                hint = "expected: family, table and chain-input, as in nftables.conf"
-                raise ConfigError(f"{place}{option}: is not set", hint)
+            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
+            check_required(sections["NFTABLES"], place)
     except ConfigError as error:
         error.warnings = tuple(warnings)
         raise
@@ -1087,17 +1110,17 @@ def parse_config(
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        entries = {section: [entry for _, entry in lines[section]] for section in OPTIONS}
-        warnings += server_warnings(config, sections["NFTABLES"], entries)
+        warnings += server_warnings(config, lines)
     return config._replace(warnings=tuple(warnings))
 
 
 def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
-    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
-    Raises OSError, ConfigError."""
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it;
+    is_included, whether a pattern may have found it, so it may be anything. Raises OSError,
+    ConfigError."""
 
     def open_at_once(path: str, flags: int) -> int:
-        """Without waiting for anybody to open the other end of a FIFO."""
+        """Open it; of a FIFO, do not wait for the other end."""
         return os.open(path, flags | os.O_NONBLOCK)
 
     with open(path, "rb", opener=open_at_once if is_included else None) as file:
@@ -1109,6 +1132,7 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
     if os.name == "posix" and server and status.st_uid != 0:
         warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
+    # A group of administrators may read the server's file.
     if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
         mode = f"{status.st_mode & 0o777:o}"
         what = f"mode {mode} lets other users of this machine read or change it"
@@ -1118,7 +1142,7 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
 
 
 def find_included(pattern: str) -> list[str]:
-    """The paths that a value of `include` stands for, sorted. Raises Unfit."""
+    """The paths that a value of `include` names, sorted. Raises Unfit."""
     import glob
     if not re.search("[*?[]", pattern):
         return [pattern]
@@ -1129,7 +1153,7 @@ def find_included(pattern: str) -> list[str]:
 
 
 def include_directory(config: Config) -> str:
-    """What a server that sees only a part of the disk must see for `include`."""
+    """The directory that `include` needs, for a service that sees only a part of the disk."""
     directory = os.path.dirname(os.path.join(os.path.dirname(config.path), config.include))
     while re.search("[*?[]", directory):
         directory = os.path.dirname(directory)
@@ -1195,6 +1219,10 @@ def read_config(path: str, server: bool) -> Config:
 # ==== 3  Client ==============================================================
 # The client knocks at all addresses of a host at the same time, so one that does not answer delays
 # none of the others. `connect` and COMMAND keep open what they use, and close it at the end.
+#
+# On the way down: what can go wrong, and how the user is told; names and addresses; one handshake
+# over TCP, and over UDP; Race, at all addresses; Client, for all resources; Hold, which keeps them
+# open; Carrier, the data of `connect`.
 
 ADDRESSES_LIMIT = 8  # of one host; the reference's server takes 8 connections from one client
 UDP_REPEAT_S = 0.4  # UDP loses messages: see exchange_udp()
@@ -1208,11 +1236,20 @@ RENEWAL_RETRY_LIMIT_S = 60.0  # the longest pause
 GONE_CHECK_S = 1.0  # how often to see whether the peer of a connection that only sends is gone
 CHUNK = 1 << 16  # bytes
 VERBS = {KNOCK: "open", REVOKE: "close"}
+DONE = {KNOCK: "opened", REVOKE: "closed"}
 BUG_HINT = "this is a bug in letmein: please report it"
 
 # tcp(7): a peer that vanished is noticed within 90 s. macOS calls the first one TCP_KEEPALIVE.
 # Not TCP_USER_TIMEOUT: it would also end a connection whose peer only stops reading for a while.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+
+class Target(NamedTuple):
+    """Where to knock. Socket addresses are as getaddrinfo() has them."""
+
+    family: int
+    address: tuple[Any, ...]
+    local: tuple[Any, ...] | None = None  # the address to come from, if that matters
 
 
 class HungUp(ProtocolError):
@@ -1232,15 +1269,16 @@ class Rejected(UserError):
 
 
 class Unsent(UserError):
-    """Nothing could leave this machine."""
+    """This machine could send nothing."""
 
 
 class AddressLost(Unsent):
     """This machine no longer has the address that `connect` uses."""
 
 
-# What can go wrong at one address, as Client.explain() names it: the kind of error, what happened,
-# and the most likely remedy. None is for all else.
+# What can go wrong at one address: the kind of error to tell, what happened, and the most likely
+# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, in a pair
+# if it depends on the control protocol or came after the CHALLENGE; None for all else.
 CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     errno.ENETUNREACH: (
         Unsent, "this machine has no route to it",
@@ -1301,9 +1339,11 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
     """The resources that the command line names, as far as the file knows them. Raises
     UserError."""
     if arguments.resources:
-        unknown = Resource(0, 0, (), (), config.timeout, frozenset())
-        known = config.resources
-        return [known.get(i, unknown._replace(identifier=i)) for i in arguments.resources]
+        found = []
+        for identifier in arguments.resources:
+            unknown = Resource(identifier, 0, (), (), config.timeout, frozenset())
+            found.append(config.resources.get(identifier, unknown))
+        return found
     ports = {r.port: r for r in config.resources.values() if not r.users or user in r.users}
     for port in set(arguments.ports) - set(ports):
         names = ", ".join(str(port) for port in sorted(ports) if port)
@@ -1314,12 +1354,12 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
 
 
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
-    """The addresses of host, at most ADDRESSES_LIMIT. families (socket.AF_INET, AF_INET6) are
-    those that it must have; empty takes whatever it has. Raises UserError."""
+    """The addresses of host, ADDRESSES_LIMIT at most, by their text. Args: families, AF_INET or
+    AF_INET6 or both, if it must have them. Raises UserError."""
     queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
-    for found, _, _, _, address in look_up(host, port, wanted):
-        queues[found].append(address)
+    for family, _, _, _, address in look_up(host, port, wanted):
+        queues[family].append(address)
     for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
         if needed in families and not queues[needed]:
             raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
@@ -1330,13 +1370,13 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
         for family, queue in queues.items():
             if queue and len(targets) < ADDRESSES_LIMIT:
                 address = queue.popleft()
-                targets[socket.getnameinfo(address, numeric)[0]] = (family, address)
+                targets[socket.getnameinfo(address, numeric)[0]] = Target(family, address)
     return targets
 
 
 def look_up(host: str, port: int, family: int) -> list[Any]:
-    """What getaddrinfo() finds for host; without an address of this family, those of the other.
-    Raises UserError."""
+    """What getaddrinfo() finds for host: addresses of this family, or if it has none, any. Raises
+    UserError."""
     try:
         # As bytes an ASCII name needs no IDNA codec, which some systems do not have.
         name = host.encode("ascii") if host.isascii() else host
@@ -1370,11 +1410,9 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
     return received
 
 
-def exchange_tcp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> NoReturn:
-    """One handshake, timeout seconds for each message. Ends with StopIteration, or an error.
-    Args: local, the socket address to come from, None for any; say, told of each step.
+def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
+    """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError. Args:
+    say, told of each step.
 
     A busy server hangs up on the oldest connections. So the client tries again, from a new port.
     The pauses grow, and they are random, or clients that collided once would collide again. A
@@ -1384,13 +1422,13 @@ def exchange_tcp(
     longest_pause = TCP_RETRY_S
     retries = TCP_RETRIES
     while True:
-        with socket.socket(target[0], socket.SOCK_STREAM) as peer:
+        with socket.socket(target.family, socket.SOCK_STREAM) as peer:
             peer.settimeout(timeout)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if local:
-                peer.bind(local)
+            if target.local:
+                peer.bind(target.local)
             say("connecting")
-            peer.connect(target[1])
+            peer.connect(target.address)
             say(f"connected from {peer.getsockname()[0]}")
             handshake = new_handshake()
             message = next(handshake)
@@ -1400,6 +1438,8 @@ def exchange_tcp(
                     peer.sendall(message)
                     message = handshake.send(receive(peer, timeout))
                     is_challenged = True
+            except StopIteration:
+                return
             except (HungUp, ConnectionError):
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
                 if time.monotonic() + pause >= end or not (retries or is_challenged):
@@ -1407,31 +1447,31 @@ def exchange_tcp(
         say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
-        retries -= not is_challenged
+        if not is_challenged:
+            retries -= 1
 
 
 class UdpHandshake:
-    """One handshake over UDP, from a port of its own. Args: local, as exchange_tcp()'s.
-    Raises OSError."""
+    """One handshake over UDP, from a port of its own. Raises OSError."""
 
-    def __init__(self, handshake: Handshake, target: Target, local: Any) -> None:
+    def __init__(self, handshake: Handshake, target: Target) -> None:
         self.handshake = handshake
         self.response = b""
         self.heard = b""  # the last message, without its salt
-        self.socket = socket.socket(target[0], socket.SOCK_DGRAM)
+        self.socket = socket.socket(target.family, socket.SOCK_DGRAM)
         try:
             self.socket.setblocking(False)
-            if local:
-                self.socket.bind(local)
-            self.socket.connect(target[1])
+            if target.local:
+                self.socket.bind(target.local)
+            self.socket.connect(target.address)
             self.socket.send(next(handshake))
         except BaseException:
             self.socket.close()
             raise
 
     def receive(self) -> bool:
-        """Read and answer a datagram; returns whether it moved the handshake on. Ends with
-        StopIteration, or raises ProtocolError, OSError."""
+        """Read and answer a datagram; returns whether it moved the handshake on. Raises
+        StopIteration at the handshake's good end, ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
         except BlockingIOError:  # a broken datagram: select(2), BUGS
@@ -1446,7 +1486,7 @@ class UdpHandshake:
 
 
 class UdpHandshakes:
-    """Handshakes with one server that are under way at the same time, UDP_HANDSHAKES at most."""
+    """The handshakes with one server that are under way, UDP_HANDSHAKES at most."""
 
     def __init__(self) -> None:
         self.running: deque[UdpHandshake] = deque()  # the oldest first
@@ -1471,24 +1511,24 @@ class UdpHandshakes:
         return [key.data for key, _ in self.selector.select(timeout)]
 
     def drop(self, handshake: UdpHandshake) -> None:
+        """Give up this one."""
         self.running.remove(handshake)
         self.selector.unregister(handshake.socket)
         handshake.socket.close()
 
     def close(self) -> None:
+        """Give up all."""
         for handshake in list(self.running):
             self.drop(handshake)
         self.selector.close()
 
 
-def exchange_udp(
-    new_handshake: NewHandshake, target: Target, timeout: float, local: Any, say: Say
-) -> NoReturn:
+def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
     """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
     port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
     KNOCK is sent twice from one port: the reference's server rejects that."""
-    start = again = time.monotonic()
-    end = start + timeout
+    again = time.monotonic()
+    end = last_start = again + timeout  # each answer moves the end, to give the next one its time
     with contextlib.closing(UdpHandshakes()) as handshakes:
         while (now := time.monotonic()) < end:
             if now >= again:
@@ -1496,12 +1536,14 @@ def exchange_udp(
                     say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
                 handshakes.repeat()
-                if now < start + timeout:
-                    handshakes.add(UdpHandshake(new_handshake(), target, local))
+                if now < last_start:
+                    handshakes.add(UdpHandshake(new_handshake(), target))
             for handshake in handshakes.wait(min(again, end) - now):
                 try:
                     if handshake.receive():
                         end = time.monotonic() + timeout
+                except StopIteration:
+                    return
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
                     handshakes.drop(handshake)
@@ -1510,18 +1552,21 @@ def exchange_udp(
     raise socket.timeout
 
 
-def start_thread(thread: threading.Thread) -> None:
-    """Start it. Raises UserError."""
+def start_thread(run: Callable[[], None]) -> threading.Thread:
+    """Run something at the same time, for as long as the program runs. Raises UserError."""
+    import threading
+    thread = threading.Thread(target=run, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
         hint = "raise the limit of processes: ulimit -u, or the container's"
         raise UserError(f"cannot start a thread: {error}", hint) from None
+    return thread
 
 
 class Race:
-    """One question to several addresses at the same time.
-    Args: ask, which asks one address and returns what went wrong, None for success."""
+    """Asks several addresses the same at the same time. Args: ask, asks one address, and returns
+    what went wrong, None for success."""
 
     def __init__(self, ask: Callable[[str], UserError | None], addresses: Iterable[str]) -> None:
         import threading
@@ -1529,7 +1574,7 @@ class Race:
         self.is_given_up = False  # then nothing new begins
         self.ask = ask
         self.arrived: deque[tuple[str, UserError | None]] = deque()
-        self.news = threading.Semaphore(0)
+        self.news = threading.Semaphore(0)  # how many have arrived
         self.threads = [
             threading.Thread(target=self._run, args=[address], daemon=True)
             for address in self.addresses
@@ -1549,7 +1594,7 @@ class Race:
         self.news.release()
 
     def wait(self, is_enough: Callable[[Results], bool]) -> Results:
-        """All results, or those that arrive until OTHER_ADDRESS_S after there are enough."""
+        """Wait for all results, or until OTHER_ADDRESS_S after there are enough."""
         results: Results = {}
         end: float | None = None
         while len(results) < len(self.addresses):
@@ -1563,6 +1608,7 @@ class Race:
         return results
 
     def is_running(self) -> bool:
+        """Whether an address is still asked."""
         return any(thread.is_alive() for thread in self.threads)
 
     def give_up(self, patience: float) -> None:
@@ -1593,10 +1639,8 @@ class Client:
         self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
         self.targets = resolve(self.host, self.port, arguments.families)
         self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
-        # By address of the server the socket address to come from, where that matters.
-        self.local: dict[str, Any] = {}
         self.is_quiet = arguments.quiet or arguments.command == "connect"
-        # Where each resource was opened, even if the answer came late: the first first.
+        # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
 
@@ -1610,7 +1654,9 @@ class Client:
         names = ", ".join(addresses)
         return names if names == self.host else f"{self.host} ({names})"
 
-    def attempt(self, new_handshake: NewHandshake, where: str) -> UserError | None:
+    def attempt(
+        self, operation: int, resource: int, where: str, race: Race
+    ) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
         place = self.place([where])
@@ -1618,9 +1664,16 @@ class Client:
         def say(text: str) -> None:
             self.say(f"{place}: {text}")
 
+        def say_warning(text: str) -> None:
+            warn(f"{place}: {text}")
+
+        def new_handshake() -> Handshake:
+            if race.is_given_up:
+                raise Unsent("given up: it is about to be closed")
+            return client_handshake(operation, self.user, resource, self.key, say_warning, say)
+
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, self.local.get(where), say)
-        except StopIteration:
+            exchange(new_handshake, self.targets[where], self.timeout, say)
             return None
         except (ProtocolError, OSError) as error:
             failure = self.explain(error, where)
@@ -1633,6 +1686,7 @@ class Client:
 
     def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
         """What an error on the way to an address means, and what to do about it."""
+        target = self.targets[where]
         cause: object = type(error)
         if getattr(error, "is_challenged", False):
             cause = (cause, CHALLENGE)
@@ -1641,36 +1695,24 @@ class Client:
         elif isinstance(error, OSError):
             is_local = error.errno == errno.EINVAL and where.startswith("fe")
             cause = "no zone" if is_local else error.errno
-        if cause == errno.EADDRNOTAVAIL and where in self.local:
-            lost = f"this machine no longer has the address {self.local[where][0]}"
+        if cause == errno.EADDRNOTAVAIL and target.local:
+            lost = f"this machine no longer has the address {target.local[0]}"
             return AddressLost(lost, "what is open for it closes by itself")
         kind, problem, hint = CAUSES.get(cause, CAUSES[None])
         facts = {
             "port": f"{self.port}/{self.protocol}",
             "patience": self.timeout,
-            "version": 6 if self.targets[where][0] == socket.AF_INET6 else 4,
+            "version": 6 if target.family == socket.AF_INET6 else 4,
             "error": getattr(error, "strerror", None) or str(error),
         }
         return kind(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
-        ids = operation, self.user, resource.identifier, self.key
         opened = self.opened[resource]
 
         def ask(where: str) -> UserError | None:
-            place = self.place([where])
-
-            def new_handshake() -> Handshake:
-                if race.is_given_up:
-                    raise Unsent("given up: it is about to be closed")
-                return client_handshake(
-                    *ids,
-                    warn=lambda text: warn(f"{place}: {text}"),
-                    say=lambda text: self.say(f"{place}: {text}"),
-                )
-
-            error = self.attempt(new_handshake, where)
+            error = self.attempt(operation, resource.identifier, where, race)
             if operation == KNOCK and not error and where not in opened:
                 opened.append(where)
             return error
@@ -1681,29 +1723,33 @@ class Client:
         return race
 
     def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which no address has worked. Without -4 -6 one that has is enough."""
-        families = {self.targets[where][0] for where in race.addresses}
-        good = {self.targets[where][0] for where, error in results.items() if not error}
-        return families - good if self.arguments.families or not good else set()
+        """The families in which an address has still to work: without -4 -6 one is enough."""
+        families = {self.targets[where].family for where in race.addresses}
+        good = {self.targets[where].family for where, error in results.items() if not error}
+        if good and not self.arguments.families:
+            return set()
+        return families - good
 
     def failure(self, race: Race, results: Results) -> UserError | None:
-        """What to tell of the results, None for success: where it failed, and why. A server's word
-        says more than the silence of another address, and that more than a missing route."""
+        """Where it failed, and why; None for success. A server's word says more than the silence of
+        another address, and that more than a missing route."""
         unmet = self.unmet(race, results)
-        relevant = [where for where in race.addresses if self.targets[where][0] in unmet]
+        relevant = [where for where in race.addresses if self.targets[where].family in unmet]
         errors = {where: error for where in relevant if (error := results.get(where))}
         if not errors:
             return None
 
         def weight(error: UserError) -> int:
-            return isinstance(error, Rejected) - isinstance(error, Unsent)
+            if isinstance(error, Rejected):
+                return 2
+            return 0 if isinstance(error, Unsent) else 1
 
         worst = max(errors.values(), key=weight)
         where = [where for where, error in errors.items() if error.problem == worst.problem]
         return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
-        """Wait for the answers: until there are enough, and all of those where it is open."""
+        """Wait until there are enough answers, with those of all addresses where it is open."""
 
         def is_enough(results: Results) -> bool:
             is_open = set(self.opened[resource]).intersection(race.addresses)
@@ -1719,7 +1765,8 @@ class Client:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
         server that cannot be reached for one is not asked for the others."""
         done = []
-        failures: dict[str, tuple[UserError, list[str]]] = {}  # what is the same is told once
+        failures: dict[str, UserError] = {}  # what is the same is told once
+        affected: dict[str, list[str]] = {}  # by failure, the names of resources
         for number, resource in enumerate(self.resources):
             race = self.begin(operation, resource)
             results = self.finish(race, resource)
@@ -1728,14 +1775,16 @@ class Client:
                 if self.tell_done(operation, resource, race, results):
                     done.append(resource)
                 continue
-            affected = [resource] if isinstance(error, Rejected) else self.resources[number:]
-            failures.setdefault(str(error), (error, []))[1].extend(map(name_of, affected))
-            if affected != [resource]:
+            failures.setdefault(error.problem, error)
+            names = affected.setdefault(error.problem, [])
+            if not isinstance(error, Rejected):
+                names += map(name_of, self.resources[number:])
                 break
-        for error, names in failures.values():
-            *others, last = names
-            listed = f"{', '.join(others)} and {last}" if others else last
-            tell_error(self.undone(operation, listed, error))
+            names.append(name_of(resource))
+        for problem, error in failures.items():
+            *others, last = affected[problem]
+            all_names = f"{', '.join(others)} and {last}" if others else last
+            tell_error(self.undone(operation, all_names, error))
         return done
 
     def undone(self, operation: int, names: str, error: UserError) -> UserError:
@@ -1745,7 +1794,7 @@ class Client:
     def tell_done(
         self, operation: int, resource: Resource, race: Race, results: Results
     ) -> bool:
-        """Tell the user of a success, unless that is too much; returns False if nobody reads."""
+        """Tell the user of a success; returns False if nobody reads it."""
         name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
             limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
@@ -1757,13 +1806,13 @@ class Client:
                 here = UserError(f"{self.place([where])}: {error}", error.hint)
                 tell_error(self.undone(operation, name, here), "note")
         good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{VERBS[operation].rstrip('e')}ed {name} on {self.arguments.host} ({good})"
+        line = f"{DONE[operation]} {name} on {self.arguments.host} ({good})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
         try:
             print(line, flush=True)
-        except OSError:  # the user will not know; the other resources are to be seen to
+        except OSError:  # go on with the other resources
             return False
         return True
 
@@ -1775,7 +1824,7 @@ class Hold:
     def __init__(self, client: Client) -> None:
         import threading
         self.client = client
-        self.turn = threading.Lock()  # who has it may begin to knock
+        self.turn = threading.Lock()  # held to begin a renewal, and from the end on
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
         self.ended_by = 0  # a signal's number
@@ -1801,7 +1850,7 @@ class Hold:
                 return self._run_command() if self.client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
-        finally:  # of its own: a signal may have come before it was ignored
+        finally:  # another one: a signal may interrupt the inner one before it is ignored
             self._close()
 
     def _obey(self) -> None:
@@ -1811,6 +1860,7 @@ class Hold:
             raise SystemExit(128 + self.ended_by)
 
     def _open(self) -> bool:
+        """Open all; returns whether that worked."""
         client = self.client
         is_good = client.ask_all(KNOCK) == client.resources
         # What was not opened is not closed; with -4 -6 one address may be open alone.
@@ -1819,25 +1869,22 @@ class Hold:
         return is_good
 
     def _close(self) -> None:
+        """End renewing, and close what was opened unless it is to stay."""
         self.turn.acquire()  # for good: nothing is renewed from here on
         for race in self.client.races:
             race.give_up(OTHER_ADDRESS_S)  # or it may open what was closed just before
         if not self.client.arguments.keep:
             self.client.ask_all(REVOKE)
 
-    def _start_renewing(self) -> None:
-        import threading
-
-        def run() -> None:
-            try:
-                self._renew()
-            except Exception as error:  # in a thread nobody else would tell
-                tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
-
-        start_thread(threading.Thread(target=run, daemon=True))
-
     def _renew(self) -> None:
-        """Knock again in time, for ever. The user hears of it if the lease has ended."""
+        """Renew what is open, for ever; for a thread of its own."""
+        try:
+            self._renew_in_time()
+        except Exception as error:  # in a thread nobody else would tell
+            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
+
+    def _renew_in_time(self) -> None:
+        """Knock again in the middle of each lease. Tells the user if a lease ends meanwhile."""
         client = self.client
         lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
         client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
@@ -1850,7 +1897,9 @@ class Hold:
             begun = time.monotonic()
             error = self._knock_again()
             if error is None:
-                pause, end, is_told = lease / 2, begun + lease, False
+                pause = lease / 2
+                end = begun + lease
+                is_told = False
                 retries.reset()
                 continue
             pause = retries.take()
@@ -1874,7 +1923,7 @@ class Hold:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
         import signal
         import subprocess
-        self._start_renewing()
+        start_thread(self._renew)
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
         self._obey()
@@ -1903,21 +1952,22 @@ class Hold:
         keep_alive(peer)
         # The connection has a use for this lease alone, and only from the address that it has.
         self.addresses = [where]
-        address, _, *scope = peer.getsockname()
-        self.client.local[where] = (address, 0, *scope)
-        self._start_renewing()
+        address, _, *flow_and_scope = peer.getsockname()
+        local = (address, 0, *flow_and_scope)
+        self.client.targets[where] = self.client.targets[where]._replace(local=local)
+        start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
         self._obey()
         Carrier(peer).run()
         return 0
 
     def _reach(self) -> tuple[str, socket.socket]:
-        """Connect where it was opened; returns the address too. Knocks once more if somebody
-        behind our address closed it. Raises UserError."""
+        """Connect where it was opened; returns that address, and the connection. Knocks once more
+        if that fails: somebody behind our address may have closed it. Raises UserError."""
         client = self.client
         port = client.arguments.ports[0]
         resource = client.resources[0]
-        for patience in (CONNECT_S, client.timeout):
+        for is_last, patience in ((False, CONNECT_S), (True, client.timeout)):
             for where in client.opened[resource]:
                 address: Any = (where.encode(), port)  # as bytes: see look_up()
                 client.say(f"{client.place([where])}: connecting to port {port}")
@@ -1928,7 +1978,7 @@ class Hold:
                 else:
                     peer.settimeout(None)
                     return where, peer
-            if patience == CONNECT_S:
+            if not is_last:
                 client.ask_all(KNOCK)
         place = client.place(client.opened[resource])
         hint = "see whether the service runs on the server, and listens on this address"
@@ -1968,9 +2018,7 @@ class Carrier:
     def run(self) -> None:
         """Carry until both directions have ended, or nobody reads the output any more. Raises
         UserError if anything may have been lost."""
-        import threading
-        uploader = threading.Thread(target=self._upload, daemon=True)
-        start_thread(uploader)
+        uploader = start_thread(self._upload)
         try:
             self._download()
         except ConnectionError:
@@ -1983,7 +2031,7 @@ class Carrier:
             if number and self.sent > sent_before:
                 raise broken(OSError(number, os.strerror(number)))
             if number:
-                return  # the peer has gone for good, and our parent does not care
+                return  # the peer has gone, but nothing was sent after its end: nothing is lost
         if self.failure:
             raise self.failure
 
@@ -2044,6 +2092,7 @@ class Carrier:
 
 
 def broken(error: OSError) -> UserError:
+    """What to tell of a connection that did not end as it should."""
     hint = "connect again: some of what was sent or still to come may be lost"
     return UserError(f"the connection broke: {error.strerror}", hint)
 
@@ -2090,13 +2139,15 @@ COMMENT = re.compile(
     "user=(?P<user>[0-9A-F]{8}) resource=(?P<resource>[0-9A-F]{8})"
     r" boot=(?P<boot>\S{8}) proof=(?P<proof>\S{8})"
 )
-ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
+# A socket sends some 160 to 210 KB at once (net.core.wmem_default). A lease takes up to 1.1 KB: two
+# elements, each added, deleted and added again, in a table with a name of 64 characters.
+LEASES_PER_BATCH = 100
 
 
 def in_batches(items: list[Item]) -> Iterator[list[Item]]:
-    """The items, as many at a time as one transaction takes."""
-    for start in range(0, len(items), ELEMENTS_PER_BATCH):
-        yield items[start : start + ELEMENTS_PER_BATCH]
+    """The items, as many at a time as fit into one transaction."""
+    for start in range(0, len(items), LEASES_PER_BATCH):
+        yield items[start : start + LEASES_PER_BATCH]
 
 
 class LeaseKey(NamedTuple):
@@ -2128,23 +2179,24 @@ class Lease(NamedTuple):
 
 @functools.lru_cache(10_000)
 def lease_proof(key: bytes, boot: str, meaning: str) -> str:
-    """8 hex digits that change with a user's key, the boot, and what a resource means. They stand
-    in the kernel, next to the lease: a keyed hash, of which nobody learns anything of the key."""
+    """8 hex digits that change with a user's key, the boot, and what a resource means. Anybody may
+    see them in the kernel, next to the lease: a keyed hash tells nothing of the key."""
     import hmac
     return hmac.digest(key, f"lease {boot} {meaning}".encode(), "sha3_256").hex()[:8]
 
 
 def lease_comment(lease: Lease, boot: str) -> str:
-    """What stands at an element: it tells people, and a successor of this server, whose it is, when
-    it counts (boot) and what it means."""
+    """The comment of a lease's elements. It tells people whose they are, and a server that starts
+    later whether they still count."""
     if lease.address == EVERYBODY:
         return GATE_COMMENT
     ids = f"user={lease.user:08X} resource={lease.resource:08X}"
     return f"{ids} boot={boot} proof={lease.proof}"
 
 
-def longest_time(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
-    """For how long a configuration gives a lease with this proof, in s; 0: not at all."""
+def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
+    """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
+    not."""
     if user not in config.keys or config.objection(user, resource):
         return 0.0
     found = config.resources[resource]
@@ -2188,11 +2240,11 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        for index, name in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
-            del index[name][key]
-            if not index[name]:
-                del index[name]
-        if not self.weights[lease.user]:
+        for index, entry in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
+            del index[entry][key]
+            if not index[entry]:
+                del index[entry]
+        if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
             del self.weights[lease.user]
 
     def expire(self, now: float) -> list[Lease]:
@@ -2214,15 +2266,15 @@ class Leases:
         return ends
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
-        """The leases that have to end for this one, if the weight of all may be limit: the oldest
-        of whoever holds most, so nobody is kept out by others. Where there are more than the limit
-        (it was lowered), nobody is thrown out for that alone: one goes for one that comes."""
+        """The leases that have to end for this one, so that all weigh no more than limit: the
+        oldest of whoever holds most, so nobody is kept out by others. If they weigh more already
+        (the limit was lowered), they need not get below what they weigh now."""
         held = self.by_key.get(lease.key)
         weight = self.weight + lease.weight - (held.weight if held else 0)
         weights = dict(self.weights)
         weights[lease.user] = weights.get(lease.user, 0) + lease.weight
         queues: dict[int, Iterator[LeaseKey]] = {}
-        ended: list[Lease] = []
+        displaced: list[Lease] = []
         while weight > max(limit, self.weight):
             user = max(weights, key=weights.__getitem__)
             queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
@@ -2231,10 +2283,10 @@ class Leases:
                 del weights[user]
             elif key != lease.key:
                 oldest = self.by_key[key]
-                ended.append(oldest)
+                displaced.append(oldest)
                 weight -= oldest.weight
                 weights[user] -= oldest.weight
-        return ended
+        return displaced
 
 
 VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
@@ -2246,12 +2298,11 @@ GATE_KEYS = {4: bytes.fromhex("0800"), 6: bytes.fromhex("86DD")}  # linux/if_eth
 
 
 class Ruleset(NamedTuple):
-    """Our part of the table: by name of each set the type of its elements, and the rules, each
-    behind its chain. The tag, their comment, tells them from those of another configuration."""
+    """Our part of the table, but for the leases."""
 
-    sets: dict[str, str]
-    rules: list[str]
-    tag: str
+    sets: dict[str, str]  # by name, the type of its elements
+    rules: list[str]  # each behind the name of its chain
+    tag: str  # the comment of each rule: other rules have another one
 
 
 def ruleset(config: Config) -> Ruleset:
@@ -2278,12 +2329,6 @@ def ruleset(config: Config) -> Ruleset:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
     tag = f"letmein {digest(tuple(rules))}"
     return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
-
-
-def deletion_script(config: Config, rules: Iterable[Rule]) -> str:
-    """The nft script that deletes these rules."""
-    table = f"{config.family} {config.table}"
-    return "".join(f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules)
 
 
 def ruleset_script(config: Config) -> str:
@@ -2437,6 +2482,7 @@ COMMENT_TYPE = 0  # in user data, which is nft's own: libnftnl/udata.h
 NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, of a transaction: the subsystem
 ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
+RECEIVE_SIZE = 1 << 17  # bytes, more than the kernel sends at once
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
@@ -2453,7 +2499,7 @@ class Element(NamedTuple):
 
     key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
-    asked: float  # when that was not yet known, by time.monotonic(): it ends after asked + left
+    asked: float  # by time.monotonic(), before the kernel read it: it ends after asked + left
     comment: str
     packets: int
     octets: int
@@ -2540,23 +2586,40 @@ class Attributes(dict[int, bytes]):
         return ""
 
 
-def each_message(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
-    """The netlink messages in what a socket has received: type, flags, sequence number, port of
-    the sender (or of who made the change that is told of), and what is behind the header."""
+class Packet(NamedTuple):
+    """A netlink message from the kernel."""
+
+    kind: int
+    flags: int
+    sequence: int  # that of the question
+    port: int  # of who asked, or who made the change
+    body: bytes  # all behind the first header
+
+    @property
+    def attributes(self) -> Attributes:
+        """What an answer says."""
+        return Attributes(self.body[NETFILTER_HEADER.size :])
+
+    def is_last(self) -> bool:
+        """Whether it ends an answer. Raises the OSError that it tells of, if it does."""
+        if self.kind not in (NLMSG_ERROR, NLMSG_DONE):
+            return False
+        (error,) = struct.unpack_from("=i", self.body)
+        if error:
+            raise OSError(-error, os.strerror(-error))
+        return True
+
+
+def each_packet(data: bytes) -> Iterator[Packet]:
+    """The messages in what a netlink socket has received at once."""
     offset, end = 0, len(data) - NETLINK_HEADER.size
     while offset <= end:
         length, kind, flags, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
         if length < NETLINK_HEADER.size:
             return
-        yield kind, flags, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
+        body = data[offset + NETLINK_HEADER.size : offset + length]
+        yield Packet(kind, flags, sequence, port, body)
         offset += (length + 3) & ~3
-
-
-def raise_error(body: bytes) -> None:
-    """Raise the OSError that a message of type NLMSG_ERROR or NLMSG_DONE tells of, if it does."""
-    (error,) = struct.unpack_from("=i", body)
-    if error:
-        raise OSError(-error, os.strerror(-error))
 
 
 def netlink_socket(groups: int = 0) -> socket.socket:
@@ -2596,30 +2659,28 @@ class Kernel:
         self.socket.send(self._message(kind, flags, b"".join(attributes)))
         found: list[Attributes] = []
         while True:
-            for kind, _, sequence, _, body in each_message(self.socket.recv(1 << 17)):
-                if sequence != self.sequence:
+            for packet in each_packet(self.socket.recv(RECEIVE_SIZE)):
+                if packet.sequence != self.sequence:
                     continue  # of something that failed before
-                if kind in (NLMSG_ERROR, NLMSG_DONE):
-                    raise_error(body)
+                if packet.is_last():
                     return found
-                found.append(Attributes(body[NETFILTER_HEADER.size :]))
+                found.append(packet.attributes)
 
     def change(self, changes: Iterable[Change]) -> None:
         """Make changes in one transaction: all or none."""
         begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"")
         messages = [self._message(*change) for change in changes]
         end = self._message(NFNL_MSG_BATCH_END, 0, b"")
-        # What goes well is not answered, what fails is.
         self.socket.send(b"".join((begin, *messages, end)))
-        for error in self._answers():
-            raise_error(error)
+        for complaint in self._answers():  # there are none if all went well
+            complaint.is_last()
 
-    def _answers(self) -> list[bytes]:
-        """What has come, to the last one: the next question is to find nothing here."""
-        answers: list[bytes] = []
+    def _answers(self) -> list[Packet]:
+        """All that has come: the next question must find nothing here."""
+        answers: list[Packet] = []
         while True:
             try:
-                answers += (body for *_, body in each_message(self.socket.recv(1 << 17)))
+                answers += each_packet(self.socket.recv(RECEIVE_SIZE))
             except BlockingIOError:
                 return answers
             except OSError as error:
@@ -2651,7 +2712,7 @@ class Kernel:
     def rules(self, chain: str) -> list[Rule]:
         """The rules of a chain, in their order."""
         table = text_attribute(NFTA_RULE_TABLE, self.table)
-        self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # an error if it is none
+        self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # raises if it is none
         rules = []
         for found in self._ask(GETRULE, table, text_attribute(NFTA_RULE_CHAIN, chain), dump=True):
             comment = found.comment(NFTA_RULE_USERDATA)
@@ -2676,21 +2737,20 @@ class Kernel:
         return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, set_name: str) -> Iterator[Element]:
-        """The elements of a set. The kernel gives some 200 at a time, and the more that went before
-        the slower (1 s for 100,000). What is changed meanwhile may come twice, or be left out; and
-        so may others, while the set grows."""
+        """The elements of a set. The kernel gives some 200 at a time, ever more slowly (1 s for
+        100,000). One that changes meanwhile may come twice or be left out; so may any other, while
+        the set grows."""
         asked = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
             netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
-                # With one piece the kernel prepares the next.
+                # The kernel reads the next piece when it hands one out.
                 next_asked = time.monotonic()
-                for kind, _, _, _, body in each_message(netlink.recv(1 << 17)):
-                    if kind in (NLMSG_ERROR, NLMSG_DONE):
-                        raise_error(body)
+                for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
+                    if packet.is_last():
                         return
-                    listed = Attributes(body[NETFILTER_HEADER.size :])
-                    for _, element in each_attribute(listed.get(NFTA_LIST_ELEMENTS, b"")):
+                    listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
+                    for _, element in each_attribute(listed):
                         yield self._element(Attributes(element), asked)
                 asked = next_asked
 
@@ -2708,11 +2768,15 @@ class Kernel:
         packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
         return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
 
+    def _one_element(self, name: ElementName, *facts: bytes) -> bytes:
+        """The attributes that name one element, and say more of it."""
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key), *facts)
+        return self._elements_of(name.set_name, element)
+
     def has_element(self, name: ElementName) -> bool:
         """Whether a set has this element just now. Exact, unlike elements()."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
         try:
-            return bool(self._ask(GETSETELEM, self._elements_of(name.set_name, element)))
+            return bool(self._ask(GETSETELEM, self._one_element(name)))
         except FileNotFoundError:
             return False
 
@@ -2722,23 +2786,20 @@ class Kernel:
         milliseconds = round(min(max(left, SHORTEST_LEASE_S), LONGEST_LEASE_S) * 1000)
         time_left = struct.pack("!Q", milliseconds)
         text = comment.encode("ascii") + b"\0"
-        element = nested(
-            NFTA_LIST_ELEMENT,
-            key_attribute(name.key),
+        attributes = self._one_element(
+            name,
             # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
             attribute(NFTA_ELEM_TIMEOUT, time_left),
             attribute(NFTA_ELEM_EXPIRATION, time_left),
             attribute(NFTA_ELEM_USERDATA, bytes((COMMENT_TYPE, len(text))) + text),
         )
-        flags = NLM_F_CREATE | (NLM_F_EXCL if is_new else 0)
-        return Change(NEWSETELEM, flags, self._elements_of(name.set_name, element))
+        return Change(NEWSETELEM, NLM_F_CREATE | (NLM_F_EXCL if is_new else 0), attributes)
 
     def delete(self, name: ElementName) -> list[Change]:
-        """The changes that delete an element, whether it is there or not: the kernel objects if it
-        is not, and it may just have expired. So it is added first."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
-        brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
-        return [brief, Change(DELSETELEM, 0, self._elements_of(name.set_name, element))]
+        """The changes that delete an element, whether it is there or not. It may just have expired,
+        and the kernel objects if it is not there: so it is added first."""
+        added = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
 
@@ -2747,17 +2808,17 @@ class Kernel:
         return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
 
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
-        """Whether these notifications tell of a change, by another process, of something in our
-        table that has one of these names in its own, or of a chain that got a new name. (A run of
-        nft counts as another process: its id may have been somebody else's before, and will be
-        again.) The table's name is attribute 1 everywhere."""
+        """Whether one of these notifications is about our table, a change by another process, and a
+        renamed chain or something whose name contains one of these. (Our own nft counts as another
+        process: process ids are used again.) The table's name is attribute 1 everywhere."""
         table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
-        for kind, flags, _, port, body in each_message(data):
-            if port == self.port or body[:1] != bytes([self.family]) or table not in body:
+        for packet in each_packet(data):
+            is_ours = packet.body[:1] == bytes([self.family]) and table in packet.body
+            if packet.port == self.port or not is_ours:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
-            is_renamed = kind == NEWCHAIN and not flags & NLM_F_CREATE
-            if is_renamed or any(name in body for name in names):
+            is_renamed = packet.kind == NEWCHAIN and not packet.flags & NLM_F_CREATE
+            if is_renamed or any(name in packet.body for name in names):
                 return True
         return False
 
@@ -2774,7 +2835,7 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
 
 
 def unreadable(config: Config, error: OSError) -> UserError:
-    """What to say of a table that cannot be read."""
+    """The error of a table that cannot be read."""
     table = f"table {config.family} {config.table}"
     if isinstance(error, FileNotFoundError):
         hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
@@ -2864,8 +2925,8 @@ def is_ours(rule: Rule) -> bool:
 
 
 class Table:
-    """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It
-    decides nothing. Args: as for Firewall."""
+    """Our part of the kernel's table: rules, sets, and in these the leases and gates. It does what
+    it is told. Args: as for Firewall."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2885,14 +2946,7 @@ class Table:
 
     def install(self) -> None:
         """Put our rules and sets into the table. Raises UserError."""
-        script = ruleset_script(self.config)
-        try:
-            self._run(deletion_script(self.config, self._rules()) + script)
-        except UserError as error:
-            if "No such file" not in error.problem:
-                raise
-            # Somebody may have deleted one of these rules meanwhile.
-            self._run(deletion_script(self.config, self._rules()) + script)
+        self._replace_rules(ruleset_script(self.config))
         self._delete_sets(self.read_handles().keys() - ruleset(self.config).sets.keys())
 
     def inspect(self) -> tuple[str, Handles]:
@@ -2911,7 +2965,7 @@ class Table:
         stays."""
         with contextlib.suppress(OSError):
             self.kernel.table_facts()
-            self._run(deletion_script(self.config, self._rules(even_if_incomplete=True)))
+            self._replace_rules("", even_if_incomplete=True)
             self._delete_sets(self.read_handles())
 
     def read_handles(self) -> Handles:
@@ -2924,17 +2978,30 @@ class Table:
             name = f"table {self.config.family} {self.config.table}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
 
-    def _run(self, script: str) -> None:
-        if not script:
-            return
-        if self.config.debug:
-            self.log("nft", script=script)
-        self.nft.run(script)
+    def _replace_rules(self, script: str, even_if_incomplete: bool = False) -> None:
+        """Delete our rules and run an nft script, in one transaction. Raises UserError."""
+        table = f"{self.config.family} {self.config.table}"
+        for is_last in (False, True):
+            rules = self._rules(even_if_incomplete)
+            lines = [f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules]
+            full = "".join(lines) + script
+            if not full:
+                return
+            if self.config.debug:
+                self.log("nft", script=full)
+            try:
+                self.nft.run(full)
+                return
+            except UserError as error:
+                # Somebody may have deleted one of these rules meanwhile.
+                if is_last or "No such file" not in error.problem:
+                    raise
 
     def _rules(self, even_if_incomplete: bool = False) -> list[Rule]:
         """Our rules, as the kernel has them. Raises UserError if it has not all of our chains."""
         found = []
-        for hook, chain in self.config.chains.items():
+        hooks = {chain: hook for hook, chain in self.config.chains.items()}  # two may share one
+        for chain, hook in hooks.items():
             try:
                 found += self.kernel.rules(chain)
             except OSError as error:
@@ -2945,8 +3012,8 @@ class Table:
         return [rule for rule in found if is_ours(rule)]
 
     def _delete_sets(self, names: Iterable[str]) -> None:
-        """A set that a foreign rule uses cannot be deleted, and would take a whole
-        transaction along: so each has its own, and that one is emptied."""
+        """Delete sets. One that a foreign rule uses cannot be deleted, and fails its transaction:
+        so each has its own, and that one is emptied. Raises UserError."""
         table = f"{self.config.family} {self.config.table}"
         for name in names:
             try:
@@ -3007,20 +3074,20 @@ class Table:
         changes: list[Change] = []
         for lease in leases:
             old = self.find(lease.key)
+            is_new = old is None and not replace
             # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
-            restart = is_same and self.refreshes and not replace
-            is_dropped = lease.ends == ENDED or replace or (old is not None and not restart)
+            can_restart = is_same and self.refreshes and not replace
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
             for name in lease_elements(lease, self.config):
-                if is_dropped:
+                if lease.ends == ENDED or not (is_new or can_restart):
                     changes += self.kernel.delete(name)
                 if lease.ends != ENDED:
-                    changes.append(self.kernel.put(name, left, comment, is_new=not restart))
+                    changes.append(self.kernel.put(name, left, comment, is_new=not can_restart))
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates as they are to be when these leases are noted, where that is a change."""
+        """The gates that change with these leases, with the end that they will have."""
         keys = frozenset(lease.key for lease in leases)
         gates = []
         for resource in {key.resource for key in keys}:
@@ -3031,7 +3098,7 @@ class Table:
             if ends < gate.ends:
                 old = [self.find(key) for key in keys if key.resource == resource]
                 if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # the last lease stays: no need to look through all of them
+                    continue  # another lease holds it open as long: no need to look through all
                 ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
             if ends != gate.ends:
                 gates.append(gate_of(resource, ends))
@@ -3055,8 +3122,8 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 class Look:
     """Compares the elements in the kernel's table with our leases, once, and mends what differs.
-    It works in steps, and others have their turn between them. The leases that they change are not
-    judged: the elements were read before.
+    It works in steps, between which knocks have their turn. Leases that these change (`changed`)
+    are left alone: what was read of them is out of date.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -3065,7 +3132,7 @@ class Look:
         self.config = table.config
         self.is_adopting = is_adopting
         self.handles = handles
-        # Made since the last look: what has gone with the old ones is nobody's wish.
+        # The sets made since the last look. What has gone with the old ones, nobody has deleted.
         self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
@@ -3088,7 +3155,7 @@ class Look:
                 yield from self._read(name)
         yield from self._adopt()
         self.table.note_gates()
-        for name in gates:
+        for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
         yield from self._find_missing()
         yield from self._mend()
@@ -3105,31 +3172,40 @@ class Look:
         """Judge the elements of a set."""
         for number, element in enumerate(self.table.kernel.elements(set_name)):
             self._judge(ElementName(set_name, element.key), element)
-            if number % ELEMENTS_PER_BATCH == 0:
+            if number % LEASES_PER_BATCH == 0:
                 yield
 
     def _judge(self, name: ElementName, element: Element) -> None:
-        """Note what one element means: it is part of a lease, or of one to be adopted, or strange.
-        When it ends is known to within the time that reading it took."""
-        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        """Note what an element is part of: a lease, one to be adopted, or nothing of ours."""
         key = self._holder(name)
         if key in self.changed:
             return
         lease = self.table.find(key) if key else None
-        heir = self._heir(key, element, earliest) if key and not lease else None
+        heir = self._heir(key, element) if key and not lease else None
         if lease:
             self.found.add(name)
-            is_right = element.comment == lease_comment(lease, self.table.boot)
-            if not is_right or earliest > lease.ends + LATE_S:
-                self.wrong.add(lease.key)
-            elif latest < lease.ends - EARLY_S:
-                self._shorten(lease, latest)
+            self._compare(lease, name, element)
         elif heir:
             self.found.add(name)
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
-        elif earliest > time.monotonic() + EARLY_S:  # else a lease of ours may just have ended
+        # A lease of ours may just have ended.
+        elif element.asked + element.left > time.monotonic() + EARLY_S:
             self.strange.append(name)
+
+    def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
+        """Compare an element with its lease, or gate. When it ends is known to within the time that
+        reading it took."""
+        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        is_right = element.comment == lease_comment(lease, self.table.boot)
+        is_short = latest < lease.ends - EARLY_S
+        # In a set made anew it may be what somebody saved before a later knock.
+        is_decided = lease.address != EVERYBODY and name.set_name not in self.renewed
+        if is_right and is_short and is_decided:  # by an administrator
+            self.table.note(lease._replace(ends=latest), "")
+            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
+        elif not is_right or is_short or earliest > lease.ends + LATE_S:
+            self.wrong.add(lease.key)
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
@@ -3140,15 +3216,7 @@ class Look:
             return LeaseKey(address, int(name.set_name[8:16], 16))
         return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
 
-    def _shorten(self, lease: Lease, ends: float) -> None:
-        """Somebody has given an element less time: for a lease that counts, for a gate not."""
-        if lease.address == EVERYBODY:
-            self.wrong.add(lease.key)
-        else:
-            self.table.note(lease._replace(ends=ends), "")
-            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-
-    def _heir(self, key: LeaseKey, element: Element, ends: float) -> Lease | None:
+    def _heir(self, key: LeaseKey, element: Element) -> Lease | None:
         """The lease that an element stands for, if a server of this boot gave it (an administrator
         may have saved the ruleset and loaded it again), and this configuration still does."""
         comment = COMMENT.fullmatch(element.comment)
@@ -3158,8 +3226,9 @@ class Look:
         if key.address == EVERYBODY or key.resource != resource or element.left == NEVER:
             return None
         proof = comment["proof"]
-        if not longest_time(self.config, self.table.boot, user, resource, proof):
+        if not time_granted(self.config, self.table.boot, user, resource, proof):
             return None
+        ends = element.asked + element.left  # or up to the time that reading it took later
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
 
     def _adopt(self) -> Iterator[None]:
@@ -3170,7 +3239,9 @@ class Look:
                 if heir.key in self.changed:
                     continue
                 names = lease_elements(heir, self.config)
-                if not self.found.issuperset(names):
+                # A listing may leave out an element while a knock makes the set grow.
+                has_element = self.table.kernel.has_element
+                if not all(name in self.found or has_element(name) for name in names):
                     self.strange += self.found.intersection(names)
                     continue
                 resource = self.config.resources[heir.resource]
@@ -3180,8 +3251,8 @@ class Look:
                 self.table.leases.keep(heir._replace(ends=min(heir.ends, latest)))
 
     def _find_missing(self) -> Iterator[None]:
-        """Note the leases and gates of which elements have gone together with their set. Where they
-        have gone alone, an administrator has revoked them."""
+        """Note the leases and gates whose elements have gone together with their set. If they have
+        gone from a set that is still the same, an administrator has deleted them."""
         books = self.table.leases, self.table.gates
         for some in in_batches([lease for book in books for lease in book.by_key.values()]):
             yield
@@ -3193,8 +3264,8 @@ class Look:
                 is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                renewed = self.renewed.intersection(name.set_name for name in names)
-                if renewed or is_gate_of_heirs:
+                is_set_new = any(name.set_name in self.renewed for name in names)
+                if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
                 elif not is_ending and not all(map(self.table.kernel.has_element, names)):
                     deleted.append(lease)
@@ -3266,11 +3337,11 @@ class Firewall:
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.calm_at = 0.0  # when a while without damage is over
-        self.trouble = ""  # what keeps us from healing, once it was logged
-        self.claim = ""  # of somebody else to our table or chains, once it was logged
+        self.trouble = ""  # why healing fails, once that was logged
+        self.claim = ""  # somebody else's, to our table or chains, once that was logged
         self.futile = 0  # how often in a row nft has changed nothing
         self.disturbed = 0  # how often in a row the kernel has objected to something
-        self.is_contested = False  # whether healing has not lasted for a while, once it was logged
+        self.is_contested = False  # whether others undo what is healed, once that was logged
 
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
@@ -3278,12 +3349,8 @@ class Firewall:
         self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
         check_kernel(self.table.kernel, self.nft, self.config)
         self._warn_of_unreached_chains()
-        notifications = self.table.kernel.listen()
-
-        def notified() -> None:
-            self._on_notification(notifications)
-
-        selector.register(notifications, selectors.EVENT_READ, notified)
+        self.notifications = self.table.kernel.listen()
+        selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
         self.nft.limit = NFT_LIMIT_S[0]
@@ -3298,8 +3365,8 @@ class Firewall:
     # -- what clients ask for
 
     def knock(self, address: str, resource: int, user: int) -> str:
-        """Open a resource for an address, or restart the lease's time. Returns "" when that is in
-        force, or why it is not."""
+        """Open a resource for an address, or restart the lease's time. Returns "" once the kernel
+        has it, or why it does not."""
         found = self.config.resources[resource]
         objection = self._objection(address, found)
         if objection:
@@ -3312,14 +3379,15 @@ class Firewall:
         room = self.config.max_nr_rules - len(self.config.protocols)
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
-        ended = self.leases.make_room(lease, room)
-        problem = self._enforce([lease, *(other.ended() for other in ended)], "replaced")
-        for other in [] if problem else ended:
-            self.table.log_revoked(other, "max-nr-rules is reached")
+        displaced = self.leases.make_room(lease, room)
+        problem = self._enforce([lease, *(other.ended() for other in displaced)], "replaced")
+        if not problem:
+            for other in displaced:
+                self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
     def _objection(self, address: str, resource: Resource) -> str:
-        """Why nobody at this address can have this resource; "" if they can."""
+        """Why this resource does not open for this address; "" if it does."""
         if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
         if resource.timeout < SHORTEST_LEASE_S:
@@ -3329,8 +3397,8 @@ class Firewall:
         return ""
 
     def revoke(self, address: str, resource: int) -> str:
-        """Close a resource for an address; that it is not open is a success. Returns "" or why the
-        kernel does not do it."""
+        """Close a resource for an address; if it is not open, that is a success. Returns "" or why
+        the kernel does not close it."""
         self.table.expire()
         lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
@@ -3345,15 +3413,13 @@ class Firewall:
         try:
             try:
                 self._hold(leases, reason)
-            except FileExistsError:  # an element that we did not know of
-                self._hold(leases, reason, replace=True)
-            except OSError:
-                # The firewall was changed under us: put back what others need, and try again. Where
-                # nft does not help, do not run one for each knock.
-                if self.trouble:
-                    return self.trouble
-                self.look_at = 0.0
-                self.table.install()
+            except OSError as error:
+                if not isinstance(error, FileExistsError):  # that is an element we did not know of
+                    if self.trouble:
+                        return self.trouble  # nft did not help: do not run it for each knock
+                    # The firewall was changed under us: put back what others need.
+                    self.look_at = 0.0
+                    self.table.install()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
@@ -3370,17 +3436,18 @@ class Firewall:
     # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
-        """Go on with another configuration for the same chains; a lease that it would
-        not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
+        """Go on with another configuration for the same chains; a lease that it does not grant is
+        revoked. Raises UserError, changing nothing, if the kernel rejects it."""
         check_kernel(self.table.kernel, self.nft, config)
         self.table.expire()
-        ended, shortened = self._differences(config)
+        lost, shortened = self._differences(config)
         self.work = self.look = None  # a look under way is out of date
         self.look_at = 0.0  # to say so and to try again if anything below fails
+        # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
-            for some in in_batches(ended):
+            for some in in_batches(lost):
                 self.table.hold([lease.ended() for lease in some], reason="configuration")
-        for lease in ended:
+        for lease in lost:
             self.table.note(lease.ended(), "configuration")
             self.table.log_revoked(lease, "configuration")
         self.config = self.table.config = config
@@ -3396,20 +3463,20 @@ class Firewall:
         self._warn_of_unreached_chains()
 
     def _differences(self, config: Config) -> tuple[list[Lease], list[Lease]]:
-        """The leases that this configuration would not give, and those that it would give for less
-        time, as they are to be."""
+        """The leases that this configuration does not grant, and those that it grants for less time
+        than they have, with the end that it grants."""
         now = time.monotonic()
-        terms: dict[tuple[int, int, str], float] = {}  # by user, resource, proof: the longest time
-        ended, shortened = [], []
+        granted: dict[tuple[int, int, str], float] = {}  # in s, by user, resource and proof
+        lost, shortened = [], []
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
-            if facts not in terms:
-                terms[facts] = longest_time(config, self.boot, *facts)
-            if not terms[facts]:
-                ended.append(lease)
-            elif lease.ends > now + terms[facts]:
-                shortened.append(lease._replace(ends=now + terms[facts]))
-        return ended, shortened
+            if facts not in granted:
+                granted[facts] = time_granted(config, self.boot, *facts)
+            if not granted[facts]:
+                lost.append(lease)
+            elif lease.ends > now + granted[facts]:
+                shortened.append(lease._replace(ends=now + granted[facts]))
+        return lost, shortened
 
     def _warn_of_unreached_chains(self) -> None:
         with contextlib.suppress(OSError):
@@ -3417,7 +3484,7 @@ class Firewall:
                 self.log("warning", reason=warning)
 
     def _warn_of_limit(self) -> None:
-        """Say so if more stands than may: adopted, or given before the limit was lowered."""
+        """Warn if the leases, adopted or given before the limit was lowered, exceed it."""
         weight = self.leases.weight + len(self.config.protocols)
         if weight > self.config.max_nr_rules:
             limit = f"max-nr-rules is {self.config.max_nr_rules}, but {weight} rules are in use"
@@ -3426,13 +3493,13 @@ class Firewall:
 
     # -- what others change
 
-    def _on_notification(self, notifications: socket.socket) -> None:
-        """Read what waits, and want a look if somebody else has changed something of ours."""
+    def _on_notification(self) -> None:
+        """Read what waits, and plan a look if somebody else has changed something of ours."""
         chains = self.config.chains.values()
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in chains)]
         for _ in range(NOTIFICATIONS_PER_TURN):
             try:
-                data = notifications.recv(1 << 16)
+                data = self.notifications.recv(RECEIVE_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -3476,8 +3543,9 @@ class Firewall:
         self._rest(damage, trouble)
 
     def _rest(self, damage: str, trouble: str) -> None:
-        """Look again after a pause, which grows as long as it helps nothing. One good look in
-        between does not count: a second server may be slower than we are."""
+        """Plan another look if this one found something: after a pause, which grows until nothing
+        was found for CALM_S. (One good look is not enough: a second server for this table may be
+        slower than we are.)"""
         now = time.monotonic()
         is_calm = now > self.calm_at
         if trouble != self.trouble or is_calm:
@@ -3496,8 +3564,8 @@ class Firewall:
             self.log("warning", reason="what is healed is changed again at once", hint=hint)
 
     def _look(self) -> Generator[None, None, str]:
-        """Make the kernel's part of our table what it should be, in pieces: others have their turn
-        between them. Returns what was wrong, or "". Raises UserError, OSError."""
+        """Make our part of the kernel's table what it should be, in steps between which knocks have
+        their turn. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
@@ -3526,8 +3594,8 @@ class Firewall:
         return damage
 
     def _warn_of_claims(self) -> None:
-        """Say so, once, if somebody has made the table unfit for us: it works still, but neither
-        SIGHUP nor a start will take it."""
+        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
+        SIGHUP or start will fail."""
         claim = hint = ""
         try:
             check_table(self.table.kernel, self.config)

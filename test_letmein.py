@@ -1477,9 +1477,8 @@ def test_client_survives_any_bytes(
     heard = b"".join(messages)
     first, second = heard[:56], heard[56:112]
     challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
-    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, lambda line: None)
     feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
-    target = socket.AF_INET, feeder.listener.getsockname()
+    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(letmein, "socket", SocketModule(feeder))
         fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
@@ -1488,9 +1487,11 @@ def test_client_survives_any_bytes(
         patch.setattr(letmein, "TCP_RETRY_S", 1e9)
         caller = object.__new__(letmein.Client)
         caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.local, caller.port = {"server": target}, {}, 5800
+        caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
-        error = caller.attempt(lambda: client, "server")
+        caller.user, caller.key = USER, KEY
+        race = letmein.Race(lambda where: None, [])
+        error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
     last = second if challenged else first
@@ -3488,6 +3489,35 @@ class TestJumps:
             # The lease that was revoked would have lasted a second more.
             ending.assert_took(3, before, told, more=0.5)
 
+    @pytest.mark.parametrize("end", ["revoked", "expired"])
+    def test_the_leases_of_two_gates_end(self, lab: Lab, end: str) -> None:
+        """One after the other, with no new one in between: the server goes on."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        text = "jump / input: DOOR-INPUT / timeout: 0.6"
+        with Server(lab, server_conf(f"31 = {text}\n33 = {text}\n34 = {text}")):
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource) == COMEIN
+            if end == "expired":
+                eventually(lambda: not lab.reaches(8080, CLIENT_4), "the leases do not end")
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource, REVOKE) == COMEIN
+            assert not lab.reaches(8080, CLIENT_4)
+            assert handshake(lab, 0x34) == COMEIN
+            assert lab.reaches(8080, CLIENT_4)
+
+    def test_one_chain_for_two_hooks(self, lab: Lab) -> None:
+        """Its rules are there once, and nothing is missing."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        nft_do("add rule inet filter output jump LETMEIN-INPUT")
+        conf = server_conf("22 = port: 22", nftables="chain-output = LETMEIN-INPUT")
+        with Server(lab, conf) as server:
+            assert handshake(lab) == COMEIN
+            flush_the_chain(lab)
+            server.wait_for("healed", leases="1")
+            quiet(server)
+            assert lab.reaches(22, CLIENT_4)
+            assert "cannot-heal" not in server.log
+
     def test_other_users_and_rules(self, lab: Lab) -> None:
         """Users and max-nr-rules count for jumps as for ports."""
         lab.load(JUMP_RULESET.format(family="inet"))
@@ -4452,6 +4482,22 @@ class TestHeal:
         knock_all(lab, HOLDERS[0])
         assert min(milliseconds_left(key)) > 590
 
+    def test_an_old_ruleset_is_restored(self, lab: Lab, guarded: Server) -> None:
+        """What was saved before a lease was renewed knows too little of it: nobody has shortened
+        it, and its client, who renews in time, stays in."""
+        text = guarded.path.read_text(encoding="utf-8")
+        shorter = text.replace("22 = port: 22", "22 = port: 22 / timeout: 60")
+        reconfigure(guarded, shorter)
+        knock_all(lab, HOLDERS[0])
+        saved = run(NFT, "list", "ruleset")
+        reconfigure(guarded, text)
+        knock_all(lab, HOLDERS[0])
+        nft_do("flush ruleset", saved)
+        guarded.wait_for("healed", leases="1")
+        agree(lab, guarded, HOLDERS[0])
+        assert min(milliseconds_left(CLIENT_4)) > 500
+        assert not guarded.events("shortened")
+
     def test_lost_notifications(self, lab: Lab, guarded: Server) -> None:
         """The kernel's buffer for them overflows while the server sleeps."""
 
@@ -4580,6 +4626,63 @@ class TestBetweenTwoSteps:
         settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
 
+
+    def test_the_largest_transaction(self, lab: Lab) -> None:
+        """A socket takes it, however long the names are: leases that nobody can write anew would
+        be open for longer than a new configuration says."""
+        name = 64 * "t"
+        lab.load(f"table inet {name} {{ chain LETMEIN-INPUT {{ }}; }}")
+        text = server_conf(TRUTH_RESOURCES).replace("table = filter", f"table = {name}")
+        config = letmein.parse_config(text, "", server=True)._replace(resources={
+            0x23: letmein.parse_resource(0x23, "port: 23 / tcp, udp", 60)
+        })
+        table = letmein.Table(letmein.Nft(NFT), config, BOOT, letmein.Log())
+        table.install()
+        lease = letmein.Lease("", 0x23, 1, "12345678", 2, time.monotonic() + 60)
+        many = [lease._replace(address=f"fd77::7:{n:x}") for n in range(300)]
+        for some in letmein.in_batches(many):
+            table.kernel.change(table.changes(some, replace=True))
+        assert run(NFT, "list", "table", "inet", name).count("proof=") == 600
+
+    def test_a_rule_is_deleted_in_the_middle_of_a_stop(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """That fails nft's whole transaction: it is tried again without that rule."""
+        nft, again = stepwise.firewall.nft, stepwise.firewall.nft.run
+
+        def run_late(script: str, *arguments: str) -> str:
+            nft.run = again  # type: ignore[method-assign]
+            delete_a_rule(lab)
+            return again(script, *arguments)
+
+        nft.run = run_late  # type: ignore[method-assign]
+        stepwise.firewall.close()
+        assert "letmein" not in lab.ruleset()
+
+    def test_a_listing_without_half_of_a_lease(self, lab: Lab, stepwise: Held4And6) -> None:
+        """The kernel may leave something out while a set grows: a server that starts then keeps
+        the lease all the same."""
+        settle(stepwise.firewall)
+        old = stepwise.firewall
+        assert old.knock(CLIENT_4, 0x23, 1) == ""
+        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        listed = successor.table.kernel.elements
+        lease = old.leases.by_key[letmein.LeaseKey(CLIENT_4, 0x23)]
+        half = letmein.lease_elements(lease, old.config)[1].key
+
+        def incomplete(set_name: str) -> Iterator[letmein.Element]:
+            successor.table.kernel.elements = listed  # type: ignore[method-assign]
+            return (element for element in listed(set_name) if element.key != half)
+
+        successor.table.kernel.elements = incomplete  # type: ignore[method-assign]
+        with selectors.DefaultSelector() as selector:
+            successor.open(selector)
+            settle(successor)
+            for key in list(selector.get_map().values()):
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.close()
+        assert set(kernel().elements) == rows(*stepwise.holders, (CLIENT_4, 0x23, 1))
+        assert len(successor.leases) == 4
 
     def test_a_gate_opens_and_shuts_while_its_leases_are_adopted(
         self, lab: Lab, stepwise: Held4And6
