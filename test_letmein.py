@@ -9129,7 +9129,6 @@ class Strict(NamedTuple):
     policy: int
 
 
-
 WIRE_RESOURCES = """
 22 = port: 22
 23 = port: 23
