@@ -17,7 +17,7 @@ ROOTLESS = $(if $(filter 0,$(shell id -u)),,env PYTEST_DEBUG_TEMPROOT=$(CURDIR)/
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench .ci/knockers.py
+SCRIPTS = $(wildcard *.py .ci/lab/*.py) .ci/demo .ci/bench .ci/knockers.py
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -91,7 +91,7 @@ lint: tools
 		--strict --scripts-are-modules $(SCRIPTS)
 
 clean:
-	rm -rf .venv .bench .hypothesis __pycache__ .ci/__pycache__
+	rm -rf .venv .bench .hypothesis __pycache__ .ci/__pycache__ .ci/lab/__pycache__
 
 # The module goes where Python keeps its bytecode, and two short programs import it from there: so a
 # knock need not compile it anew. The configuration in /etc is the owner's, and is not touched, nor is

@@ -1,38 +1,52 @@
 """Tests of letmein.py on the real kernel, by its command line, its log, the wire and nft.
 
-The lab is two hosts in network namespaces, joined by a veth pair. The process that runs the
-tests enters a new network namespace itself: that is the server's host, with the nftables.conf
-of this tree as its firewall. The client's host is another one, which `with lab.client():`
-enters for a while; sockets and programs that are made there stay there. As root this takes
-nothing else; anybody else gets a user namespace around it, so no test needs root, but for
-those that say so. Nothing outlives the process: no namespace, no mount, no file.
+The lab is in .ci/lab: two hosts in network namespaces, servers, clients, attackers, models. No test
+needs root, but for those that say so; nothing outlives the process that runs them. The sections
+follow the rooms of letmein.py, from Protocol to Command line; then comes what takes all of it.
 
-    client's host                                       server's host
-    10.1.0.2 and .3, fd01::2 and ::3   ---- veth ----   10.1.0.1, fd01::1
-    all of 10.77.0.0/16 and fd77::/64                   routes to 10.2.0.0/24 and fd02::/64
+    What is claimed                                 Where it is proven
+    A knock opens its port, for its address alone   TestPackets.test_knock_and_revoke
+    A lease ends on time, by the kernel alone       TestTime, TestExactly
+    A stop removes all that the server installed    TestRules.test_a_stop_removes_everything
+    Leases live through crashes and reloads         TestAdopt, TestHeal
+    What others plant or prolong is put right       TestHeal
+    Server, kernel and `status` agree at all times  TestAnything
+    A reload ends what the file forbids now         TestSighup
+    Client and server work with the reference's     TestReference, test_vector
+    Files mean what they mean to the reference      test_accepted, test_rejected_option
+    No message holds a key                          test_no_message_holds_a_key
+    One ssh command opens, connects and shuts       TestConnect, TestSsh
+    A command runs while its ports are open         TestCommand
+    An error says what is wrong, and what to do     TestWords, test_every_message_keeps_the_rules
+    Dead addresses and lost packets cost little     TestDeadAddress, TestLossyPath
+    A knock imports no more than it needs           TestImports
+    The log is short, whole, and nobody's weapon    TestLogUnderAttack, TestUnreadLog
+    The documents are right, their recipes work     TestDocuments, TestRecipes, TestFail2ban
 
-The lab's ports answer wherever the firewall lets somebody through, and the lab's firewall
-rejects what it does not accept, so that "shut" is known as soon as "open".
+    Who attacks                                     What shows how far they get
+    A stranger                                      TestWire, test_nobody_gets_in_without_the_key
+    A replayer                                      TestWire, TestRepeats
+    A man in the middle                             TestThreats
+    A flooder                                       TestFloods, TestMany, TestLogUnderAttack
+    A user with a key                               TestPackets.test_a_resource_of_another_user
+    Who takes the network process over              TestTakeover, TestNetworkProcess
+    ... and goes on from there                      TestPrivileges, TestSeccomp, TestEgress
+    A local user of the server                      test_file_mode, TestCounters.test_who_may_ask
 """
 
 from __future__ import annotations
 
 import ast
-import atexit
 import bisect
-import collections
 import contextlib
-import ctypes
 import dis
 import fcntl
 import functools
-import gc
 import hashlib
 import hmac
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import io
 import ipaddress
 import itertools
 import json
@@ -48,7 +62,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -59,520 +72,154 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+# isort: off
+sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
+from lab.documents import (
+    DOCUMENTS, OPENWRT_FUNCTIONS, OPENWRT_PROGRAMS, OPENWRT_RC, DocumentHost, FleetHost, Recipe,
+    Said, Sayings, assert_parses, document_block, document_section, documents, failure, fenced,
+    helps, letmein_words, log_events, objection, option_names, program, prose, service,
+    unit_settings,
+)
+from lab.firewall import (
+    BOOT, DOOR, MEANINGS, OPENS, TRUTH_RESOURCES, TRUTH_RULES, Following, Remaining, WatchedNft,
+    agree, comment, delete_a_rule, delete_the_rules, delete_the_sets, delete_the_sets_alone,
+    egress_rules, flush_all_chains, flush_and_reload, flush_the_chain, jumps, kernel,
+    load_the_file_again, looks_until, milliseconds_left, nft_do, our_rules, restore_what_was_saved,
+    rows, status,
+)
+from lab.floods import Attacker, flood_case, storm
+from lab.hosts import (
+    CLIENT_4, CLIENT_6, CLIENT_CONF, HERE, JUMP_RULESET, KEYS, LETMEIN, LIMIT_S, MS_BIND, NFT,
+    OTHER_4, OTHER_6, REJECT, RESOURCES, SECCOMP, SERVER_4, SERVER_6, TICK_S, Ending, Lab, Result,
+    alive, call_libc, children_s, client_conf, environment, eventually, inodes, keys_in, keys_text,
+    memory_of, need_root, need_seccomp, on_a_terminal, proc_limit, proc_status, python, resident_kb,
+    run, seccomp_for, server_conf, server_for, things_of, unmeasured, used_s,
+)
+from lab.models import (
+    KEY, NFTABLES, NO_TOKEN, OTHER_KEY, RANDOM_RESOURCES, RECORDED, RESOURCE, THE_TOKEN, USER,
+    VARIANTS, BothProcesses, Conversation, Feeder, Held4And6, LoneMonitor, SocketModule, Talker,
+    World, is_done, lone_monitor, met, monitor_text, new_client, parse, plain, rejection, sealed,
+    server_text, settle,
+)
+from lab.servers import (
+    HOLD_CONF, HOLD_RESOURCES, HOLD_SERVER, PATIENT_CONF, REFERENCE_ACCOUNT, SANDBOX_ACCOUNT,
+    SLOW_PLACES, UNMEASURED, Heard, Mute, ReferenceServer, Running, Server, Shared, Sshd, activated,
+    adjusted, altered, assert_grammar, assert_lives, assert_no_traceback, assert_serves, child_of,
+    confined, counted, crash, happened, looks, patched, quiet, reconfigure, reference,
+    reference_client, reference_server, replaced, server_is_back, shell, slow_at, status_socket,
+    with_attack, without_refresh,
+)
+from lab.wire import (
+    ANYBODY, BASIC_AUTH, CHALLENGE, COMEIN, DROPPED, GOAWAY, KNOCK, MAGIC, NO_AUTH, POLICIES,
+    RESPONSE, REVOKE, TOKEN, ZEROS, Door, FakeServer, HangsUp, Peer, Reply, Service,
+    after_challenge, attempt, byte_57, echo, ends, flipped, handshake, knock_all, message,
+    refused_burst, refused_knock, reply, says, shut_soon, slowly, two_knocks,
+)
 import letmein
 from letmein import Message
+# isort: on
 
-HERE = Path(__file__).resolve().parent
-LETMEIN = HERE / "letmein.py"
-NFT = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "nft"
-TICK_S = 0.01  # the kernel's timeouts count in ticks, of up to 10 ms
-LIMIT_S = 60.0  # no single step of a test takes longer, on however busy a machine
-SECCOMP = os.environ.get("SECCOMP", "off")  # what every server and client of a test is started with
 
 # ----------------------------------------------------------------------------
-# The lab
+# 1  Protocol
+#
+# Messages and the handshake, by the rules alone: without a kernel, and without any rights.
 # ----------------------------------------------------------------------------
 
-# letmein.py as `make install` has it run: from its bytecode. To compile the file takes longer than
-# most of what a test has it do.
-LAUNCHER = f"""
-import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-sys.path.insert(0, {str(HERE)!r})
-import letmein
-sys.exit(letmein.main())
-"""
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
-MS_BIND, MS_PRIVATE_ALL = 0x1000, 0x4000 | 0x40000
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-SERVER_4, CLIENT_4, OTHER_4, BEHIND_4 = "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.2.0.9"
-SERVER_6, CLIENT_6, OTHER_6, BEHIND_6 = "fd01::1", "fd01::2", "fd01::3", "fd02::9"
-PORTS = (22, 23, 24, 25, 26, 27, 8080)  # of the server's host, TCP and UDP
-
-# The network part of the lab. "server" and "client" say where a command runs. The dead addresses
-# of LAB_HOSTS have neighbours that never answer: to ask for a missing one takes the kernel 3 s, and
-# whoever connects meanwhile gets "No route to host" in the end, by whatever test has asked first.
-LAB_LINKS = """
-client ip link set lo up
-client ip link add wan type veth peer name lan netns {pid}
-client ip addr add 10.1.0.2/24 dev wan
-client ip addr add 10.1.0.3/24 dev wan
-client ip link set wan up
-client ip route add local 10.77.0.0/16 dev lo
-client ip route add 10.2.0.0/24 via 10.1.0.1
-client ip route add prohibit 10.5.0.0/24
-client ip route add unreachable 10.6.0.0/24
-client ip neigh replace 10.1.0.98 lladdr 02:00:00:00:00:98 dev wan nud permanent
-client ip neigh replace 10.1.0.99 lladdr 02:00:00:00:00:99 dev wan nud permanent
-server ip link set lo up
-server ip addr add 10.1.0.1/24 dev lan
-server ip link set lan up
-server ip route add 10.77.0.0/16 via 10.1.0.2
-server ip route add 10.2.0.0/24 via 10.1.0.3
-"""
-LAB_IPV6 = """
-client ip -6 addr add fd01::2/64 dev wan nodad
-client ip -6 addr add fd01::3/64 dev wan nodad preferred_lft 0
-client ip -6 route add local fd77::/64 dev lo
-client ip -6 route add fd02::/64 via fd01::1
-client ip -6 neigh replace fd01::98 lladdr 02:00:00:00:00:98 dev wan nud permanent
-client ip -6 neigh replace fd01::99 lladdr 02:00:00:00:00:99 dev wan nud permanent
-server ip -6 addr add fd01::1/64 dev lan nodad
-server ip -6 route add fd77::/64 via fd01::2
-server ip -6 route add fd02::/64 via fd01::3
-"""
-LAB_HOSTS = """
-127.0.0.1 localhost
-10.1.0.1  both.test v4dead.test.not
-fd01::1   both.test
-10.1.0.1  v6dead.test xn--bcher-kva.test xn--fsq.test
-fd01::99  v6dead.test
-10.1.0.99 v4dead.test
-fd01::1   v4dead.test
-10.1.0.98 dead.test
-fd01::98  dead.test
-10.1.0.3   several.test several.both.test
-10.1.0.98  several.test several.both.test
-10.1.0.130 several.test several.both.test
-fd01::3    several6.test several.both.test
-fd01::98   several6.test several.both.test
-fd01::8000:0:0:1 several6.test several.both.test
-10.1.0.1  crowd.test
-""" + "".join(f"fd01::{number} crowd.test\n" for number in range(9001, 9010))
-REJECT = """
-add rule inet filter input meta l4proto tcp reject with tcp reset
-add rule inet filter input reject
-"""
+# name, operation, user, resource, salt, auth, and what AUTH was made from: key and token, if any
+VECTORS = [
+    pytest.param(
+        0, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
+        "6399e5e0ff16219a5ebf6299c41dca189a2f7619bd0ab2ea5f81b8aef9fe0600",
+        "9e" * 32, "00" * 32, id="knock",
+    ),
+    pytest.param(
+        5, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
+        "b4bb7a905b52ef9d7eddbb030a7f7bd75d565a880ff3cb83a54e64a676828ef8",
+        "9e" * 32, "00" * 32, id="revoke",
+    ),
+    pytest.param(1, 0x280D04F3, 0xE2EE7397, "91" * 8, "b8" * 32, "", "", id="challenge"),
+    pytest.param(
+        2, 0x280D04F3, 0xE2EE7397, "62" * 8,
+        "ac41973381d5934958ac028899fb90a130bc94eb6e8c54808d21931debb9ca2a",
+        "6b" * 32, "b8" * 32, id="response",
+    ),
+    pytest.param(3, 0xF90201B2, 0xB3E46B6C, "9a" * 8, "00" * 32, "", "", id="comein"),
+    pytest.param(4, 0xFFFFFFFF, 0xFFFFFFFF, "8c" * 8, "00" * 32, "", "", id="goaway"),
+]  # fmt: skip
 
 
-def call_libc(name: str, *arguments: int | bytes | None) -> None:
-    if getattr(LIBC, name)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
+@pytest.mark.parametrize("operation, user, resource, salt, auth, key, token", VECTORS)
+def test_vector(
+    operation: int, user: int, resource: int, salt: str, auth: str, key: str, token: str
+) -> None:
+    """Messages on the wire are those of the reference, byte for byte."""
+    wire = bytes.fromhex(f"3b1bb719{operation:08x}{user:08x}{resource:08x}{salt}{auth}")
+    fields = (operation, user, resource, bytes.fromhex(salt), bytes.fromhex(auth))
+    assert Message(*fields).encode() == wire
+    assert Message.decode(wire) == fields
+    if key:
+        made = Message(*fields).authenticate(bytes.fromhex(key), bytes.fromhex(token))
+        assert made.hex() == auth
 
 
-def run(*command: str | Path, text: str = "", check: bool = True) -> str:
-    """Run a program to its end; returns what it printed."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(bytes.fromhex("3b1bb719") + bytes(51), id="55 bytes"),
+        pytest.param(bytes.fromhex("3b1bb719") + bytes(53), id="57 bytes"),
+        pytest.param(bytes.fromhex("3b1bb718") + bytes(52), id="wrong magic"),
+        pytest.param(bytes.fromhex("19b71b3b") + bytes(52), id="little-endian magic"),
+        pytest.param(bytes.fromhex("3b1bb71900000006") + bytes(48), id="operation 6"),
+        pytest.param(bytes.fromhex("3b1bb71901000000") + bytes(48), id="little-endian operation"),
+        pytest.param(bytes.fromhex("3b1bb719ffffffff") + bytes(48), id="operation FFFFFFFF"),
+    ],
+)
+def test_no_message(wire: bytes) -> None:
+    """Whatever has a wrong length, magic or operation is no message."""
+    with pytest.raises(letmein.ProtocolError):
+        Message.decode(wire)
+
+
+# How many times as many examples `make fuzz` tries, 0 for the suite, where they are the same each
+# time.
+FUZZ = int(os.environ.get("FUZZ", "0"))
+
+
+def examples(number: int) -> settings:
+    return settings(
+        deadline=None,
+        database=None,
+        derandomize=not FUZZ,
+        max_examples=number * (FUZZ or 1),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
     )
-    if check and done.returncode != 0:
-        raise AssertionError(f"{command} ended with status {done.returncode}: {done.stderr}")
-    return done.stdout
 
 
-def sysctl(name: str, value: int) -> None:
-    Path("/proc/sys", name).write_text(str(value), encoding="ascii")
+PROPERTY = examples(100)
 
 
-def environment(*without: str) -> dict[str, str]:
-    """What a program of ours is started with: all but the journal, and without these. Under a
-    filter of system calls it cannot write down its coverage."""
-    drop = ("JOURNAL_STREAM", *without, *(("COVERAGE_PROCESS_START",) if SECCOMP != "off" else ()))
-    return {name: text for name, text in os.environ.items() if name not in drop}
-
-
-def seccomp_for(words: Sequence[str | Path]) -> str:
-    """What a client is started with: COMMAND cannot be had under a filter."""
-    return "off" if "--" in words else SECCOMP
-
-
-def unmeasured() -> dict[str, str]:
-    """The environment of what is not to be slowed down by who measures its coverage."""
-    return environment("COVERAGE_PROCESS_START")
-
-
-def run_all(namespaces: Mapping[str, int], commands: str) -> None:
-    """Run each line, behind the name of the host that it is for."""
-    for line in commands.strip().splitlines():
-        host, *command = line.split()
-        run("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespaces[host]}", "--", *command)
-
-
-class Lab:
-    """The two hosts. To make one moves the calling process to the server's for good, so one
-    process makes one, and before it starts a thread."""
-
-    def __init__(self) -> None:
-        # Whoever runs the tests behind nohup, or in the background, has these ignored, and so would
-        # all that the tests start.
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
-            if signal.getsignal(number) == signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        uid, gid = os.getuid(), os.getgid()
-        try:
-            call_libc("unshare", CLONE_NEWNET | CLONE_NEWNS)
-        except PermissionError:
-            call_libc("unshare", CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS)
-            Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-            Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="ascii")
-            Path("/proc/self/gid_map").write_text(f"0 {gid} 1", encoding="ascii")
-        # In a user namespace root is root of one user alone.
-        self.real_root = "4294967295" in Path("/proc/self/uid_map").read_text(encoding="ascii")
-        self.client_ns = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        call_libc("unshare", CLONE_NEWNET)
-        self.server_ns = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        self.directory = Path(tempfile.mkdtemp(prefix="letmein-test-"))
-        self.directory.chmod(0o755)
-        self.processes: list[subprocess.Popen[str]] = []
-        self.numbers = itertools.count()
-        atexit.register(self.leave)
-
-        call_libc("mount", None, b"/", None, MS_PRIVATE_ALL, None)
-        hosts = self.file(LAB_HOSTS, "hosts", 0o644)
-        call_libc("mount", bytes(hosts), b"/etc/hosts", None, MS_BIND, None)
-        self._run_all(LAB_LINKS)
-        self._run_all(LAB_IPV6)
-        with self.client():
-            sysctl("net/ipv6/ip_nonlocal_bind", 1)
-        # Each refused packet is to be answered, and what is not ours forwarded.
-        sysctl("net/ipv4/icmp_ratelimit", 0)
-        sysctl("net/ipv6/icmp/ratelimit", 0)
-        sysctl("net/ipv4/ip_forward", 1)
-        sysctl("net/ipv6/conf/all/forwarding", 1)
-        self._serve_ports()
-
-    def leave(self) -> None:
-        """End what still runs and remove the files. The namespaces end with the process."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _run_all(self, commands: str) -> None:
-        namespaces = {"client": self.client_ns, "server": self.server_ns}
-        run_all(namespaces, commands.format(pid=os.getpid()))
-
-    def client(self) -> contextlib.AbstractContextManager[None]:
-        """What is started or opened inside belongs to the client's host."""
-        return self.inside(self.client_ns)
-
-    @contextlib.contextmanager
-    def inside(self, namespace: int) -> Iterator[None]:
-        """What is started or opened inside belongs to this host."""
-        call_libc("setns", namespace, CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            call_libc("setns", self.server_ns, CLONE_NEWNET)
-
-    @contextlib.contextmanager
-    def without_ipv6(self) -> Iterator[None]:
-        """IPv6 is disabled in the kernel of both hosts."""
-
-        def disable(value: int) -> None:
-            for name in ("all", "default", "lo", "wan", "lan"):
-                path = f"net/ipv6/conf/{name}/disable_ipv6"
-                if Path("/proc/sys", path).exists():
-                    sysctl(path, value)
-
-        try:
-            disable(1)
-            with self.client():
-                disable(1)
-            yield
-        finally:
-            disable(0)
-            with self.client():
-                disable(0)
-            self._run_all(LAB_IPV6)
-
-    def _serve_ports(self) -> None:
-        """Let all of PORTS answer: over TCP b"open", over UDP the same datagram."""
-        selector = selectors.DefaultSelector()
-        for port, kind in itertools.product(PORTS, (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
-            listener = socket.socket(socket.AF_INET6, kind)
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("::", port))
-            listener.setblocking(False)
-            if kind == socket.SOCK_STREAM:
-                listener.listen(64)
-            selector.register(listener, selectors.EVENT_READ, listener)
-
-        def serve() -> None:
-            while True:
-                for key, _ in selector.select():
-                    listener: socket.socket = key.data
-                    with contextlib.suppress(OSError):
-                        if listener.type == socket.SOCK_DGRAM:
-                            data, peer = listener.recvfrom(100)
-                            listener.sendto(data, peer)
-                        else:
-                            connection, _ = listener.accept()
-                            with connection:
-                                connection.send(b"open")
-
-        threading.Thread(target=serve, daemon=True).start()
-
-    # -- what tests do with it -----------------------------------------------
-
-    def file(self, text: str, name: str = "", mode: int = 0o600) -> Path:
-        """A new file with this text, which lives as long as the lab."""
-        path = self.directory / (name or f"file-{next(self.numbers)}")
-        path.write_text(text, encoding="utf-8")
-        path.chmod(mode)
-        return path
-
-    def load(self, ruleset: str | None = None, more: str = "") -> None:
-        """Replace the server's firewall, by nftables.conf and a reject if nothing is given."""
-        if ruleset is None:
-            ruleset = (HERE / "nftables.conf").read_text(encoding="utf-8") + REJECT
-        run(NFT, "-f", "-", text=f"flush ruleset\n{ruleset}\n{more}\n")
-
-    def ruleset(self) -> str:
-        """The server's firewall as text, without what changes by itself."""
-        return re.sub(r" expires \w+| packets \d+ bytes \d+", "", run(NFT, "list", "ruleset"))
-
-    def elements(self) -> list[str]:
-        """The keys of all elements in the server's sets: a lease has one for each protocol."""
-        listing = json.loads(run(NFT, "-j", "list", "ruleset"))["nftables"]
-        found = []
-        for item in listing:
-            name = item.get("set", {}).get("name", "")
-            if name.startswith("letmein"):
-                for wrapped in item["set"].get("elem", []):
-                    found.append(f"{name} {json.dumps(wrapped['elem']['val'])}")
-        return found
-
-    def counters(self) -> dict[str, int]:
-        """How many packets the named counters of the server's firewall have seen."""
-        listing = json.loads(run(NFT, "-j", "list", "counters"))["nftables"]
-        found = [item["counter"] for item in listing if "counter" in item]
-        return {counter["name"]: int(counter["packets"]) for counter in found}
-
-    def socket(self, protocol: str, source: str, timeout: float = 5.0) -> socket.socket:
-        """A socket of the client's host, bound to one of its addresses."""
-        family = socket.AF_INET6 if ":" in source else socket.AF_INET
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        with self.client():
-            made = socket.socket(family, kind)
-        made.settimeout(timeout)
-        # Over UDP a port is a conversation, so no two tests are to have the same by chance.
-        made.bind((source, 10_000 + next(self.numbers) % 20_000 if protocol == "udp" else 0))
-        return made
-
-    def reaches(self, port: int, source: str, protocol: str = "tcp") -> bool:
-        """Whether somebody at source gets through to the server's port."""
-        with self.socket(protocol, source) as probe:
-            try:
-                probe.connect((server_for(source), port))
-                if protocol == "udp":
-                    probe.send(b"open")
-                return probe.recv(100) == b"open"
-            except (ConnectionError, socket.timeout):
-                return False
-
-    @functools.cached_property
-    def installed(self) -> Path:
-        """A program that runs letmein.py from its bytecode."""
-        return self.file(LAUNCHER, "letmein", 0o755)
-
-    @functools.cached_property
-    def patient(self) -> Path:
-        """letmein.py, but its client waits for the other address of a host as long as for the
-        first. The real one goes on after 0.25 s, which a busy machine may take for anything."""
-        text = LETMEIN.read_text(encoding="utf-8")
-        patience = f"OTHER_ADDRESS_S = {LIMIT_S}"
-        text, count = re.subn(r"(?m)^OTHER_ADDRESS_S = [0-9.]+", patience, text)
-        assert count == 1
-        return self.file(text, "patient-letmein.py", 0o755)
-
-    def letmein(
-        self, *arguments: str | Path, conf: str | None = None, script: Path | None = None
-    ) -> Result:
-        """Run the client on the client's host."""
-        path = self.file(CLIENT_CONF if conf is None else conf)
-        words = ("-c", path, "--seccomp", seccomp_for(arguments), *arguments)
-        with self.client():
-            return self.command(*words, program=(sys.executable, script or self.installed))
-
-    def command(self, *arguments: str | Path, program: Sequence[str | Path] = ()) -> Result:
-        """Run letmein.py, or another program, to its end."""
-        words = [*(program or (sys.executable, self.installed)), *arguments]
-        started = time.monotonic()
-        done = subprocess.run(
-            [str(word) for word in words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=LIMIT_S,
-            # The tests of the command line measure the client; here it only takes time.
-            env=unmeasured(),
-        )
-        took = time.monotonic() - started
-        return Result(done.returncode, done.stdout, done.stderr, took)
-
-
-class Result(NamedTuple):
-    """How a program ended."""
-
-    status: int
-    out: str
-    err: str
-    took: float
-
-    def assert_good(self) -> None:
-        assert self.status == 0, self
-        assert "error" not in self.err, self
-
-    def assert_error(self, *words: str) -> None:
-        """It ended with one clear error that has all these words."""
-        assert self.status == 1, self
-        assert self.out == "", self
-        assert "Traceback" not in self.err, self
-        errors = [line for line in self.err.splitlines() if line.startswith("letmein: error: ")]
-        assert len(errors) == 1, self
-        for word in words:
-            assert word in self.err, self
-
-
-def server_for(source: str) -> str:
-    """The server's address, as seen from one of the client's."""
-    return SERVER_6 if ":" in source else SERVER_4
-
-
-LOG_FIELD = re.compile(r"""([a-z-]+)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
-
-
-class Server:
-    """A server on the server's host, from its start to its end.
-
-    Args: program, what to run instead of `letmein.py server`.
-    """
-
-    def __init__(
-        self,
-        lab: Lab,
-        conf: str,
-        *arguments: str,
-        account: str = "none",
-        program: Sequence[str | Path] = (),
-        env: dict[str, str] | None = None,
-        wait: bool = True,
-    ) -> None:
-        self.lab = lab
-        self.path = lab.file(conf)
-        self.rundir = Path(tempfile.mkdtemp(dir=lab.directory))
-        words: list[str | Path] = [*(program or (sys.executable, lab.installed, "server"))]
-        words += ["-c", self.path, "--rundir", self.rundir, "--user", account]
-        words += ["--seccomp", SECCOMP, *arguments]
-        self.lines: list[str] = []
-        self.news = threading.Condition()
-        self.ended = False
-        self.process = subprocess.Popen(
-            [str(word) for word in words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env=environment() if env is None else env,
-        )
-        lab.processes.append(self.process)
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        if wait:
-            self.wait_for("ready")
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self.kill()
-        self.stop()
-
-    def kill(self) -> None:
-        """SIGKILL for both processes. Once they are gone, nobody holds the control port: not even
-        a network process that would not notice its monitor's end for a while."""
-        if self.process.poll() is None:
-            network = Path("/proc/none")
-            with contextlib.suppress(AssertionError, OSError):
-                number = self.network_process()
-                network = Path(f"/proc/{number}")
-                os.kill(number, signal.SIGKILL)
-            self.process.kill()
-            self.wait()
-            eventually(lambda: not alive(network), "the network process lives on")
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self.news:
-                self.lines.append(line.rstrip("\n"))
-                self.news.notify_all()
-        with self.news:
-            self.ended = True
-            self.news.notify_all()
-
-    def events(self, event: str, **fields: str) -> list[dict[str, str]]:
-        """The log lines with this event and these fields, so far."""
-        found = []
-        for line in list(self.lines):
-            parsed = {name: text.strip("'\"") for name, text in LOG_FIELD.findall(line)}
-            wanted = {"event": event, **fields}
-            if all(parsed.get(name) == text for name, text in wanted.items()):
-                found.append(parsed)
-        return found
-
-    def wait_for(self, event: str, count: int = 1, **fields: str) -> dict[str, str]:
-        """Wait until the log has count such lines; returns the last of them."""
-        deadline = time.monotonic() + LIMIT_S
-        with self.news:
-            while len(found := self.events(event, **fields)) < count:
-                left = deadline - time.monotonic()
-                if self.ended or left <= 0:
-                    raise AssertionError(f"no event={event} {fields} in the log:\n{self.log}")
-                self.news.wait(left)
-        return found[count - 1]
-
-    @property
-    def log(self) -> str:
-        return "\n".join(self.lines)
-
-    def wait(self) -> int:
-        """Wait for the server's end."""
-        status = self.process.wait(LIMIT_S)
-        self.reader.join(LIMIT_S)
-        return status
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """End the server, and see that it cleans up."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-            assert self.wait() == 0, self.log
-            assert "Traceback" not in self.log, self.log
-            assert self.events("stopped"), self.log
-            left = self.lab.ruleset()
-            assert "letmein" not in left, left
-            assert "LETMEIN" not in left or re.search(r"chain LETMEIN-INPUT \{\s*\}", left), left
-        self.reader.join(LIMIT_S)
-
-    def network_process(self) -> int:
-        """The pid of the process that faces the internet."""
-        python = os.readlink(f"/proc/{self.process.pid}/exe")
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parent = path.read_text(encoding="utf-8").rpartition(")")[2].split()[1]
-                if int(parent) == self.process.pid and os.readlink(path.parent / "exe") == python:
-                    return int(path.parent.name)
-        raise AssertionError("there is no network process")
+@PROPERTY
+@given(st.binary(max_size=60) | st.binary(min_size=52, max_size=52).map(letmein.MAGIC.__add__))
+def test_decode_is_the_inverse_of_encode_or_an_error(data: bytes) -> None:
+    """Any bytes are a message that encodes to the same bytes, or an error."""
+    try:
+        message = Message.decode(data)
+    except letmein.ProtocolError:
+        return
+    assert message.encode() == data
 
 
 _lab: list[Lab] = []
@@ -583,246 +230,6 @@ def lab() -> Lab:
     if not _lab:
         _lab.append(Lab())
     return _lab[0]
-
-
-def on_a_terminal(
-    words: list[str], env: dict[str, str], is_enough: Callable[[str], bool]
-) -> str:
-    """What a program prints on a terminal, until that is enough; then Ctrl-C has to end it as a
-    success."""
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        words, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
-    )
-    os.close(theirs)
-    text = ""
-    with contextlib.suppress(OSError):  # EIO: it has ended
-        while not is_enough(text):
-            assert select.select([ours], [], [], LIMIT_S)[0], text
-            text += os.read(ours, 4096).decode()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(LIMIT_S) == 0, text
-    os.close(ours)
-    return text
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until something holds that nobody can tell us about."""
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
-class Ending:
-    """When a port that is open for somebody shuts, for a test that may be slow to look: it was
-    open when the last packet that got through was sent, and shut when the first one that did not
-    had come back."""
-
-    def __init__(self, lab: Lab, port: int, source: str = CLIENT_4) -> None:
-        self.lab, self.port, self.source = lab, port, source
-        self.open_at = float("-inf")
-        self.shut_at = float("inf")
-
-    def look(self) -> bool:
-        """Whether it is open still."""
-        began = time.monotonic()
-        is_open = self.lab.reaches(self.port, self.source)
-        if is_open:
-            self.open_at = began
-        else:
-            self.shut_at = min(self.shut_at, time.monotonic())
-        return is_open
-
-    def wait(self) -> None:
-        eventually(lambda: not self.look(), f"port {self.port} stays open")
-
-    def assert_took(self, seconds: float, before: float, told: float, more: float = 1) -> None:
-        """It shut so many seconds after what began and was done at these times, or a little
-        more."""
-        assert self.shut_at >= before + seconds - TICK_S, "it shuts early"
-        assert self.open_at <= told + seconds + more, "it shuts late"
-
-
-# ----------------------------------------------------------------------------
-# Configurations
-# ----------------------------------------------------------------------------
-
-KEYS = {user: hashlib.sha256(b"user %d" % user).digest() for user in (1, 2)}
-RESOURCES = """
-22 = port: 22
-23 = port: 23 / tcp, udp
-24 = port: 24 / udp / timeout: 60
-25 = port: 25 / timeout: 3
-26 = port: 26 / users: 1
-27 = port: 27 / timeout: 0
-58 = port: 5800
-"""
-
-
-def keys_text() -> str:
-    return "[KEYS]\n" + "".join(f"{user} = {key.hex()}\n" for user, key in KEYS.items())
-
-
-def server_conf(
-    resources: str = RESOURCES,
-    port: str = "5800 / tcp, udp",
-    general: str = "control-error-policy = basic-auth",
-    family: str = "inet",
-    nftables: str = "",
-) -> str:
-    return f"""
-[GENERAL]
-port = {port}
-{general}
-{keys_text()}
-[RESOURCES]
-{resources}
-[NFTABLES]
-family = {family}
-table = filter
-chain-input = LETMEIN-INPUT
-{nftables}
-"""
-
-
-def client_conf(port: str = "5800 / tcp, udp", timeout: float = 5, resources: str = "") -> str:
-    return f"""
-[GENERAL]
-port = {port}
-control-timeout = {timeout:g}
-[CLIENT]
-default-user = 1
-{keys_text()}
-[RESOURCES]
-{resources or RESOURCES}
-"""
-
-
-CLIENT_CONF = client_conf()
-
-# ----------------------------------------------------------------------------
-# The wire, written from its description alone
-# ----------------------------------------------------------------------------
-
-MAGIC = bytes.fromhex("3B1BB719")
-KNOCK, CHALLENGE, RESPONSE, COMEIN, GOAWAY, REVOKE = range(6)
-ANYBODY = 0xFFFFFFFF
-ZEROS = bytes(32)
-
-
-def message(
-    operation: int, resource: int, user: int = 1, token: bytes = ZEROS, key: bytes | None = None
-) -> bytes:
-    """A client's message of 56 bytes."""
-    text = struct.pack(">III", operation, user, resource) + os.urandom(8)
-    secret = KEYS.get(user, ZEROS) if key is None else key
-    return MAGIC + text + hmac.digest(secret, text + token, "sha3_256")
-
-
-class Reply(NamedTuple):
-    """A server's message, without its salt."""
-
-    operation: int
-    user: int
-    resource: int
-    auth: bytes
-
-    @classmethod
-    def parse(cls, data: bytes) -> Reply:
-        assert len(data) == 56, data
-        assert data[:4] == MAGIC, data
-        return cls(*struct.unpack(">III8x32s", data[4:]))
-
-
-class Peer:
-    """One end of a conversation with the server, spoken byte by byte."""
-
-    def __init__(self, lab: Lab, protocol: str = "tcp", source: str = CLIENT_4) -> None:
-        self.protocol = protocol
-        self.socket = lab.socket(protocol, source)
-        self.socket.connect((server_for(source), 5800))
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def receive(self) -> Reply:
-        data = self.socket.recv(56)
-        while self.protocol == "tcp" and 0 < len(data) < 56:
-            data += self.socket.recv(56 - len(data))
-        return Reply.parse(data)
-
-    def rest(self) -> bytes:
-        """All that still comes until the server closes the TCP connection."""
-        data = b""
-        with contextlib.suppress(ConnectionError):
-            while part := self.socket.recv(4096):
-                data += part
-        return data
-
-    def challenge(self, resource: int, user: int = 1, operation: int = KNOCK) -> bytes:
-        """Knock; returns the token of the server's challenge."""
-        self.send(message(operation, resource, user))
-        reply = self.receive()
-        assert reply[:3] == (CHALLENGE, user, resource)
-        assert reply.auth != ZEROS
-        return reply.auth
-
-
-def handshake(
-    lab: Lab,
-    resource: int = 0x22,
-    operation: int = KNOCK,
-    protocol: str = "tcp",
-    source: str = CLIENT_4,
-    user: int = 1,
-) -> int:
-    """A whole handshake without a fault; returns the operation of its last message."""
-    with Peer(lab, protocol, source) as peer:
-        token = peer.challenge(resource, user, operation)
-        peer.send(message(RESPONSE, resource, user, token))
-        reply = peer.receive()
-        assert reply == (reply.operation, user, resource, ZEROS)
-        return reply.operation
-
-
-# ----------------------------------------------------------------------------
-# 1  Packets
-# ----------------------------------------------------------------------------
-
-
-class Shared:
-    """A server that several tests use one after the other. One that does not leave it as it
-    was gets the next test a new one, so that a failure stays alone."""
-
-    def __init__(self, lab: Lab, conf: str, *arguments: str) -> None:
-        self.lab = lab
-        self.conf = conf
-        self.arguments = arguments
-        self.server: Server | None = None
-
-    def get(self) -> Server:
-        if self.server is None:
-            self.lab.load()
-            self.server = Server(self.lab, self.conf, *self.arguments)
-        return self.server
-
-    def renew(self) -> None:
-        """End the server if it is not as good as new, without asking for more."""
-        server = self.server
-        if server is not None and (server.process.poll() is not None or self.lab.elements()):
-            server.kill()
-            self.server = None
-
-    def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
 
 
 @pytest.fixture(scope="class")
@@ -838,6 +245,2833 @@ def server(shared_server: Shared) -> Iterator[Server]:
     yield shared_server.get()
     shared_server.renew()
 
+
+@pytest.mark.parametrize("operation", [KNOCK, REVOKE])
+@pytest.mark.parametrize("policy", letmein.POLICIES)
+def test_client_and_server_agree(operation: int, policy: str) -> None:
+    """A handshake grants what was asked for before COMEIN, and no salt comes twice."""
+    client, server = new_client(operation), Conversation(policy)
+    request = Message.decode(next(client))
+    assert request[:3] == (operation, USER, RESOURCE)
+
+    verdict = server.receive(request.encode())
+    challenge = Message.decode(verdict.reply)
+    assert (verdict.reason, verdict.met) == ("", None)
+    assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
+    assert challenge.auth == Conversation.TOKENS[operation]
+
+    response = Message.decode(client.send(verdict.reply))
+    granted = server.receive(response.encode())
+    assert (granted.reply, met(granted)) == (b"", operation), "the firewall comes before COMEIN"
+
+    last = Message.decode(letmein.unsigned(COMEIN, USER, RESOURCE))
+    assert last[:3] == (COMEIN, USER, RESOURCE) and last.auth == NO_TOKEN
+    assert is_done(client, last.encode())
+    salts = {m.salt for m in (request, challenge, response, last)}
+    assert len(salts) == 4, "each message has a fresh salt"
+
+
+NOBODY, PEER = (0xFFFFFFFF, 0xFFFFFFFF), (USER, RESOURCE)
+FIRST = sealed(KNOCK)
+
+
+def firewall_failure(server: Conversation) -> bytes:
+    server.receive(FIRST)
+    assert server.receive(sealed(RESPONSE, THE_TOKEN)).met is not None
+    return server.handshake.refuse(letmein.FULL_AUTH, USER, RESOURCE, "").reply
+
+
+def right_taken_away(server: Conversation) -> bytes:
+    server.receive(FIRST)
+    server.rights[RESOURCE] = "taken away meanwhile"
+    verdict = server.receive(sealed(RESPONSE, THE_TOKEN))
+    assert (verdict.reason, verdict.met) == ("taken away meanwhile", None)
+    return verdict.reply
+
+
+def key_taken_away(server: Conversation) -> bytes:
+    server.receive(FIRST)
+    server.handshake = server.handshake._replace(key_of=lambda user: None)
+    verdict = server.receive(sealed(RESPONSE, THE_TOKEN, letmein.NOBODYS_KEY))
+    assert verdict.reason and verdict.met is None
+    return verdict.reply
+
+
+def speaks(*messages: bytes) -> Callable[[Conversation], bytes]:
+    """A peer that sends these messages, of which the last is an error."""
+
+    def talk(server: Conversation) -> bytes:
+        for data in messages[:-1]:
+            verdict = server.receive(data)
+            assert not verdict.reason and Message.decode(verdict.reply).operation == CHALLENGE
+        verdict = server.receive(messages[-1])
+        assert verdict.reason and verdict.met is None
+        return verdict.reply
+
+    return talk
+
+
+# what the peer has proved before its error (0 nothing, 1 basic-auth, 2 full-auth; -1: never mind,
+# it says what only a server says, and gets no answer), the ids in a GOAWAY, and the peer
+WRONG_STEPS = [
+    pytest.param(0, NOBODY, speaks(sealed(RESPONSE)), id="RESPONSE first"),
+    *(
+        pytest.param(-1, NOBODY, speaks(sealed(operation)), id=f"{operation} first")
+        for operation in (CHALLENGE, COMEIN, GOAWAY)
+    ),
+    pytest.param(0, (7, RESOURCE), speaks(sealed(KNOCK, user=7)), id="unknown user"),
+    pytest.param(0, PEER, speaks(sealed(KNOCK, key=OTHER_KEY)), id="wrong key"),
+    pytest.param(0, PEER, speaks(sealed(REVOKE, key=OTHER_KEY)), id="wrong key, REVOKE"),
+    pytest.param(0, PEER, speaks(plain(KNOCK)), id="no auth"),
+    pytest.param(0, PEER, speaks(flipped(FIRST, 55)), id="last byte of auth"),
+    pytest.param(0, PEER, speaks(sealed(KNOCK, THE_TOKEN)), id="basic auth with a token"),
+    pytest.param(1, (USER, 7), speaks(sealed(KNOCK, resource=7)), id="resource refused"),
+    *(
+        pytest.param(
+            1 if operation in (KNOCK, REVOKE) else -1,
+            PEER,
+            speaks(FIRST, sealed(operation, THE_TOKEN)),
+            id=f"{operation} for RESPONSE",
+        )
+        for operation in (KNOCK, CHALLENGE, COMEIN, GOAWAY, REVOKE)
+    ),
+    pytest.param(1, PEER, speaks(FIRST, FIRST), id="the same KNOCK twice"),
+    pytest.param(
+        1, (7, RESOURCE), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, user=7)), id="changed user"
+    ),
+    pytest.param(
+        1, (USER, 7), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, resource=7)), id="changed resource"
+    ),
+    pytest.param(
+        1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, OTHER_KEY)), id="wrong full auth"
+    ),
+    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE)), id="RESPONSE without the token"),
+    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE, KEY)), id="RESPONSE to another token"),
+    pytest.param(1, PEER, speaks(FIRST, plain(RESPONSE)), id="RESPONSE without auth"),
+    pytest.param(
+        1, PEER, speaks(FIRST, flipped(sealed(RESPONSE, THE_TOKEN), 55)), id="last byte"
+    ),
+    pytest.param(
+        1, PEER, speaks(sealed(REVOKE), sealed(RESPONSE, NO_TOKEN)), id="REVOKE without the token"
+    ),
+    pytest.param(1, PEER, key_taken_away, id="key taken away"),
+    pytest.param(2, PEER, right_taken_away, id="right taken away"),
+    pytest.param(2, PEER, firewall_failure, id="firewall fails"),
+]
+
+
+@pytest.mark.parametrize("udp", [False, True], ids=["tcp", "udp"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("proved, ids, talk", WRONG_STEPS)
+def test_error_policy(
+    policy: str,
+    proved: int,
+    ids: tuple[int, int],
+    talk: Callable[[Conversation], bytes],
+    udp: bool,
+) -> None:
+    """Each fault is answered with GOAWAY if the policy allows it, else with silence."""
+    server = Conversation(policy, letmein.NO_AUTH if udp else letmein.BASIC_AUTH)
+    reply = talk(server)
+    if udp and server.ids == PEER and proved == 1:
+        proved = 0  # who answers wrongly may never have knocked
+    if proved < POLICIES[policy]:
+        assert reply == b""
+    else:
+        goaway = Message.decode(reply)
+        assert goaway[:3] == (GOAWAY, *ids) and goaway.auth == NO_TOKEN
+
+
+@pytest.mark.parametrize("policy", letmein.POLICIES)
+def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
+    """No policy tells a stranger which users exist."""
+    replies = []
+    for data in (sealed(KNOCK, user=7), sealed(KNOCK, user=USER, key=OTHER_KEY)):
+        verdict = Conversation(policy).receive(data)
+        replies.append((verdict.met, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
+    assert replies[0] == replies[1]
+
+
+FORGED = st.builds(
+    lambda operation, key, token: sealed(operation, token, key),
+    st.integers(0, 5),
+    st.just(OTHER_KEY) | st.binary(min_size=32, max_size=32).filter(lambda key: key != KEY),
+    st.sampled_from([NO_TOKEN, THE_TOKEN]),
+)
+STREAM = st.lists(st.sampled_from(RECORDED), max_size=4).map(b"".join)
+
+
+@PROPERTY
+@given(
+    st.lists(
+        st.binary(max_size=60)
+        | st.sampled_from([*RECORDED, b"echo", b"echo as RESPONSE"])
+        | FORGED
+        | st.tuples(STREAM, st.integers(0, 224), st.integers(0, 224)).map(
+            lambda cut: cut[0][min(cut[1:]) : max(cut[1:])]
+        ),
+        max_size=6,
+    ),
+    st.sampled_from(sorted(letmein.POLICIES)),
+)
+def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
+    """Recorded, forged and echoed messages, in any order and pieces, grant nothing."""
+    server = Conversation(policy)
+    last = b""
+    for data in sent:
+        if data.startswith(b"echo"):
+            data = last if data == b"echo" else last[:4] + RESPONSE.to_bytes(4, "big") + last[8:]
+        try:
+            message = Message.decode(data)
+        except letmein.ProtocolError:
+            continue
+        # Wherever in a conversation it comes.
+        for server.ids in (None, (message.user, message.resource), (USER, RESOURCE)):
+            verdict = server.receive(data)
+            last = verdict.reply or last
+            assert verdict.met is None
+            allowed = (GOAWAY,) if verdict.reason else (CHALLENGE,)
+            assert not verdict.reply or Message.decode(verdict.reply).operation in allowed
+
+
+def test_client_proves_the_key_for_the_servers_token() -> None:
+    """The client's two messages prove the key: the first alone, the second for the token."""
+    client = new_client()
+    request = Message.decode(next(client))
+    assert request.auth == request.authenticate(KEY, NO_TOKEN)
+    challenge = Message(CHALLENGE, USER, RESOURCE, bytes(8), THE_TOKEN)
+    response = Message.decode(client.send(challenge.encode()))
+    assert response[:3] == (RESPONSE, USER, RESOURCE)
+    assert response.auth == response.authenticate(KEY, THE_TOKEN)
+
+
+@pytest.mark.parametrize("ids", [(7, RESOURCE), (USER, 7), NOBODY])
+def test_client_warns_of_foreign_ids_and_goes_on(ids: tuple[int, int]) -> None:
+    """A reply with other ids than asked for costs a warning, not the knock."""
+    warnings: list[str] = []
+    client = new_client(KNOCK, warnings)
+    next(client)
+    response = Message.decode(client.send(plain(CHALLENGE, *ids)))
+    assert response[:3] == (RESPONSE, USER, RESOURCE)
+    assert len(warnings) == 1
+    assert is_done(client, plain(COMEIN, *ids)) and len(warnings) == 2
+    assert f"{ids[0]:08X}" in warnings[0] and f"{ids[1]:08X}" in warnings[0]
+
+
+@pytest.mark.parametrize("challenged", [False, True])
+@pytest.mark.parametrize("operation", range(6), ids=letmein.OPERATIONS)
+def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None:
+    """The client takes a CHALLENGE, then COMEIN; anything else is an error."""
+    client = new_client()
+    next(client)
+    if challenged:
+        client.send(plain(CHALLENGE))
+    if operation == (COMEIN if challenged else CHALLENGE):
+        assert is_done(client, plain(operation)) == challenged
+        return
+    with pytest.raises(letmein.ProtocolError) as error:
+        client.send(plain(operation))
+    assert ("rejected" in str(error.value)) == (operation == GOAWAY)
+
+
+@PROPERTY
+@given(st.lists(st.binary(max_size=60) | st.sampled_from(RECORDED), max_size=4))
+def test_client_survives_any_server(sent: list[bytes]) -> None:
+    """Whatever a server sends, only CHALLENGE and COMEIN make a success."""
+    client = new_client()
+    next(client)
+    done = False
+    with contextlib.suppress(letmein.ProtocolError):
+        for data in sent:
+            done = is_done(client, data)
+            if done:
+                break
+    assert not done or [data[:8] for data in sent[:2]] == [
+        plain(CHALLENGE)[:8], plain(COMEIN)[:8],
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------
+# 2  Configuration
+#
+# Each file is read as documented, or refused with a message that names line and option.
+# ----------------------------------------------------------------------------
+
+KEY_TEXT = "0123456789abcdefABCDEF0123456789" * 2
+OVER_TCP, OVER_UDP, EITHER = ("tcp",), ("udp",), ("tcp", "udp")
+ALWAYS, BASIC, FULL = (letmein.POLICIES[p] for p in ("always", "basic-auth", "full-auth"))
+LONG_NAME = "Az09_-." * 9 + "x"
+
+# section, line, field of Config, value
+ACCEPTED = [
+    *(("GENERAL", f"debug = {word}", "debug", True) for word in ("true", "1", "Yes", " ON ")),
+    *(("GENERAL", f"debug ={word}", "debug", False) for word in ("False", "0", "no", "oFF")),
+    ("GENERAL", "port = 1", "port", 1),
+    ("GENERAL", "port=65535", "port", 65535),
+    ("GENERAL", "port = 0x16A8", "port", 5800),
+    ("GENERAL", "port = 0005801", "port", 5801),
+    ("GENERAL", "port = 1 / 2", "port", 2),
+    ("GENERAL", "port = udp", "port", 5800),
+    ("GENERAL", "port = 5800", "protocols", OVER_TCP),
+    ("GENERAL", "port = 5800/udp", "protocols", OVER_UDP),
+    ("GENERAL", "port = 5800 / UDP , tcp", "protocols", EITHER),
+    ("GENERAL", "port = tcp/udp/5800", "protocols", EITHER),
+    ("GENERAL", "control-timeout = 0x10", "control_timeout", 16),
+    ("GENERAL", "control-timeout = +7", "control_timeout", 7),
+    ("GENERAL", "control-timeout = 0x+7", "control_timeout", 7),
+    ("GENERAL", "control-timeout = 0", "control_timeout", 0),
+    ("GENERAL", "control-timeout = -0", "control_timeout", 0),
+    ("GENERAL", "control-timeout = .5", "control_timeout", 0.5),
+    ("GENERAL", "control-timeout = +.5", "control_timeout", 0.5),
+    ("GENERAL", "control-timeout = 5.", "control_timeout", 5),
+    ("GENERAL", "control-timeout = 1e-3", "control_timeout", 0.001),
+    ("GENERAL", "control-timeout = 1E3", "control_timeout", 1000),
+    ("GENERAL", "control-timeout = 4294967295", "control_timeout", 4294967295),
+    ("GENERAL", "control-timeout = " + "0" * 5000 + "8", "control_timeout", 8),
+    ("GENERAL", "control-timeout = \u00a0.5\u3000", "control_timeout", 0.5),
+    ("GENERAL", "control-error-policy = always", "error_policy", ALWAYS),
+    ("GENERAL", "control-error-policy = Basic-Auth ", "error_policy", BASIC),
+    ("GENERAL", "control-error-policy = FULL-AUTH", "error_policy", FULL),
+    *(("GENERAL", f"seccomp = {word}", "seccomp", word.lower()) for word in ("off", "LOG", "Kill")),
+    ("KEYS", f"2A = {KEY_TEXT}", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"+000002a ={KEY_TEXT} ", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"FFFFFFFF =\t{KEY_TEXT}", "keys", {0xFFFFFFFF: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", f"1 = {KEY_TEXT}\u3000", "keys", {1: bytes.fromhex(KEY_TEXT)}),
+    ("KEYS", "1 = " + "0" * 63 + "1", "keys", {1: bytes(31) + b"\1"}),
+    ("NFTABLES", "exe = /opt/nft \t", "nft", "/opt/nft"),
+    *(("NFTABLES", f"family = {word}", "family", word) for word in ("inet", "ip", "ip6")),
+    ("NFTABLES", f"table = {LONG_NAME}", "table", LONG_NAME),
+    ("NFTABLES", f"chain-input = {LONG_NAME}", "chains", {"input": LONG_NAME}),
+    ("NFTABLES", "chain-forward = F", "chains", {"input": "LETMEIN", "forward": "F"}),
+    ("NFTABLES", "chain-output = O", "chains", {"input": "LETMEIN", "output": "O"}),
+    ("NFTABLES", "max-nr-rules = 0x10", "max_nr_rules", 16),
+    ("NFTABLES", "max-nr-rules = 4294967295", "max_nr_rules", 1_000_000),
+    # the grammar, seen through options that keep their text
+    ("NFTABLES", "exe = a # b", "nft", "a # b"),
+    ("NFTABLES", "exe = a=b", "nft", "a=b"),
+    ("NFTABLES", "  exe = indented", "nft", "indented"),
+    ("NFTABLES", "exe = a  \n \t b\n\tc", "nft", "a   b c"),
+    ("NFTABLES", "exe =\n  a", "nft", "a"),
+    ("NFTABLES", "exe = a\n # b", "nft", "a # b"),
+    ("NFTABLES", "exe = a\n [KEYS]", "nft", "a [KEYS]"),
+    ("NFTABLES", "exe = a\n b = c", "nft", "a b = c"),
+    ("NFTABLES", "exe = a\n\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\n \t\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\n# b\n timeout = 5", "nft", "a"),
+    ("NFTABLES", "exe = a\r\n  b\r\n\r\n # c\r", "nft", "a b"),
+    ("NFTABLES", "exe = a\u2028b\x0bc", "nft", "a\u2028b\x0bc"),
+    ("GENERAL", "port = 5801\n  / udp", "protocols", OVER_UDP),
+    ("GENERAL", "# debug = yes\n  # debug = yes", "debug", False),
+    ("GENERAL", "Debug = yes", "debug", False),
+    (" GENERAL ", "debug = yes", "debug", False),
+    ("GENERAL", "debug = yes\n[X]\na = 1\nA = 1\n\n  [Y] \na = 1", "debug", True),
+]
+
+
+@pytest.mark.parametrize("section, line, field, value", ACCEPTED)
+def test_accepted(section: str, line: str, field: str, value: object) -> None:
+    """Each option takes the values that the reference takes, with the same meaning."""
+    assert getattr(parse(server_text(section, line)), field) == value
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_defaults(server: bool) -> None:
+    """An option that is missing has its documented default."""
+    config = parse(server_text("GENERAL") if server else "", server)
+    assert (config.port, config.protocols, config.control_timeout) == (5800, OVER_TCP, 5)
+    assert (config.debug, config.seccomp, config.error_policy) == (False, "off", ALWAYS)
+    assert (config.default_user, config.keys, config.resources) == (0, {}, {})
+    assert ["no user has a key" in warning for warning in config.warnings] == [True] * server
+    if server:
+        assert (config.nft, config.max_nr_rules) == ("nft", 100)
+        assert config.chains == {"input": "LETMEIN"}
+
+
+def test_sections_of_the_other_program_are_not_read() -> None:
+    """The client ignores the server's sections, and the server the client's."""
+    assert parse("[CLIENT]\ndefault-user = 2A\n[NFTABLES]\nfamily = x\n", False).default_user == 42
+    assert parse(server_text("CLIENT", "default-user = nobody")).default_user == 0
+
+
+def jump(
+    *hooks: str, timeout: float = 600, users: frozenset[int] = frozenset()
+) -> tuple[object, ...]:
+    """What a jump resource comes to; a hook is "input:TARGET", with "!" for input-match."""
+    jumps = tuple((h.split(":")[0], h.split(":")[1].rstrip("!"), h[-1] == "!") for h in hooks)
+    return (0, (), jumps, timeout, users)
+
+
+NO_USERS: frozenset[int] = frozenset()
+
+
+@pytest.mark.parametrize(
+    "text, resource",
+    [
+        ("port: 22", (22, OVER_TCP, (), 600, NO_USERS)),
+        ("port : 0x16 / UDP", (22, OVER_UDP, (), 600, NO_USERS)),
+        ("port:+22/udp , Tcp/ tcp", (22, EITHER, (), 600, NO_USERS)),
+        ("udp / timeout: .5 / port: 65535", (65535, OVER_UDP, (), 0.5, NO_USERS)),
+        ("port: 22 / users: 1, 0000002a ,+3, 1", (22, OVER_TCP, (), 600, frozenset({1, 42, 3}))),
+        ("port: 22\n  / users: 1\n  / timeout: 9", (22, OVER_TCP, (), 9, frozenset({1}))),
+        ("port: " + "0" * 5000 + "22", (22, OVER_TCP, (), 600, NO_USERS)),
+        ("jump / input: A", jump("input:A")),
+        ("input: A / jump / input-match: saddr", jump("input:A!")),
+        (
+            "jump/forward:B/output:C/output-match:saddr/users:7/timeout:1",
+            jump("forward:B", "output:C!", timeout=1, users=frozenset({7})),
+        ),
+        ("jump / forward: B / input-match: saddr", jump("forward:B")),
+        ("jump / input: A / jump / input: B", jump("input:B")),
+        ("jump / output: " + LONG_NAME, jump("output:" + LONG_NAME)),
+    ],
+)
+@pytest.mark.parametrize("server", [True, False])
+def test_accepted_resource(text: str, resource: tuple[object, ...], server: bool) -> None:
+    """A resource may be written in all ways that the reference takes."""
+    config = parse(server_text("RESOURCES", f"0000002a = {text}"), server)
+    found = config.resources[0x2A]
+    assert (found.port, found.protocols, found.jumps, found.timeout, found.users) == resource
+
+
+def test_resources_take_the_default_timeout_wherever_it_stands() -> None:
+    """[NFTABLES] timeout counts for resources above it, too."""
+    text = server_text(
+        "RESOURCES", "1 = port: 22", "2 = jump / input: A", "3 = port: 1 / timeout:2"
+    )
+    config = parse(text + "timeout = 50.5\n")
+    assert [config.resources[i].timeout for i in (1, 2, 3)] == [50.5, 50.5, 2]
+
+
+def test_users_rights() -> None:
+    """A user may have what is for everybody or for them, and never the control port."""
+    text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
+    config = parse(text)
+    assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
+    assert config.objection(0xB, 1) and config.objection(0xA, 4), "another's, and unknown"
+    assert config.objection(0xA, 3), "the control port"
+
+
+# section, line, what the hint names: each is wrong in line 2, in the option the line begins with
+REJECTED_OPTIONS = [
+    *(("GENERAL", f"debug = {word}", "yes") for word in ("", "2", "tru", "y e s", "yes # no")),
+    *(
+        ("GENERAL", f"port = {text}", "5800|65535|port:")
+        for text in (
+            "", "65536", "0x10000", "-1", "+5800", "0x+16", "0x", "0xZZ", "58_00", "58 00", "0X16",
+            "\u0665\u0668\u0660\u0660", "tls", "5800 /", "5800/tcp,", "5800 / tcp, 5900",
+            "port: 5800", "5800 / tcp: x", ": 5800", "5800 # control",
+        )
+    ),
+    *(
+        ("GENERAL", f"control-timeout = {text}", "seconds")
+        for text in (
+            "", "inf", "-inf", "nan", "infinity", "-1", "-.1", "4294967296", "4294967295.5",
+            "1e400", "1e10", ".", "e5", "1e", "1.2.3", "1_0", "1 0", "0x1.5", "\u0665", "5s",
+        )
+    ),
+    *(
+        ("GENERAL", f"control-timeout = {text}", f"write {seconds}$")
+        for text, seconds in (("90s", 90), ("10m", 600), (" 1 h ", 3600), ("2d", 172800))
+    ),
+    ("GENERAL", "control-error-policy = basic_auth", "basic-auth"),
+    ("GENERAL", "control-error-policy =", "always"),
+    ("GENERAL", "seccomp = on", "kill"),
+    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("100000000", "0x1", "g", "-1", "1 2")),
+    # The reference takes leading zeros without end; SPEC does not.
+    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("000000001", "+00000001", "\u0661")),
+    ("KEYS", f"1 = {KEY_TEXT[1:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT}0", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT[:-1]}g", "64 hex"),
+    ("KEYS", f"1 = +{KEY_TEXT[1:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT[:32]} {KEY_TEXT[32:]}", "64 hex"),
+    ("KEYS", f"1 = {KEY_TEXT} # alice", "64 hex"),
+    ("KEYS", "1 =", "64 hex"),
+    ("KEYS", "1 = " + "0" * 64, "64 hex"),
+    ("KEYS", "1 = " + "f" * 64, "64 hex"),
+    ("KEYS", "1 = " + "F" * 64, "64 hex"),
+    ("RESOURCES", "x = port: 22", "hex"),
+    *(
+        ("RESOURCES", f"1 = {text}", hint)
+        for text, hint in (
+            ("", "port: N"), ("tcp", "port: N"), ("port", "port: N"), ("Port: 22", "port: N"),
+            ("22", "port: N"), ("Jump / input: A", "jump"), ("port: 22 / jump", "port: N"),
+            ("jump / port: 22 / input: A", "port: N"), ("jump: A / input: A", "jump"),
+            ("port: 0", "1 to 65535"), ("port: 65536", "65535"), ("port: -1", "65535"),
+            ("port:", "65535"), ("port: ssh", "65535"), ("port: 22, 23", "65535"),
+            ("port: 22 / port: 22", "port once"), ("port: 22 / sctp", "tcp"), ("port: 22 /", "tcp"),
+            ("port: 22 / tcp,", "tcp"), ("port: 22 / input: A", "port: N"),
+            ("port: 22 / : x", "port:"), ("port: 22 / proto: tcp", "port: N"),
+            ("port: 22 / Timeout: 5", "timeout"),
+            ("port: 22 / timeout:", "seconds"), ("port: 22 / timeout: 1, 2", "seconds"),
+            ("port: 22 / timeout: 1 / timeout: 1", "timeout"), ("port: 22 / timeout: x", "seconds"),
+            ("port: 22 / users:", "hex"), ("port: 22 / users: 1,", "hex"),
+            ("port: 22 / users: 1,, 2", "hex"), ("port: 22 / users: alice", "hex"),
+            ("port: 22 / users: 1 / users: 2", "users"), ("port: 22 / users: 1:2", "hex"),
+            ("jump", "input: CHAIN"), ("jump / input-match: saddr", "input: CHAIN"),
+            ("jump / tcp / input: A", "jump"), ("jump / input: A / jump, jump", "jump"),
+            ("jump / input:", "1 to 64"), ("jump / input: a b", "1 to 64"),
+            ("jump / input: A, B", "1 to 64"), ("jump / input: A, B / input: A", "1 to 64"),
+            (f"jump / forward: {'x' * 65}", "1 to 64"), ("jump / output: \u00e4", "1 to 64"),
+            ("jump / input: A / input-match: daddr", "saddr"),
+            ("jump / input: A / input-match: daddr / input-match: saddr", "saddr"),
+            ("jump / input: A / output-match: Saddr", "saddr"),
+            ("jump / input: A / users:", "hex"), ("jump / input: A / timeout: inf", "seconds"),
+            ("jump / input: A / timeout: 1 / timeout: 1", "timeout"),
+            ("jump / input: A / users: 1 / users: 1", "users"), ("jump / prerouting: A", "jump"),
+        )
+    ),
+    *(("NFTABLES", f"family = {word}", "inet") for word in ("", "Inet", "arp", "inet ip")),
+    *(
+        ("NFTABLES", f"{option} = {text}", "1 to 64")
+        for option in ("table", "chain-input", "chain-forward", "chain-output")
+        for text in ("", "a b", "a/b", "a;b", "x" * 65, "\u00e4")
+    ),
+    ("NFTABLES", "timeout = never", "seconds"),
+    ("NFTABLES", "max-nr-rules = -1", "number"),
+    ("NFTABLES", "max-nr-rules = 4294967296", "number"),
+    ("NFTABLES", "max-nr-rules = 1e3", "number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("section, line, hint", REJECTED_OPTIONS)
+def test_rejected_option(section: str, line: str, hint: str) -> None:
+    """A bad value is refused with file, line, section, option, and what is right."""
+    error = rejection(server_text(section, line))
+    name = ascii(line.partition("=")[0].strip())[1:-1]
+    assert error.problem.startswith(f"f.conf:2: [{section}] {name}: ")
+    assert re.search(hint, error.hint)
+
+
+# the text of a file, the start of the error behind "f.conf:", its hint behind "expected: "
+SAID = [
+    ("[GENERAL]\ndebug = ja", "2: [GENERAL] debug: 'ja' is not valid",
+     "one of: true, 1, yes, on, false, 0, no, off"),
+    ("[GENERAL]\ncontrol-timeout = 10m", "2: [GENERAL] control-timeout: '10m' has a unit",
+     "seconds, from 0 to 4294967295; write 600"),
+    ("[GENERAL]\ndebug yes", "2: 'debug yes' is neither a section nor an option",
+     "a line such as [GENERAL], or NAME = VALUE below one"),
+    ("debug = yes", "1: 'debug' is in no section", "a line such as [GENERAL] above it"),
+    ("[KEYS]\n1 = " + "0" * 64,
+     "2: [KEYS] 1: this key is all 0, which anybody can guess",
+     "64 hex digits, as 'letmein gen-key' prints them"),
+    ("[KEYS]\n1 = " + "fF" * 32,
+     "2: [KEYS] 1: this key is all f, which anybody can guess", "64 hex digits"),
+    ("[KEYS]\n1 = " + "0" * 63, "2: [KEYS] 1: this key has 63 characters, not 64", "64 hex"),
+    ("[KEYS]\n1 = " + "O" * 64, "2: [KEYS] 1: this key has characters that are not hex digits",
+     "64 hex digits"),
+    (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}",
+     "3: [KEYS] 01: user 00000001 has a key already, at f.conf:2", "each user once"),
+    ("[RESOURCES]\n1 = port: 22\n2 = port: 22",
+     "3: [RESOURCES] 2: resource 00000001 has port 22, at f.conf:2", "each port once"),
+    ("[RESOURCES]\n1 = port: 22\n01 = port: 23",
+     "3: [RESOURCES] 01: resource 00000001 appears twice, first at f.conf:2", "each id once"),
+    ("[RESOURCES]\n1 = port: 22 / input: A",
+     "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE),
+    ("[RESOURCES]\n1 = jump", "2: [RESOURCES] 1: this jump has no chain to jump to", "'port: N"),
+    ("[RESOURCES]\n1 = port: 22 / timeout: 1h", "2: [RESOURCES] 1: timeout: '1h' has a unit",
+     "seconds, from 0 to 4294967295; write 3600"),
+    ("[RESOURCES]\n1 = tcp", "2: [RESOURCES] 1: this is neither a port nor a jump", "'port: N"),
+    ("[RESOURCES]\n1 = port: 22 / proto: x", "2: [RESOURCES] 1: 'proto' is unknown here",
+     "'port: N"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, start, expected", SAID)
+@pytest.mark.parametrize("server", [True, False])
+def test_what_an_error_says(text: str, start: str, expected: str, server: bool) -> None:
+    """Where it is, what is there unless it is a key, and what was expected."""
+    error = rejection(f"{text}\n{server_text('NFTABLES')}", server)
+    assert error.problem == f"f.conf:{start}"
+    assert error.hint.startswith(f"expected: {expected}")
+
+
+K1 = f"1 = {KEY_TEXT}"
+
+
+@pytest.mark.parametrize(
+    "text, start, hint",
+    [
+        pytest.param("\ndebug = yes", "2: ", "[GENERAL]", id="option outside of a section"),
+        pytest.param("[]", "1: ", "[GENERAL]", id="empty section name"),
+        pytest.param("# a\n[GENERAL", "2: ", "[GENERAL]", id="section without ]"),
+        pytest.param("[", "1: ", "[GENERAL]", id="section that only begins"),
+        pytest.param("[GENERAL] # x", "1: ", "[GENERAL]", id="comment behind a section"),
+        pytest.param("[A]\n[B]\n [A]", "3: ", "once", id="section twice"),
+        pytest.param("[GENERAL]\ndebug", "2: ", "=", id="no ="),
+        pytest.param("[GENERAL]\n\n  debug", "3: ", "=", id="indented, no ="),
+        pytest.param("[GENERAL]\n= yes", "2: ", "=", id="no name"),
+        pytest.param("[A]\n  = yes", "2: ", "=", id="indented, no name"),
+        pytest.param(
+            "[GENERAL]\ndebug = 1\ndebug=1", "3: [GENERAL] debug: ", "once", id="option twice"
+        ),
+        pytest.param("[A]\nb = 1\r\n\r\nb =1", "4: [A] b: ", "once", id="twice, unknown section"),
+        pytest.param(f"[KEYS]\n{K1}\n{K1}", "3: [KEYS] 1: ", "once", id="key twice"),
+        pytest.param(
+            f"[KEYS]\n{K1}\n0000000{K1}", "3: [KEYS] 00000001: ", "once", id="key 1 and 00000001"
+        ),
+        pytest.param(
+            "[RESOURCES]\na = port: 1\n\n0A = jump / input: A",
+            "4: [RESOURCES] 0A: ", "once", id="resource a and 0A",
+        ),
+        pytest.param(
+            "[RESOURCES]\n1 = port: 22 / tcp / users: 1\n2 = port: 0x16 / udp / users: 2",
+            "3: [RESOURCES] 2: ", "once", id="port twice",
+        ),
+        pytest.param("[GENERAL]\nport = 1\n  / sctp", "2: [GENERAL] port: ", "tcp", id="continued"),
+        pytest.param("[GENERAL]\ndebug = 1\n # x", "2: [GENERAL] debug: ", "yes", id="# continues"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("server", [True, False])
+def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
+    """A bad line is refused with its number and with what is right."""
+    error = (
+        rejection(text, server) if not server else rejection(f"{text}\n{server_text('NFTABLES')}")
+    )
+    assert error.problem.startswith(f"f.conf:{start}")
+    assert hint in error.hint
+
+
+def test_user_limits() -> None:
+    """[USERS] limits the time of a lease and the last day of a key, which ends in UTC."""
+    lines = ["[RESOURCES]", "1 = port: 22 / timeout: 60", "2 = port: 23 / timeout: 5", "[USERS]"]
+    limits = ["1 = timeout: 9", "2 = not-after: 9999-12-31 / timeout: 7"]
+    limits.append("3 = not-after: 2020-02-29")
+    keys = [f"{user} = {user:064}" for user in (1, 2, 3, 4)]
+    text = "\n".join([*lines, *limits, "[KEYS]", *keys, server_text("NFTABLES")])
+    config = parse(text)
+    terms = {
+        user: [config.longest_lease(user, each) for each in config.resources.values()]
+        for user in config.keys
+    }
+    assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
+    assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
+    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
+    assert not any(config.objection(user, 1) for user in (1, 2, 4))
+    assert config.warnings == (
+        "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
+    )
+    (warning,) = parse(text.replace(keys[0], "")).warnings[:-1]
+    assert warning == "f.conf:5: [USERS] 1: user 00000001 has no key in [KEYS]"
+    assert parse("[USERS]\n1 = nonsense", server=False).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "line, problem, hint",
+    [
+        ("1 = not-after: 2027-02-31", "there is no 2027-02-31 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 0000-01-01", "there is no 0000-01-01 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 12027-01-31", "'12027-01-31' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-W01-1", "'2027-W01-1' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 20270131", "'20270131' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: \u0662027-01-31", "is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-01-31T00:00", "'2027-01-31T00:00' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after:", "'' is not valid", "YYYY-MM-DD"),
+        ("1 = timeout: 0", "with a timeout of 0 the user can open nothing", "more than 0"),
+        ("1 = timeout: -1", "'-1' is out of range", "4294967295"),
+        ("1 = timeout: 1 / timeout: 2", "'timeout' is unknown here, or appears twice", "not-after"),
+        ("1 = port: 22", "'port' is unknown here", "timeout: SECONDS / not-after"),
+        ("1 =", "'' is unknown here", "timeout: SECONDS"),
+        ("root = timeout: 5", "'root' is not valid", "hex digits"),
+        ("1 = timeout: 5\n01 =", "user 00000001 has limits already, at f.conf:2", "each user once"),
+    ],
+)
+def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
+    """Limits that make no sense are refused, with what is right."""
+    error = rejection(server_text("USERS", *line.split("\n")))
+    assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
+    assert problem in error.problem and hint in error.hint
+
+
+def test_default_user_must_be_an_id() -> None:
+    """A default-user that is no id is refused."""
+    error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
+    assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
+
+
+@pytest.mark.parametrize("option", NFTABLES)
+def test_required(option: str) -> None:
+    """The server's file must name family, table and chain; the error says which is missing."""
+    lines = [f"{name} = {value}" for name, value in NFTABLES.items() if name != option]
+    error = rejection("\n".join(["[GENERAL]", "[NFTABLES]", *lines]))
+    assert error.problem.startswith(f"f.conf:2: [NFTABLES] {option}: ") and option in error.hint
+
+
+@pytest.mark.parametrize(
+    "text, start, words",
+    [
+        ("[GENERL]\ndebug = 1", "f.conf:1: [GENERL]", "GENERAL"),
+        ("[general]", "f.conf:1: [general]", "GENERAL"),
+        ("[GENERAL]\n\ndebgu = 1", "f.conf:3: [GENERAL] debgu:", "debug"),
+        ("[GENERAL]\nPort = 1", "f.conf:2: [GENERAL] Port:", "port"),
+        ("[CLIENT]\ndefault_user = 1", "f.conf:2: [CLIENT] default_user:", "default-user"),
+        ("[ZZZZZZ]", "f.conf:1: [ZZZZZZ]", ""),
+        ("[GENERAL]\nport = 5800/udp", "f.conf", "basic-auth"),
+        ("[RESOURCES]\n\n1 = jump / forward: A", "f.conf:3: [RESOURCES] 1:", "chain-forward"),
+        (
+            "[RESOURCES]\n2 = jump / input: A / output: A",
+            "f.conf:2: [RESOURCES] 2:",
+            "chain-output",
+        ),
+        ("[RESOURCES]\n2 = port: 5800", "f.conf:2: [RESOURCES] 2:", "control port"),
+        (
+            "[RESOURCES]\n\n2 = port: 22 / users: 1, 2A",
+            "f.conf:3: [RESOURCES] 2:",
+            "user 0000002A has no key in [KEYS]",
+        ),
+    ],
+)
+def test_warning(text: str, start: str, words: str) -> None:
+    """It says where, and what is wrong there."""
+    (warning,) = parse(f"{text}\n{server_text('KEYS', K1)}").warnings
+    assert warning.startswith(start) and words in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("port = 5800 / tcp, udp", "control-error-policy = basic-auth"),
+        ("port = 5800 / udp", "control-error-policy = full-auth"),
+        ("port = 5800 / tcp", "control-error-policy = always"),
+    ],
+)
+def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
+    """No warning where the server answers no forged sender."""
+    assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
+
+
+def test_a_warning_that_explains_an_error_comes_before_it(tmp_path: Path) -> None:
+    """[NFTABLE] is the reason why nothing in [NFTABLES] is set."""
+    path = tmp_path / "letmeind.conf"
+    path.write_text(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
+    assert program("-c", path, "server", "--check").stderr.splitlines() == [
+        f"letmein: warning: {path}:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
+        f"letmein: error: {path}:1: [NFTABLES] family: is not set",
+        "  expected: family, table and chain-input, as in nftables.conf",
+    ]
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        "[GENERAL]\n", "[KEYS]\n", "[RESOURCES]\n", "[NFTABLES]\n", "[CLIENT]\n", "[X]\n", "[", "]",
+        "debug =", "port =", "control-timeout =", "1 =", "00000001 = ", "family = inet\n",
+        "timeout=", "table = t\n", "chain-input = c\n", "max-nr-rules = ", "default-user = ",
+        KEY_TEXT, "5800", "port: 22", "jump", " / ", "input: A", "users: 1", "timeout: ", ",", ":",
+        ".5", "1e3", "0x", "+", "\n", "\r\n", "\n  ", "#", "=", "\x1f", "\u3000", "\u0665", "\x00",
+        "\ud800", "'", '"', "\\",
+    ]
+)  # fmt: skip
+
+
+@examples(400)
+@given(st.text() | st.lists(FRAGMENTS, max_size=25).map("".join), st.booleans())
+@example("[GENERAL]\ncontrol-timeout = .5\x1f", False)
+@example("[CLIENT]\ndefault-user = 1\x1f", False)
+@example(f"[KEYS]\n1 = {KEY_TEXT}\u00a0", False)
+@example("[GENERAL]\nport = " + "0" * 5000 + "1", False)
+def test_any_text_is_a_config_or_a_config_error(text: str, server: bool) -> None:
+    """Any text is read, or refused in printable words with a line and a hint."""
+    for candidate in (text, f"{server_text('NFTABLES')}\n{text}"):
+        try:
+            config = parse(candidate, server)
+        except letmein.ConfigError as error:
+            assert re.match(r"f\.conf:[0-9]+: ", error.problem) and error.hint
+            assert (error.problem + error.hint).isprintable()
+        else:
+            assert all(warning.isprintable() for warning in config.warnings)
+
+
+PLACES = [
+    "{}", "[{}]", "[{}", "[{}] x", "[{0}]\n[{0}]", "[{0}]\n{0}", "[{}]\na = 1\na = 1", "[X]\n{}",
+    "[X]\n{0} = 1\n{0} = 1", "[GENERAL]\n{} = 1", "[GENERAL]\ndebug = {}", "[GENERAL]\nport = {}",
+    "[GENERAL]\nport = 1 / {}", "[GENERAL]\nport = {}: x", "[GENERAL]\ncontrol-timeout = {}",
+    "[GENERAL]\ncontrol-error-policy = {}", "[GENERAL]\nseccomp = {}", "[CLIENT]\n{} = 1",
+    "[CLIENT]\ndefault-user = {}", "[KEYS]\n{}", "[KEYS]\n1 = {}", "[KEYS]\n1 = x\n  {}",
+    "[KEYS]\n{} = 1", "[KEYS]\n{0} = {0}", "[KEYS]\n1 = {0}\n1 = {0}", "[KEYS]\n1 = {0}\n01 = {0}",
+    "[RESOURCES]\n{} = port: 22", "[RESOURCES]\n1 = {}", "[RESOURCES]\n1 = port: {}",
+    "[RESOURCES]\n1 = port: 22 / {}", "[RESOURCES]\n1 = port: 22 / tcp, {}",
+    "[RESOURCES]\n1 = port: 22 / {}: 1", "[RESOURCES]\n1 = port: 22 / users: 1, {}",
+    "[RESOURCES]\n1 = port: 22 / timeout: {}", "[RESOURCES]\n1 = jump / input: {}",
+    "[RESOURCES]\n1 = jump / input: A / input-match: {}", "[RESOURCES]\n1 = jump / {}: A",
+    *(f"[NFTABLES]\n{name} = {{}}" for name in (*NFTABLES, "timeout", "max-nr-rules", "{}")),
+]  # fmt: skip
+A_KEY = st.binary(min_size=32, max_size=32).map(bytes.hex)
+
+PASTED = (
+    A_KEY.map(str.upper)
+    | A_KEY.map(lambda key: key[:-1])
+    | A_KEY.map(lambda key: key + "0")
+    | st.builds(lambda key, at, bad: key[:at] + bad + key[at + 1 :], A_KEY, st.integers(0, 63),
+                st.sampled_from("GgOlxz +-.:"))
+    | st.builds(lambda key, n, by: by.join(re.findall(f".{{{n}}}", key)), A_KEY,
+                st.sampled_from([2, 4, 8, 16]), st.sampled_from(":- ._"))
+    | st.builds(lambda key, n: re.sub(f"(.{{{n}}}).", r"\1O", key), A_KEY, st.sampled_from([9, 15]))
+)  # fmt: skip
+
+
+@examples(400)
+@given(PASTED, st.sampled_from(PLACES), st.booleans())
+@example(":".join(["c3"] * 32), "[KEYS]\n{} = 1", False)
+@example(("0123456789ABCDE" + "O") * 4, "[RESOURCES]\n1 = port: {}", True)
+def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
+    """No error and no warning repeats 16 digits of what may be a key, wherever it was pasted."""
+    text = place.replace("{0}", pasted).replace("{}", pasted)
+    try:
+        messages = [*parse(f"{text}\n{server_text('NFTABLES')}", server).warnings]
+    except letmein.ConfigError as error:
+        messages = [error.problem, error.hint]
+    digits = re.sub("[^0-9a-z]", "", pasted.lower())
+    for said in messages:
+        seen = re.sub("[^0-9a-z]", "", said.lower())
+        leaks = [at for at in range(len(digits) - 15) if digits[at : at + 16] in seen]
+        assert not leaks, said
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """Without a file the client takes the defaults, and the server refuses to start."""
+    path = str(tmp_path / "absent.conf")
+    config = letmein.read_config(path, False)
+    assert (config.port, config.keys, config.warnings) == (5800, {}, ())
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(path, True)
+    assert path in error.value.problem and "name one with -c" in error.value.hint
+
+
+@pytest.mark.parametrize("server", [True, False])
+@pytest.mark.parametrize(
+    "data, start, hint",
+    [
+        pytest.param(b"[X]\n# caf\xe9\n", "2: ", "UTF-8", id="Latin-1"),
+        pytest.param(b"[X]\r\na = 1\r\nb = \xc3", "3: ", "UTF-8", id="UTF-8, cut off"),
+        pytest.param("[X]\n".encode("utf-16"), "1: ", "UTF-8", id="UTF-16"),
+        pytest.param(b"[X]\n\na = \0\n", "3: ", "UTF-8", id="NUL byte"),
+        # str.strip() takes 1C to 1F for white space; Unicode and the reference do not
+        pytest.param(b"[GENERAL]\ndebug = yes\x1f\n", "2: ", "", id="control character"),
+        pytest.param(b"[CLIENT]\n[GENERAL]\x1c\n", "2: ", "", id="control character at ]"),
+        pytest.param(b"[X]\n" + b"a" * 10_000_000, "", "bytes", id="a line of 10 MB"),
+        pytest.param(b"x" * 4_000_000, "1: ", "[GENERAL]", id="a line of 4 MB"),
+        pytest.param(b"[X]\n" + b" " * 4_000_000 + b"=", "2: ", "=", id="4 MB of blanks"),
+    ],
+)
+def test_bad_file(tmp_path: Path, data: bytes, start: str, hint: str, server: bool) -> None:
+    """A file that is no text, or far too long, is refused in a short message."""
+    path = tmp_path / "bad.conf"
+    path.write_bytes(data)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(path), server)
+    assert error.value.problem.startswith(f"{path}:{start}")
+    assert len(error.value.problem) < len(str(path)) + 200
+    assert hint in error.value.problem + error.value.hint
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    """Some editors begin a file with one, and it is invisible: it is taken."""
+    path = tmp_path / "letmein.conf"
+    path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
+    assert letmein.read_config(str(path), False).port == 5801
+
+
+class Included(NamedTuple):
+    """What `include` meets: files of d/ by name, what make() does to d/, and what is said."""
+
+    files: dict[str, str]
+    said: str
+    pattern: str = "d/*.conf"
+    make: Callable[[Path], object] = lambda directory: None
+
+
+def fill(directory: Path, number: int, text: str) -> None:
+    for index in range(number):
+        (directory / f"{index:05}.conf").write_text(text)
+
+
+def add_secret(directory: Path, name: str) -> None:
+    """A link that leads to a file that whoever owns its directory can replace."""
+    directory.with_name("home").mkdir(0o777)
+    directory.with_name("home").chmod(0o777)
+    directory.with_name("home").joinpath(name).write_text("[KEYS]\n")
+    (directory / name).symlink_to(f"../home/{name}")
+
+
+KEY_2 = f"[KEYS]\n\n2 = {OTHER_KEY.hex()}\n"
+
+BAD_INCLUDES = {
+    "another section": Included({"a.conf": "[GENERAL]\n"}, "d/a.conf:1: [GENERAL] is not for an"),
+    "an error": Included({"a.conf": "[KEYS]\n2 = x\n"}, "d/a.conf:2: [KEYS] 2: this key has 1 "),
+    "an id twice": Included(
+        {"a.conf": KEY_2, "b.conf": KEY_2},
+        "d/b.conf:3: [KEYS] 2: user 00000002 has a key already, at HERE/d/a.conf:3\n",
+    ),
+    "an id of the main file": Included(
+        {"a.conf": KEY_2.replace("2 =", "01 =")},
+        "d/a.conf:3: [KEYS] 01: user 00000001 has a key already, at HERE/letmeind.conf:4\n",
+    ),
+    "a resource twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n01 = port: 2"},
+        "d/b.conf:2: [RESOURCES] 01: resource 00000001 appears twice, first at HERE/d/a.conf:2\n",
+    ),
+    "a port twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n2 = port: 1"},
+        "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
+    ),
+    "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
+    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
+    "nothing": Included({}, ": cannot be read: Is a directory", ""),
+    "a FIFO": Included(
+        {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
+    ),
+    "a link that leads nowhere": Included(
+        {}, "d/a.conf: cannot be read: No such file", make=lambda d: (d / "a.conf").symlink_to("x")
+    ),
+    "a loop of links": Included(
+        {}, "d/a.conf: cannot be read: Too many levels",
+        make=lambda d: (d / "a.conf").symlink_to("a.conf"),
+    ),
+    "10,000 files": Included({}, "more than 1000 files match", make=lambda d: fill(d, 10_000, "")),
+    "large files": Included(
+        {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
+    ),
+    "a directory of others": Included(
+        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
+    ),
+    "a link into a directory of others": Included(
+        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def including(tmp_path: Path) -> Path:
+    """The directory d/ beside a letmeind.conf with a key for user 1 that ends in `include`."""
+    (tmp_path / "d").mkdir(0o755)
+    path = tmp_path / "letmeind.conf"
+    text = f"[KEYS]\n# a key\n\n1 = {KEY.hex()}\n{server_text('GENERAL', 'include = d/*.conf')}"
+    path.write_text(text)
+    path.chmod(0o600)
+    return tmp_path / "d"
+
+
+LONE_CONF = f"""
+[GENERAL]
+control-timeout = 0.5
+[KEYS]
+00000000 = {KEY.hex()}
+A423DDA7 = {KEY.hex()}
+[RESOURCES]
+BC5D8077 = port: 22
+000000FF = port: 80 / users: A423DDA7
+"""
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    path = tmp_path / "letmein.conf"
+    path.write_text(LONE_CONF)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("name", BAD_INCLUDES)
+def test_bad_include(including: Path, name: str) -> None:
+    """What cannot be included is one error that names file and line, and keeps nobody waiting."""
+    case, conf = BAD_INCLUDES[name], including.with_name("letmeind.conf")
+    conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
+    for file, text in case.files.items():
+        (including / file).write_text(text)
+    case.make(including)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(conf), True)
+    said = f"{error.value.problem}\n{error.value.hint}"
+    assert case.said.replace("HERE", str(including.parent)) in said
+    assert said.count("\n") == 1 and error.value.hint
+
+
+def test_include(including: Path) -> None:
+    """Keys and resources come from all files that match, in the order of their names; what is
+    wrong with a file's owner or mode is told; a client ignores the option, and says so."""
+    conf = str(including.with_name("letmeind.conf"))
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert "no file matches" in warning
+    files = {"b": "[RESOURCES]\n3 = port: 3", "a": KEY_2 + "[RESOURCES]\n4 = port: 4"}
+    for name, text in files.items():
+        (including / f"{name}.conf").write_text(text)
+        (including / f"{name}.conf").chmod(0o600)
+    (including / "none.txt").write_text("?")
+    config = letmein.read_config(conf, True)
+    assert config.keys == {1: KEY, 2: OTHER_KEY}
+    assert list(config.resources) == [4, 3]
+    assert config.warnings == ()
+    (including / "a.conf").chmod(0o644)
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert warning.startswith(f"{including}/a.conf: mode 644")
+    config = letmein.read_config(conf, False)
+    assert config.keys == {1: KEY}
+    assert ["include: is for the server" in each for each in config.warnings] == [True]
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_directory(tmp_path: Path, server: bool) -> None:
+    """A directory in place of the file is named as one."""
+    with pytest.raises(letmein.ConfigError, match=re.escape(str(tmp_path))) as error:
+        letmein.read_config(str(tmp_path), server)
+    assert "directory" in error.value.problem
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_unreadable_file(tmp_path: Path, server: bool) -> None:
+    """A file that may not be read is an error, not a missing file."""
+    path = tmp_path / "secret.conf"
+    path.touch(0o000)
+    uid = os.geteuid()
+    try:
+        if uid == 0:
+            os.seteuid(65534)  # root may read everything
+    except OSError:
+        return  # root of a user namespace, who can be nobody else
+    try:
+        with pytest.raises(letmein.ConfigError, match="denied"):
+            letmein.read_config(str(path), server)
+    finally:
+        os.seteuid(uid)
+
+
+@pytest.mark.parametrize(
+    "server, mode, unsafe",
+    [
+        (True, 0o600, False), (True, 0o640, False), (True, 0o751, False), (True, 0o644, True),
+        (True, 0o660, True), (True, 0o602, True), (False, 0o600, False), (False, 0o700, False),
+        (False, 0o711, False), (False, 0o640, True), (False, 0o604, True), (False, 0o602, True),
+    ],
+)  # fmt: skip
+def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> None:
+    """Others' rights on the file are worth a warning with the chmod to run."""
+    path = tmp_path / "letmein.conf"
+    path.write_text(server_text("KEYS", K1))
+    path.chmod(mode)
+    warnings = [w for w in letmein.read_config(str(path), server).warnings if "chown" not in w]
+    assert len(warnings) == unsafe
+    assert all(f"{mode:o}" in warning and "chmod" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_file_owner(tmp_path: Path, server: bool) -> None:
+    """A server's file that is not root's is worth a warning with the chown to run."""
+    path = tmp_path / "letmein.conf"
+    path.write_text(server_text("KEYS", K1))
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        assert not letmein.read_config(str(path), server).warnings
+        try:
+            os.chown(path, 65534, 65534)
+        except OSError:
+            return  # root of a user namespace, where nobody else can own a file
+    warnings = letmein.read_config(str(path), server).warnings
+    assert ["chown root" in warning for warning in warnings] == ([True] if server else [])
+
+
+class TestConfigurationPlaces:
+    """Which file the client reads. (The places in /opt and /etc are others here.)"""
+
+    @pytest.fixture
+    def homes(self, lab: Lab) -> Path:
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for place in ("xdg/letmein", "home/.config/letmein", "opt/letmein/etc", "etc"):
+            (directory / place).mkdir(parents=True)
+        return directory
+
+    def write(self, directory: Path, place: str, mode: int = 0o600) -> Path:
+        """A file of which an error tells that it was the one."""
+        path = directory / place / "letmein.conf"
+        path.write_text("[CLIENT]\ndefault-user = BAD0\n", encoding="utf-8")
+        path.chmod(mode)
+        return path
+
+    def run(self, directory: Path, *words: str | Path, xdg: str | None = "xdg") -> str:
+        """What the client says of a knock with the files there are."""
+        env = {name: text for name, text in unmeasured().items() if name != "XDG_CONFIG_HOME"}
+        env["HOME"] = str(directory / "home")
+        if xdg is not None:
+            env["XDG_CONFIG_HOME"] = str(directory / xdg) if xdg else ""
+        script = (
+            "import sys, letmein; letmein.CONFIG_PLACES = sys.argv[1:3]; sys.argv[1:3] = [];"
+            "sys.exit(letmein.main())"
+        )
+        places = [str(directory / place) for place in ("opt/letmein/etc", "etc")]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *places, *map(str, words), "knock", "::1", "22"],
+            capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=env, cwd=HERE,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr
+
+    def test_their_order(self, homes: Path) -> None:
+        """From the last to the first, each wins over all before it."""
+        places = [
+            ("etc", "xdg"), ("opt/letmein/etc", "xdg"), ("home/.config/letmein", None),
+            ("home/.config/letmein", ""), ("xdg/letmein", "xdg"),
+        ]  # fmt: skip
+        for place, xdg in places:
+            path = self.write(homes, place)
+            problem = f"letmein: error: {path}: [KEYS] has no key for user 0000BAD0\n"
+            assert problem in self.run(homes, xdg=xdg)
+        other = self.write(homes, "home")
+        assert f"{other}: [KEYS]" in self.run(homes, "-c", other)
+
+    def test_none_is_there(self, homes: Path) -> None:
+        """Without any file the client says where it has looked."""
+        said = self.run(homes)
+        assert f"no configuration file, and so no key: {homes}/xdg/letmein/letmein.conf, " in said
+
+    def test_verbose_says_which(self, lab: Lab, homes: Path) -> None:
+        """--verbose names the file that was read."""
+        path = homes / "xdg/letmein/letmein.conf"
+        path.write_text(client_conf(timeout=0.1), encoding="utf-8")
+        path.chmod(0o600)
+        assert f" ms  read {path}: " in self.run(homes, "--verbose")
+
+    @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
+    def test_others_may_read_it(self, homes: Path, mode: int) -> None:
+        """A file that others may read or change is worth a warning."""
+        path = self.write(homes, "xdg/letmein", mode)
+        rights = f"{path}: mode {mode:o} lets other users of this machine read or change it"
+        rights += f"; chmod 600 {path}"
+        assert (f"letmein: warning: {rights}\n" in self.run(homes)) == (mode != 0o600)
+
+
+# ----------------------------------------------------------------------------
+# 3  Client
+#
+# A knock opens the port wherever a server answers, and says what is wrong wherever none does.
+# ----------------------------------------------------------------------------
+
+
+LOOPBACK = ("127.0.0.1", 0)
+GRANTS = [None, reply(CHALLENGE, USER, RESOURCE, TOKEN), None, reply(COMEIN, USER, RESOURCE)]
+
+
+@pytest.mark.parametrize(
+    "words, operation",
+    [
+        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
+        pytest.param("knock -4TuA423DDA7 127.0.0.1 22 -PPORT", KNOCK, id="in one word"),
+        pytest.param("knock 127.0.0.1 22 --user=A423DDA7 -P=PORT", KNOCK, id="with ="),
+        pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
+        pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
+        pytest.param("knock --seccomp off -u a423dda7 127.0.0.1 22 -P PORT", KNOCK, id="of all"),
+        pytest.param("knock 127.0.0.1 -r BC5D8077 -u A423DDA7 -P PORT", KNOCK, id="resource"),
+        pytest.param("knock 127.0.0.1 22 -4 -u A423DDA7 -T -P PORT", KNOCK, id="-4 -T"),
+        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -U -P PORT", KNOCK, id="UDP"),
+        pytest.param("revoke 127.0.0.1 22 --user A423DDA7 --server-port PORT", REVOKE, id="revoke"),
+        pytest.param("close 127.0.0.1 --resource BC5D8077 -u A423DDA7 -P PORT", REVOKE, id="close"),
+    ],
+)
+def test_knock(conf: Path, words: str, operation: int) -> None:
+    """Options in any order and spelling lead to the same knock."""
+    with FakeServer("udp" if "-U" in words else "tcp", GRANTS, at=LOOPBACK) as server:
+        done = program("-c", conf, *words.replace("PORT", str(server.port)).split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "127.0.0.1" in done.stdout and len(done.stdout.splitlines()) == 1
+    knock, response = map(Message.decode, server.heard)
+    assert knock[:3] == (operation, USER, RESOURCE) and knock.proves(KEY, NO_TOKEN)
+    assert response[:3] == (RESPONSE, USER, RESOURCE) and response.proves(KEY, TOKEN)
+
+
+def test_warnings_do_not_keep_from_knocking(conf: Path) -> None:
+    """A knock succeeds in spite of warnings, each of which is one line."""
+    conf.write_text("[GENERL]\n" + LONE_CONF)
+    conf.chmod(0o666)
+    with FakeServer("tcp", GRANTS, at=LOOPBACK) as server:
+        words = ["--dns", "quad9", "--dns-crypt", "tls", "knock", "127.0.0.1", "22"]
+        words += ["-u", "A423DDA7", "-P", str(server.port)]
+        done = program("-c", conf, "--seccomp", "off", *words)
+    assert done.returncode == 0 and len(server.heard) == 2
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith("letmein: warning: ") for line in lines)
+    for word in ("GENERAL", "666", "--dns"):
+        assert sum(word in line for line in lines) == 1, word
+
+
+def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--verbose tells file and port, and never the key."""
+    with FakeServer("tcp", GRANTS, at=LOOPBACK) as server:
+        words = ["knock", "127.0.0.1", "22", "-u", "A423DDA7", "-P", str(server.port)]
+        assert letmein.main(["-c", str(conf), "--verbose", *words]) == 0
+    output = capsys.readouterr()
+    assert str(conf) in output.err and str(server.port) in output.err
+    assert KEY.hex() not in (output.out + output.err).lower()
+
+
+def test_unknown_user(conf: Path) -> None:
+    """A user without a key is named, with the file that was read."""
+    text = failure(program("-c", conf, "knock", "127.0.0.1", "22", "-u", "123"))
+    assert "00000123" in text and str(conf) in text
+
+
+@pytest.mark.parametrize(
+    "port", [pytest.param(23, id="nobody's"), pytest.param(80, id="another's")]
+)
+def test_port_without_a_resource(conf: Path, port: int) -> None:
+    """A port that no resource of this user opens is named, and where to add it."""
+    text = failure(program("-c", conf, "knock", "127.0.0.1", port))
+    assert str(port) in text and "RESOURCES" in text
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        pytest.param("knock no-such-host.invalid 22", "no-such-host.invalid", id="unresolvable"),
+        pytest.param("knock no-such-host.invalid 22 -4 -6", "no-such-host.invalid", id="both"),
+        pytest.param("knock ::1 22 -4", "::1", id="-4 with an IPv6 address"),
+        pytest.param("knock 127.0.0.1 22 -6", "127.0.0.1", id="-6 with an IPv4 address"),
+        pytest.param("knock 127.0.0.1 22 -4 -6", "IPv6", id="-4 -6 with an IPv4 address"),
+        pytest.param("knock \x1b[2J 22", r"\x1b[2J", id="control characters"),
+        pytest.param("revoke " + "x" * 70 + ".invalid 22", "invalid", id="label too long"),
+    ],
+)
+def test_unreachable(conf: Path, words: str, complaint: str) -> None:
+    """A host without an address of the wanted kind is one printable error."""
+    assert complaint in failure(program("-c", conf, *words.split(" ")))
+
+
+@pytest.mark.parametrize("protocol", ["-T", "-U"])
+def test_refused_connection(conf: Path, protocol: str) -> None:
+    """A port that nobody serves is an error that names the host."""
+    with socket.socket() as unused, socket.socket(type=socket.SOCK_DGRAM) as unused_too:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        unused_too.bind(("127.0.0.1", port))
+        unused_too.close()
+        done = program("-c", conf, "knock", "127.0.0.1", "22", protocol, "-P", port)
+    assert "127.0.0.1" in failure(done)
+
+
+SERVER_SAYS = st.sampled_from(
+    [plain(CHALLENGE), plain(CHALLENGE), plain(COMEIN), plain(COMEIN), plain(GOAWAY), bytes(56)]
+) | st.binary(max_size=60)
+
+
+def parts_of(stream: bytes, cuts: list[int]) -> list[bytes]:
+    """A stream as it may come: in pieces."""
+    ends = sorted({cut for cut in cuts if 0 < cut < len(stream)} | {len(stream)})
+    return [stream[start:end] for start, end in zip([0, *ends], ends) if start < end]
+
+
+@examples(100)
+@given(
+    st.lists(SERVER_SAYS, max_size=4),
+    st.lists(st.integers(1, 230), max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
+@example([plain(CHALLENGE), plain(COMEIN)], [1, 55, 57, 111], False, False)
+@example([b"", plain(CHALLENGE), b"x", plain(COMEIN)], [], True, False)
+def test_client_survives_any_bytes(
+    said: list[bytes], cuts: list[int], udp: bool, hangs_up: bool
+) -> None:
+    """In whatever pieces they come: the client ends, with COMEIN or with an error in words."""
+    messages = [data for data in said if len(data) == 56 or not udp]
+    if udp:  # the same CHALLENGE again is passed over
+        first = (messages or [b""])[0]
+        is_new = [m[:16] + m[24:] != first[:16] + first[24:] for m in messages[1:]]
+        if first[:8] == plain(CHALLENGE)[:8]:
+            messages[1:] = itertools.compress(messages[1:], is_new)
+    heard = b"".join(messages)
+    first, second = heard[:56], heard[56:112]
+    challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
+    feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
+    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(letmein, "socket", SocketModule(feeder))
+        fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
+        patch.setattr(letmein, "selectors", fed)
+        patch.setattr(letmein, "UDP_REPEAT_S", LIMIT_S)
+        patch.setattr(letmein, "TCP_RETRY_S", 1e9)
+        caller = object.__new__(letmein.Client)
+        caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
+        caller.targets, caller.port = {"server": target}, 5800
+        caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
+        caller.user, caller.key = USER, KEY
+        race = letmein.Race(lambda where: None, [])
+        error = caller.attempt(KNOCK, RESOURCE, "server", race)
+    feeder.close()
+
+    last = second if challenged else first
+    if error is None:
+        assert challenged and last[:8] == plain(COMEIN)[:8]
+    else:
+        assert error.hint and error.problem.isprintable()
+        is_late = "no answer" in error.problem or "closed" in error.problem
+        is_a_beginning = len(last) < 56 and letmein.MAGIC.startswith(last[:4])
+        assert is_late == is_a_beginning, error.problem
+        assert ("rejected" in error.problem) == (last[:8] == plain(GOAWAY)[:8] and not is_late)
+        assert not challenged or last[:8] != plain(COMEIN)[:8] or is_late
+    assert Message.decode(feeder.requests[:56])[:3] == (KNOCK, USER, RESOURCE)
+    if challenged:
+        response = Message.decode(feeder.requests[56:])
+        assert response[:3] == (RESPONSE, USER, RESOURCE) and response.proves(KEY, first[24:])
+    else:
+        assert len(feeder.requests) == 56
+
+
+HANG = b""  # in a script over TCP: keep the connection open
+BOTH, TCP, UDP = ("tcp", "udp"), ("tcp",), ("udp",)
+CHALLENGED: list[bytes | None] = [None, reply(CHALLENGE), None]
+
+LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
+    ("garbage", BOTH, [None, b"HTTP/1.0 400 Bad Request\r\n" + bytes(30)], "not a letmein server"),
+    ("a banner", TCP, [b"SSH-2.0-OpenSSH_9.2\r\n", HANG], "is not a letmein server"),
+    ("short garbage", TCP, [None, b"nobody here\r\n", HANG], "is not a letmein server"),
+    ("GOAWAY", TCP, [None, reply(GOAWAY)], "rejected"),
+    ("GOAWAY to nobody", UDP, [None, reply(GOAWAY, ANYBODY, ANYBODY)], "rejected"),
+    ("GOAWAY to the RESPONSE", BOTH, [*CHALLENGED, reply(GOAWAY)], "rejected"),
+    ("nothing", BOTH, [None, HANG], "no answer"),
+    ("nothing after the CHALLENGE", BOTH, [*CHALLENGED, HANG], "no answer"),
+    ("55 bytes", BOTH, [None, reply(CHALLENGE)[:55], HANG], "no answer"),
+    ("closed at once", TCP, [], ""),
+    ("closed after the KNOCK", TCP, [None], "closed"),
+    ("closed after the RESPONSE", TCP, CHALLENGED, "closed"),
+    ("CHALLENGE twice", TCP, [*CHALLENGED, reply(CHALLENGE)], "CHALLENGE"),
+    ("another CHALLENGE", BOTH, [*CHALLENGED, reply(CHALLENGE, auth=TOKEN)], "CHALLENGE"),
+    ("COMEIN at once", TCP, [None, reply(COMEIN)], "COMEIN"),
+    ("KNOCK", UDP, [None, reply(KNOCK)], "KNOCK"),
+    ("operation 6", TCP, [None, reply(6)], "6"),
+]
+
+LIES_BY_PROTOCOL = [
+    pytest.param(protocol, script, word, id=f"{protocol}-{name}")
+    for name, protocols, script, word in LIES
+    for protocol in protocols
+]
+
+
+@pytest.fixture(scope="class")
+def no_firewall(lab: Lab) -> None:
+    lab.load("")
+
+
+@pytest.mark.usefixtures("no_firewall")
+class TestLyingServers:
+    @pytest.mark.parametrize("protocol, script, word", LIES_BY_PROTOCOL)
+    def test_one_clear_error(
+        self, lab: Lab, protocol: str, script: list[bytes | None], word: str
+    ) -> None:
+        """Each wrong answer is one error that names the server, and ends in time."""
+        steps = [step for step in script if protocol == "tcp" or step != HANG]
+        with FakeServer(protocol, steps):
+            option = "-T" if protocol == "tcp" else "-U"
+            # Only silence ends with the client's patience.
+            conf = client_conf(timeout=5 if word not in ("", "no answer") else 0.3)
+            result = lab.letmein("knock", option, SERVER_4, "22", conf=conf)
+            result.assert_error(SERVER_4, word)
+            # Who was challenged tries again as long as control-timeout lasts, and no longer.
+            assert result.took < 5 + 3, result
+
+    def test_a_reset_connection(self, lab: Lab) -> None:
+        """A connection that is reset is one error that names the server."""
+        with FakeServer("tcp", [None], reset=True):
+            lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
+
+    def test_a_server_that_drips(self, lab: Lab) -> None:
+        """Bytes that come one by one are one message."""
+        knocked = reply(CHALLENGE, auth=TOKEN)
+        drips = [knocked[at : at + 1] for at in range(56)]
+        with FakeServer("tcp", [None, *drips, None, reply(COMEIN)]) as fake:
+            lab.letmein("knock", "-T", SERVER_4, "22").assert_good()
+        assert len(fake.heard) == 2
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    def test_foreign_ids_are_worth_a_warning(self, lab: Lab, protocol: str) -> None:
+        """Other ids are a warning; the client's messages are as the wire's description says."""
+        script = [None, reply(CHALLENGE, 7, 8, TOKEN), None, reply(COMEIN, 7, 8)]
+        with FakeServer(protocol, script) as fake:
+            option = "-T" if protocol == "tcp" else "-U"
+            result = lab.letmein("knock", option, SERVER_4, "22")
+        assert result.status == 0, result
+        assert "warning" in result.err
+        assert "00000007" in result.err
+        # And what the client said is what it should say, by the wire's description.
+        knock, response = fake.heard
+        for data, operation, token in ((knock, KNOCK, ZEROS), (response, RESPONSE, TOKEN)):
+            assert data[:16] == MAGIC + struct.pack(">III", operation, 1, 0x22)
+            assert data[24:] == hmac.digest(KEYS[1], data[4:24] + token, "sha3_256")
+        assert knock[16:24] != response[16:24]
+
+    def test_datagrams_of_a_wrong_size_are_dropped(self, lab: Lab) -> None:
+        """Over UDP only whole messages count."""
+        challenge, comein = reply(CHALLENGE, auth=TOKEN), reply(COMEIN)
+        script = [None, b"?", challenge + b"?", challenge[:55], challenge, None, comein * 2, comein]
+        with FakeServer("udp", script):
+            lab.letmein("knock", "-U", SERVER_4, "22").assert_good()
+
+    @pytest.mark.parametrize("option", ["-T", "-U"])
+    def test_nobody_listens(self, lab: Lab, option: str) -> None:
+        """Where nobody listens, the client says so at once."""
+        result = lab.letmein("knock", option, SERVER_4, "22")
+        result.assert_error(SERVER_4)
+        assert result.took < 3, result
+
+
+@pytest.mark.usefixtures("no_firewall")
+class TestDoor:
+    """What the client makes of a server that is good, but slow, or in a bad place."""
+
+    def test_the_slow_address_is_closed_as_well(self, lab: Lab) -> None:
+        """Its knock came to an end while COMMAND ran already."""
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+
+        def granted(operation: int, where: str) -> None:
+            """COMMAND runs before IPv6 is open, and for a second more."""
+            if (operation, where) == (KNOCK, SERVER_6):
+                eventually((place / "runs").exists, "COMMAND does not run")
+                (place / "open").touch()
+
+        script = f"cd {place}; touch runs; until [ -e open ]; do sleep 0.05; done; sleep 1"
+        words = ["knock", "both.test", "22", "--", "sh", "-c", script]
+        with Door(granted=granted) as door:
+            result = lab.letmein(*words, conf=PATIENT_CONF)
+        assert result.status == 0, result
+        assert result.took < LIMIT_S, result
+        assert "opened port 22 on both.test (10.1.0.1)\n" in result.err
+        assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
+
+    def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
+        """One address that opens is enough; the other gets a moment, not a timeout."""
+        done = threading.Event()
+
+        def granted(operation: int, where: str) -> None:
+            if where == SERVER_6:
+                done.wait(2 * LIMIT_S)
+
+        with Door(granted=granted) as door:
+            result = lab.letmein("knock", "both.test", "22", conf=PATIENT_CONF)
+            grants = door.grants.copy()
+            done.set()
+        assert result[:3] == (0, "opened port 22 on both.test (10.1.0.1)\n", "")
+        assert result.took < LIMIT_S
+        assert grants == [(KNOCK, SERVER_4)]
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_ctrl_c_while_the_server_opens(self, lab: Lab, control: str) -> None:
+        """It is closed after it was opened, and not before."""
+        opening = threading.Event()
+
+        def granted(operation: int, where: str) -> None:
+            if operation == KNOCK:
+                opening.set()
+                time.sleep(0.15)
+
+        words = ["connect", control, "both.test", "9000"]
+        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
+            assert opening.wait(LIMIT_S)
+            assert client.end(signal.SIGINT)[:3] == (128 + signal.SIGINT, "", "")
+            time.sleep(0.3)
+        for where in (SERVER_4, SERVER_6):
+            assert [operation for operation, at in door.grants if at == where][-1] == REVOKE
+
+    @pytest.mark.parametrize("words", [[], ["-q"], ["-4", "-6"]])
+    def test_a_server_that_refuses_one_address(self, lab: Lab, words: list[str]) -> None:
+        """It is a success, but the user is told of the other address; -4 -6 wants both."""
+
+        def talk(connection: socket.socket) -> None:
+            connection.recv(56, socket.MSG_WAITALL)
+            connection.sendall(reply(CHALLENGE, auth=TOKEN))
+            connection.recv(56, socket.MSG_WAITALL)
+            is_4 = connection.getsockname()[0].startswith("::ffff:")
+            connection.sendall(reply(GOAWAY if is_4 else COMEIN))
+
+        with Service(5800, talk):
+            result = lab.letmein("knock", *words, "both.test", "22", script=lab.patient)
+        told = f"cannot open port 22 on both.test ({SERVER_4}): the server rejected the request\n"
+        told += "  the key is right: event=failed in the server's log says what went wrong\n"
+        opened = f"opened port 22 on both.test ({SERVER_6})\n"
+        assert result[:3] == {
+            "": (0, opened, f"letmein: note: {told}"),
+            "-q": (0, "", ""),
+            "-4 -6": (1, "", f"letmein: error: {told}"),
+        }[" ".join(words)]
+
+    def test_datagrams_that_come_twice(self, lab: Lab) -> None:
+        """As of networks that mean it too well."""
+        with Door(udp_copies=2) as door:
+            result = lab.letmein("knock", "-U", SERVER_4, "22", conf=HOLD_CONF)
+        assert result[:3] == (0, f"opened port 22 on {SERVER_4} ({SERVER_4})\n", "")
+        assert door.grants == [(KNOCK, SERVER_4)]
+
+    @pytest.mark.parametrize("word", ["knock", "revoke"])
+    @pytest.mark.parametrize("stage", ["at once", "after the KNOCK", "after the RESPONSE"])
+    def test_a_server_that_hangs_up_sometimes(self, lab: Lab, word: str, stage: str) -> None:
+        """As one does at which many knock at once: the client tries again, from a new port."""
+        busy = HangsUp(stage, 3)
+        with Service(5800, busy):
+            result = lab.letmein("--verbose", word, "-T", SERVER_4, "22")
+        result.assert_good()
+        assert len(re.findall("the server hung up, another try in [0-9]+ ms", result.err)) == 3
+        assert len(busy.ports) == len(set(busy.ports)) == 4
+
+    def test_a_server_that_always_hangs_up(self, lab: Lab) -> None:
+        """A few tries are enough: it may be a wrong key, or no letmein at all."""
+        busy = HangsUp("after the KNOCK", 1000)
+        with Service(5800, busy):
+            result = lab.letmein("knock", "-T", SERVER_4, "22")
+        result.assert_error("closed the connection without an answer")
+        assert len(busy.ports) == 4
+        assert result.took < 4
+
+    @pytest.mark.parametrize(
+        "said", [reply(GOAWAY), b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["GOAWAY", "another service"]
+    )
+    def test_a_server_that_says_something_is_not_asked_again(self, lab: Lab, said: bytes) -> None:
+        """A clear answer ends the knock: no second connection."""
+        with FakeServer("tcp", [None, said]) as fake:
+            lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
+        assert len(fake.heard) == 1
+
+    def test_what_failed_is_not_asked_to_close(self, lab: Lab) -> None:
+        """One error, and the time of one."""
+        conf = client_conf(timeout=3)
+        result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
+        result.assert_error(
+            "(fd01::98, 10.1.0.98): no answer on its control port 5800/tcp within 3 s"
+        )
+        assert result.took < 6
+
+    @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
+    @pytest.mark.parametrize("opens", [True, False])
+    def test_shut_out_between_knock_and_connect(self, lab: Lab, opens: bool, host: str) -> None:
+        """Somebody behind the same address has closed the port meanwhile: knock again, once."""
+        services: list[Service] = []
+        one_at_a_time = threading.Lock()
+
+        def granted(operation: int, where: str) -> None:
+            """The first knock does not open it, the second one does."""
+            with one_at_a_time:
+                is_second = operation == KNOCK and (KNOCK, where) in door.grants
+                if opens and is_second and not services:
+                    services.append(Service(9000, echo))
+
+        words = ["connect", host, "9000"]
+        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
+            client.say(b"here")
+            result = client.end()
+        for running in services:
+            running.__exit__()
+        if opens:
+            assert result[:3] == (0, "here", "")
+        else:
+            result.assert_error("but cannot connect to port 9000: Connection refused\n")
+        addresses = [SERVER_4] if host == SERVER_4 else [SERVER_4, SERVER_6]
+        for where in addresses:
+            assert [operation for operation, at in door.grants if at == where] == [
+                KNOCK, KNOCK, REVOKE,
+            ]  # fmt: skip
+
+    def test_a_firewall_that_drops_the_first_connection(self, lab: Lab) -> None:
+        """Shut means silence there, and a client is not to wait for its kernel's patience."""
+        lab.load("""
+            table inet filter {
+                chain input {
+                    type filter hook input priority 0
+                    tcp dport 9000 tcp flags syn counter meta mark 0 drop
+                }
+            }
+        """)
+
+        def granted(operation: int, where: str) -> None:
+            if operation == KNOCK and (KNOCK, where) in door.grants:
+                run(NFT, "flush", "chain", "inet", "filter", "input")
+
+        try:
+            words = ["connect", SERVER_4, "9000"]
+            with Service(9000, echo), Door(granted=granted) as door, Running(lab, *words) as client:
+                client.say(b"here")
+                result = client.end()
+        finally:
+            lab.load("")
+        assert result[:3] == (0, "here", "")
+        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + LIMIT_S / 2  # not 2 minutes
+
+
+@pytest.fixture(scope="class")
+def shared_hold(lab: Lab) -> Iterator[Shared]:
+    shared = Shared(lab, HOLD_SERVER)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def hold(shared_hold: Shared) -> Iterator[Server]:
+    """A server with HOLD_RESOURCES, with nothing open."""
+    yield shared_hold.get()
+    shared_hold.renew()
+
+
+class TestDeadAddress:
+    """Of a name with two addresses, one leads nowhere."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host, option", [("v6dead.test", "-4"), ("v4dead.test", "-6")])
+    def test_costs_little(
+        self, lab: Lab, hold: Server, host: str, option: str, control: str
+    ) -> None:
+        """An address of the host that is dead costs less than a second."""
+        dead = "fd01::99" if option == "-4" else "10.1.0.99"
+        times: dict[str, list[float]] = {"": [], option: []}
+        extra = float("inf")
+        # A busy machine takes its own time, but hardly five times: a deadline takes 5 s.
+        while extra >= 1 and len(times[option]) < 5:
+            for words, took in times.items():
+                options = [words] if words else []
+                knock = ("--verbose", "knock", *options, control, host, "22")
+                result = lab.letmein(*knock, conf=HOLD_CONF)
+                result.assert_good()
+                waited = f"({dead}): no answer within {letmein.OTHER_ADDRESS_S} s more\n"
+                assert (waited in result.err) == (words == "")
+                took.append(result.took)
+            extra = min(times[""]) - min(times[option])
+        print(f"{extra:.3f} s more")
+        assert extra < 1  # a dead address would cost 5 s
+
+    @pytest.fixture
+    def far(self, lab: Lab) -> Iterator[None]:
+        """Addresses of the server that a system tries last: the others are more like its own."""
+        addresses = "10.1.0.130/32", "fd01::8000:0:0:1/128"
+        for address in addresses:
+            run("ip", "addr", "add", address, "dev", "lan", *["nodad"][: ":" in address])
+        yield
+        for address in addresses:
+            run("ip", "addr", "del", address, "dev", "lan")
+
+    @pytest.mark.usefixtures("far")
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize(
+        "host, options, open_to",
+        [
+            ("several.test", [], [CLIENT_4]),
+            ("several.test", ["-4"], [CLIENT_4]),
+            ("several6.test", ["-6"], [CLIENT_6]),
+            ("several.both.test", [], [CLIENT_4, CLIENT_6]),
+            ("several.both.test", ["-4", "-6"], [CLIENT_4, CLIENT_6]),
+        ],
+    )
+    def test_several_of_one_family(
+        self,
+        lab: Lab,
+        hold: Server,
+        host: str,
+        options: list[str],
+        open_to: list[str],
+        control: str,
+    ) -> None:
+        """The first refuses, the second is silent, the third is enough, in each family wanted."""
+        result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
+        result.assert_good()
+        assert result.took < 4
+        for source in (CLIENT_4, CLIENT_6):
+            assert lab.reaches(22, source) == (source in open_to)
+        lab.letmein("revoke", *options, control, host, "22", conf=HOLD_CONF).assert_good()
+        assert lab.elements() == []
+
+    @pytest.mark.usefixtures("far")
+    @pytest.mark.parametrize("host", ["several.test", "several6.test", "several.both.test"])
+    def test_connect_to_one_that_was_opened(self, lab: Lab, hold: Server, host: str) -> None:
+        """Nobody waits for those that lead nowhere."""
+        with Service(9000, echo), Running(lab, "connect", host, "9000") as client:
+            client.say(b"here")
+            assert client.end()[:3] == (0, "here", "")
+        assert lab.elements() == []
+
+    def test_a_crowd(self, lab: Lab, hold: Server) -> None:
+        """Eight are knocked at the most, and one family leaves room for the other."""
+        words = ["--verbose", "knock", "crowd.test", "22"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        result.assert_good()
+        (line,) = re.findall("(?m)^letmein: .* ms  server: (.*),", result.err)
+        assert len(line.split(" and ")) == 8
+        assert lab.reaches(22, CLIENT_4)
+
+    def test_what_a_server_says_is_told_first(self, lab: Lab, hold: Server) -> None:
+        """And not that another address is silent."""
+        conf = HOLD_CONF.replace("control-timeout = 5", "control-timeout = 0.5")
+        result = lab.letmein("knock", "v6dead.test", "-r", "99", conf=conf)
+        result.assert_error(f"on v6dead.test ({SERVER_4}): the server rejected the request")
+
+    def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
+        """-4 and -6: what one address has opened does not stay open without the other."""
+        conf = client_conf(timeout=1.5)  # enough for the one that lives
+        words = ["-4", "-6", "v6dead.test", "22"]
+        result = lab.letmein("knock", *words, "--", "echo", "run", conf=conf)
+        assert (result.status, result.out) == (1, "")
+        assert "(fd01::99): no answer" in result.err
+        assert lab.elements() == []
+
+
+class TestNames:
+    """What a host may be called, and where."""
+
+    def test_an_address_with_a_zone(self, lab: Lab, hold: Server) -> None:
+        """The client reaches it, and the server refuses it: a lease for it would be for everybody
+        who takes that address on any other link."""
+        said = run("ip", "-6", "addr", "show", "dev", "lan", "scope", "link")
+        (address,) = re.findall("inet6 (fe80:[0-9a-f:]+)/", said)
+        host = f"{address}%wan"
+        for control in ("-T", "-U"):
+            result = lab.letmein("knock", control, host, "22", conf=HOLD_CONF)
+            result.assert_error(host, "rejected")
+            hold.wait_for("failed", proto="tcp" if control == "-T" else "udp")
+            assert "link-local" in hold.events("failed")[-1]["reason"]
+            assert lab.elements() == []
+
+    def test_no_ipv6(self, lab: Lab, hold: Server) -> None:
+        """An IPv6 address that a name has costs nothing where no packet can go there."""
+        with lab.without_ipv6():
+            for host in (SERVER_4, "both.test", "v6dead.test"):
+                call = ("--verbose", "knock", host, "22")
+                result = lab.letmein(*call, conf=PATIENT_CONF, script=lab.patient)
+                result.assert_good()
+                assert "no answer" not in result.err, "it was waited for"
+                assert result.took < LIMIT_S
+            lab.letmein("knock", SERVER_6, "22").assert_error("has no IPv6 address to", SERVER_6)
+            words = ["connect", "both.test", "9000"]
+            with Service(9000, echo), Running(lab, *words) as client:
+                client.say(b"here")
+                assert client.end()[:3] == (0, "here", "")
+
+    def test_no_localhost(self, lab: Lab, hold: Server) -> None:
+        """/etc/hosts does not even have that name, and is no concern of ours."""
+        hosts = Path("/etc/hosts")
+        before = hosts.read_text(encoding="ascii")
+        try:
+            hosts.write_text(before.replace("127.0.0.1 localhost\n", ""), encoding="ascii")
+            for host in (SERVER_4, SERVER_6, "both.test"):
+                lab.letmein("knock", host, "22", conf=HOLD_CONF).assert_good()
+        finally:
+            hosts.write_text(before, encoding="ascii")
+
+
+class TestOffice:
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_forty_clients_at_once(self, lab: Lab, hold: Server, control: str) -> None:
+        """All behind one address, of which a server serves eight at a time over TCP."""
+        words = ["knock", control, SERVER_4, "22"]
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(Running(lab, *words, env=UNMEASURED)) for _ in range(40)
+            ]
+            results = [client.end() for client in clients]
+        assert {(result.status, result.err) for result in results} == {(0, "")}
+
+
+LOSSY = """
+table ip lossy {
+    chain prerouting {
+        type filter hook prerouting priority raw
+        udp dport 5800 numgen random mod 100 < 30 drop
+        udp sport 5800 numgen random mod 100 < 30 drop
+    }
+}
+"""
+LOSSY_KNOCKS = int(os.environ.get("LOSSY_KNOCKS", "5"))
+
+
+@pytest.fixture
+def lossy(lab: Lab) -> Iterator[None]:
+    """30 of 100 datagrams to and from the control port get lost, each way."""
+    with lab.client():
+        run(NFT, "-f", "-", text=LOSSY)
+    yield
+    with lab.client():
+        run(NFT, "flush", "ruleset")
+
+
+def knock_lossily(lab: Lab, knocks: int) -> list[float]:
+    """How long each knock took, infinite for one that failed."""
+    times = []
+    for _ in range(knocks):
+        result = lab.letmein("knock", "-U", SERVER_4, "22", conf=PATIENT_CONF)
+        times.append(result.took if result.status == 0 else float("inf"))
+    print(" ".join(f"{took:.2f}" for took in sorted(times)))
+    return times
+
+
+@pytest.mark.usefixtures("lossy")
+class TestLossyPath:
+    """Over UDP. (TCP sees to lost packets by itself.) One knock of 2,000 is so unlucky that none of
+    its tries gets through in 5 s, and of a million in 10 s."""
+
+    def test_our_server(self, lab: Lab) -> None:
+        """A knock gets through where 30 % of the datagrams are lost, each way."""
+        lab.load(more=LOSSY)
+        with Server(lab, HOLD_SERVER):
+            times = knock_lossily(lab, LOSSY_KNOCKS)
+            assert max(times) < 10
+            run(NFT, "delete", "table", "ip", "lossy")
+
+    def test_revoke(self, lab: Lab) -> None:
+        """So does a revocation."""
+        lab.load(more=LOSSY)
+        with Server(lab, HOLD_SERVER):
+            for word in ("knock", "revoke"):
+                lab.letmein(word, "-U", SERVER_4, "22", conf=PATIENT_CONF).assert_good()
+            run(NFT, "delete", "table", "ip", "lossy")
+
+    def test_the_reference_server(self, lab: Lab) -> None:
+        """So do nearly all knocks on the reference's server."""
+        programs = reference("letmeinfwd", "letmeind")
+        if not lab.real_root:
+            pytest.skip("letmeind runs as an account of its own: that takes real root")
+        if REFERENCE_ACCOUNT not in {account.pw_name for account in pwd.getpwall()}:
+            pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
+        lab.load(more=LOSSY)
+        with ReferenceServer(lab, programs, server_conf("22 = port: 22", general="")):
+            times = knock_lossily(lab, LOSSY_KNOCKS)
+            assert sum(took < 10 for took in times) >= LOSSY_KNOCKS * 13 // 15
+
+
+ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"]
+
+VANISH = """
+table ip vanish {
+    chain prerouting {
+        type filter hook prerouting priority raw
+        tcp sport 9001 drop
+    }
+}
+"""
+
+# For patched(): what the kernel waits for on its own takes a second, not a minute.
+IMPATIENT_SOCKETS = """
+    import socket
+    class Socket(socket.socket):
+        def setsockopt(self, level, name, value):
+            super().setsockopt(level, name, 1 if level == socket.IPPROTO_TCP else value)
+    socket.socket = Socket
+"""
+
+
+@pytest.mark.usefixtures("hold")
+class TestConnect:
+    """`connect HOST PORT`, without ssh."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
+    def test_any_bytes_there_and_back(self, lab: Lab, host: str, control: str) -> None:
+        """2 MB of any bytes go both ways unchanged, and the lease ends with them."""
+        data = bytes(range(256)) * 8000
+
+        def give() -> None:
+            client.say(data)
+            client.end_input()
+
+        script = LETMEIN if "dead" in host else lab.patient
+        words = ["connect", control, host, "9000"]
+        with Service(9000, echo), Running(lab, *words, script=script) as client:
+            threading.Thread(target=give).start()
+            assert client.hear(-1) == data
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_input_ends_first(self, lab: Lab) -> None:
+        """The service hears the end, and can answer still."""
+
+        def count(connection: socket.socket) -> None:
+            heard = Heard()
+            heard(connection)
+            time.sleep(0.3)
+            connection.sendall(b"%d" % len(heard.data))
+
+        with Service(9000, count), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(bytes(100_000))
+            client.end_input()
+            assert client.hear(-1) == b"100000"
+            assert client.process.wait(LIMIT_S) == 0
+
+    def test_output_ends_first(self, lab: Lab) -> None:
+        """Who reads our output hears the end, and what still comes in is carried."""
+        heard = Heard(b"that is all")
+
+        def half(connection: socket.socket) -> None:
+            connection.sendall(heard.greeting)
+            connection.shutdown(socket.SHUT_WR)
+            heard.greeting = b""
+            heard(connection)
+
+        with Service(9000, half), Running(lab, "connect", SERVER_4, "9000") as client:
+            assert client.hear(-1) == b"that is all"
+            assert client.process.poll() is None
+            client.say(b"one more thing")
+            client.end_input()
+            assert client.process.wait(LIMIT_S) == 0
+            assert heard.ended.wait(LIMIT_S)
+        assert heard.data == b"one more thing"
+
+    def test_nobody_reads_our_output(self, lab: Lab) -> None:
+        """A reader that has gone ends it as a success, and its lease with it."""
+        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.stdout.close()
+            client.say(b"here")
+            assert client.process.wait(LIMIT_S) == 0
+            assert lab.elements() == []
+
+    def test_the_service_breaks_off(self, lab: Lab) -> None:
+        """A service that resets the connection is one error, and the lease ends."""
+        def reset(connection: socket.socket) -> None:
+            connection.recv(4)
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        with Service(9000, reset), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(b"here")
+            # Though our input has not ended.
+            assert client.process.wait(LIMIT_S) == 1
+            assert lab.elements() == []
+            client.end_input()
+            client.end().assert_error("the connection broke: Connection reset by peer")
+
+    def test_non_blocking_pipes(self, lab: Lab) -> None:
+        """All bytes arrive, in both directions, though our parent has set O_NONBLOCK."""
+        script = "import os, sys; [os.set_blocking(number, False) for number in (0, 1)]"
+        script += "; os.execv(sys.argv[1], sys.argv[1:])"
+        words: list[str | Path] = [sys.executable, LETMEIN, "-c", lab.file(HOLD_CONF)]
+        words = [*python(script), *words, "connect", SERVER_4, "9000"]
+        data = os.urandom(2_000_000)
+
+        def give() -> None:
+            time.sleep(0.5)  # there is nothing to read at first
+            client.say(data)
+            client.end_input()
+
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            giver = threading.Thread(target=give)
+            giver.start()
+            assert client.hear(4) == data[:4]
+            time.sleep(0.5)  # the output is full meanwhile
+            assert client.hear(-1) == data[4:]
+            giver.join(LIMIT_S)
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    @pytest.mark.parametrize(
+        "redirection, problem",
+        [
+            (">/dev/full", "cannot write standard output: No space left on device"),
+            ("0>/dev/null", "cannot read standard input: Bad file descriptor"),
+        ],
+    )
+    def test_a_stream_that_fails(self, lab: Lab, redirection: str, problem: str) -> None:
+        """What is not carried is an error, and the door closes."""
+        words = shell(redirection, "connect", SERVER_4, "9000", lab=lab)
+        greet = Heard(b"greeting")
+        with Service(9000, greet), Running(lab, *words, program=()) as client:
+            assert client.process.wait(LIMIT_S) == 1
+            assert problem in client.end().err
+            assert lab.elements() == []
+
+    def test_a_peer_that_vanished(self, lab: Lab) -> None:
+        """Its connection ends, and with it the lease, though the server grants each renewal."""
+        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9001")
+        with Service(9001, echo), Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            with lab.client():
+                run(NFT, "-f", "-", text=VANISH)
+            try:
+                assert client.process.wait(LIMIT_S) == 1
+                client.end().assert_error("the connection broke: Connection timed out")
+                assert lab.elements() == []
+            finally:
+                with lab.client():
+                    run(NFT, "flush", "ruleset")
+
+    def test_a_peer_that_stops_reading_for_a_while(self, lab: Lab) -> None:
+        """It is alive, so its connection goes on, and no byte is lost."""
+        data = os.urandom(20_000_000)
+        heard = Heard()
+
+        def late(connection: socket.socket) -> None:
+            time.sleep(4)
+            heard(connection)
+
+        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
+        with Service(9000, late), Running(lab, *words, program=()) as client:
+            client.say(data)
+            client.end_input()
+            assert client.end()[:3] == (0, "", "")
+            assert heard.ended.wait(LIMIT_S)
+        assert heard.data == data
+
+    def test_a_parent_that_ignores_the_end_of_the_output(self, lab: Lab) -> None:
+        """The service has closed its connection, and our input goes on: the door does not."""
+        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
+        greet = Service(9000, lambda connection: connection.sendall(b"bye"))
+        patience = Path("/proc/sys/net/ipv4/tcp_fin_timeout")
+        before = patience.read_text(encoding="ascii")
+        try:
+            patience.write_text("1", encoding="ascii")
+            with greet, Running(lab, *words, program=()) as client:
+                assert client.hear(-1) == b"bye"
+                assert client.process.wait(LIMIT_S) == 0
+                assert lab.elements() == []
+        finally:
+            patience.write_text(before, encoding="ascii")
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_renewed_for_the_connections_own_address(
+        self, lab: Lab, hold: Server, control: str
+    ) -> None:
+        """A machine that has moved renews nothing from its new address, and says so."""
+        moving = "10.1.0.4"
+        with lab.client():
+            run("ip", "addr", "add", f"{moving}/24", "dev", "wan")
+            run("ip", "route", "add", f"{SERVER_4}/32", "dev", "wan", "src", moving)
+        try:
+            words = ["connect", control, SERVER_4, "9001"]
+            with Service(9001, echo), Running(lab, *words) as client:
+                client.say(b"here")
+                assert client.hear(4) == b"here"
+                with lab.client():  # other connections come from CLIENT_4 now
+                    run("ip", "route", "del", f"{SERVER_4}/32")
+                before = len(hold.events("granted", peer=CLIENT_4))
+                count = len(hold.events("granted", peer=moving))
+                hold.wait_for("granted", count + 2, peer=moving)
+                with lab.client():
+                    run("ip", "addr", "del", f"{moving}/24", "dev", "wan")
+                assert client.process.stderr is not None
+                lines = [client.process.stderr.readline().decode() for _ in range(2)]
+                told = lines[0].partition(f"cannot renew port 9001 on {SERVER_4}: ")[2]
+                # A renewal that was under way just then gets no answer.
+                lost = f"this machine no longer has the address {moving}"
+                assert told.startswith((lost, "no answer on its control port")), lines
+                eventually(lambda: lab.elements() == [], "the lease does not end")
+                result = client.end(signal.SIGTERM)
+                assert (result.status, result.out) == (128 + signal.SIGTERM, "")
+                assert "Traceback" not in result.err
+                assert len(hold.events("granted", peer=CLIENT_4)) == before
+        finally:
+            with lab.client():
+                run("ip", "route", "del", f"{SERVER_4}/32", check=False)
+                run("ip", "addr", "del", f"{moving}/24", "dev", "wan", check=False)
+
+    @pytest.mark.parametrize("name", ENDINGS)
+    def test_a_signal(self, lab: Lab, name: str) -> None:
+        """Each signal ends it with the status of a shell, without a word, and its lease."""
+        number = getattr(signal, name)
+        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert client.end(number)[:3] == (128 + number, "", "")
+            assert lab.elements() == []
+
+    def test_a_signal_just_before_signals_are_ignored(self, lab: Lab) -> None:
+        """Such as that by which ssh ends who carries its connection."""
+        patch = """
+            import os, signal
+            set_handler = signal.signal
+            def new_signal(number, handler):
+                if handler == signal.SIG_IGN:
+                    signal.signal = set_handler
+                    os.kill(os.getpid(), signal.SIGTERM)
+                set_handler(number, handler)
+            signal.signal = new_signal
+        """
+        words = patched(lab, patch, "connect", SERVER_4, "9000")
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("words", [["connect", "9000"], ["knock", "9000"]])
+    def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
+        """Ctrl-C prints no traceback at any moment, and leaves no lease of `connect`."""
+        with Service(9000, echo):
+            for step in range(30):
+                call = [words[0], "both.test", words[1]]
+                with Running(lab, *call, script=lab.patient, env=UNMEASURED) as client:
+                    time.sleep(0.03 + 0.01 * step)
+                    result = client.end(signal.SIGINT)
+                    assert_no_traceback(result)
+                    assert result.status in (-signal.SIGINT, 128 + signal.SIGINT, 0, 1)
+                if words[0] == "connect":
+                    assert lab.elements() == []
+
+    def test_a_lease_that_would_end_is_renewed(self, lab: Lab, hold: Server) -> None:
+        """A connection that outlives its lease keeps the port open."""
+        with Service(9001, echo), Running(lab, "connect", SERVER_4, "9001") as client:
+            for _ in range(5):
+                client.say(b"here")
+                assert client.hear(4) == b"here"
+                eventually(lambda: len(lab.elements()) == 1, "it is not renewed")
+                time.sleep(0.8)
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_keep(self, lab: Lab) -> None:
+        """--keep leaves the lease."""
+        with Service(9000, echo), Running(lab, "connect", "--keep", SERVER_4, "9000") as client:
+            assert client.end()[:3] == (0, "", "")
+        assert len(lab.elements()) == 1
+
+    def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        """It works, and renews, under `--seccomp kill`."""
+        pytest.importorskip("pyseccomp")
+        words = ["--seccomp", "kill", "connect", "both.test", "9001"]
+        with Service(9001, echo), Running(
+            lab, *words, script=lab.patient, env=UNMEASURED
+        ) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            time.sleep(1.5)  # so that it knocks again
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    def test_another_resource_opens_the_port(self, lab: Lab) -> None:
+        """Resources named with -r open the port, all of them."""
+        with Service(9001, echo), Running(
+            lab, "connect", "-r", "90", "-r", "91", SERVER_4, "9001"
+        ) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert len(lab.elements()) == 2
+            assert client.end()[:3] == (0, "", "")
+            assert lab.elements() == []
+
+    @pytest.mark.parametrize(
+        "redirection, heard",
+        [(">&-", b"in"), ("2>&-", b"in"), ("<&-", b""), ("<&- >&- 2>&-", b"")],
+    )
+    def test_closed_streams(self, lab: Lab, redirection: str, heard: bytes) -> None:
+        """The connection does not get the number of one, and no warning gets into the output."""
+        service = Heard(b"greeting")
+        conf = f"{HOLD_CONF}\n[UNKNOWN]\n"
+        words = shell(redirection, "connect", SERVER_4, "9000", conf=conf, lab=lab)
+        with Service(9000, service), Running(lab, *words, program=()) as client:
+            with contextlib.suppress(BrokenPipeError):  # its input may be closed by now
+                client.say(b"in")
+            result = client.end()
+            assert service.ended.wait(LIMIT_S)
+        assert service.data == heard
+        assert result.out in ("", "greeting")
+        assert ("warning" in result.err) == ("2>" not in redirection)
+        shut_soon(lab)
+
+
+@pytest.fixture(scope="class")
+def sshd(lab: Lab) -> Iterator[Sshd]:
+    made = Sshd(lab)
+    yield made
+    made.process.kill()
+    made.process.wait()  # or its port is still taken when the next test wants it
+
+
+@pytest.mark.usefixtures("hold")
+class TestSsh:
+    """`ssh -o ProxyCommand='letmein connect %h %p'`."""
+
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test"])
+    def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
+        """ssh through ProxyCommand runs a command; then the port is shut again."""
+        with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
+            assert ssh.end()[:3] == (5, "42\n", "")
+        shut_soon(lab)
+        assert not lab.reaches(9000, CLIENT_4)
+
+    def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
+        """20 MB go through ssh unchanged in each direction."""
+        data = os.urandom(20_000_000)
+        path = lab.directory / "copied"
+        with sshd.log_in(f"cat >{path}") as ssh:
+            ssh.say(data)
+            assert ssh.end()[:3] == (0, "", "")
+        assert path.read_bytes() == data
+        with sshd.log_in(f"cat {path}") as ssh:
+            assert ssh.hear(-1) == data
+            assert ssh.process.wait(LIMIT_S) == 0
+        path.unlink()
+        shut_soon(lab)
+
+    @pytest.mark.parametrize("whom", ["ssh", "letmein"])
+    @pytest.mark.parametrize("name", [*ENDINGS, "SIGKILL"])
+    def test_a_signal_in_the_middle(self, lab: Lab, sshd: Sshd, whom: str, name: str) -> None:
+        """(Nothing of ours can be done when SIGKILL ends our client: the kernel's timeout does.)"""
+        with sshd.log_in("echo here; sleep 60") as ssh:
+            assert ssh.hear(5) == b"here\n"
+            pid = ssh.process.pid if whom == "ssh" else child_of(ssh.process)
+            assert len(lab.elements()) == 1
+            os.kill(pid, getattr(signal, name))
+            assert ssh.end().status != 0
+        if (whom, name) != ("letmein", "SIGKILL"):
+            shut_soon(lab)
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
+        """Two sessions share a lease: the end of one does not shut out the other."""
+        with sshd.log_in("cat") as one, sshd.log_in("cat") as other:
+            sessions = [one, other]
+            for ssh in sessions:
+                ssh.say(b"here\n")
+                assert ssh.hear(5) == b"here\n"
+            assert sessions[first].end()[:3] == (0, "", "")
+            shut_soon(lab)
+            sessions[1 - first].say(b"still here\n")
+            assert sessions[1 - first].end()[:3] == (0, "still here\n", "")
+        assert lab.elements() == []
+
+
+REACH = f"import socket; socket.create_connection(('{SERVER_4}', PORT)).recv(4)"
+
+
+@pytest.mark.usefixtures("hold")
+class TestCommand:
+    """`knock HOST PORT... -- COMMAND`."""
+
+    @pytest.mark.parametrize(
+        "script, status",
+        [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill $$", 143)],
+    )
+    def test_its_exit_status_is_ours(self, lab: Lab, script: str, status: int) -> None:
+        """The exit status of COMMAND, or its signal, is ours, and the lease ends with it."""
+        words = ["knock", SERVER_4, "22", "--", "sh", "-c", f"echo heard; {script}"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        where = f"port 22 on {SERVER_4} ({SERVER_4})"
+        said = f"letmein: opened {where}\n"
+        assert result[:3] == (status, "heard\n", said)
+        assert lab.elements() == []
+
+    def test_all_is_open_meanwhile(self, lab: Lab) -> None:
+        """All ports are open while COMMAND runs, and none afterwards."""
+        check = python("; ".join(REACH.replace("PORT", str(port)) for port in (22, 23)))
+        result = lab.letmein("knock", SERVER_4, "22", "23", "-q", "--", *check, conf=HOLD_CONF)
+        assert result[:3] == (0, "", "")
+        assert not lab.reaches(22, CLIENT_4)
+        assert not lab.reaches(23, CLIENT_4)
+
+    @pytest.mark.parametrize(
+        "words, status",
+        [
+            (["22"], 0),
+            (["22", "23"], 0),
+            (["-r", "22", "-r", "23"], 0),
+            (["22", "26", "23"], 1),
+            (["-r", "99", "-r", "22"], 1),
+        ],
+    )
+    def test_a_line_for_each(self, lab: Lab, words: list[str], status: int) -> None:
+        """Without COMMAND: what can be opened is, and it is success if all were."""
+        for word in ("knock", "revoke"):
+            result = lab.letmein(word, SERVER_4, *words, conf=HOLD_CONF)
+            assert result.status == status, result
+            assert result.err.count("error: ") == status
+            wanted = [f"{w} on {SERVER_4} ({SERVER_4})" for w in words if w in ("22", "23")]
+            assert [line.split(" ", 2)[2].lstrip("0") for line in result.out.splitlines()] == wanted
+            assert len(lab.elements()) == (len(wanted) if word == "knock" else 0)
+
+    @pytest.mark.parametrize("words", [["26", "22"], ["22", "26"], ["-r", "22", "-r", "99"]])
+    def test_not_run_if_one_fails(self, lab: Lab, words: list[str]) -> None:
+        """COMMAND does not run if one of its ports does not open; the others are shut."""
+        command = ["--", "echo", "run"]
+        result = lab.letmein("knock", SERVER_4, *words, *command, conf=HOLD_CONF)
+        assert (result.status, result.out) == (1, "")
+        assert result.err.count("error") == 1
+        assert result.err.count("opened ") == 1
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize(
+        "text, mode, status, problem",
+        [
+            (None, 0, 127, "not found"),
+            ("#!/no/such/interpreter\n", 0o755, 127, "not found"),
+            ("#!/bin/sh\n", 0o644, 126, "Permission denied"),
+            ("no program\n", 0o755, 126, "Exec format error"),
+        ],
+    )
+    def test_a_command_that_cannot_be_run(
+        self, lab: Lab, text: str | None, mode: int, status: int, problem: str
+    ) -> None:
+        """A shell's exit status, one error in words, and the port is closed again."""
+        path = "no-such-thing" if text is None else lab.file(text, mode=mode)
+        result = lab.letmein("knock", "-q", SERVER_4, "22", "--", path, conf=HOLD_CONF)
+        said = f"letmein: error: cannot run '{path}': {problem}\n"
+        assert (result.status, result.out) == (status, "")
+        assert result.err.startswith(said)
+        assert "Errno" not in result.err
+        assert lab.elements() == []
+
+    def test_keep(self, lab: Lab) -> None:
+        """--keep leaves the lease."""
+        result = lab.letmein("knock", "--keep", SERVER_4, "22", "--", "true", conf=HOLD_CONF)
+        assert result.status == 0, result
+        assert "closed" not in result.err
+        assert lab.reaches(22, CLIENT_4)
+
+    def test_a_lease_that_would_end_is_renewed(self, lab: Lab) -> None:
+        """A COMMAND that outlives its lease keeps the port open."""
+        check = f"import time; time.sleep(4.5); {REACH.replace('PORT', '22')}"
+        conf = HOLD_CONF.replace("port: 22", "port: 22 / timeout: 3")
+        words = ["knock", "-q", SERVER_4, "9001", "22", "--"]
+        result = lab.letmein(*words, *python(check), conf=conf)
+        assert result[:3] == (0, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("name", ENDINGS)
+    def test_a_signal_ends_command_too(self, lab: Lab, name: str) -> None:
+        """Each signal ends COMMAND, then us, and the lease."""
+        words = ["-q", "knock", SERVER_4, "22", "--", "sh", "-c", "echo $$; exec sleep 60"]
+        number = getattr(signal, name)
+        with Running(lab, *words[1:3], "-q", *words[3:]) as client:
+            pid = int(client.stdout.readline())
+            assert len(lab.elements()) == 1
+            assert client.end(number)[:3] == (128 + number, "", "")
+        assert not Path(f"/proc/{pid}").exists()
+        assert lab.elements() == []
+
+    def test_a_command_that_takes_a_signal_well(self, lab: Lab) -> None:
+        """It ends when it wants to, and what it opened stays until then."""
+        script = "trap 'echo caught' TERM; echo here; while ! read line; do :; done; exit 3"
+        with Running(lab, "knock", "-q", SERVER_4, "22", "--", "sh", "-c", script) as client:
+            assert client.hear(5) == b"here\n"
+            client.process.terminate()
+            assert client.hear(7) == b"caught\n"
+            assert len(lab.elements()) == 1
+            client.say(b"go\n")
+            assert client.end()[:3] == (3, "", "")
+        assert lab.elements() == []
+
+    def test_a_signal_at_any_moment(self, lab: Lab) -> None:
+        """Nothing stays open, and COMMAND does not stay behind."""
+        mark = f"60.{os.getpid()}"
+        for step in range(25):
+            words = ["knock", SERVER_4, "22", "--", "sleep", mark]
+            with Running(lab, *words, script=lab.patient, env=UNMEASURED) as client:
+                time.sleep(0.04 + step * 0.02)
+                name = ENDINGS[step % len(ENDINGS)]
+                result = client.end(getattr(signal, name))
+                assert_no_traceback(result)
+                assert result.status in (-getattr(signal, name), 128 + getattr(signal, name), 1)
+            assert lab.elements() == []
+            assert run("pgrep", "-f", f"^sleep {mark}$", check=False) == ""
+
+    @pytest.mark.parametrize("where", ["before", "after", "in a callback"])
+    def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
+        """It ends all, also where Python loses the exception: in a callback of its own."""
+        patch = f"""
+            import os, signal, subprocess, threading
+            class Popen(subprocess.Popen):
+                def __init__(self, command):
+                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "before" else None
+                    super().__init__(command)
+                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "after" else None
+            subprocess.Popen = Popen
+            class Callback:
+                def __del__(self):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            class Thread(threading.Thread):
+                def start(self):
+                    Callback() if {where!r} == "in a callback" else None
+                    super().start()
+            threading.Thread = Thread
+        """
+        seconds = f"60.{os.getpid()}"
+        words = patched(lab, patch, "knock", "-q", SERVER_4, "22", "--", "sleep", seconds)
+        with Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
+        assert lab.elements() == []
+        assert run("pgrep", "-f", f"^sleep {seconds}$", check=False) == ""
+
+    def test_not_under_a_filter_of_system_calls(self, lab: Lab) -> None:
+        """COMMAND with --seccomp is refused before anything opens."""
+        words = ["--seccomp", "kill", "knock", SERVER_4, "22", "--", "echo", "run"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        result.assert_error("COMMAND would run with the filter", "use connect, or --seccomp off")
+        assert lab.elements() == []
+
+
+class TestRenewal:
+    @pytest.mark.parametrize("words", [["knock", "-q"], ["connect"]])
+    def test_a_renewal_that_fails_is_tried_again_soon(self, lab: Lab, words: list[str]) -> None:
+        """Before the lease ends: one that is lost shuts no door."""
+        resources = "92 = port: 9002 / timeout: 8"
+        refuse = """
+            table inet refuse {
+                counter refused { }
+                chain input {
+                    type filter hook input priority -1
+                    tcp dport 5800 counter name refused reject with tcp reset
+                }
+            }
+        """
+        words = [words[0], "--verbose", *words[1:], SERVER_4, "9002"]
+        words += ["--", "cat"] if words[0] == "knock" else []
+        lab.load()
+        conf = client_conf(resources=resources)
+        with Server(lab, server_conf(resources)) as server, Service(9002, echo):
+            with Running(lab, *words, conf=conf) as client:
+                client.say(b"here")
+                assert client.hear(4) == b"here"
+                server.wait_for("granted")
+                run(NFT, "-f", "-", text=refuse)
+                eventually(lambda: lab.counters()["refused"] > 0, "nothing is renewed")
+                run(NFT, "delete", "table", "inet", "refuse")
+                while len(server.events("granted")) < 2:
+                    assert lab.elements() != []
+                    time.sleep(0.1)
+                assert time.monotonic() - client.started < 7.5
+                result = client.end()
+            assert (result.status, lab.elements()) == (0, [])
+            told = "not renewed yet: port 9002 on 10.1.0.1: nothing listens on its control port"
+            assert told in result.err
+
+
+class TestClientLimits:
+    """What a system gives may run out: that is an error in words, and soon."""
+
+    def test_descriptors_above_1023(self, lab: Lab, hold: Server) -> None:
+        """Our parent has left us many open files."""
+        many = """
+            import os, resource
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
+            many = [os.dup(0) for _ in range(1100)]
+        """
+        words = patched(lab, many, "knock", "-U", "both.test", "22")
+        with Running(lab, *words, program=()) as client:
+            result = client.end()
+        assert (result.status, result.err) == (0, "")
+
+    def test_a_long_time_without_an_answer(self, lab: Lab) -> None:
+        """Over UDP the handshakes that are waited for do not grow without limit."""
+        often = adjusted(lab, "letmein.UDP_REPEAT_S = 0.002")[:2]
+        program = ("prlimit", "--nofile=64", "--", *often)
+        path = lab.file(client_conf(timeout=1))
+        with lab.client():
+            words = ("-c", path, "knock", "-U", "10.1.0.99", "22")
+            result = lab.command(*words, program=program)
+        result.assert_error("10.1.0.99: no answer on its control port 5800/udp within 1 s")
+
+    @pytest.mark.parametrize("words", [["knock", "-U"], ["revoke", "-U"]])
+    def test_a_thread_that_dies(self, lab: Lab, words: list[str]) -> None:
+        """Whatever it died of is told, and nobody waits for it."""
+        bomb = """
+            import selectors
+            def broken():
+                raise ValueError("boom")
+            selectors.DefaultSelector = broken
+        """
+        words = [str(word) for word in patched(lab, bomb, *words, "both.test", "22")]
+        with Running(lab, *words, program=()) as client:
+            assert client.process.wait(LIMIT_S) == 1
+            client.end().assert_error("ValueError('boom')", "a bug in letmein")
+
+    @pytest.mark.parametrize("word", ["knock", "connect"])
+    def test_no_more_threads(self, lab: Lab, hold: Server, word: str) -> None:
+        """A knock takes none; `connect` needs them, says so, and closes the port again."""
+        limit = """
+            import threading
+            def start(thread):
+                raise RuntimeError("can't start new thread")
+            threading.Thread.start = start
+        """
+        words = patched(lab, limit, word, "both.test", "9000")
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            assert client.process.wait(LIMIT_S) == (word == "connect")
+            result = client.end()
+        if word == "connect":
+            result.assert_error("cannot start a thread: can't start new thread")
+        assert len(lab.elements()) == (0 if word == "connect" else 2)
+
+
+REJECTED = "compare user, key and resource with the server's file; its log says which is wrong"
+SILENT = "compare user and key with the server's file: it may not answer wrong ones"
+SILENT_UDP = "see whether the server runs; compare user and key: over UDP it ignores wrong ones"
+DROPPED_ON_THE_WAY = (
+    "see whether the server runs, and has this control port: its firewall drops all others"
+)
+NOBODY_THERE = "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
+UNUSABLE = "use another of its addresses if there is one: servers refuse link-local clients"
+NO_PORT = "add port 80, or name a resource with -r ID"
+NO_SERVICE = "see whether the service runs on the server, and listens on this address"
+REFUSED = "the server rejected the request"
+CLOSED = "the server closed the connection without an answer"
+
+FAILURES = {  # by the command line the error and its hint, word for word
+    "knock SERVER -r 99": (f"cannot open resource 00000099 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 26": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 26 -U": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER -r 98 -r 99": (
+        f"cannot open resource 00000098 and resource 00000099 on SERVER: {REFUSED}", REJECTED,
+    ),
+    "revoke SERVER -r 99": (f"cannot close resource 00000099 on SERVER: {REFUSED}", REJECTED),
+    "knock SERVER 22 -u 2": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
+    "knock SERVER 22 -u 3": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
+    "knock SERVER 22 -U -u 3": (
+        "cannot open port 22 on SERVER: no answer on its control port 5800/udp within 0.4 s",
+        SILENT_UDP,
+    ),
+    "knock 10.1.0.99 22 23 26": (
+        "cannot open port 22, port 23 and port 26 on 10.1.0.99:"
+        " no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
+    ),
+    "knock dead.test 22 -U": (
+        "cannot open port 22 on dead.test (fd01::98, 10.1.0.98):"
+        " no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
+    ),
+    "revoke fd01::99 22": (
+        "cannot close port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
+        DROPPED_ON_THE_WAY,
+    ),
+    "knock SERVER 22 -P 5801": (
+        "cannot open port 22 on SERVER: nothing listens on its control port 5801/tcp",
+        NOBODY_THERE,
+    ),
+    "knock SERVER 22 -P 5801 -U": (
+        "cannot open port 22 on SERVER: nothing listens on its control port 5801/udp",
+        NOBODY_THERE,
+    ),
+    "knock 10.9.9.9 22": (
+        "cannot open port 22 on 10.9.9.9: this machine has no route to it",
+        "see whether this machine is online and has IPv4",
+    ),
+    "knock 10.5.0.1 22": (
+        "cannot open port 22 on 10.5.0.1: this machine does not let letmein send to control port"
+        " 5800/tcp (Permission denied)",
+        "allow it in this machine's own firewall, or in the sandbox that letmein runs in",
+    ),
+    "knock 10.6.0.1 22": (
+        "cannot open port 22 on 10.6.0.1: the host is down, or a firewall rejects its control port"
+        " 5800/tcp (No route to host)",
+        "see whether the host is up, and whether you may reach it from this network",
+    ),
+    "knock fe80::1 22": (
+        "cannot open port 22 on fe80::1: a link-local address needs a zone, such as fe80::1%eth0",
+        UNUSABLE,
+    ),
+    "knock [fd01::99] 22": (
+        "cannot open port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
+        DROPPED_ON_THE_WAY,
+    ),
+    "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
+    "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
+    "knock b\xfccher.invalid 22": (
+        r"cannot find the address of 'b\xfccher.invalid': NO_NAME", "",
+    ),
+    "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", ""),
+    "knock v4dead.test.not 22 -4 -6": (
+        "'v4dead.test.not' has no IPv6 address", "leave out -6",
+    ),
+    "knock v4dead.test.not 22 -6": ("'v4dead.test.not' has no IPv6 address", "leave out -6"),
+    "knock fd01::1 22 -4": ("'fd01::1' has no IPv4 address", "leave out -4"),
+    "knock SERVER 80": (
+        "CONF: [RESOURCES] has no port 80 for user 00000001",
+        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
+    ),
+    "knock SERVER 26 -u 2": (
+        "CONF: [RESOURCES] has no port 26 for user 00000002",
+        "it has: 22, 23, 9000, 9001; add port 26, or name a resource with -r ID",
+    ),
+    "connect SERVER 80": (
+        "CONF: [RESOURCES] has no port 80 for user 00000001",
+        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
+    ),
+    "knock SERVER 22 -u 9": (
+        "CONF: [KEYS] has no key for user 00000009",
+        "copy the user's line from the server's [KEYS], or name another user with -u ID",
+    ),
+    "knock -q SERVER 22 -- no-such-thing": (
+        "cannot run 'no-such-thing': not found",
+        "check its name, PATH and, if it is a script, the program that its first line names",
+    ),
+    "knock -q SERVER 22 -- /etc": (
+        "cannot run '/etc': Permission denied",
+        "make it executable: chmod +x; a script begins with a line such as #!/bin/sh",
+    ),
+    "connect SERVER 9000": (
+        "opened port 9000 on SERVER, but cannot connect to port 9000: Connection refused",
+        NO_SERVICE,
+    ),
+    "connect SERVER 9000 -r 22": (
+        "opened port 22 on SERVER, but cannot connect to port 9000: Connection refused",
+        "name a resource that opens port 9000, or connect to port 22",
+    ),
+}  # fmt: skip
+NOT_RUN = {"knock -q SERVER 22 -- no-such-thing": 127, "knock -q SERVER 22 -- /etc": 126}
+
+NAME_ERRORS = {  # they differ between systems, and with the network
+    "Name or service not known", "Temporary failure in name resolution",
+    "No address associated with hostname", "this is not a host name",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("hold")
+class TestWords:
+    """What people read when it does not work, and how little when it does."""
+
+    @pytest.mark.parametrize("words", FAILURES)
+    def test_a_failure_in_two_lines(self, lab: Lab, words: str) -> None:
+        """Each failure is the right problem and the right hint, word for word."""
+        problem, hint = FAILURES[words]
+        wrong = "".join(f"{user} = {os.urandom(32).hex()}\n" for user in (2, 3))
+        # Patience ends soon where silence is what the client gets, and nowhere else.
+        patience = 0.4 if "no answer" in problem else 5
+        conf = client_conf(timeout=patience, resources=HOLD_RESOURCES.replace("USERS", "1"))
+        path = lab.file(conf.replace(f"2 = {KEYS[2].hex()}\n", wrong))
+        with lab.client():
+            options = ["--seccomp", seccomp_for(words.split())]
+            result = lab.command("-c", path, *options, *words.replace("SERVER", SERVER_4).split())
+        for reason in NAME_ERRORS:
+            if words.split()[1] in ("no.invalid", "b\xfccher.invalid", "both..test"):
+                err = re.sub(f": {reason}\n  (check|see) .*\n", ": NO_NAME\n", result.err)
+                result = result._replace(err=err)
+        wanted = f"letmein: error: {problem}\n" + (f"  {hint}\n" if hint else "")
+        wanted = wanted.replace("SERVER", SERVER_4).replace("CONF", str(path))
+        assert result[:3] == (NOT_RUN.get(words, 1), "", wanted)
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_success(self, lab: Lab, control: str) -> None:
+        """A success is one line that names host, port and addresses; with -q it is none."""
+        words = [control, "both.test", "22"]
+        for word, done in (("knock", "opened"), ("revoke", "closed")):
+            result = lab.letmein(word, *words, conf=HOLD_CONF, script=lab.patient)
+            first, second = sorted([SERVER_4, SERVER_6])
+            orders = [f"({first}, {second})", f"({second}, {first})"]
+            assert result.out in [f"{done} port 22 on both.test {order}\n" for order in orders]
+            assert (result.status, result.err) == (0, "")
+            assert lab.letmein(word, "-q", *words, conf=HOLD_CONF)[:3] == (0, "", "")
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_verbose(self, lab: Lab, control: str) -> None:
+        """It tells each step, in order, with the time since the start, and no key."""
+        words = ["--verbose", "knock", control, "v6dead.test", "22"]
+        result = lab.letmein(*words, conf=HOLD_CONF)
+        assert result.status == 0
+        lines = re.findall(r"(?m)^letmein: (\d+) ms  (.*)$", result.err)
+        assert len(lines) == len(result.err.splitlines())
+        assert [int(time) for time, _ in lines] == sorted(int(time) for time, _ in lines)
+        protocol = "tcp" if control == "-T" else "udp"
+        connecting = ["connecting", f"connected from {CLIENT_4}"] if control == "-T" else []
+        shaken = [
+            "sending KNOCK for resource 00000022", "received CHALLENGE",
+            "sending RESPONSE for resource 00000022", "received COMEIN",
+        ]  # fmt: skip
+        steps = [line for _, line in lines if "fd01::99)" not in line]
+        assert steps[0].startswith("read /") and steps[0].endswith(": the key of user 00000001")
+        assert steps[1:] == [
+            f"server: fd01::99 and {SERVER_4}, control port 5800/{protocol}",
+            *[f"v6dead.test ({SERVER_4}): {step}" for step in connecting + shaken],
+            "port 22 is open to this machine for 600 s, unless the server's file says otherwise",
+        ]
+        waited = f"v6dead.test (fd01::99): no answer within {letmein.OTHER_ADDRESS_S} s more"
+        assert waited in [line for _, line in lines]
+        assert KEYS[1].hex() not in result.err.lower()
+
+    @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
+    def test_nobody_reads_our_errors(self, lab: Lab, redirection: str) -> None:
+        """What is done is the same: COMMAND runs, and all is closed."""
+        path = lab.directory / "ran"
+        words = ["knock", SERVER_4, "22", "23", "--", "sh", "-c", f"sleep 0.5; echo >>{path}"]
+        with lab.client():
+            lab.command(program=shell(redirection, *words, lab=lab))
+        eventually(path.exists, "COMMAND ran")
+        shut_soon(lab)
+        path.unlink()
+
+    @pytest.mark.parametrize("word", ["knock", "revoke"])
+    def test_nobody_reads_our_output(self, lab: Lab, word: str) -> None:
+        """All is done, but it is no success."""
+        gone = "trap '' PIPE; while echo; do :; done 2>/dev/null"  # whoever might have read
+        for end, unbuffered in itertools.product(("| true", ">/dev/full"), ("", "1")):
+            words = shell("", word, SERVER_4, "22", "23", lab=lab)[2]
+            script = f"{{ {gone}; {words}; }} {end}; echo ${{PIPESTATUS[0]}}"
+            env = {"PYTHONUNBUFFERED": unbuffered}
+            with Running(lab, "bash", "-c", script, program=(), env=env) as client:
+                result = client.end()
+            assert result.out == "1\n", result
+            assert result.err in ("", "letmein: error: [Errno 28] No space left on device\n")
+            assert len(lab.elements()) == (2 if word == "knock" else 0)
+
+    def test_closed_output(self, lab: Lab) -> None:
+        """A knock works without any of its standard streams."""
+        for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+            with lab.client():
+                words = shell(redirection, "knock", SERVER_4, "22", lab=lab)
+                result = lab.command(program=words)
+            assert (result.status, result.err) == (0, "")
+            words = shell(redirection, "knock", SERVER_4, lab=lab)
+            assert lab.command(program=words).status == 2
+
+    @pytest.mark.parametrize("timeout, status", [("0", 1), ("4294967295", 0), ("1e7", 0)])
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_any_control_timeout(
+        self, lab: Lab, timeout: str, status: int, control: str
+    ) -> None:
+        """Any control-timeout works, from none to 136 years."""
+        conf = HOLD_CONF.replace("control-timeout = 5", f"control-timeout = {timeout}")
+        target = "10.1.0.99" if status else SERVER_4
+        result = lab.letmein("knock", control, target, "22", conf=conf)
+        assert result.status == status
+        assert "10.1.0.99: no answer" in result.err or not status
+
+    @pytest.mark.parametrize("timeout", ["0", "0.001", "4294967295"])
+    def test_any_timeout_of_a_lease(self, lab: Lab, timeout: str) -> None:
+        """Any timeout of a lease works while COMMAND runs, from none to 136 years."""
+        conf = HOLD_CONF.replace("port: 22", f"port: 22 / timeout: {timeout}")
+        result = lab.letmein("knock", "-q", SERVER_4, "22", "--", "sleep", "1.2", conf=conf)
+        assert result[:3] == (0, "", "")
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+    @pytest.mark.parametrize("name", ["b\xfccher.test", "\u4f8b.test"])
+    def test_a_name_in_any_alphabet(self, lab: Lab, name: str, encoding: str) -> None:
+        """A host's name in any alphabet is found, and printed as the terminal can."""
+        words = ["knock", name, "22"]
+        with Running(lab, *words, env={"PYTHONIOENCODING": encoding}) as client:
+            out = client.hear(-1)
+            assert client.process.wait(LIMIT_S) == 0
+        said = name.encode(encoding, "backslashreplace")
+        assert out == b"opened port 22 on %s (10.1.0.1)\n" % said
+
+
+# What Windows or macOS lacks (or both), and what the OpenWrt package python3-light does. In
+# such a Python our client has to work; in OpenWrt's the server, too.
+ELSEWHERE = """
+    import os, select, selectors, shutil, signal, socket, subprocess, sys
+    for name in (
+        "crypt curses fcntl grp nis pty pwd readline resource spwd syslog termios tty _curses"
+    ).split():
+        sys.modules[name] = None
+    socket.socket.recvmsg = socket.socket.sendmsg = property()
+    for module, names in {
+        os: "chroot confstr fork forkpty get_blocking getegid geteuid getgid getgroups getloadavg"
+        " getresuid getuid initgroups memfd_create mkfifo nice openpty pidfd_open pipe2"
+        " posix_fadvise posix_spawn posix_spawnp pread prlimit sched_getaffinity sendfile"
+        " set_blocking setgid setgroups setresuid setsid setuid splice statvfs sysconf uname",
+        select: "PIPE_BUF epoll poll",
+        selectors: "EpollSelector PollSelector",
+        signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 SIGUSR2 pthread_kill"
+        " pthread_sigmask setitimer sigwait",
+        socket: "AF_NETLINK AF_PACKET AF_UNIX CMSG_LEN CMSG_SPACE IPV6_PKTINFO IPV6_RECVPKTINFO"
+        " MSG_DONTWAIT MSG_NOSIGNAL SCM_RIGHTS SOCK_CLOEXEC SOCK_NONBLOCK SO_BINDTODEVICE"
+        " SO_REUSEPORT recv_fds send_fds",
+    }.items():
+        for name in names.split():
+            if hasattr(module, name):
+                delattr(module, name)
+    selectors.DefaultSelector = selectors.SelectSelector
+    os.name = "nt"
+"""
+
+PYTHON3_LIGHT = """
+    import sys
+    for name in (
+        "asyncio bz2 cgi concurrent ctypes curses dbm decimal distutils email encodings.idna"
+        " ensurepip http idlelib lib2to3 logging lzma multiprocessing pydoc readline sqlite3 ssl"
+        " stringprep turtle unicodedata unittest urllib uuid venv xml xmlrpc _asyncio _ctypes"
+        " _decimal _hashlib _multiprocessing _sqlite3 _ssl _uuid"
+    ).split():
+        sys.modules[name] = None
+"""
+CLIENT_ELSEWHERE = {"Windows and macOS": ELSEWHERE, "python3-light": PYTHON3_LIGHT}
+
+
+@pytest.mark.parametrize("system", CLIENT_ELSEWHERE)
+@pytest.mark.usefixtures("hold")
+class TestElsewhere:
+    """The client in a Python that lacks what other systems' Pythons lack."""
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
+    def test_knock_and_revoke(self, lab: Lab, system: str, host: str, control: str) -> None:
+        """Over both protocols and IP versions."""
+        script = LETMEIN if "dead" in host else lab.patient
+        for word, done in (("knock", "opened"), ("revoke", "closed")):
+            code = CLIENT_ELSEWHERE[system]
+            words = patched(lab, code, word, control, host, "22", script=script)
+            with Running(lab, *words, program=()) as client:
+                result = client.end()
+            assert (result.status, result.err) == (0, "")
+            assert result.out.startswith(f"{done} port 22 on {host} (")
+            assert bool(lab.elements()) == (word == "knock")
+
+    def test_connect(self, lab: Lab, system: str) -> None:
+        """With a lease that has to be renewed."""
+        call = ["connect", "both.test", "9001"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
+        with Service(9001, echo), Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            time.sleep(1.2)  # so that it knocks again
+            assert client.end()[:3] == (0, "", "")
+        assert lab.elements() == []
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+    def test_a_signal(self, lab: Lab, system: str, name: str) -> None:
+        """It ends `connect` and its lease."""
+        call = ["connect", "both.test", "9000"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
+        number = getattr(signal, name)
+        with Service(9000, echo), Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            assert client.end(number)[:3] == (128 + number, "", "")
+        assert lab.elements() == []
+
+    def test_command(self, lab: Lab, system: str) -> None:
+        """Its exit status is ours."""
+        command = ["-q", "both.test", "22", "--", "sh", "-c", "echo here; exit 7"]
+        words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command, script=lab.patient)
+        with Running(lab, *words, program=()) as client:
+            assert client.end()[:3] == (7, "here\n", "")
+        assert lab.elements() == []
+
+    def test_errors(self, lab: Lab, system: str) -> None:
+        """They are the same as on Linux."""
+        for word, problem in (
+            ("no.invalid", "cannot find the address of 'no.invalid': "),
+            ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
+            ("dead.test", "cannot open port 22 on dead.test (fd01::98, 10.1.0.98): no answer"),
+        ):
+            conf = client_conf(timeout=0.2)
+            words = patched(lab, CLIENT_ELSEWHERE[system], "knock", word, "22", conf=conf)
+            with Running(lab, *words, program=()) as client:
+                client.end().assert_error(f"letmein: error: {problem}")
+
+    def test_gen_key(self, lab: Lab, system: str) -> None:
+        """It prints a key."""
+        words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
+        with Running(lab, *words, program=()) as client:
+            assert re.fullmatch("00000003 = [0-9A-F]{64}\n", client.end().out)
+
+
+# What a knock imports beyond a bare Python: ours, and what those need.
+KNOCK_IMPORTS = """
+    collections contextlib errno functools hmac itertools letmein os re select selectors
+    socket struct sys threading time
+    __future__ array copyreg enum hashlib heapq keyword math operator reprlib
+    sre_compile sre_constants sre_parse types warnings
+"""
+
+
+class TestImports:
+    def test_a_knock_imports_no_more_than_it_needs(self, lab: Lab, hold: Server) -> None:
+        """Each module costs time between Enter and the open port."""
+        knock = """
+            sys.path.insert(0, sys.argv[1])
+            import letmein
+            assert letmein.main(["-c", sys.argv[2], "knock", "both.test", "22"]) == 0
+        """
+        seen = []
+        for code in ("", textwrap.dedent(knock)):
+            script = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+            with lab.client():
+                done = subprocess.run(
+                    [sys.executable, "-I", "-c", script, HERE, lab.file(HOLD_CONF)],
+                    capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=unmeasured(),
+                )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            seen.append({name.split(".")[0] for name in done.stderr.split()})
+        found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
+        assert found - set(KNOCK_IMPORTS.split()) == set()
+
+
+# ----------------------------------------------------------------------------
+# 4  Firewall
+#
+# The kernel lets in whoever holds a lease, nobody else and no longer, whatever is done to it.
+# ----------------------------------------------------------------------------
 
 # All pairs of what is opened, over which protocol and IP version it is asked for.
 KNOCKS = [
@@ -864,6 +3098,7 @@ class TestPackets:
         port: int,
         open_to: str,
     ) -> None:
+        """A knock opens its port for its address alone, a revocation shuts it; both are logged."""
         def seen(address: str) -> list[str]:
             return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
 
@@ -883,6 +3118,7 @@ class TestPackets:
         server.wait_for("revoked", before + 1, **fields)
 
     def test_what_the_client_says(self, lab: Lab, server: Server) -> None:
+        """It names port and host; --verbose tells the messages; `close` is `revoke`."""
         result = lab.letmein("--verbose", "knock", SERVER_4, "22")
         result.assert_good()
         assert "22" in result.out
@@ -896,12 +3132,14 @@ class TestPackets:
         assert not lab.reaches(22, CLIENT_4)
 
     def test_revoking_what_is_not_open_succeeds(self, lab: Lab, server: Server) -> None:
+        """A revocation of nothing is a success."""
         for control in ("-T", "-U"):
             lab.letmein("revoke", control, SERVER_4, "22").assert_good()
         assert lab.elements() == []
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_a_resource_of_another_user(self, lab: Lab, server: Server, control: str) -> None:
+        """Only its users open or shut a resource."""
         lab.letmein("knock", control, "-u", "2", SERVER_4, "-r", "26").assert_error("rejected")
         assert not lab.reaches(26, CLIENT_4)
         server.wait_for("refused", user="00000002", resource="00000026")
@@ -912,6 +3150,7 @@ class TestPackets:
         lab.letmein("revoke", control, "-u", "1", SERVER_4, "-r", "26").assert_good()
 
     def test_leases_of_several_addresses(self, lab: Lab, server: Server) -> None:
+        """Each address has a lease of its own, and its neighbours have none."""
         for source in (CLIENT_4, OTHER_4, CLIENT_6, "10.77.1.1", "fd77::1"):
             assert handshake(lab, source=source) == COMEIN
         for source in (CLIENT_4, OTHER_4, CLIENT_6, "10.77.1.1", "fd77::1"):
@@ -926,16 +3165,19 @@ class TestPackets:
 
     @pytest.mark.parametrize("control", ["-T", "-U"])
     def test_a_timeout_of_0_opens_nothing(self, lab: Lab, server: Server, control: str) -> None:
+        """A resource with a timeout of 0 is refused, and the server warns of it."""
         lab.letmein("knock", control, SERVER_4, "27").assert_error("rejected")
         assert not lab.reaches(27, CLIENT_4)
         assert lab.elements() == []
         assert re.search(r"event=warning .* 27: .*timeout", server.log), server.log
 
     def test_the_control_port_is_no_resource(self, lab: Lab, server: Server) -> None:
+        """A knock for a resource that names the control port is refused."""
         lab.letmein("knock", SERVER_4, "-r", "58").assert_error("rejected")
         assert lab.elements() == []
 
     def test_a_name_with_both_families(self, lab: Lab, server: Server) -> None:
+        """A name is knocked over IPv4 and IPv6."""
         for options in ([], ["-4", "-6"]):
             words = (*options, "both.test", "22")
             lab.letmein("knock", *words, script=lab.patient).assert_good()
@@ -950,6 +3192,7 @@ class TestPackets:
     def test_one_family_of_a_name(
         self, lab: Lab, server: Server, option: str, in_: str, out: str
     ) -> None:
+        """-4 and -6 knock over one of them alone."""
         lab.letmein("knock", option, "both.test", "22").assert_good()
         assert lab.reaches(22, in_)
         assert not lab.reaches(22, out)
@@ -966,6 +3209,7 @@ class TestPackets:
     def test_a_name_with_one_dead_family(
         self, lab: Lab, server: Server, control: str, name: str, alive: str
     ) -> None:
+        """One dead family is no failure and costs little, unless -4 -6 asks for both."""
         result = lab.letmein("knock", control, name, "22")
         assert result.status == 0, result
         assert result.took < 4, "the dead family is waited for"
@@ -976,15 +3220,8 @@ class TestPackets:
         result.assert_error()
         assert lab.elements() == []
 
-    def test_a_name_with_two_dead_families(self, lab: Lab, server: Server) -> None:
-        result = lab.letmein("knock", "dead.test", "22", conf=client_conf(timeout=0.3))
-        result.assert_error("no answer")
-        assert result.took < 4, result
-
-    def test_a_family_that_the_host_does_not_have(self, lab: Lab, server: Server) -> None:
-        lab.letmein("knock", "-6", SERVER_4, "22").assert_error(SERVER_4)
-
     def test_status(self, lab: Lab, server: Server) -> None:
+        """`status` says who holds what, for how long, and how many packets came through."""
         def status(*arguments: str) -> str:
             result = lab.command("status", "-c", server.path, *arguments)
             assert result.status == 0, result
@@ -1059,6 +3296,7 @@ class TestPackets:
         lab.command(program=words).assert_error("cannot read table inet filter: only root may")
 
     def test_the_network_process_is_replaced(self, lab: Lab, server: Server) -> None:
+        """It is killed, and leases stay while another one takes its place."""
         assert handshake(lab, 0x22) == COMEIN
         first = server.network_process()
         os.kill(first, signal.SIGKILL)
@@ -1071,10 +3309,11 @@ class TestPackets:
             assert handshake(lab, resource, REVOKE) == COMEIN
 
     def test_knocks_that_come_together(self, lab: Lab, server: Server) -> None:
+        """40 knocks at once, and 40 revocations, all succeed."""
         addresses = [f"10.77.2.{number}" for number in range(1, 41)]
-        assert storm(lab, addresses, 40, KNOCK).good == 40
+        assert storm(lab, addresses, 40, KNOCK) == 40
         assert len(lab.elements()) == 40
-        assert storm(lab, addresses, 40, REVOKE).good == 40
+        assert storm(lab, addresses, 40, REVOKE) == 40
         assert lab.elements() == []
 
 
@@ -1082,6 +3321,7 @@ class TestTime:
     """Leases end by themselves."""
 
     def test_a_lease_ends_on_time(self, lab: Lab) -> None:
+        """A lease ends when its timeout has passed, counted from the last knock."""
         lab.load()
         resources = "25 = port: 25 / timeout: 3\n23 = port: 23 / timeout: 2"
         with Server(lab, server_conf(resources)):
@@ -1107,6 +3347,7 @@ class TestTime:
             assert lab.reaches(23, CLIENT_4)
 
     def test_a_lease_survives_sigkill_and_ends_by_itself(self, lab: Lab) -> None:
+        """Without any server it lasts, ends on time, and a next server serves."""
         lab.load()
         with Server(lab, server_conf("22 = port: 22 / timeout: 4")) as server:
             before = time.monotonic()
@@ -1125,6 +3366,7 @@ class TestTime:
             assert lab.reaches(22, CLIENT_4)
 
     def test_without_a_monitor_the_network_process_ends(self, lab: Lab) -> None:
+        """The network process does not outlive its monitor."""
         lab.load()
         with Server(lab, server_conf()) as server:
             network = Path(f"/proc/{server.network_process()}")
@@ -1133,16 +3375,211 @@ class TestTime:
             eventually(lambda: not alive(network), "the network process lives on alone")
 
 
-def alive(process: Path) -> bool:
-    """Whether a process, given as its directory in /proc, runs still."""
-    try:
-        return (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+CHAINS = "chain-forward = LETMEIN-FORWARD\nchain-output = LETMEIN-OUTPUT"
+
+JUMPS = """
+30 = jump / input: DOOR-INPUT / input-match: saddr / forward: DOOR-FORWARD
+     / forward-match: saddr / output: DOOR-OUTPUT / output-match: saddr
+31 = jump / input: DOOR-INPUT / forward: DOOR-FORWARD / output: DOOR-OUTPUT
+32 = jump / input: DOOR-INPUT / input-match: saddr / timeout: 0.6
+33 = jump / input: DOOR-INPUT / timeout: 0.6 / users: 1
+34 = jump / input: DOOR-INPUT / input-match: saddr
+"""
+JUMPS_CLIENT = client_conf(resources=JUMPS)
+
+
+class TestJumps:
+    @pytest.mark.parametrize(
+        "family, source, other",
+        [
+            ("inet", CLIENT_4, OTHER_4),
+            ("inet", CLIENT_6, OTHER_6),
+            ("ip", CLIENT_4, OTHER_4),
+            ("ip6", CLIENT_6, OTHER_6),
+        ],
+    )
+    def test_jumps(self, lab: Lab, family: str, source: str, other: str) -> None:
+        """A jump applies to its holder with `-match: saddr`, else to all while anybody holds it."""
+        everything = "input forward output"
+        host = server_for(source)
+        icmp = {"inet": "{ icmp, icmpv6 }", "ip": "icmp", "ip6": "icmpv6"}[family]
+        ruleset = JUMP_RULESET.format(family=family).replace("{ icmp, icmpv6 }", icmp)
+        lab.load(ruleset)
+        with Server(lab, server_conf(JUMPS, family=family, nftables=CHAINS)) as server:
+            server.wait_for("ready", table=f"{family}/filter")
+
+            def call(command: str, resource: str) -> None:
+                if family == "inet":
+                    lab.letmein(command, host, "-r", resource, conf=JUMPS_CLIENT).assert_good()
+                else:
+                    operation = KNOCK if command == "knock" else REVOKE
+                    assert handshake(lab, int(resource, 16), operation, source=source) == COMEIN
+
+            assert jumps(lab, source) == ""
+            call("knock", "30")
+            assert jumps(lab, source) == everything
+            assert jumps(lab, other) == ""
+            result = lab.command("status", "--json", "-c", server.path)
+            (lease,) = json.loads(result.out)["leases"]
+            assert (lease["address"], lease["resource"]) == (source, "00000030")
+            text = lab.command("status", "-c", server.path).out
+            assert re.search(f"(?m)^{source} +00000030: DOOR-INPUT, ", text), text
+            call("revoke", "30")
+            assert jumps(lab, source) == ""
+
+            # Without -match it is for all, as long as anybody holds it.
+            call("knock", "31")
+            assert jumps(lab, source) == everything
+            assert jumps(lab, other) == everything
+            assert handshake(lab, 0x31, source=other) == COMEIN
+            call("revoke", "31")
+            assert jumps(lab, source) == everything
+            assert handshake(lab, 0x31, REVOKE, source=other) == COMEIN
+            assert jumps(lab, source) == ""
+            assert lab.elements() == []
+
+    def test_leases_for_the_same_chain_are_apart(self, lab: Lab) -> None:
+        """Of two leases for one chain, revoking one leaves the other."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
+            for resource in (0x30, 0x34):
+                assert handshake(lab, resource) == COMEIN
+            assert handshake(lab, 0x34, REVOKE) == COMEIN
+            assert lab.reaches(8080, CLIENT_4)
+            assert handshake(lab, 0x34) == COMEIN
+            assert handshake(lab, 0x30, REVOKE) == COMEIN
+            assert lab.reaches(8080, CLIENT_4)
+            assert handshake(lab, 0x34, REVOKE) == COMEIN
+            assert not lab.reaches(8080, CLIENT_4)
+
+    def test_jumps_end_by_themselves(self, lab: Lab) -> None:
+        """Jumps end on time, and a gate with its longest lease."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
+            before = time.monotonic()
+            assert handshake(lab, 0x32) == COMEIN
+            told = time.monotonic()
+            ending = Ending(lab, 8080)
+            ending.wait()
+            ending.assert_took(0.6, before, told)
+            # A gate is open as long as the longest lease, and not longer.
+            assert handshake(lab, 0x33) == COMEIN
+            time.sleep(0.3)
+            before = time.monotonic()
+            assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
+            told = time.monotonic()
+            ending = Ending(lab, 8080, CLIENT_6)
+            ending.wait()
+            ending.assert_took(0.6, before, told)
+            assert handshake(lab, 0x33, REVOKE) == COMEIN
+            assert not lab.reaches(8080, CLIENT_4)
+
+    def test_the_gate_closes_early_when_the_longest_lease_is_revoked(self, lab: Lab) -> None:
+        """A gate shuts with the longest lease that is left."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        resources = "33 = jump / input: DOOR-INPUT / timeout: 3"
+        with Server(lab, server_conf(resources, nftables=CHAINS)):
+            before = time.monotonic()
+            assert handshake(lab, 0x33) == COMEIN
+            told = time.monotonic()
+            time.sleep(1)
+            assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
+            assert handshake(lab, 0x33, REVOKE, source=OTHER_4) == COMEIN
+            assert lab.reaches(8080, OTHER_6)
+            ending = Ending(lab, 8080, OTHER_6)
+            ending.wait()
+            # The lease that was revoked would have lasted a second more.
+            ending.assert_took(3, before, told, more=0.5)
+
+    @pytest.mark.parametrize("end", ["revoked", "expired"])
+    def test_the_leases_of_two_gates_end(self, lab: Lab, end: str) -> None:
+        """One after the other, with no new one in between: the server goes on."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        text = "jump / input: DOOR-INPUT / timeout: 0.6"
+        with Server(lab, server_conf(f"31 = {text}\n33 = {text}\n34 = {text}")):
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource) == COMEIN
+            if end == "expired":
+                eventually(lambda: not lab.reaches(8080, CLIENT_4), "the leases do not end")
+            for resource in (0x31, 0x33):
+                assert handshake(lab, resource, REVOKE) == COMEIN
+            assert not lab.reaches(8080, CLIENT_4)
+            assert handshake(lab, 0x34) == COMEIN
+            assert lab.reaches(8080, CLIENT_4)
+
+    def test_one_chain_for_two_hooks(self, lab: Lab) -> None:
+        """Its rules are there once, and nothing is missing."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        nft_do("add rule inet filter output jump LETMEIN-INPUT")
+        conf = server_conf("22 = port: 22", nftables="chain-output = LETMEIN-INPUT")
+        with Server(lab, conf) as server:
+            assert handshake(lab) == COMEIN
+            flush_the_chain(lab)
+            server.wait_for("healed", leases="1")
+            quiet(server)
+            assert lab.reaches(22, CLIENT_4)
+            assert "cannot-heal" not in server.log
+
+    def test_other_users_and_rules(self, lab: Lab) -> None:
+        """Users and max-nr-rules count for jumps as for ports."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        with Server(lab, server_conf(JUMPS, "5800", nftables=f"{CHAINS}\nmax-nr-rules = 4")):
+            result = lab.letmein("knock", "-u", "2", SERVER_4, "-r", "33", conf=JUMPS_CLIENT)
+            result.assert_error("rejected")
+            assert handshake(lab, 0x30) == COMEIN, "three jumps and the control port are four"
+            before = jumps(lab, CLIENT_4)
+            assert handshake(lab, 0x34) == COMEIN
+            assert jumps(lab, CLIENT_4) == "input" != before, "it took the place of the three"
+            assert not lab.reaches(8080, OTHER_4)
+
+    def test_a_chain_that_is_not_set(self, lab: Lab) -> None:
+        """A jump without its chain is a warning, and its knock is refused."""
+        lab.load(JUMP_RULESET.format(family="inet"))
+        with Server(lab, server_conf(JUMPS)) as server:
+            assert "chain-forward" in server.log, "a warning"
+            for resource in ("30", "31"):
+                result = lab.letmein("knock", SERVER_4, "-r", resource, conf=JUMPS_CLIENT)
+                result.assert_error("rejected")
+            assert jumps(lab, CLIENT_4) == ""
+            assert lab.elements() == []
+            lab.letmein("knock", SERVER_4, "-r", "34", conf=JUMPS_CLIENT).assert_good()
+            assert jumps(lab, CLIENT_4) == "input"
+
+
+# Families ip and ip6 filter one IP version only.
+class TestFamilies:
+    def test_the_longest_control_timeout(self, lab: Lab) -> None:
+        """The longest control-timeout works, on both sides."""
+        lab.load()
+        conf = client_conf(timeout=4e9)
+        with Server(lab, server_conf(general="control-timeout = 4294967295")):
+            for protocol in ("-T", "-U"):
+                lab.letmein("knock", protocol, SERVER_4, "22", conf=conf).assert_good()
+
+    @pytest.mark.parametrize(
+        "family, inside, outside", [("ip", CLIENT_4, CLIENT_6), ("ip6", CLIENT_6, CLIENT_4)]
+    )
+    def test_one_version(self, lab: Lab, family: str, inside: str, outside: str) -> None:
+        """Families ip and ip6 serve their version, and refuse the other."""
+        ruleset = JUMP_RULESET.format(family=family)
+        icmp = "icmp" if family == "ip" else "icmpv6"
+        lab.load(ruleset.replace("{ icmp, icmpv6 }", icmp))
+        with Server(lab, server_conf(family=family)) as server:
+            for protocol in ("tcp", "udp"):
+                assert handshake(lab, 0x23, protocol=protocol, source=inside) == COMEIN
+                assert lab.reaches(23, inside)
+                assert lab.reaches(23, inside, "udp")
+                assert handshake(lab, 0x23, REVOKE, protocol, inside) == COMEIN
+                assert not lab.reaches(23, inside)
+                assert handshake(lab, 0x23, protocol=protocol, source=outside) == GOAWAY
+            lab.letmein("knock", server_for(inside), "23").assert_good()
+            lab.letmein("revoke", server_for(inside), "23").assert_good()
+            lab.letmein("knock", server_for(outside), "23").assert_error("rejected")
+            server.wait_for("failed", peer=outside)
+            assert lab.elements() == []
 
 
 CHECK = ("--user", "nobody", "--check")  # an account that every machine has
-
 
 CHECKED = """\
 file          {path}
@@ -1230,6 +3667,7 @@ class TestRules:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_stop_removes_everything(self, lab: Lab, number: int) -> None:
+        """A stop shuts all ports at once, and the control port."""
         lab.load()
         with Server(lab, server_conf()) as server:
             for source in (CLIENT_4, CLIENT_6):
@@ -1242,6 +3680,7 @@ class TestRules:
                 Peer(lab)
 
     def test_a_stop_leaves_the_rest_alone(self, lab: Lab) -> None:
+        """A stop leaves all that is not the server's as it was."""
         more = "add table ip other { set letters { type ipv4_addr; }; chain c { }; }"
         lab.load(more=more)
         before = lab.ruleset()
@@ -1252,6 +3691,7 @@ class TestRules:
 
     @pytest.mark.parametrize("how", ["link", "copy"])
     def test_a_program_named_letmeind(self, lab: Lab, how: str) -> None:
+        """A link or copy named letmeind is the server."""
         lab.load()
         program = Path(tempfile.mkdtemp(dir=lab.directory)) / "letmeind"
         if how == "link":
@@ -1263,6 +3703,7 @@ class TestRules:
             assert lab.reaches(22, CLIENT_4)
 
     def test_what_its_parent_has_open_is_closed(self, lab: Lab) -> None:
+        """Neither process keeps a file that its parent had open."""
         lab.load()
         parent = ("sh", "-c", 'exec 9</dev/zero; exec "$@"', "sh")
         program = (*parent, sys.executable, LETMEIN, "server")
@@ -1274,6 +3715,7 @@ class TestRules:
 
     @pytest.mark.parametrize("port, works", [("5900", "-T"), ("5900 / udp", "-U")])
     def test_another_control_port(self, lab: Lab, port: str, works: str) -> None:
+        """Number and protocol of the control port are as configured, and no other."""
         lab.load()
         with Server(lab, server_conf(port=port)) as server:
             assert server.wait_for("ready")["port"] == f"5900/{'udp' if works == '-U' else 'tcp'}"
@@ -1288,6 +3730,7 @@ class TestRules:
             assert lab.elements() == []
 
     def test_check_changes_nothing(self, lab: Lab) -> None:
+        """--check leaves the firewall alone, and needs no free control port."""
         lab.load()
         before = lab.ruleset()
         result = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
@@ -1331,6 +3774,7 @@ class TestRules:
         assert nobody.out.count("  nobody\n") == 3, nobody
 
     def test_check_says_what_is_wrong(self, lab: Lab) -> None:
+        """--check fails where a start would, and says why."""
         lab.load("table inet filter { chain other { }; }")
         path = lab.file(server_conf())
         lab.command("server", "-c", path, *CHECK).assert_error("LETMEIN-INPUT")
@@ -1342,6 +3786,7 @@ class TestRules:
         done.assert_error("no-such-account")
 
     def test_status_without_the_table(self, lab: Lab) -> None:
+        """`status` without the table is an error that names it."""
         lab.load("")
         path = lab.file(server_conf())
         lab.command("status", "-c", path).assert_error("filter")
@@ -1405,1340 +3850,13 @@ class TestRules:
                 assert lab.reaches(22, source)
 
 
-# ----------------------------------------------------------------------------
-# Jumps
-# ----------------------------------------------------------------------------
-
-# A firewall with a hook of each kind. Each target chain counts what comes to it.
-JUMP_RULESET = """
-table {family} filter {{
-    counter seen-input {{ }}
-    counter seen-forward {{ }}
-    counter seen-output {{ }}
-    chain input {{
-        type filter hook input priority filter; policy drop;
-        iif lo accept
-        ct state established,related accept
-        meta l4proto {{ icmp, icmpv6 }} accept
-        jump LETMEIN-INPUT
-        meta l4proto tcp reject with tcp reset
-        reject
-    }}
-    chain forward {{ type filter hook forward priority filter; jump LETMEIN-FORWARD; }}
-    chain output {{ type filter hook output priority filter; jump LETMEIN-OUTPUT; }}
-    chain LETMEIN-INPUT {{ }}
-    chain LETMEIN-FORWARD {{ }}
-    chain LETMEIN-OUTPUT {{ }}
-    chain DOOR-INPUT {{ tcp dport 8080 counter name seen-input accept; }}
-    chain DOOR-FORWARD {{ udp dport 9 counter name seen-forward; }}
-    chain DOOR-OUTPUT {{ udp dport 9 counter name seen-output; }}
-}}
-"""
-CHAINS = "chain-forward = LETMEIN-FORWARD\nchain-output = LETMEIN-OUTPUT"
-JUMPS = """
-30 = jump / input: DOOR-INPUT / input-match: saddr / forward: DOOR-FORWARD
-     / forward-match: saddr / output: DOOR-OUTPUT / output-match: saddr
-31 = jump / input: DOOR-INPUT / forward: DOOR-FORWARD / output: DOOR-OUTPUT
-32 = jump / input: DOOR-INPUT / input-match: saddr / timeout: 0.6
-33 = jump / input: DOOR-INPUT / timeout: 0.6 / users: 1
-34 = jump / input: DOOR-INPUT / input-match: saddr
-"""
-JUMPS_CLIENT = client_conf(resources=JUMPS)
-TRANSPARENT = {socket.AF_INET: (socket.SOL_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
-
-
-def jumps(lab: Lab, source: str) -> str:
-    """The hooks whose target chain a packet from source comes to."""
-    before = lab.counters()
-    behind = (BEHIND_6 if ":" in source else BEHIND_4, 9)
-    with lab.socket("udp", source) as sender:
-        sender.sendto(b"", behind)
-    # The server's own packet, with an address that need not be its own (ip(7)).
-    family = socket.AF_INET6 if ":" in source else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sender:
-        sender.setsockopt(*TRANSPARENT[family], 1)
-        sender.bind((source, 0))
-        sender.sendto(b"", behind)
-    # Packets go the same way in turn: once this one is answered, those before it are counted.
-    through = lab.reaches(8080, source)
-    after = lab.counters()
-    hooks = [
-        name[5:]
-        for name in ("seen-input", "seen-forward", "seen-output")
-        if after[name] > before[name]
-    ]
-    assert through == ("input" in hooks)
-    return " ".join(hooks)
-
-
-class TestJumps:
-    @pytest.mark.parametrize(
-        "family, source, other",
-        [
-            ("inet", CLIENT_4, OTHER_4),
-            ("inet", CLIENT_6, OTHER_6),
-            ("ip", CLIENT_4, OTHER_4),
-            ("ip6", CLIENT_6, OTHER_6),
-        ],
-    )
-    def test_jumps(self, lab: Lab, family: str, source: str, other: str) -> None:
-        everything = "input forward output"
-        host = server_for(source)
-        icmp = {"inet": "{ icmp, icmpv6 }", "ip": "icmp", "ip6": "icmpv6"}[family]
-        ruleset = JUMP_RULESET.format(family=family).replace("{ icmp, icmpv6 }", icmp)
-        lab.load(ruleset)
-        with Server(lab, server_conf(JUMPS, family=family, nftables=CHAINS)) as server:
-            server.wait_for("ready", table=f"{family}/filter")
-
-            def call(command: str, resource: str) -> None:
-                if family == "inet":
-                    lab.letmein(command, host, "-r", resource, conf=JUMPS_CLIENT).assert_good()
-                else:
-                    operation = KNOCK if command == "knock" else REVOKE
-                    assert handshake(lab, int(resource, 16), operation, source=source) == COMEIN
-
-            assert jumps(lab, source) == ""
-            call("knock", "30")
-            assert jumps(lab, source) == everything
-            assert jumps(lab, other) == ""
-            result = lab.command("status", "--json", "-c", server.path)
-            (lease,) = json.loads(result.out)["leases"]
-            assert (lease["address"], lease["resource"]) == (source, "00000030")
-            text = lab.command("status", "-c", server.path).out
-            assert re.search(f"(?m)^{source} +00000030: DOOR-INPUT, ", text), text
-            call("revoke", "30")
-            assert jumps(lab, source) == ""
-
-            # Without -match it is for all, as long as anybody holds it.
-            call("knock", "31")
-            assert jumps(lab, source) == everything
-            assert jumps(lab, other) == everything
-            assert handshake(lab, 0x31, source=other) == COMEIN
-            call("revoke", "31")
-            assert jumps(lab, source) == everything
-            assert handshake(lab, 0x31, REVOKE, source=other) == COMEIN
-            assert jumps(lab, source) == ""
-            assert lab.elements() == []
-
-    def test_leases_for_the_same_chain_are_apart(self, lab: Lab) -> None:
-        lab.load(JUMP_RULESET.format(family="inet"))
-        with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
-            for resource in (0x30, 0x34):
-                assert handshake(lab, resource) == COMEIN
-            assert handshake(lab, 0x34, REVOKE) == COMEIN
-            assert lab.reaches(8080, CLIENT_4)
-            assert handshake(lab, 0x34) == COMEIN
-            assert handshake(lab, 0x30, REVOKE) == COMEIN
-            assert lab.reaches(8080, CLIENT_4)
-            assert handshake(lab, 0x34, REVOKE) == COMEIN
-            assert not lab.reaches(8080, CLIENT_4)
-
-    def test_jumps_end_by_themselves(self, lab: Lab) -> None:
-        lab.load(JUMP_RULESET.format(family="inet"))
-        with Server(lab, server_conf(JUMPS, nftables=CHAINS)):
-            before = time.monotonic()
-            assert handshake(lab, 0x32) == COMEIN
-            told = time.monotonic()
-            ending = Ending(lab, 8080)
-            ending.wait()
-            ending.assert_took(0.6, before, told)
-            # A gate is open as long as the longest lease, and not longer.
-            assert handshake(lab, 0x33) == COMEIN
-            time.sleep(0.3)
-            before = time.monotonic()
-            assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
-            told = time.monotonic()
-            ending = Ending(lab, 8080, CLIENT_6)
-            ending.wait()
-            ending.assert_took(0.6, before, told)
-            assert handshake(lab, 0x33, REVOKE) == COMEIN
-            assert not lab.reaches(8080, CLIENT_4)
-
-    def test_the_gate_closes_early_when_the_longest_lease_is_revoked(self, lab: Lab) -> None:
-        lab.load(JUMP_RULESET.format(family="inet"))
-        resources = "33 = jump / input: DOOR-INPUT / timeout: 3"
-        with Server(lab, server_conf(resources, nftables=CHAINS)):
-            before = time.monotonic()
-            assert handshake(lab, 0x33) == COMEIN
-            told = time.monotonic()
-            time.sleep(1)
-            assert handshake(lab, 0x33, source=OTHER_4) == COMEIN
-            assert handshake(lab, 0x33, REVOKE, source=OTHER_4) == COMEIN
-            assert lab.reaches(8080, OTHER_6)
-            ending = Ending(lab, 8080, OTHER_6)
-            ending.wait()
-            # The lease that was revoked would have lasted a second more.
-            ending.assert_took(3, before, told, more=0.5)
-
-    @pytest.mark.parametrize("end", ["revoked", "expired"])
-    def test_the_leases_of_two_gates_end(self, lab: Lab, end: str) -> None:
-        """One after the other, with no new one in between: the server goes on."""
-        lab.load(JUMP_RULESET.format(family="inet"))
-        text = "jump / input: DOOR-INPUT / timeout: 0.6"
-        with Server(lab, server_conf(f"31 = {text}\n33 = {text}\n34 = {text}")):
-            for resource in (0x31, 0x33):
-                assert handshake(lab, resource) == COMEIN
-            if end == "expired":
-                eventually(lambda: not lab.reaches(8080, CLIENT_4), "the leases do not end")
-            for resource in (0x31, 0x33):
-                assert handshake(lab, resource, REVOKE) == COMEIN
-            assert not lab.reaches(8080, CLIENT_4)
-            assert handshake(lab, 0x34) == COMEIN
-            assert lab.reaches(8080, CLIENT_4)
-
-    def test_one_chain_for_two_hooks(self, lab: Lab) -> None:
-        """Its rules are there once, and nothing is missing."""
-        lab.load(JUMP_RULESET.format(family="inet"))
-        nft_do("add rule inet filter output jump LETMEIN-INPUT")
-        conf = server_conf("22 = port: 22", nftables="chain-output = LETMEIN-INPUT")
-        with Server(lab, conf) as server:
-            assert handshake(lab) == COMEIN
-            flush_the_chain(lab)
-            server.wait_for("healed", leases="1")
-            quiet(server)
-            assert lab.reaches(22, CLIENT_4)
-            assert "cannot-heal" not in server.log
-
-    def test_other_users_and_rules(self, lab: Lab) -> None:
-        lab.load(JUMP_RULESET.format(family="inet"))
-        with Server(lab, server_conf(JUMPS, "5800", nftables=f"{CHAINS}\nmax-nr-rules = 4")):
-            result = lab.letmein("knock", "-u", "2", SERVER_4, "-r", "33", conf=JUMPS_CLIENT)
-            result.assert_error("rejected")
-            assert handshake(lab, 0x30) == COMEIN, "three jumps and the control port are four"
-            before = jumps(lab, CLIENT_4)
-            assert handshake(lab, 0x34) == COMEIN
-            assert jumps(lab, CLIENT_4) == "input" != before, "it took the place of the three"
-            assert not lab.reaches(8080, OTHER_4)
-
-    def test_a_chain_that_is_not_set(self, lab: Lab) -> None:
-        lab.load(JUMP_RULESET.format(family="inet"))
-        with Server(lab, server_conf(JUMPS)) as server:
-            assert "chain-forward" in server.log, "a warning"
-            for resource in ("30", "31"):
-                result = lab.letmein("knock", SERVER_4, "-r", resource, conf=JUMPS_CLIENT)
-                result.assert_error("rejected")
-            assert jumps(lab, CLIENT_4) == ""
-            assert lab.elements() == []
-            lab.letmein("knock", SERVER_4, "-r", "34", conf=JUMPS_CLIENT).assert_good()
-            assert jumps(lab, CLIENT_4) == "input"
-
-
-# Families ip and ip6 filter one IP version only.
-class TestFamilies:
-    def test_the_longest_control_timeout(self, lab: Lab) -> None:
-        lab.load()
-        conf = client_conf(timeout=4e9)
-        with Server(lab, server_conf(general="control-timeout = 4294967295")):
-            for protocol in ("-T", "-U"):
-                lab.letmein("knock", protocol, SERVER_4, "22", conf=conf).assert_good()
-
-    @pytest.mark.parametrize(
-        "family, inside, outside", [("ip", CLIENT_4, CLIENT_6), ("ip6", CLIENT_6, CLIENT_4)]
-    )
-    def test_one_version(self, lab: Lab, family: str, inside: str, outside: str) -> None:
-        ruleset = JUMP_RULESET.format(family=family)
-        icmp = "icmp" if family == "ip" else "icmpv6"
-        lab.load(ruleset.replace("{ icmp, icmpv6 }", icmp))
-        with Server(lab, server_conf(family=family)) as server:
-            for protocol in ("tcp", "udp"):
-                assert handshake(lab, 0x23, protocol=protocol, source=inside) == COMEIN
-                assert lab.reaches(23, inside)
-                assert lab.reaches(23, inside, "udp")
-                assert handshake(lab, 0x23, REVOKE, protocol, inside) == COMEIN
-                assert not lab.reaches(23, inside)
-                assert handshake(lab, 0x23, protocol=protocol, source=outside) == GOAWAY
-            lab.letmein("knock", server_for(inside), "23").assert_good()
-            lab.letmein("revoke", server_for(inside), "23").assert_good()
-            lab.letmein("knock", server_for(outside), "23").assert_error("rejected")
-            server.wait_for("failed", peer=outside)
-            assert lab.elements() == []
-
-
-# ----------------------------------------------------------------------------
-# No IPv6
-# ----------------------------------------------------------------------------
-
-# Runs a program for which socket(AF_INET6, ...) fails as on a kernel without IPv6.
-NO_IPV6 = """
-import ctypes, os, platform, struct, sys
-number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
-code = b"".join(struct.pack("=HBBI", *op) for op in (
-    (0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 0, 1, 10),
-    (0x06, 0, 0, 0x50000 | 97), (0x06, 0, 0, 0x7FFF0000)))
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
-libc = ctypes.CDLL(None)
-program = Program(6, code)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
-class TestWithoutIPv6:
-    def test_disabled_in_the_kernel(self, lab: Lab) -> None:
-        lab.load()
-        with lab.without_ipv6(), Server(lab, server_conf()):
-            for control in ("-T", "-U"):
-                lab.letmein("knock", control, SERVER_4, "22").assert_good()
-                assert lab.reaches(22, CLIENT_4)
-                assert not lab.reaches(22, OTHER_4)
-                lab.letmein("revoke", control, SERVER_4, "22").assert_good()
-            # A name may still have an IPv6 address.
-            lab.letmein("knock", "both.test", "22").assert_good()
-            assert lab.reaches(22, CLIENT_4)
-        assert lab.letmein("knock", SERVER_6, "22").status == 1, "IPv6 is back, the server is not"
-
-    def test_absent_from_the_kernel(self, lab: Lab) -> None:
-        if platform.machine() not in ("x86_64", "aarch64"):
-            pytest.skip(f"no seccomp filter for {platform.machine()}")
-        lab.load()
-        without = (sys.executable, "-c", NO_IPV6, sys.executable)
-        with Server(lab, server_conf(), program=(*without, LETMEIN, "server")):
-            path = lab.file(CLIENT_CONF)
-            for control, host in (("-T", "both.test"), ("-U", SERVER_4)):
-                for word in ("knock", "revoke"):
-                    with lab.client():
-                        arguments = ("-c", path, word, control, host, "22")
-                        result = lab.command(*arguments, program=(*without, LETMEIN))
-                    assert result.status == 0, result
-                    assert lab.reaches(22, CLIENT_4) == (word == "knock")
-
-
-# ----------------------------------------------------------------------------
-# 2  The wire
-# ----------------------------------------------------------------------------
-
-# What a peer has proved when its error happens, in order; DROPPED: never answered.
-NO_AUTH, BASIC_AUTH, FULL_AUTH, DROPPED = range(4)
-POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
-OWN_IDS, NO_IDS = (1, 0x22), (ANYBODY, ANYBODY)
-
-
-class Fault(NamedTuple):
-    """A conversation that goes wrong: what the peer sends, and what may answer it."""
-
-    name: str
-    speak: Callable[[Peer], None]
-    proved: int
-    ids: tuple[int, int] = OWN_IDS
-
-
-def named(faults: Iterable[Fault]) -> list[Any]:
-    return [pytest.param(fault, id=fault.name) for fault in faults]
-
-
-def says(*messages: bytes) -> Callable[[Peer], None]:
-    def speak(peer: Peer) -> None:
-        for data in messages:
-            peer.send(data)
-
-    return speak
-
-
-def after_challenge(answer: Callable[[bytes], bytes]) -> Callable[[Peer], None]:
-    """Knock for 22, and answer the challenge with what answer makes of its token."""
-
-    def speak(peer: Peer) -> None:
-        peer.send(answer(peer.challenge(0x22)))
-
-    return speak
-
-
-def flipped(data: bytes, position: int) -> bytes:
-    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
-
-
-def slowly(data: bytes, pause: float) -> Callable[[Peer], None]:
-    def speak(peer: Peer) -> None:
-        with contextlib.suppress(ConnectionError):
-            for byte in data:
-                peer.send(bytes([byte]))
-                time.sleep(pause)
-
-    return speak
-
-
-def ends(*messages: bytes) -> Callable[[Peer], None]:
-    """Send all this, then say that no more comes."""
-
-    def speak(peer: Peer) -> None:
-        for data in messages:
-            peer.send(data)
-            if len(data) == 56:
-                assert peer.receive().operation == CHALLENGE
-        peer.socket.shutdown(socket.SHUT_WR)
-
-    return speak
-
-
-def two_knocks(peer: Peer) -> None:
-    peer.challenge(0x22)
-    peer.send(message(KNOCK, 0x22))
-
-
-def byte_57(peer: Peer) -> None:
-    """Over TCP the 57th byte is the first of the next message."""
-    peer.send(message(KNOCK, 0x22) + b"\0")
-    token = peer.receive().auth
-    peer.send(message(RESPONSE, 0x22, token=token))
-
-
-GOOD_KNOCK = message(KNOCK, 0x22)
-COMMON_FAULTS = [
-    Fault("wrong magic", says(b"\x3b\x1b\xb7\x18" + GOOD_KNOCK[4:]), DROPPED),
-    Fault("operation 6", says(message(6, 0x22)), DROPPED),
-    Fault("operation 2**31", says(message(1 << 31, 0x22)), DROPPED),
-    Fault("CHALLENGE first", says(message(CHALLENGE, 0x22)), DROPPED),
-    Fault("COMEIN first", says(message(COMEIN, 0x22)), DROPPED),
-    Fault("GOAWAY first", says(message(GOAWAY, 0x22)), DROPPED),
-    Fault("unknown user", says(message(KNOCK, 0x22, 9)), NO_AUTH, (9, 0x22)),
-    Fault("wrong key", says(message(KNOCK, 0x22, key=KEYS[2])), NO_AUTH),
-    Fault("wrong key, REVOKE", says(message(REVOKE, 0x22, key=KEYS[2])), NO_AUTH),
-    Fault("changed salt", says(flipped(GOOD_KNOCK, 20)), NO_AUTH),
-    Fault("KNOCK made REVOKE", says(GOOD_KNOCK[:7] + b"\5" + GOOD_KNOCK[8:]), NO_AUTH),
-    Fault("unknown resource", says(message(KNOCK, 0x99)), BASIC_AUTH, (1, 0x99)),
-    Fault("other user's resource", says(message(KNOCK, 0x26, 2)), BASIC_AUTH, (2, 0x26)),
-    Fault("control port", says(message(KNOCK, 0x58)), BASIC_AUTH, (1, 0x58)),
-]
-TCP_FAULTS = [
-    *COMMON_FAULTS,
-    Fault("RESPONSE first", says(message(RESPONSE, 0x22)), NO_AUTH, NO_IDS),
-    Fault("half-closed at once", ends(), DROPPED),
-    Fault("half-closed in the KNOCK", ends(GOOD_KNOCK[:20]), DROPPED),
-    Fault("half-closed after the KNOCK", ends(GOOD_KNOCK), DROPPED),
-    Fault("KNOCK twice", two_knocks, BASIC_AUTH),
-    Fault(
-        "wrong magic in the RESPONSE",
-        after_challenge(lambda token: b"X" + message(RESPONSE, 0x22, token=token)[1:]),
-        DROPPED,
-    ),
-    Fault(
-        "other user in the RESPONSE",
-        after_challenge(lambda token: message(RESPONSE, 0x22, 2, token)),
-        BASIC_AUTH,
-        (2, 0x22),
-    ),
-    Fault(
-        "other resource in the RESPONSE",
-        after_challenge(lambda token: message(RESPONSE, 0x23, 1, token)),
-        BASIC_AUTH,
-        (1, 0x23),
-    ),
-    Fault(
-        "RESPONSE to no token", after_challenge(lambda token: message(RESPONSE, 0x22)), BASIC_AUTH
-    ),
-    Fault(
-        "wrong RESPONSE",
-        after_challenge(lambda token: flipped(message(RESPONSE, 0x22, token=token), 55)),
-        BASIC_AUTH,
-    ),
-    Fault(
-        "RESPONSE with a wrong key",
-        after_challenge(lambda token: message(RESPONSE, 0x22, token=token, key=KEYS[2])),
-        BASIC_AUTH,
-    ),
-]
-SLOWLY_S = 4.0  # to say a KNOCK
-# What never becomes a message. The last one takes time to say.
-TCP_WAITS = [
-    says(),
-    says(GOOD_KNOCK[:55]),
-    byte_57,
-    after_challenge(lambda token: b""),
-    after_challenge(lambda token: message(RESPONSE, 0x22, token=token)[:55]),
-    slowly(GOOD_KNOCK, SLOWLY_S / 56),
-]
-# A server that keeps no state cannot know whom a RESPONSE follows: it speaks under `always` only.
-UDP_FAULTS = [
-    *COMMON_FAULTS,
-    Fault("RESPONSE first", says(message(RESPONSE, 0x22)), NO_AUTH),
-    Fault("55 bytes", says(GOOD_KNOCK[:55]), DROPPED),
-    Fault("57 bytes", says(GOOD_KNOCK + b"\0"), DROPPED),
-    Fault("112 bytes", says(GOOD_KNOCK * 2), DROPPED),
-    Fault("1 byte", says(b"\x3b"), DROPPED),
-    Fault(
-        "other user in the RESPONSE",
-        after_challenge(lambda token: message(RESPONSE, 0x22, 2, token)),
-        NO_AUTH,
-        (2, 0x22),
-    ),
-    Fault(
-        "other resource in the RESPONSE",
-        after_challenge(lambda token: message(RESPONSE, 0x23, 1, token)),
-        NO_AUTH,
-        (1, 0x23),
-    ),
-    Fault(
-        "wrong RESPONSE",
-        after_challenge(lambda token: flipped(message(RESPONSE, 0x22, token=token), 55)),
-        NO_AUTH,
-    ),
-]
-WIRE_RESOURCES = """
-22 = port: 22
-23 = port: 23
-26 = port: 26 / users: 1
-27 = port: 27 / timeout: 0
-58 = port: 5800
-"""
-
-
-class Strict(NamedTuple):
-    """A server and the proof that its error policy asks for."""
-
-    server: Server
-    policy: int
-
-
-@pytest.fixture(scope="class", params=list(POLICIES))
-def shared_strict(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Shared, int]]:
-    general = f"control-error-policy = {request.param}\ncontrol-timeout = 5"
-    shared = Shared(lab, server_conf(WIRE_RESOURCES, general=general), "-n", "20")
-    yield shared, POLICIES[request.param]
-    shared.stop()
-
-
-@pytest.fixture
-def strict(shared_strict: tuple[Shared, int]) -> Iterator[Strict]:
-    """A server with each of the error policies."""
-    shared, policy = shared_strict
-    yield Strict(shared.get(), policy)
-    shared.renew()
-
-
-def assert_serves(lab: Lab, server: Server, *protocols: str) -> None:
-    """Nothing is open, and an honest client is served, over both protocols if none is given."""
-    assert lab.elements() == [], server.log
-    assert "Traceback" not in server.log, server.log
-    for protocol in protocols or ("tcp", "udp"):
-        assert handshake(lab, 0x22, protocol=protocol) == COMEIN
-        assert len(lab.elements()) == 1
-        assert handshake(lab, 0x22, REVOKE, protocol) == COMEIN
-        assert lab.elements() == []
-
-
-class TestWire:
-    @pytest.mark.parametrize("fault", named(TCP_FAULTS))
-    def test_tcp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
-        with Peer(lab) as peer:
-            fault.speak(peer)
-            said = peer.rest()
-        if strict.policy <= fault.proved < DROPPED:
-            assert Reply.parse(said) == (GOAWAY, *fault.ids, ZEROS)
-        else:
-            assert said == b""
-        assert_serves(lab, strict.server, "tcp")
-
-    @pytest.mark.parametrize("fault", named(UDP_FAULTS))
-    def test_udp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
-        with Peer(lab, "udp") as peer:
-            fault.speak(peer)
-            # What the fault is answered with comes before the answer to this.
-            peer.send(message(KNOCK, 0x23))
-            replies = [peer.receive()]
-            while replies[-1].operation != CHALLENGE:
-                replies.append(peer.receive())
-        said = replies[:-1]
-        if strict.policy <= fault.proved < DROPPED:
-            assert [reply.operation for reply in said] == [GOAWAY]
-            assert said[0].auth == ZEROS
-            if fault.proved == NO_AUTH and "RESPONSE" in fault.name:
-                assert said[0][1:3] in (fault.ids, NO_IDS, OWN_IDS)
-            else:
-                assert said[0][1:3] == fault.ids
-        else:
-            assert said == []
-        assert_serves(lab, strict.server, "udp")
-
-    def test_too_slow(self, lab: Lab, strict: Strict) -> None:
-        """The control-timeout of 0.4 s is for the whole of a handshake, not for each byte."""
-        patient = strict.server.path.read_text(encoding="utf-8")
-        hurried = patient.replace("control-timeout = 5\n", "control-timeout = 0.4\n")
-        assert hurried != patient
-        # Who waits for a challenge gets it in time.
-        started = time.monotonic()
-        peers = [Peer(lab) for _ in TCP_WAITS]
-        for peer, speak in zip(peers, TCP_WAITS[:-1]):
-            speak(peer)
-        reconfigure(strict.server, hurried)
-        TCP_WAITS[-1](peers[-1])
-        for peer in peers:
-            with peer:
-                assert peer.rest() == b""
-        assert 0.4 <= time.monotonic() - started < SLOWLY_S
-        # An honest client is not to be late as well, however busy the machine is.
-        reconfigure(strict.server, patient)
-        assert_serves(lab, strict.server, "tcp")
-
-    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    def test_an_error_after_full_authentication(
-        self, lab: Lab, strict: Strict, protocol: str
-    ) -> None:
-        assert handshake(lab, 0x27, protocol=protocol) == GOAWAY
-        strict.server.wait_for("failed", proto=protocol, resource="00000027")
-        assert_serves(lab, strict.server)
-
-    def test_one_byte_at_a_time_in_time(self, lab: Lab, strict: Strict) -> None:
-        with Peer(lab) as peer:
-            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            slowly(message(KNOCK, 0x22), 0)(peer)
-            reply = peer.receive()
-            assert reply.operation == CHALLENGE
-            slowly(message(RESPONSE, 0x22, token=reply.auth), 0)(peer)
-            assert peer.receive().operation == COMEIN
-            assert peer.rest() == b""
-        assert lab.reaches(22, CLIENT_4)
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
-        assert_serves(lab, strict.server)
-
-    def test_a_replayed_response_over_tcp(self, lab: Lab, strict: Strict) -> None:
-        knock = message(KNOCK, 0x22)
-        with Peer(lab) as peer:
-            peer.send(knock)
-            first = peer.receive().auth
-            response = message(RESPONSE, 0x22, token=first)
-            peer.send(response)
-            assert peer.receive().operation == COMEIN
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
-        with Peer(lab) as peer:
-            peer.send(knock)
-            assert peer.receive().auth != first
-            peer.send(response)
-            said = peer.rest()
-        if strict.policy <= BASIC_AUTH:
-            assert Reply.parse(said) == (GOAWAY, *OWN_IDS, ZEROS)
-        else:
-            assert said == b""
-        assert_serves(lab, strict.server)
-
-    def test_a_response_of_another_peer_over_udp(self, lab: Lab, strict: Strict) -> None:
-        """A token is for one address and port, so nobody else can use its RESPONSE."""
-        with Peer(lab, "udp") as peer:
-            response = message(RESPONSE, 0x22, token=peer.challenge(0x22))
-        for source in (OTHER_4, CLIENT_4):
-            with Peer(lab, "udp", source) as thief:
-                thief.send(response)
-                thief.challenge(0x22) if strict.policy else thief.receive()
-        assert_serves(lab, strict.server)
-
-    def test_repeats_over_udp_are_answered_alike(self, lab: Lab, strict: Strict) -> None:
-        server = strict.server
-
-        def try_it(source: str) -> bool:
-            with Peer(lab, "udp", source) as peer:
-                knock = message(KNOCK, 0x23)
-                tokens = set()
-                for _ in range(3):
-                    peer.send(knock)
-                    reply = peer.receive()
-                    assert reply[:3] == (CHALLENGE, 1, 0x23)
-                    tokens.add(reply.auth)
-                response = message(RESPONSE, 0x23, token=reply.auth)
-                comeins = set()
-                for _ in range(3):
-                    peer.send(response)
-                    comeins.add(peer.receive())
-                assert comeins == {(COMEIN, 1, 0x23, ZEROS)}
-                # What was revoked meanwhile is not opened again by a repeat.
-                assert handshake(lab, 0x23, REVOKE, source=source) == COMEIN
-                peer.send(response)
-                peer.receive()
-                assert lab.elements() == []
-            server.wait_for("revoked", peer=source)
-            assert len(server.events("granted", peer=source)) == 1
-            return len(tokens) == 1
-
-        # The token changes from time to time, though hardly twice within so short a time.
-        assert any(try_it(f"10.77.5.{number}") for number in range(1, 4))
-        assert_serves(lab, strict.server)
-
-    def test_more_connections_at_once_than_an_address_may_have(
-        self, lab: Lab, strict: Strict
-    ) -> None:
-        """Some are pushed out while they speak, and the network process lives on."""
-        for _ in range(5):
-            with contextlib.ExitStack() as stack:
-                peers = [stack.enter_context(Peer(lab)) for _ in range(40)]
-                for peer in peers:
-                    with contextlib.suppress(ConnectionError):
-                        peer.send(b"\x3b")
-        assert_serves(lab, strict.server)
-        assert not strict.server.events("network-process-lost")
-
-    def test_a_port_may_knock_again_over_udp(self, lab: Lab, strict: Strict) -> None:
-        with Peer(lab, "udp") as peer:
-            for _ in range(3):
-                peer.send(message(KNOCK, 0x23))
-                peer.send(message(RESPONSE, 0x23, token=peer.receive().auth))
-                assert peer.receive()[:3] == (COMEIN, 1, 0x23)
-                assert len(lab.elements()) == 1
-                assert handshake(lab, 0x23, REVOKE) == COMEIN
-                assert lab.elements() == []
-        assert_serves(lab, strict.server)
-
-    def test_a_late_repeat_of_a_revoke_over_udp(self, lab: Lab, strict: Strict) -> None:
-        with Peer(lab, "udp") as peer:
-            response = message(RESPONSE, 0x23, token=peer.challenge(0x23, operation=REVOKE))
-            peer.send(response)
-            assert peer.receive().operation == COMEIN
-            assert handshake(lab, 0x23) == COMEIN
-            peer.send(response)
-            assert peer.receive().operation == COMEIN
-            assert lab.reaches(23, CLIENT_4)
-        assert handshake(lab, 0x23, REVOKE) == COMEIN
-
-    def test_reset_connections(self, lab: Lab, strict: Strict) -> None:
-        for count in (0, 20, 56):
-            peer = Peer(lab)
-            peer.send(message(KNOCK, 0x22)[:count])
-            if count == 56:
-                peer.receive()
-            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            peer.socket.close()
-        assert_serves(lab, strict.server)
-
-    def test_half_closed_after_the_response(self, lab: Lab, strict: Strict) -> None:
-        """A client that has said all it has to say still gets its answer."""
-        with Peer(lab) as peer:
-            peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
-            peer.socket.shutdown(socket.SHUT_WR)
-            assert peer.receive().operation == COMEIN
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
-
-    def test_connections_that_say_nothing(self, lab: Lab, strict: Strict) -> None:
-        """They can take all slots (-n 20), and yet lock nobody out."""
-        idle = [Peer(lab, source=f"10.77.3.{number}") for number in range(1, 41)]
-        try:
-            assert handshake(lab, 0x22) == COMEIN
-        finally:
-            for peer in idle:
-                peer.socket.close()
-        assert handshake(lab, 0x22, REVOKE) == COMEIN
-        assert_serves(lab, strict.server)
-
-    def test_anything(self, lab: Lab, strict: Strict) -> None:
-        """No bytes without a proof get more than CHALLENGE and GOAWAY."""
-        real = st.builds(
-            message,
-            st.integers(0, 7),
-            st.sampled_from([0x22, 0x26, 0x27, 0x99, ANYBODY]),
-            st.sampled_from([0, 1, 2, ANYBODY]),
-            st.binary(min_size=32, max_size=32),
-        )
-        cut = st.builds(lambda data, end: data[:end], real, st.integers(0, 55))
-        bent = st.builds(flipped, real, st.integers(0, 55))
-        parts = st.lists(real | cut | bent | st.binary(max_size=130), max_size=5)
-
-        @settings(
-            max_examples=25,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(parts, st.sampled_from(["tcp", "udp"]))
-        def speak(parts: list[bytes], protocol: str) -> None:
-            with Peer(lab, protocol) as peer:
-                replies = []
-                with contextlib.suppress(ConnectionError):
-                    says(*parts)(peer)
-                if protocol == "tcp":
-                    with contextlib.suppress(OSError):
-                        peer.socket.shutdown(socket.SHUT_WR)
-                    said = peer.rest()
-                    assert len(said) % 56 == 0
-                    replies += [Reply.parse(said[at : at + 56]) for at in range(0, len(said), 56)]
-                else:
-                    peer.send(message(KNOCK, 0x23))
-                    while not replies or replies[-1].resource != 0x23:
-                        replies.append(peer.receive())
-            assert {reply.operation for reply in replies} <= {CHALLENGE, GOAWAY}
-
-        speak()
-        assert_serves(lab, strict.server)
-
-
-# ----------------------------------------------------------------------------
-# The client and servers that lie
-# ----------------------------------------------------------------------------
-
-Receive = Callable[[], bytes]
-Send = Callable[[bytes], object]
-
-
-def reply(operation: int, user: int = 1, resource: int = 0x22, auth: bytes = ZEROS) -> bytes:
-    return MAGIC + struct.pack(">III", operation, user, resource) + os.urandom(8) + auth
-
-
-TOKEN = bytes(range(32))
-
-
-class FakeServer:
-    """Plays a script with each client: bytes are sent, None waits for a message. (UDP: once.)"""
-
-    def __init__(self, protocol: str, script: Sequence[bytes | None], reset: bool = False) -> None:
-        self.protocol = protocol
-        self.script = script
-        self.reset = reset
-        self.heard: list[bytes] = []
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        self.socket = socket.socket(socket.AF_INET, kind)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.settimeout(LIMIT_S)
-        self.socket.bind((SERVER_4, 5800))
-        if protocol == "tcp":
-            self.socket.listen()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._play, daemon=True)
-        self.thread.start()
-
-    def __enter__(self) -> FakeServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        with contextlib.suppress(OSError):  # UDP says ENOTCONN
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.thread.join(LIMIT_S)
-        self.socket.close()
-
-    def _play(self) -> None:
-        if self.protocol == "udp":
-            for step in self.script:
-                if step is None:
-                    data, peer = self.socket.recvfrom(100)
-                    self.heard.append(data)
-                else:
-                    self.socket.sendto(step, peer)
-            return
-        with contextlib.suppress(OSError):  # the end, see __exit__()
-            while True:
-                connection, _ = self.socket.accept()
-                with connection, contextlib.suppress(ConnectionError):
-                    self._talk(connection)
-
-    def _talk(self, connection: socket.socket) -> None:
-        for step in self.script:
-            if step is None:
-                self.heard.append(connection.recv(56))
-            elif step == b"":
-                self.done.wait(LIMIT_S)
-            else:
-                connection.sendall(step)
-        if self.reset:
-            linger = struct.pack("ii", 1, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
-HANG = b""  # in a script over TCP: keep the connection open
-BOTH, TCP, UDP = ("tcp", "udp"), ("tcp",), ("udp",)
-CHALLENGED: list[bytes | None] = [None, reply(CHALLENGE), None]
-LIES: list[tuple[str, Sequence[str], list[bytes | None], str]] = [
-    ("garbage", BOTH, [None, b"HTTP/1.0 400 Bad Request\r\n" + bytes(30)], "not a letmein server"),
-    ("a banner", TCP, [b"SSH-2.0-OpenSSH_9.2\r\n", HANG], "is not a letmein server"),
-    ("short garbage", TCP, [None, b"nobody here\r\n", HANG], "is not a letmein server"),
-    ("GOAWAY", TCP, [None, reply(GOAWAY)], "rejected"),
-    ("GOAWAY to nobody", UDP, [None, reply(GOAWAY, ANYBODY, ANYBODY)], "rejected"),
-    ("GOAWAY to the RESPONSE", BOTH, [*CHALLENGED, reply(GOAWAY)], "rejected"),
-    ("nothing", BOTH, [None, HANG], "no answer"),
-    ("nothing after the CHALLENGE", BOTH, [*CHALLENGED, HANG], "no answer"),
-    ("55 bytes", BOTH, [None, reply(CHALLENGE)[:55], HANG], "no answer"),
-    ("closed at once", TCP, [], ""),
-    ("closed after the KNOCK", TCP, [None], "closed"),
-    ("closed after the RESPONSE", TCP, CHALLENGED, "closed"),
-    ("CHALLENGE twice", TCP, [*CHALLENGED, reply(CHALLENGE)], "CHALLENGE"),
-    ("another CHALLENGE", BOTH, [*CHALLENGED, reply(CHALLENGE, auth=TOKEN)], "CHALLENGE"),
-    ("COMEIN at once", TCP, [None, reply(COMEIN)], "COMEIN"),
-    ("KNOCK", UDP, [None, reply(KNOCK)], "KNOCK"),
-    ("operation 6", TCP, [None, reply(6)], "6"),
-]
-LIES_BY_PROTOCOL = [
-    pytest.param(protocol, script, word, id=f"{protocol}-{name}")
-    for name, protocols, script, word in LIES
-    for protocol in protocols
-]
+@pytest.fixture(scope="class")
+def nft(lab: Lab) -> WatchedNft:
+    return WatchedNft(lab)
 
 
 @pytest.fixture(scope="class")
-def no_firewall(lab: Lab) -> None:
-    lab.load("")
-
-
-@pytest.mark.usefixtures("no_firewall")
-class TestLyingServers:
-    @pytest.mark.parametrize("protocol, script, word", LIES_BY_PROTOCOL)
-    def test_one_clear_error(
-        self, lab: Lab, protocol: str, script: list[bytes | None], word: str
-    ) -> None:
-        steps = [step for step in script if protocol == "tcp" or step != HANG]
-        with FakeServer(protocol, steps):
-            option = "-T" if protocol == "tcp" else "-U"
-            # Only silence ends with the client's patience.
-            conf = client_conf(timeout=5 if word not in ("", "no answer") else 0.3)
-            result = lab.letmein("knock", option, SERVER_4, "22", conf=conf)
-            result.assert_error(SERVER_4, word)
-            # Who was challenged tries again as long as control-timeout lasts, and no longer.
-            assert result.took < 5 + 3, result
-
-    def test_a_reset_connection(self, lab: Lab) -> None:
-        with FakeServer("tcp", [None], reset=True):
-            lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
-
-    def test_a_server_that_drips(self, lab: Lab) -> None:
-        """Bytes that come one by one are one message."""
-        knocked = reply(CHALLENGE, auth=TOKEN)
-        drips = [knocked[at : at + 1] for at in range(56)]
-        with FakeServer("tcp", [None, *drips, None, reply(COMEIN)]) as fake:
-            lab.letmein("knock", "-T", SERVER_4, "22").assert_good()
-        assert len(fake.heard) == 2
-
-    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    def test_foreign_ids_are_worth_a_warning(self, lab: Lab, protocol: str) -> None:
-        script = [None, reply(CHALLENGE, 7, 8, TOKEN), None, reply(COMEIN, 7, 8)]
-        with FakeServer(protocol, script) as fake:
-            option = "-T" if protocol == "tcp" else "-U"
-            result = lab.letmein("knock", option, SERVER_4, "22")
-        assert result.status == 0, result
-        assert "warning" in result.err
-        assert "00000007" in result.err
-        # And what the client said is what it should say, by the wire's description.
-        knock, response = fake.heard
-        for data, operation, token in ((knock, KNOCK, ZEROS), (response, RESPONSE, TOKEN)):
-            assert data[:16] == MAGIC + struct.pack(">III", operation, 1, 0x22)
-            assert data[24:] == hmac.digest(KEYS[1], data[4:24] + token, "sha3_256")
-        assert knock[16:24] != response[16:24]
-
-    def test_datagrams_of_a_wrong_size_are_dropped(self, lab: Lab) -> None:
-        challenge, comein = reply(CHALLENGE, auth=TOKEN), reply(COMEIN)
-        script = [None, b"?", challenge + b"?", challenge[:55], challenge, None, comein * 2, comein]
-        with FakeServer("udp", script):
-            lab.letmein("knock", "-U", SERVER_4, "22").assert_good()
-
-    @pytest.mark.parametrize("option", ["-T", "-U"])
-    def test_nobody_listens(self, lab: Lab, option: str) -> None:
-        result = lab.letmein("knock", option, SERVER_4, "22")
-        result.assert_error(SERVER_4)
-        assert result.took < 3, result
-
-
-# ----------------------------------------------------------------------------
-# 3  Errors at the start
-# ----------------------------------------------------------------------------
-
-
-NAMED_CONF = server_conf("30 = jump / input: WEB")
-FAULTS_OF_THE_FIREWALL = [
-    pytest.param(
-        ("table = filter", "table = filtr"),
-        "[NFTABLES] table: table inet filtr does not exist",
-        "load your firewall first",
-        id="table",
-    ),
-    pytest.param(
-        ("LETMEIN-INPUT", "LETMEIN-INPT"),
-        "[NFTABLES] chain-input: table inet filter has no chain LETMEIN-INPT",
-        "add `chain LETMEIN-INPT { }` to the table",
-        id="chain",
-    ),
-    pytest.param(
-        ("input: WEB", "input: WEP"),
-        "[RESOURCES] 00000030: input: table inet filter has no chain WEP",
-        "add `chain WEP { }` to the table",
-        id="jump",
-    ),
-    pytest.param(
-        ("input: WEB", "input: input"),
-        "[RESOURCES] 00000030: input: input is a base chain: it has a hook",
-        "name a chain without a hook",
-        id="jump to a base chain",
-    ),
-]
-
-# Rules of others, and what --check says of them, "" for nothing. Those that are not a whole
-# firewall stand next to nftables.conf.
-INPUT = "type filter hook input priority"
-DROPS = "drops all knocks, whatever letmein accepts; "
-FIREWALLD = f"""
-table inet firewalld {{
-    chain filter_INPUT {{
-        {INPUT} filter + 10; policy accept;
-        ct state {{ established, related }} accept
-        iifname "lo" accept
-        jump filter_INPUT_ZONES
-        reject with icmpx admin-prohibited
-    }}
-    chain filter_INPUT_ZONES {{ goto filter_IN_public; }}
-    chain filter_IN_public {{ tcp dport PORT accept; }}
-}}"""
-UFW = f"""
-table ip filter {{
-    chain INPUT {{ {INPUT} filter; policy drop; jump ufw-before-input; jump ufw-user-input; }}
-    chain ufw-before-input {{ iifname "lo" accept; ct state established accept; }}
-    chain ufw-user-input {{ tcp dport PORT accept; }}
-}}"""
-DOCKER = """
-table ip nat {
-    chain PREROUTING { type nat hook prerouting priority dstnat; fib daddr type local jump DOCKER; }
-    chain DOCKER { tcp dport 8080 dnat to 172.17.0.2:80; }
-}
-table ip filter {
-    chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
-    chain DOCKER-USER { return; }
-}"""
-FAIL2BAN = f"""
-table inet f2b-table {{
-    set addr-set-sshd {{ type ipv4_addr; elements = {{ 192.0.2.1 }}; }}
-    chain f2b-chain {{ {INPUT} filter - 1; policy accept; ip saddr @addr-set-sshd reject; }}
-}}"""
-
-
-def own_rules(rules: str) -> str:
-    """A firewall of letmein's table alone, with these rules in its input chain."""
-    chain = f"chain input {{ {INPUT} filter; policy drop; {rules}; }}"
-    return f"table inet filter {{ chain LETMEIN-INPUT {{ }}; {chain}; }}"
-
-
-def other_rules(rules: str) -> str:
-    """Another table, which drops what these rules do not accept."""
-    return f"table inet other {{ chain in {{ {INPUT} 1; policy drop; {rules}; }}; }}"
-
-
-LET_IT = "let it accept the control port, and the ports of your resources: "
-OTHER_DROPS = f"chain in of table inet other {DROPS}{LET_IT}nft insert rule inet other in tcp "
-BEHIND = "the jump to LETMEIN-INPUT is behind a rule of input that drops everything; move the jump"
-FOREIGN_RULES = {
-    "nftables.conf": ("", ""),
-    "Docker": (DOCKER, ""),
-    "fail2ban": (FAIL2BAN, ""),
-    "firewalld": (
-        FIREWALLD.replace("PORT", "22"),
-        f"chain filter_INPUT of table inet firewalld {DROPS}{LET_IT}firewall-cmd --permanent ",
-    ),
-    "firewalld that accepts": (FIREWALLD.replace("PORT", "5800"), ""),
-    "ufw": (UFW.replace("PORT", "22"), f"chain INPUT of table ip filter {DROPS}"),
-    "ufw that accepts": (UFW.replace("PORT", "5800"), ""),
-    "ufw, IPv6": (UFW.replace("PORT", "22").replace("ip f", "ip6 f"), f"{LET_IT}ufw allow 5800/t"),
-    "a policy": (other_rules("tcp dport 22 accept"), OTHER_DROPS),
-    "another set": (other_rules("tcp dport { 80, 5000-5799, 5801-6000 } accept"), OTHER_DROPS),
-    "a source port": (other_rules("tcp sport 5800 accept"), OTHER_DROPS),
-    "a set": (other_rules("tcp dport { 80, 5800 } accept"), ""),
-    "a set of ranges": (other_rules("tcp dport { 80, 5700-5900 } accept"), ""),
-    "a map": (other_rules("tcp dport vmap { 80 : drop, 5800 : accept }"), ""),
-    "a range": (other_rules("tcp dport 5000-6000 accept"), ""),
-    "no condition": (other_rules("counter accept"), ""),
-    "a drop in front": (own_rules("counter drop; jump LETMEIN-INPUT"), BEHIND),
-    "a reject in front": (own_rules("log reject; jump LETMEIN-INPUT"), BEHIND),
-    "a drop behind": (own_rules("tcp dport 80 drop; jump LETMEIN-INPUT; drop"), ""),
-    "one jump of two": (
-        own_rules("meta l4proto tcp jump LETMEIN-INPUT; drop; jump LETMEIN-INPUT"), ""
-    ),
-    "a jump by a map": (own_rules("meta l4proto vmap { tcp : jump LETMEIN-INPUT }"), ""),
-}
-
-
-class TestStart:
-    def fails(self, lab: Lab, *words: str, conf: str = "", user: str = "none", **more: Any) -> None:
-        """The server does not start, says why and what to do, and has installed nothing."""
-        before = lab.ruleset()
-        path = lab.file(conf or server_conf())
-        program = (*more.get("launcher", ()), sys.executable, LETMEIN)
-        arguments = ("server", "-c", path, "--rundir", lab.directory, "--user", user)
-        result = lab.command(*arguments, *more.get("more_words", ()), program=program)
-        result.assert_error(*words)
-        lines = result.err.splitlines()
-        (at,) = (n for n, line in enumerate(lines) if line.startswith("letmein: error: "))
-        assert len(lines) > at + 1, f"no hint: {result.err}"
-        assert lines[at + 1].startswith("  "), result
-        assert lab.ruleset() == before
-
-    def test_no_nft(self, lab: Lab) -> None:
-        lab.load()
-        for exe in ("/nowhere/nft", "no-such-nft", "/etc/passwd"):
-            self.fails(lab, exe, conf=server_conf(nftables=f"exe = {exe}"))
-
-    def test_no_run_directory(self, lab: Lab) -> None:
-        """Each thing that can be wrong with it has its own words."""
-        lab.load()
-        conf, file = lab.file(server_conf()), lab.file("")
-        words = ("server", "-c", conf, "--user", "none", "--rundir")
-        for place in (lab.directory / "missing", file):
-            said = (f"there is no run directory {place}", "mkdir")
-            lab.command(*words, place).assert_error(*said)
-        with Server(lab, server_conf()) as server:
-            said = ("a server for the table inet filter runs already", "stop that one first")
-            lab.command(*words, server.rundir).assert_error(*said)
-
-    @pytest.mark.parametrize("mode", [0o1777, 0o775, 0o757])
-    def test_a_run_directory_that_others_may_write_to(self, lab: Lab, mode: int) -> None:
-        """They could hold the lock, or answer `status`: neither the server nor `status` uses it."""
-        lab.load()
-        place = Path(tempfile.mkdtemp(dir=lab.directory))
-        place.chmod(mode)
-        for words in (("server", "--user", "none"), ("status",)):
-            result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
-            result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
-        assert not list(place.iterdir())
-
-    @pytest.mark.parametrize("command", ["server", "status"])
-    def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
-        """Its owner could do all that, whatever its mode."""
-        if not lab.real_root:
-            pytest.skip("only real root can give a directory to another user")
-        lab.load()
-        place = Path(tempfile.mkdtemp(dir=lab.directory))
-        place.chmod(0o755)
-        os.chown(place, 65534, 65534)
-        result = lab.command(command, "-c", lab.file(server_conf()), "--rundir", place)
-        result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
-
-    def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
-        """Its path is named, and nothing is installed."""
-        lab.load()
-        place = Path(tempfile.mkdtemp(dir=lab.directory)) / ("d" * 80)
-        place.mkdir()
-        words = ("server", "--user", "none", "-c", lab.file(server_conf()), "--rundir", place)
-        result = lab.command(*words)
-        result.assert_error(f"cannot make the socket {place}/letmeind-", ".status: ", "--rundir")
-        assert "letmein" not in lab.ruleset()
-
-    def test_a_run_directory_of_somebody_else(self, lab: Lab) -> None:
-        """Who may not write there is told so, and not that a server may run."""
-        need_root(lab)
-        lab.load()
-        program = ("setpriv", "--reuid", "65534", "--clear-groups", "--bounding-set", "-all")
-        conf = lab.file(server_conf(), mode=0o644)
-        text = LETMEIN.read_text(encoding="utf-8")
-        python = ("/usr/bin/python3", lab.file(text, mode=0o644))
-        if not os.access(python[0], os.X_OK):
-            pytest.skip("nobody has no Python")
-        words = ("server", "-c", conf, "--user", "none", "--rundir", lab.directory)
-        result = lab.command(*words, program=(*program, *python))
-        result.assert_error("Permission denied", "start the server as root")
-        assert "run already" not in result.err
-
-    def test_no_table(self, lab: Lab) -> None:
-        lab.load("table ip filter { chain LETMEIN-INPUT { }; }")
-        self.fails(lab, "inet filter")
-
-    @pytest.mark.parametrize("option", ["input", "forward", "output"])
-    def test_no_chain(self, lab: Lab, option: str) -> None:
-        lab.load("table inet filter { chain LETMEIN-OTHER { }; }")
-        there = {"input": "", "forward": "", "output": ""}
-        if option != "input":
-            lab.load()
-            there[option] = f"chain-{option} = MISSING"
-            self.fails(lab, "MISSING", conf=server_conf(nftables=there[option]))
-        else:
-            self.fails(lab, "LETMEIN-INPUT")
-
-    @pytest.mark.parametrize("check", [False, True])
-    def test_a_base_chain(self, lab: Lab, check: bool) -> None:
-        """A chain with a hook is the administrator's: its rules are not flushed, not even by a
-        server that could work with it."""
-        base = "type filter hook input priority filter; policy drop; tcp dport 443 accept"
-        lab.load(f"table inet filter {{ chain input {{ {base}; }}; }}")
-        conf = server_conf().replace("LETMEIN-INPUT", "input")
-        more = ("--check",) if check else ()
-        self.fails(lab, "chain-input", "input is a base chain", conf=conf, more_words=more)
-
-    @pytest.mark.parametrize("check", [False, True])
-    def test_a_chain_with_rules_of_others(self, lab: Lab, check: bool) -> None:
-        """They are not flushed either."""
-        lab.load(more="add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
-        more = ("--check",) if check else ()
-        self.fails(lab, "LETMEIN-INPUT holds rules that are not", more_words=more)
-
-    def test_a_chain_that_nothing_jumps_to(self, lab: Lab) -> None:
-        """The server works, and says that its rules have no effect, and what to do about it; it
-        says nothing where some chain jumps there."""
-        lab.load("table inet filter { chain LETMEIN-INPUT { }; chain input { }; }")
-        path = lab.file(server_conf())
-        words = ("server", "-c", path, "--check", "--user", "nobody")
-        warning = "nothing jumps to LETMEIN-INPUT"
-        checked = lab.command(*words)
-        assert checked.status == 0 and warning in checked.err
-        assert "nft insert rule inet filter input jump LETMEIN-INPUT" in checked.err
-        with Server(lab, server_conf()) as server:
-            assert warning in server.log
-            nft_do("add rule inet filter input jump LETMEIN-INPUT")
-            reconfigure(server, server_conf())
-            assert server.log.count(warning) == 1
-        assert warning not in lab.command(*words).err
-
-    @pytest.mark.parametrize("case", FOREIGN_RULES)
-    def test_rules_of_others(self, lab: Lab, case: str) -> None:
-        """--check warns of rules that drop all knocks, names the chain and what to do; it does not
-        warn of rules that leave them alone."""
-        ruleset, said = FOREIGN_RULES[case]
-        if "table inet filter" in ruleset:
-            lab.load(ruleset)
-        else:
-            lab.load(more=ruleset)
-        checked = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
-        assert checked.status == 0, checked
-        assert not said or said in checked.err, checked
-        ours = [line for line in checked.err.splitlines() if "[RESOURCES]" not in line]
-        assert len(ours) == bool(said), checked
-
-    def test_rules_of_iptables(self, lab: Lab) -> None:
-        """What iptables makes of its rules is understood as well."""
-        lab.load()
-        if not shutil.which("iptables-nft"):
-            pytest.skip("iptables-nft is not in PATH")
-        said = "chain INPUT of table ip filter drops all knocks, whatever letmein accepts; "
-        said += "let it accept the control port, and the ports of your resources: "
-        said += "iptables -I INPUT -p tcp --dport 5800 -j ACCEPT"
-        rule = ("iptables-nft", "-A", "INPUT")
-        run(*rule, "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
-        run(*rule, "-j", "REJECT")
-        check = ("server", "-c", lab.file(server_conf()), *CHECK)
-        assert said in lab.command(*check).err
-        for match in ("--dport 5800", "--dport 5000:6000", "-m multiport --dports 1,5800"):
-            run("iptables-nft", "-I", "INPUT", "-p", "tcp", *match.split(), "-j", "ACCEPT")
-            assert "drops all knocks" not in lab.command(*check).err, match
-            run("iptables-nft", "-D", "INPUT", "1")
-        assert said in lab.command(*check).err
-        nft_do("delete table ip filter")
-
-    @pytest.mark.parametrize("change, said, hint", FAULTS_OF_THE_FIREWALL)
-    def test_each_fault_of_the_firewall_has_its_words(
-        self, lab: Lab, change: tuple[str, str], said: str, hint: str
-    ) -> None:
-        """File, option, value and what to do."""
-        lab.load(more="add chain inet filter WEB")
-        assert change[0] in NAMED_CONF
-        path = lab.file(NAMED_CONF.replace(*change))
-        done = lab.command("server", "-c", path, *CHECK)
-        done.assert_error(f"error: {path}: {said}\n", f"\n  {hint}")
-
-    def test_what_the_rust_server_has_left(self, lab: Lab) -> None:
-        """Its rules go when this one takes over."""
-        rule = 'tcp dport 22 accept comment "10.1.0.2/port/22/TCP/accept/LETMEIN"'
-        lab.load(more=f"add rule inet filter LETMEIN-INPUT {rule}")
-        with Server(lab, server_conf()):
-            assert "/LETMEIN" not in lab.ruleset()
-            assert not lab.reaches(22, CLIENT_4)
-
-    @pytest.mark.parametrize("family, version", [("ip", "4"), ("ip6", "6")])
-    def test_a_table_of_iptables(self, lab: Lab, family: str, version: str) -> None:
-        """iptables-save would write our rules without their sets, and restore them as rules that
-        accept everything: so the server does not work in a table of iptables."""
-        base = "type filter hook input priority filter; policy drop; jump LETMEIN-INPUT"
-        lab.load(
-            f"table {family} filter {{ chain LETMEIN-INPUT {{ }}; chain INPUT {{ {base}; }}; }}"
-        )
-        conf = server_conf(family=family)
-        self.fails(lab, f"table {family} filter belongs to iptables", conf=conf)
-
-    @pytest.mark.parametrize("table, told", [("filter", True), ("mangle", True), ("own", False)])
-    def test_a_table_that_iptables_may_take(self, lab: Lab, table: str, told: bool) -> None:
-        """Whoever gives the table the name of one of iptables' is told before iptables comes."""
-        lab.load(f"table ip {table} {{ chain LETMEIN-INPUT {{ }}; }}")
-        conf = server_conf(family="ip").replace("table = filter", f"table = {table}")
-        checked = lab.command("server", "--check", "--user", "none", "-c", lab.file(conf))
-        assert checked.status == 0, checked
-        assert (f"table: iptables uses ip {table}, too" in checked.err) == told, checked
-
-    def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
-        """As firewalld's may be: nobody else can change it."""
-        lab.load("")
-        owned = "add table inet filter { flags owner; }; add chain inet filter LETMEIN-INPUT\n"
-        # Only as long as its owner lives: nft -i keeps its socket open.
-        command = [NFT, "-i"]
-        owner = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert owner.stdin is not None
-        try:
-            owner.stdin.write(owned.replace("; add", "\nadd").encode())
-            owner.stdin.flush()
-            eventually(lambda: "LETMEIN-INPUT" in lab.ruleset(), "no table")
-            self.fails(lab, "belongs to another program")
-        finally:
-            owner.stdin.close()
-            owner.wait(LIMIT_S)
-
-    @pytest.mark.parametrize(
-        "kind", ["ipv4_addr; flags timeout", "ipv4_addr . inet_proto . inet_service"]
-    )
-    def test_a_foreign_set(self, lab: Lab, kind: str) -> None:
-        lab.load(more=f"add set inet filter letmein-4 {{ type {kind}; counter; }}")
-        self.fails(lab, "inet filter", "letmein-4")
-
-    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    @pytest.mark.parametrize("address", ["::", "0.0.0.0"])
-    def test_control_port_in_use(self, lab: Lab, protocol: str, address: str) -> None:
-        lab.load()
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(family, kind) as occupant:
-            # Connections of earlier tests may linger; this does not share the port with a server.
-            occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, protocol == "tcp")
-            occupant.bind((address, 5800))
-            if protocol == "tcp":
-                occupant.listen()
-            self.fails(lab, "5800", protocol)
-
-    def test_another_server_runs(self, lab: Lab) -> None:
-        lab.load()
-        with Server(lab, server_conf()):
-            assert handshake(lab) == COMEIN
-            self.fails(lab)
-            assert lab.reaches(22, CLIENT_4)
-            assert handshake(lab, operation=REVOKE) == COMEIN
-
-    def test_not_root(self, lab: Lab) -> None:
-        lab.load()
-        self.fails(lab, "root", launcher=("unshare", "--user", "--"))
-
-    def test_unknown_account(self, lab: Lab) -> None:
-        lab.load()
-        self.fails(lab, "no-such-account", user="no-such-account")
-
-    def test_no_configuration(self, lab: Lab) -> None:
-        lab.load()
-        result = lab.command("server", "-c", lab.directory / "missing.conf", "--user", "none")
-        result.assert_error("missing.conf")
-
-
-# ----------------------------------------------------------------------------
-# 4  An nft that fails
-# ----------------------------------------------------------------------------
-
-# Fails as the file `mode` beside it says, for changes only: not for listings and checks.
-FAULTY_NFT = r"""#!/bin/sh
-here=$(dirname "$0")
-mode=$(cat "$here/mode")
-case "$*" in *list*|*-c*) exec @NFT@ "$@";; esac
-case "$mode" in
-    good) exec @NFT@ "$@";;
-    fail) echo "Error: made to fail" >&2; echo "more of it" >&2; exit 1;;
-    mute) exit 3;;
-    killed) kill -9 $$;;
-    hang) exec sleep 60;;
-    noise) head -c 3000000 /dev/zero >&2; exit 1;;
-esac
-"""
-
-
-class FaultyNft:
-    def __init__(self, lab: Lab) -> None:
-        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        self.exe = self.directory / "nft"
-        self.exe.write_text(FAULTY_NFT.replace("@NFT@", NFT), encoding="utf-8")
-        self.exe.chmod(0o755)
-        self.set("good")
-
-    def set(self, mode: str) -> None:
-        (self.directory / "mode").write_text(mode, encoding="ascii")
-
-
-@pytest.fixture(scope="class")
-def nft(lab: Lab) -> FaultyNft:
-    return FaultyNft(lab)
-
-
-@pytest.fixture(scope="class")
-def shared_faulty(lab: Lab, nft: FaultyNft) -> Iterator[Shared]:
+def shared_faulty(lab: Lab, nft: WatchedNft) -> Iterator[Shared]:
     shared = Shared(lab, server_conf(nftables=f"exe = {nft.exe}"))
     yield shared
     shared.stop()
@@ -2757,7 +3875,7 @@ class TestFaultyNft:
     @pytest.mark.parametrize("mode", ["fail", "hang", "gone"])
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     def test_a_knock_needs_no_nft(
-        self, lab: Lab, nft: FaultyNft, faulty: Server, mode: str, protocol: str
+        self, lab: Lab, nft: WatchedNft, faulty: Server, mode: str, protocol: str
     ) -> None:
         """With an nft that fails, hangs or has vanished, leases come and go as ever."""
         assert handshake(lab, 0x23) == COMEIN
@@ -2765,7 +3883,7 @@ class TestFaultyNft:
         if mode == "gone":
             nft.exe.rename(away)
         else:
-            nft.set(mode)
+            nft.mode(mode)
         try:
             for operation in (KNOCK, KNOCK, REVOKE, REVOKE, KNOCK):
                 assert handshake(lab, 0x22, operation, protocol=protocol) == COMEIN
@@ -2775,7 +3893,7 @@ class TestFaultyNft:
         finally:
             if mode == "gone":
                 away.rename(nft.exe)
-            nft.set("good")
+            nft.mode("good")
         assert handshake(lab, 0x22, REVOKE) == COMEIN
         assert lab.elements() == []
         assert not faulty.events("failed")
@@ -2787,10 +3905,10 @@ def test_a_change_that_the_kernel_refuses(lab: Lab, mode: str, protocol: str) ->
     """Where a lease's set is gone and nft does not bring it back, nobody is told that a port was
     opened; as soon as nft works, all is as it was."""
     lab.load()
-    nft = FaultyNft(lab)
+    nft = WatchedNft(lab)
     with Server(lab, server_conf(nftables=f"exe = {nft.exe}")) as server:
         assert handshake(lab, 0x23) == COMEIN
-        nft.set(mode)
+        nft.mode(mode)
         try:
             with Peer(lab, protocol) as peer:
                 peer.socket.settimeout(LIMIT_S)
@@ -2803,7 +3921,7 @@ def test_a_change_that_the_kernel_refuses(lab: Lab, mode: str, protocol: str) ->
             server.wait_for("failed", peer=CLIENT_4, proto=protocol)
             assert not lab.reaches(22, CLIENT_4)
         finally:
-            nft.set("good")
+            nft.mode("good")
         server.wait_for("healed")
         eventually(lambda: lab.reaches(23, CLIENT_4), "the other lease is not back")
         assert not lab.reaches(22, CLIENT_4)
@@ -2815,451 +3933,14 @@ def test_a_change_that_the_kernel_refuses(lab: Lab, mode: str, protocol: str) ->
 
 @pytest.mark.parametrize("mode", ["fail", "mute", "killed", "noise"])
 def test_an_nft_that_fails_at_the_start(lab: Lab, mode: str) -> None:
+    """An nft that fails ends the start with its words, and leaves nothing behind."""
     lab.load()
-    nft = FaultyNft(lab)
-    nft.set(mode)
+    nft = WatchedNft(lab)
+    nft.mode(mode)
     path = lab.file(server_conf(nftables=f"exe = {nft.exe}"))
     arguments = ("server", "-c", path, "--rundir", lab.directory, "--user", "none")
     lab.command(*arguments).assert_error("made to fail" if mode == "fail" else "nft")
     assert "letmein" not in lab.ruleset()
-
-
-# ----------------------------------------------------------------------------
-# 5  Many at a time
-# ----------------------------------------------------------------------------
-
-
-class Storm(NamedTuple):
-    """What came of many handshakes at once."""
-
-    good: int
-    seconds: float
-
-
-def storm(
-    lab: Lab, addresses: Iterable[str], at_once: int, operation: int, resource: int = 0x22
-) -> Storm:
-    """A handshake over TCP from each of these addresses, at_once of them at a time."""
-    waiting = iter(addresses)
-    good = running = 0
-    family, kind = socket.AF_INET, socket.SOCK_STREAM
-    started = time.monotonic()
-    with lab.client(), selectors.DefaultSelector() as selector:
-
-        def start() -> int:
-            address = next(waiting, None)
-            if address is None:
-                return 0
-            peer = socket.socket(family, kind)
-            peer.setblocking(False)
-            peer.bind((address, 0))
-            with contextlib.suppress(BlockingIOError):
-                peer.connect((SERVER_4, 5800))
-            selector.register(peer, selectors.EVENT_WRITE, CHALLENGE)
-            return 1
-
-        for _ in range(at_once):
-            running += start()
-        while running:
-            assert time.monotonic() < started + 60, "the storm does not end"
-            for key, _ in selector.select(LIMIT_S):
-                peer = key.fileobj
-                assert isinstance(peer, socket.socket)
-                if key.events == selectors.EVENT_WRITE:
-                    peer.send(message(KNOCK if operation == KNOCK else REVOKE, resource))
-                    selector.modify(peer, selectors.EVENT_READ, CHALLENGE)
-                    continue
-                said = peer.recv(56)
-                if len(said) == 56 and key.data == CHALLENGE and said[7] == CHALLENGE:
-                    peer.send(message(RESPONSE, resource, token=said[24:]))
-                    selector.modify(peer, selectors.EVENT_READ, COMEIN)
-                    continue
-                good += len(said) == 56 and key.data == COMEIN and said[7] == COMEIN
-                selector.unregister(peer)
-                peer.close()
-                running += start() - 1
-    return Storm(good, time.monotonic() - started)
-
-
-def resident_kb(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found, status
-    return int(found[1])
-
-
-class TestMany:
-    def test_2000_knocks(self, lab: Lab) -> None:
-        """Each takes a third of the processor's time that an nft takes, or less; and all of them
-        less than 44 MB."""
-        count = 2000
-        first = ipaddress.IPv4Address("10.77.8.0")
-        addresses = [str(first + number) for number in range(count)]
-        lab.load(
-            more="add table ip measure { set s { type ipv4_addr . inet_proto . inet_service;"
-            " flags timeout; counter; }; }"
-        )
-
-        def one_by_one(number: int) -> float:
-            """What one knock would cost if each ran nft, in seconds of the processor's time."""
-            used = children_s()
-            for address in addresses[:number]:
-                text = f"add element ip measure s {{ {address} . tcp . 22 timeout 600s }}\n"
-                subprocess.run([NFT, "-f", "-"], input=text.encode(), check=True)
-            return (children_s() - used) / number
-
-        conf = server_conf(nftables="max-nr-rules = 5000")
-        with Server(lab, conf, env=unmeasured()) as server:
-            pids = (server.process.pid, server.network_process())
-            before, used = one_by_one(150), sum(map(used_s, pids))
-            result = storm(lab, addresses, 32, KNOCK)
-            each, after = (sum(map(used_s, pids)) - used) / count, one_by_one(150)
-            single = (before + after) / 2
-            memory = sum(map(resident_kb, pids))
-            print(f"{each * 1000:.2f} ms a knock, {single * 1000:.2f} an nft, {memory} kB", end=" ")
-            assert result.good == count
-            assert len(lab.elements()) == count
-            assert lab.reaches(22, addresses[0])
-            assert lab.reaches(22, addresses[-1])
-            assert not lab.reaches(22, str(first + count))
-            # Straight from the file: Python keeps the syntax tree of a script, some 9 MB of this.
-            assert memory < (44 if SECCOMP == "off" else 52) * 1024  # pyseccomp has its own
-            assert each <= single / 3
-
-
-# ----------------------------------------------------------------------------
-# 6  The reference implementation, where it is installed
-# ----------------------------------------------------------------------------
-
-
-def reference(*programs: str) -> dict[str, str]:
-    """Where these programs of the reference are. Skips the test if one is nowhere."""
-    found = {name: shutil.which(name) for name in programs}
-    for name, path in found.items():
-        if path is None:
-            pytest.skip(f"{name} is not in PATH")
-    return {name: path for name, path in found.items() if path}
-
-
-REFERENCE_ACCOUNT = "letmeind"
-REFERENCE_RESOURCES = """
-22 = port: 22
-23 = port: 23 / tcp, udp
-24 = port: 24 / udp
-26 = port: 26 / users: 1
-32 = jump / input: DOOR-INPUT / input-match: saddr
-33 = jump / input: DOOR-INPUT
-"""
-REFERENCE_CLIENT = client_conf(resources=REFERENCE_RESOURCES)
-
-
-class ReferenceServer:
-    """letmeinfwd as root and letmeind as its account, from their start to their end."""
-
-    def __init__(self, lab: Lab, programs: dict[str, str], conf: str) -> None:
-        self.lab = lab
-        self.rundir = Path(tempfile.mkdtemp(dir=lab.directory))
-        self.rundir.chmod(0o755)
-        (self.rundir / "letmeind").mkdir()
-        shutil.chown(self.rundir / "letmeind", REFERENCE_ACCOUNT, REFERENCE_ACCOUNT)
-        path = lab.file(conf, mode=0o640)
-        shutil.chown(path, group=REFERENCE_ACCOUNT)
-        self.output = (self.rundir / "output").open("w+", encoding="utf-8")
-        self.started: list[subprocess.Popen[str]] = []
-        options = ["-c", str(path), "--rundir", str(self.rundir), "--no-systemd"]
-        self._start(programs["letmeinfwd"], *options)
-        self._await(lambda: "5800" in lab.ruleset())
-        account = ["setpriv", "--reuid", REFERENCE_ACCOUNT, "--regid", REFERENCE_ACCOUNT]
-        self._start(*account, "--clear-groups", programs["letmeind"], *options)
-        self._await(lambda: (self.rundir / "letmeind" / "letmeind.pid").exists())
-
-    def _start(self, *command: str | Path) -> None:
-        words = [str(word) for word in command]
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, text=True
-        )
-        self.lab.processes.append(process)
-        self.started.append(process)
-
-    def _await(self, condition: Callable[[], bool]) -> None:
-        def ready() -> bool:
-            assert all(process.poll() is None for process in self.started), self.said()
-            return condition()
-
-        eventually(ready, f"the reference does not start: {self.said()}")
-
-    def said(self) -> str:
-        self.output.flush()
-        return Path(self.output.name).read_text(encoding="utf-8")
-
-    def __enter__(self) -> ReferenceServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in reversed(self.started):
-            process.terminate()
-            process.wait(LIMIT_S)
-        self.output.close()
-
-
-@contextlib.contextmanager
-def reference_client(lab: Lab) -> Iterator[Callable[..., Result]]:
-    """Runs the reference's client against a server of ours."""
-    program = reference("letmein")["letmein"]
-    path = lab.file(REFERENCE_CLIENT)
-
-    def call(*arguments: str) -> Result:
-        with lab.client():
-            return lab.command("-c", path, *arguments, program=(program,))
-
-    lab.load(JUMP_RULESET.format(family="inet"))
-    with Server(lab, server_conf(REFERENCE_RESOURCES)):
-        yield call
-
-
-@contextlib.contextmanager
-def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
-    """Runs our client against the reference's server."""
-    programs = reference("letmeinfwd", "letmeind")
-    if not lab.real_root:
-        pytest.skip("letmeind runs as an account of its own: that takes real root")
-    if REFERENCE_ACCOUNT not in {account.pw_name for account in pwd.getpwall()}:
-        pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
-
-    def call(*arguments: str) -> Result:
-        return lab.letmein(*arguments, conf=REFERENCE_CLIENT, script=lab.patient)
-
-    lab.load(JUMP_RULESET.format(family="inet"))
-    # Options that are ours alone, it has to ignore.
-    conf = server_conf(REFERENCE_RESOURCES, general="include = /nowhere/*.conf")
-    conf += "[USERS]\n1 = timeout: 1 / not-after: 2020-02-29\n"
-    with ReferenceServer(lab, programs, conf):
-        yield call
-
-
-@pytest.fixture(scope="class", params=[reference_client, reference_server])
-def mixed(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Result]]:
-    """Runs a client: the reference's client on our server, or ours on the reference's."""
-    with request.param(lab) as call:
-        yield call
-
-
-class TestReference:
-    """A client on the other implementation's server."""
-
-    @pytest.mark.parametrize("port, open_to, control, source, other", KNOCKS)
-    def test_open_and_revoke(
-        self,
-        lab: Lab,
-        mixed: Callable[..., Result],
-        source: str,
-        other: str,
-        control: str,
-        port: int,
-        open_to: str,
-    ) -> None:
-        def seen(address: str) -> list[str]:
-            return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
-
-        assert seen(source) == []
-        for word, expected in (("knock", open_to.split()), ("revoke", [])):
-            result = mixed(word, control, server_for(source), str(port))
-            assert result.status == 0, result
-            assert seen(source) == expected
-            assert seen(other) == []
-
-    @pytest.mark.parametrize("source, other", [(CLIENT_4, OTHER_4), (CLIENT_6, OTHER_6)])
-    @pytest.mark.parametrize("resource", ["32", "33"])
-    def test_jump_and_revoke(
-        self, lab: Lab, mixed: Callable[..., Result], source: str, other: str, resource: str
-    ) -> None:
-        for word in ("knock", "revoke"):
-            result = mixed(word, "-r", resource, server_for(source))
-            assert result.status == 0, result
-            assert lab.reaches(8080, source) == (word == "knock")
-            assert lab.reaches(8080, other) == (word == "knock" and resource == "33")
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_a_name_with_both_families(
-        self, lab: Lab, mixed: Callable[..., Result], control: str
-    ) -> None:
-        for word in ("knock", "revoke"):
-            result = mixed(word, control, "both.test", "22")
-            assert result.status == 0, result
-            assert lab.reaches(22, CLIENT_4) == (word == "knock")
-            assert lab.reaches(22, CLIENT_6) == (word == "knock")
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_a_resource_of_another_user(
-        self, lab: Lab, mixed: Callable[..., Result], control: str
-    ) -> None:
-        result = mixed("knock", control, "-u", "2", "-r", "26", SERVER_4)
-        assert result.status != 0, result
-        assert not lab.reaches(26, CLIENT_4)
-        for word in ("knock", "revoke"):
-            assert mixed(word, control, "-u", "1", "-r", "26", SERVER_4).status == 0
-            assert lab.reaches(26, CLIENT_4) == (word == "knock")
-
-    def test_an_unknown_resource(self, lab: Lab, mixed: Callable[..., Result]) -> None:
-        result = mixed("knock", "-u", "2", "-r", "99", SERVER_4)
-        assert result.status != 0, result
-        assert not lab.reaches(22, CLIENT_4)
-
-
-# ----------------------------------------------------------------------------
-# 7  The firewall tells the truth
-# ----------------------------------------------------------------------------
-
-SOAK = int(os.environ.get("SOAK", "0"))  # how many random sequences, 0: as many as the suite has
-BOOT = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
-TRUTH_RESOURCES = f"""{RESOURCES}
-40 = jump / input: DOOR / input-match: saddr
-41 = jump / input: DOOR
-"""
-TRUTH_RULES = 7  # control port 2, sets of ports 2, resource 40 2, resource 41 1
-DOOR = """
-add chain inet filter DOOR
-add rule inet filter DOOR tcp dport 8080 accept
-"""
-OPENS = {  # what each resource's elements open; a jump's is for an address alone
-    0x22: ["tcp/22"],
-    0x23: ["tcp/23", "udp/23"],
-    0x24: ["udp/24"],
-    0x25: ["tcp/25"],
-    0x26: ["tcp/26"],
-    0x40: [""],
-    0x41: [""],
-}
-
-
-class Row(NamedTuple):
-    """One element that lets somebody in, as the kernel or `status` has it."""
-
-    address: str
-    opens: str
-    resource: str
-    user: str
-
-
-def rows(*holders: tuple[str, int, int]) -> set[Row]:
-    """What should stand there for these leases: address, resource, user."""
-    return {
-        Row(address, opens, f"{resource:08X}", f"{user:08X}")
-        for address, resource, user in holders
-        for opens in OPENS[resource]
-    }
-
-
-class Kernel(NamedTuple):
-    """What the kernel has of ours: elements and gates with the whole seconds that they have
-    left (-1: for ever), and how many rules."""
-
-    elements: dict[Row, int]
-    gates: dict[str, int]
-    rules: int
-
-
-def kernel(family: str = "inet") -> Kernel:
-    """Ask the kernel. Nothing of letmein.py has a hand in it."""
-    found = Kernel({}, {}, 0)
-    rules = 0
-    for item in json.loads(run(NFT, "-j", "list", "table", family, "filter"))["nftables"]:
-        rules += item.get("rule", {}).get("comment", "").startswith("letmein")
-        name = item.get("set", {}).get("name", "")
-        if not name.startswith("letmein-"):
-            continue
-        for wrapped in item["set"].get("elem", []):
-            element = wrapped["elem"]
-            left = int(element.get("expires", -1))
-            if name.endswith("-gate"):
-                found.gates[f"{name[8:16]} {element['val']}"] = left
-                continue
-            key = element["val"]["concat"] if "concat" in element["val"] else [element["val"]]
-            opens = f"{key[1]}/{key[2]}" if len(key) == 3 else ""
-            words = dict(w.split("=") for w in element.get("comment", "").split() if "=" in w)
-            row = Row(key[0], opens, words.get("resource", "?"), words.get("user", "?"))
-            if row in found.elements:
-                return kernel(family)  # a set that just grew can be listed twice in part
-            found.elements[row] = left
-    return found._replace(rules=rules)
-
-
-def status(server: Server) -> dict[Row, int]:
-    """What `status --json` says, in the same form. It runs in this process: most tests ask several
-    times, and a Python of its own takes ten times as long to start as to answer."""
-    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    with contextlib.redirect_stdout(said):
-        assert letmein.main(["status", "--json", "-c", str(server.path)]) == 0
-    said.seek(0)
-    told = {}
-    for lease in json.load(said)["leases"]:
-        opens = f"{lease['protocol']}/{lease['port']}" if lease["port"] else ""
-        row = Row(lease["address"], opens, lease["resource"] or "?", lease["user"] or "?")
-        assert row not in told
-        left = lease["seconds_left"]
-        told[row] = -1 if left is None else int(left)
-    return told
-
-
-def milliseconds_left(address: str, table: str = "inet filter") -> list[float]:
-    """The seconds that each element of an address has left, to the millisecond."""
-    found = []
-    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    text = run(NFT, "list", "table", *table.split())
-    for match in re.finditer(rf"[ \t]{re.escape(address)}[ ,][^,}}]* expires (\w+)", text):
-        parts = re.findall(r"(\d+)(ms|[dhms])", match[1])
-        found.append(sum(int(number) * units[unit] for number, unit in parts))
-    return found
-
-
-def agree(
-    lab: Lab, server: Server, *holders: tuple[str, int, int], family: str = "inet"
-) -> None:
-    """Wait until the kernel has these leases and no others; `status` has to say so, too."""
-    wanted = rows(*holders)
-    eventually(
-        lambda: set(kernel(family).elements) == wanted,
-        f"the kernel does not have what it should: {sorted(wanted)}\n{server.log}",
-    )
-    assert set(status(server)) == wanted
-
-
-def attempt(
-    lab: Lab,
-    resource: int = 0x22,
-    operation: int = KNOCK,
-    source: str = CLIENT_4,
-    user: int = 1,
-    key: bytes | None = None,
-    port: int = 5800,
-) -> int | None:
-    """A handshake that may go wrong: its last message's operation, None if there was none."""
-    with contextlib.suppress(OSError, AssertionError), lab.socket("tcp", source) as peer:
-        peer.connect((server_for(source), port))
-        peer.sendall(message(operation, resource, user, key=key))
-        said = peer.recv(56)
-        if said[7:8] == bytes([CHALLENGE]):
-            peer.sendall(message(RESPONSE, resource, user, said[24:], key))
-            said = peer.recv(56)
-        return said[7] if len(said) == 56 else None
-    return None
-
-
-def nft_do(*lines: str) -> None:
-    """Change the firewall by hand, in one transaction."""
-    text = "".join(f"{line}\n" for line in lines)
-    run(NFT, "-f", "-", text=re.sub(r"<(\w+)>", lambda m: MEANINGS[int(m[1], 16)], text))
-
-
-def our_rules() -> list[str]:
-    """How to delete each of our rules."""
-    listing = json.loads(run(NFT, "-j", "list", "table", "inet", "filter"))["nftables"]
-    rules = [item["rule"] for item in listing if "rule" in item]
-    found = [rule for rule in rules if rule.get("comment", "").startswith("letmein")]
-    return [f"delete rule inet filter {r['chain']} handle {r['handle']}" for r in found]
-
-
-MEANINGS: dict[int, str] = {}  # how a lease's comment ends, by resource of TRUTH_RESOURCES
 
 
 @pytest.fixture(scope="session")
@@ -3277,58 +3958,6 @@ def meanings(lab: Lab) -> None:
     assert len(MEANINGS) == 5, text
 
 
-def comment(resource: int = 0x22, user: int = 1, boot: str = BOOT, like: int = 0) -> str:
-    """A lease's comment for nft_do(). like: the resource whose meaning it has, if another's."""
-    means = f"<{like or resource:X}>"
-    return f'comment "user={user:08X} resource={resource:08X} boot={boot}{means}"'
-
-
-# Each call leaves a line in `calls`: its process id, which is nft's as well, and its arguments.
-# Checks work in all modes without "all".
-WATCHED_NFT = r"""#!/bin/sh
-echo "$$ $*" >>@HERE@/calls
-mode=$(cat @HERE@/mode)
-case "$mode:$*" in *all:*) ;; *:*list*|*:*-c*) exec @NFT@ "$@";; esac
-case "$mode" in
-    fail*) echo "Error: made to fail" >&2; exit 1;;
-    hang*) exec sleep 60;;
-    slow*) sleep 2;;
-    late*) @NFT@ "$@"; exec sleep 60;;
-esac
-exec @NFT@ "$@"
-"""
-
-
-class WatchedNft:
-    """An nft that keeps account of its runs, and fails when it is told to."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        self.exe = self.directory / "nft"
-        text = WATCHED_NFT.replace("@HERE@", str(self.directory)).replace("@NFT@", NFT)
-        self.exe.write_text(text, encoding="utf-8")
-        self.exe.chmod(0o755)
-        (self.directory / "calls").touch()
-        self.mode("good")
-
-    def mode(self, mode: str) -> None:
-        fresh = self.directory / "mode.new"
-        fresh.write_text(mode, encoding="ascii")
-        fresh.replace(self.directory / "mode")
-
-    def processes(self) -> list[int]:
-        """The process ids of all runs."""
-        lines = (self.directory / "calls").read_text(encoding="ascii").splitlines()
-        return [int(line.split()[0]) for line in lines]
-
-    def runs(self) -> int:
-        """How many runs there were."""
-        return len(self.processes())
-
-    def conf(self, resources: str = TRUTH_RESOURCES, nftables: str = "", **more: str) -> str:
-        return server_conf(resources, nftables=f"exe = {self.exe}\n{nftables}", **more)
-
-
 @pytest.fixture
 def watched(lab: Lab, meanings: None) -> WatchedNft:
     return WatchedNft(lab)
@@ -3343,78 +3972,6 @@ def guarded(lab: Lab, watched: WatchedNft) -> Iterator[Server]:
         watched.mode("good")
 
 
-def knock_all(lab: Lab, *holders: tuple[str, int, int]) -> None:
-    for address, resource, user in holders:
-        assert handshake(lab, resource, source=address, user=user) == COMEIN
-
-
-def happened(server: Server, event: str) -> int:
-    """How often something has happened, also if the log has summed it up."""
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(str(status_socket(server)))
-        return int(json.load(peer.makefile("rb"))["counts"].get(event, 0))
-
-
-def looks(server: Server) -> int:
-    """How often the server has compared the kernel's table with its own."""
-    return happened(server, "looks")
-
-
-def quiet(server: Server) -> None:
-    """Wait until the server has looked at all that has happened."""
-    seen, since = looks(server), time.monotonic()
-    while time.monotonic() < since + 0.3:
-        time.sleep(0.05)
-        if looks(server) != seen:
-            seen, since = looks(server), time.monotonic()
-
-
-def crash(server: Server, network: bool = False) -> None:
-    """SIGKILL the monitor, with network both at once, and wait for their end."""
-    number = server.network_process()
-    server.process.kill()
-    if network:
-        os.kill(number, signal.SIGKILL)
-    server.wait()
-    eventually(lambda: not alive(Path(f"/proc/{number}")), "the network process lives on")
-
-
-def reconfigure(server: Server, conf: str, good: bool = True) -> None:
-    """Give the server another configuration file, and wait until it has read it."""
-    event = "reloaded" if good else "reload-failed"
-    count = len(server.events(event))
-    server.path.write_text(conf, encoding="utf-8")
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for(event, count + 1)
-
-
-def looks_until(condition: Callable[[], bool], what: str) -> int:
-    """How often one has to look until something holds. A busy machine makes each look slower, and
-    what is waited for; so their number says how long it took where seconds do not. (On a machine
-    that has nothing else to do, a look with kernel() comes every 20 ms.)"""
-    looks = itertools.count(1)
-    eventually(lambda: next(looks) > 0 and condition(), what)
-    return next(looks) - 1
-
-
-class Remaining:
-    """The seconds that the leases of an address have left, by the kernel, and when it was asked:
-    between `began` and `done`."""
-
-    def __init__(self, address: str) -> None:
-        self.began = time.monotonic()
-        self.seconds = milliseconds_left(address)
-        self.done = time.monotonic()
-
-    def assert_runs_on_from(self, before: Remaining, more: float = 0.3, less: float = 0.3) -> None:
-        """A second for each second since then, whatever was done to them: they have at most so
-        much more or less."""
-        lost = min(before.seconds) - max(self.seconds), min(before.seconds) - min(self.seconds)
-        passed = self.began - before.done, self.done - before.began
-        assert passed[0] - more <= lost[0], "they have got more time"
-        assert lost[1] <= passed[1] + less, "they have lost time"
-
-
 HOLDERS = [
     (CLIENT_4, 0x22, 1),
     (CLIENT_4, 0x23, 2),
@@ -3424,49 +3981,90 @@ HOLDERS = [
 ]
 
 
-def flush_and_reload(lab: Lab) -> None:
-    lab.load(more=DOOR)
+class TestNftFaults:
+    """After each of them the kernel, `status` and what clients were told are one."""
+
+    def test_missing_while_the_firewall_is_reloaded(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """An nft that was away is found again, and the reload healed."""
+        knock_all(lab, *HOLDERS)
+        away = watched.directory / "away"
+        watched.exe.rename(away)
+        try:
+            flush_and_reload(lab)
+            guarded.wait_for("cannot-heal")
+        finally:
+            away.rename(watched.exe)
+        eventually(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
+        agree(lab, guarded, *HOLDERS)
+
+    @pytest.mark.parametrize("mode", ["hang", "late"])
+    def test_killed(self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str) -> None:
+        """An nft that hangs is killed, whether it has done its work before or not; then the server
+        looks what is there, and mends it."""
+        knock_all(lab, *HOLDERS)
+        watched.mode(mode)
+        delete_the_rules(lab)
+        event = guarded.wait_for("cannot-heal")
+        assert "did not end within 4 s" in event["reason"], event
+        watched.mode("good")
+        eventually(lambda: kernel().rules == TRUTH_RULES, "not healed")
+        agree(lab, guarded, *HOLDERS)
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
+
+    def test_slow(self, lab: Lab, watched: WatchedNft) -> None:
+        """An nft that takes 2 s prolongs no lease: not at a heal, nor at a start after kill -9."""
+        lab.load(more=DOOR)
+        with Server(lab, watched.conf()) as server:
+            knock_all(lab, *HOLDERS)
+            before = Remaining(CLIENT_4)
+            watched.mode("slow")
+            for turn in (1, 2):
+                flush_and_reload(lab)
+                server.wait_for("healed", turn, leases="5")
+            crash(server)
+        with Server(lab, watched.conf()) as server:
+            now = Remaining(CLIENT_4)
+            assert len(now.seconds) == len(before.seconds) == 4
+            now.assert_runs_on_from(before)
+            assert now.began - before.done > 4
+            watched.mode("good")
+            agree(lab, server, *HOLDERS)
+
+    def test_a_chain_that_vanished(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """Without its chain no change is made by half; once it is back, all is healed."""
+        knock_all(lab, *HOLDERS)
+        nft_do(
+            *our_rules(),
+            "flush chain inet filter input",
+            "delete chain inet filter LETMEIN-INPUT",
+            "add rule inet filter input accept",
+        )
+        guarded.wait_for("cannot-heal")
+        # The sets are still there, so what is asked for can be done or not; but not half.
+        answer = handshake(lab, 0x22, source=OTHER_4)
+        told = [(OTHER_4, 0x22, 1)] if answer == COMEIN else []
+        assert set(kernel().elements) == rows(*HOLDERS, *told)
+        flush_and_reload(lab)
+        agree(lab, guarded, *HOLDERS, *told)
+        assert len(guarded.events("cannot-heal")) == 1, guarded.log
+        assert lab.reaches(22, CLIENT_4)
+
+    def test_a_target_chain_that_vanished(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """Without it the jumps cannot be; it is back, and so are they."""
+        knock_all(lab, *HOLDERS)
+        lab.load()
+        guarded.wait_for("cannot-heal")
+        nft_do(DOOR)
+        agree(lab, guarded, *HOLDERS)
+        assert lab.reaches(8080, CLIENT_4)
 
 
-def load_the_file_again(lab: Lab) -> None:
-    text = (HERE / "nftables.conf").read_text(encoding="utf-8")
-    nft_do(text, REJECT, DOOR)
-
-
-def restore_what_was_saved(lab: Lab) -> None:
-    nft_do("flush ruleset", run(NFT, "list", "ruleset"))
-
-
-def delete_the_rules(lab: Lab) -> None:
-    nft_do(*our_rules())
-
-
-def delete_a_rule(lab: Lab) -> None:
-    nft_do(our_rules()[0])
-
-
-def delete_the_sets(lab: Lab) -> None:
-    sets = re.findall(r"set (letmein-\S+)", run(NFT, "list", "table", "inet", "filter"))
-    nft_do(*our_rules(), *(f"delete set inet filter {name}" for name in sets))
-
-
-def delete_the_sets_alone(lab: Lab) -> None:
-    """As delete_the_sets(), without a listing of the whole table."""
-    nft_do(
-        "flush chain inet filter LETMEIN-INPUT",
-        *(f"delete set inet filter letmein-{name}" for name in (4, 6, "00000041-gate")),
-    )
-
-
-def flush_the_chain(lab: Lab) -> None:
-    nft_do("flush chain inet filter LETMEIN-INPUT")
-
-
-def flush_all_chains(lab: Lab) -> None:
-    """As OpenWrt's fw4: everything flushed, and written anew but for what is ours."""
-    text = (HERE / "nftables.conf").read_text(encoding="utf-8")
-    text = text.replace("table inet filter\ndelete table inet filter\n", "")
-    nft_do("flush table inet filter", text, REJECT, DOOR)
+SOAK = int(os.environ.get("SOAK", "0"))  # how many random sequences, 0: as many as the suite has
 
 
 class TestHeal:
@@ -3528,6 +4126,7 @@ class TestHeal:
         assert "cannot-heal" not in guarded.log
 
     def test_what_was_revoked_does_not_come_back(self, lab: Lab, guarded: Server) -> None:
+        """A restored ruleset brings back no lease that was revoked since."""
         knock_all(lab, *HOLDERS)
         saved = run(NFT, "list", "ruleset")
         assert handshake(lab, 0x22, REVOKE) == COMEIN
@@ -3575,6 +4174,7 @@ class TestHeal:
         assert len(guarded.events("warning", hint=hint)) == 1
 
     def test_elements_deleted_by_hand_are_revoked(self, lab: Lab, guarded: Server) -> None:
+        """A lease that somebody deletes, or half of it, is revoked and stays so."""
         knock_all(lab, *HOLDERS)
         nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
         event = guarded.wait_for("revoked", reason="by hand")
@@ -3608,6 +4208,7 @@ class TestHeal:
         assert kernel().gates == {}
 
     def test_a_set_flushed_by_hand_is_revoked(self, lab: Lab, guarded: Server) -> None:
+        """A set that somebody flushes revokes its leases, and no others."""
         knock_all(lab, *HOLDERS)
         nft_do("flush set inet filter letmein-4")
         guarded.wait_for("revoked", 2, reason="by hand", peer=CLIENT_4)
@@ -3696,6 +4297,7 @@ class TestHeal:
         assert len(guarded.events("cannot-heal")) == 1, guarded.log
 
     def test_a_reload_every_100_ms(self, lab: Lab, guarded: Server) -> None:
+        """Knocks succeed and no lease is lost under one reload after the other."""
         knock_all(lab, *HOLDERS)
         sources = [f"10.77.{number >> 8}.{number & 255}" for number in range(1281, 2280)]
         let_in: list[tuple[str, int, int]] = []
@@ -3771,6 +4373,7 @@ class TestHeal:
     def test_what_somebody_plants_is_removed(
         self, lab: Lab, guarded: Server, name: str, element: str
     ) -> None:
+        """An element that no knock has made is removed, and lets nobody in for long."""
         knock_all(lab, HOLDERS[0])
         nft_do(f"add element inet filter {name} {{ {element} }}")
         guarded.wait_for("healed", leases="1")
@@ -3805,6 +4408,7 @@ class TestHeal:
         assert len(guarded.events("healed")) == 1, guarded.log
 
     def test_a_lease_prolonged_by_hand_is_cut(self, lab: Lab, guarded: Server) -> None:
+        """A lease that somebody prolongs gets its own time back."""
         knock_all(lab, HOLDERS[0])
         key = f"{CLIENT_4} . tcp . 22"
         nft_do(
@@ -3963,13 +4567,6 @@ class TestHeal:
         agree(lab, guarded, *HOLDERS)
 
 
-class Held4And6(NamedTuple):
-    """A firewall without its processes, which a test makes go on step by step, and who is in."""
-
-    firewall: letmein.Firewall
-    holders: tuple[tuple[str, int, int], ...]
-
-
 @pytest.fixture
 def stepwise(lab: Lab) -> Iterator[Held4And6]:
     """Its look at the kernel's table has begun, and has read the IPv4 leases."""
@@ -3992,15 +4589,6 @@ def stepwise(lab: Lab) -> Iterator[Held4And6]:
             assert isinstance(key.fileobj, socket.socket)
             key.fileobj.close()
     firewall.close()
-
-
-def settle(firewall: letmein.Firewall) -> None:
-    """Have it look at the kernel's table until it finds no reason to do so again."""
-    deadline = time.monotonic() + LIMIT_S
-    while firewall.wakes_at < letmein.NEVER:
-        assert time.monotonic() < deadline, "it looks for ever"
-        firewall.advance()
-        time.sleep(max(0.0, min(firewall.look_at - time.monotonic(), 1.0)))
 
 
 class TestBetweenTwoSteps:
@@ -4120,6 +4708,43 @@ class TestBetweenTwoSteps:
         assert len(kernel().gates) == 2
 
 
+class TestLargeTable:
+    """Somebody else's large set in our table, such as a block list."""
+
+    def test_200_000_ranges(self, lab: Lab, meanings: None) -> None:
+        """nft 1.0.6 takes seconds to list such a table, or to add an element to it. The server
+        starts, lets in, heals, adopts, reloads and stops as ever."""
+        # An ordinary user's nft cannot send as much to the kernel, and not in one piece.
+        count, at_once = (200_000, 200_000) if lab.real_root else (5_000, 1_000)
+        first = 1 << 24
+        ranges = [socket.inet_ntoa((first + 512 * n).to_bytes(4, "big")) for n in range(count)]
+        lab.load(more=f"{DOOR}\nadd set inet filter block {{ type ipv4_addr; flags interval; }}")
+        for start in range(0, count, at_once):
+            listed = ",\n".join(f"{address}/24" for address in ranges[start : start + at_once])
+            nft_do(f"add element inet filter block {{ {listed} }}")
+        conf = server_conf(TRUTH_RESOURCES)
+        path = lab.file(conf)
+        checked = lab.command("server", "-c", path, "--check", "--user", "nobody")
+        assert checked.status == 0, checked
+        with Server(lab, conf) as server:
+            knock_all(lab, *HOLDERS)
+            assert len(status(server)) == len(rows(*HOLDERS))
+            for damage in (flush_the_chain, delete_the_sets_alone):
+                count = len(server.events("healed"))
+                damage(lab)
+                server.wait_for("healed", count + 1, leases="5")
+                assert lab.reaches(22, CLIENT_4)
+            reconfigure(server, conf)
+            crash(server)
+        with Server(lab, conf) as server:
+            server.wait_for("adopted", leases="5")
+            assert handshake(lab, 0x22, REVOKE) == COMEIN
+            assert not lab.reaches(22, CLIENT_4)
+            server.process.terminate()
+            assert server.wait() == 0, server.log
+            assert not server.events("failed") and not server.events("cannot-heal"), server.log
+
+
 class TestTenThousand:
     def test_10_000_leases(self, lab: Lab, watched: WatchedNft) -> None:
         """Adopted, healed within 1 s, and no burden to a further knock."""
@@ -4170,46 +4795,10 @@ class TestTenThousand:
             assert lab.reaches(22, addresses[8])
 
 
-class TestLargeTable:
-    """Somebody else's large set in our table, such as a block list."""
-
-    def test_200_000_ranges(self, lab: Lab, meanings: None) -> None:
-        """nft 1.0.6 takes seconds to list such a table, or to add an element to it. The server
-        starts, lets in, heals, adopts, reloads and stops as ever."""
-        # An ordinary user's nft cannot send as much to the kernel, and not in one piece.
-        count, at_once = (200_000, 200_000) if lab.real_root else (5_000, 1_000)
-        first = 1 << 24
-        ranges = [socket.inet_ntoa((first + 512 * n).to_bytes(4, "big")) for n in range(count)]
-        lab.load(more=f"{DOOR}\nadd set inet filter block {{ type ipv4_addr; flags interval; }}")
-        for start in range(0, count, at_once):
-            listed = ",\n".join(f"{address}/24" for address in ranges[start : start + at_once])
-            nft_do(f"add element inet filter block {{ {listed} }}")
-        conf = server_conf(TRUTH_RESOURCES)
-        path = lab.file(conf)
-        checked = lab.command("server", "-c", path, "--check", "--user", "nobody")
-        assert checked.status == 0, checked
-        with Server(lab, conf) as server:
-            knock_all(lab, *HOLDERS)
-            assert len(status(server)) == len(rows(*HOLDERS))
-            for damage in (flush_the_chain, delete_the_sets_alone):
-                count = len(server.events("healed"))
-                damage(lab)
-                server.wait_for("healed", count + 1, leases="5")
-                assert lab.reaches(22, CLIENT_4)
-            reconfigure(server, conf)
-            crash(server)
-        with Server(lab, conf) as server:
-            server.wait_for("adopted", leases="5")
-            assert handshake(lab, 0x22, REVOKE) == COMEIN
-            assert not lab.reaches(22, CLIENT_4)
-            server.process.terminate()
-            assert server.wait() == 0, server.log
-            assert not server.events("failed") and not server.events("cannot-heal"), server.log
-
-
 class TestAdopt:
     @pytest.mark.parametrize("network", [False, True])
     def test_after_a_sigkill(self, lab: Lab, watched: WatchedNft, network: bool) -> None:
+        """The next server takes over all leases, with the time they had left."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4266,6 +4855,7 @@ class TestAdopt:
     def test_the_time_left_is_at_most_what_is_configured(
         self, lab: Lab, watched: WatchedNft
     ) -> None:
+        """A shorter timeout in the file cuts the leases that are taken over."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4278,6 +4868,7 @@ class TestAdopt:
                 assert (left <= 5) == (row.opens == "tcp/22"), now
 
     def test_what_ended_meanwhile_is_gone(self, lab: Lab, watched: WatchedNft) -> None:
+        """A lease that ended between two servers is not taken over."""
         lab.load(more=DOOR)
         resources = "22 = port: 22 / timeout: 1\n23 = port: 23 / tcp, udp"
         with Server(lab, watched.conf(resources)) as server:
@@ -4316,6 +4907,7 @@ class TestAdopt:
     def test_what_was_planted_or_restored_is_removed(
         self, lab: Lab, watched: WatchedNft, name: str, element: str
     ) -> None:
+        """Elements that are not of this boot, user, resource or form are removed."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, HOLDERS[0])
@@ -4329,6 +4921,7 @@ class TestAdopt:
     def test_a_resource_that_means_another_thing_now(
         self, lab: Lab, watched: WatchedNft
     ) -> None:
+        """A lease whose resource has changed its meaning is not taken over."""
         lab.load(more=f"{DOOR}\nadd chain inet filter OTHER")
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4356,6 +4949,7 @@ class TestAdopt:
             assert not lab.reaches(22, CLIENT_4)
 
     def test_sets_that_nobody_has_any_more(self, lab: Lab, watched: WatchedNft) -> None:
+        """Sets of resources that are gone are removed."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             knock_all(lab, *HOLDERS)
@@ -4367,6 +4961,7 @@ class TestAdopt:
             assert "letmein-00000041" not in lab.ruleset()
 
     def test_a_clean_stop_leaves_nothing_to_adopt(self, lab: Lab, watched: WatchedNft) -> None:
+        """After a clean stop the next server begins with nothing."""
         lab.load(more=DOOR)
         before = lab.ruleset()
         with Server(lab, watched.conf()) as server:
@@ -4377,6 +4972,7 @@ class TestAdopt:
             agree(lab, server)
 
     def test_a_second_server_for_the_same_table(self, lab: Lab, guarded: Server) -> None:
+        """It is refused and changes nothing; one for another table starts."""
         knock_all(lab, *HOLDERS)
         before = lab.ruleset()
         path = lab.file(server_conf(TRUTH_RESOURCES, port="5900"))
@@ -4394,6 +4990,7 @@ class TestAdopt:
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
     def test_a_stop_when_a_foreign_rule_uses_a_set(self, lab: Lab, watched: WatchedNft) -> None:
+        """The set stays, empty, and the next server lives with it."""
         lab.load(more=DOOR)
         server = Server(lab, watched.conf())
         knock_all(lab, *HOLDERS)
@@ -4442,565 +5039,9 @@ class TestAdopt:
             agree(lab, server, *HOLDERS)
 
 
-# A server that is slow at a place of its start, and says when it is there.
-SLOW_STEP = """
-os.write(2, b"event=slow\\n")
-time.sleep(1)
-"""
-SLOW_PLACES = {
-    "Python itself": "\nVERSION = ",
-    "the file is read": "    find_account(arguments.user)\n",
-    "the network process starts": "        enter_sandbox(account,",
-    "the firewall opens": "        self.is_adopting = True\n",
-}
-
-
-def slow_at(lab: Lab, place: str) -> tuple[str | Path, ...]:
-    """How to run it."""
-    old = SLOW_PLACES[place]
-    indent = re.match(r"\n*( *)", old)
-    assert indent
-    step = textwrap.indent(SLOW_STEP, indent[1])
-    if place == "the network process starts":  # it has no standard error
-        step = step.replace("os.write(2,", f"open({str(lab.directory / 'slow')!r}, 'wb').write(")
-    return altered(lab, (old, step + old))
-
-
-class TestSignalsAtTheStart:
-    """Signals that come before the server is ready."""
-
-    @staticmethod
-    def wait_until_slow(lab: Lab, server: Server, place: str) -> None:
-        if place == "the network process starts":
-            mark = lab.directory / "slow"
-            eventually(mark.exists, "it does not start")
-            mark.unlink()
-        else:
-            server.wait_for("slow")
-
-    @pytest.mark.parametrize("place", SLOW_PLACES)
-    def test_sighup(self, lab: Lab, place: str) -> None:
-        """SIGHUP never ends it; a file that was changed is read, but not before the leases of a
-        predecessor were adopted: none is lost, and `ready` comes first."""
-        lab.load()
-        old = server_conf()
-        with Server(lab, old) as server:
-            assert handshake(lab) == COMEIN
-            crash(server)
-        words = ("--rundir", str(server.rundir))
-        program = slow_at(lab, place)
-        with Server(lab, old, *words, program=program, wait=False) as successor:
-            self.wait_until_slow(lab, successor, place)
-            successor.path.write_text(server_conf(port="5900 / tcp, udp"), encoding="utf-8")
-            successor.process.send_signal(signal.SIGHUP)
-            successor.wait_for("adopted", leases="1")
-            assert successor.wait_for("reloaded")["port"] == "5900/tcp+udp"
-            assert re.findall(r"event=(ready|reloaded)", successor.log) == ["ready", "reloaded"]
-            assert lab.reaches(22, CLIENT_4), "the lease"
-
-    @pytest.mark.parametrize("place", SLOW_PLACES)
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_an_end(self, lab: Lab, place: str, number: signal.Signals) -> None:
-        """SIGTERM and Ctrl-C end it at any time, and nothing of it is left."""
-        lab.load()
-        before = lab.ruleset()
-        server = Server(lab, server_conf(), program=slow_at(lab, place), wait=False)
-        with server:
-            self.wait_until_slow(lab, server, place)
-            server.process.send_signal(number)
-            assert server.wait() in (0, -number)
-            assert "Traceback" not in server.log, server.log
-        assert lab.ruleset() == before
-        for path in server.rundir.iterdir():
-            assert path.suffix == ".lock"
-
-
-class TestSighup:
-    def test_more_of_everything(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        assert attempt(lab, 0x28) != COMEIN
-        shut = TRUTH_RESOURCES.replace("27 = port: 27 / timeout: 0", "28 = port: 27 / timeout: 9")
-        reconfigure(guarded, watched.conf(shut))
-        agree(lab, guarded, *HOLDERS)
-        assert attempt(lab, 0x28) == COMEIN
-        assert lab.reaches(27, CLIENT_4)
-        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 27")) <= 9
-        assert attempt(lab, 0x28, REVOKE) == COMEIN
-        agree(lab, guarded, *HOLDERS)
-        # Nothing changed at all: nothing is lost either.
-        reconfigure(guarded, watched.conf(shut))
-        agree(lab, guarded, *HOLDERS)
-        assert not guarded.events("revoked", reason="configuration")
-
-    def test_keys(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        """A lease belongs to the key it was given for: with a new key for its user it ends."""
-        knock_all(lab, *HOLDERS)
-        new = bytes(range(32))
-        conf = watched.conf().replace(KEYS[1].hex(), new.hex())
-        reconfigure(guarded, conf)
-        kept = [holder for holder in HOLDERS if holder[2] == 2]
-        agree(lab, guarded, *kept)
-        assert len(guarded.events("revoked", reason="configuration")) == 3
-        assert not lab.reaches(22, CLIENT_4)
-        assert attempt(lab, 0x26) is None
-        assert attempt(lab, 0x26, key=new) == COMEIN
-        assert handshake(lab, 0x22, source=OTHER_4, user=2) == COMEIN
-        agree(lab, guarded, *kept, (CLIENT_4, 0x26, 1), (OTHER_4, 0x22, 2))
-
-    def test_users_and_resources_that_are_gone(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        knock_all(lab, *HOLDERS, (OTHER_4, 0x22, 2))
-        without = "\n".join(
-            line for line in watched.conf().splitlines() if not line.startswith("2 = ")
-        )
-        reconfigure(guarded, without)
-        agree(lab, guarded, HOLDERS[0], HOLDERS[2], HOLDERS[3])
-        assert kernel().gates == {}
-        assert len(guarded.events("revoked", reason="configuration")) == 3
-        assert attempt(lab, user=2) is None
-        assert not lab.reaches(23, CLIENT_4)
-        assert not lab.reaches(22, OTHER_4)
-        assert not lab.reaches(8080, OTHER_4)
-        assert lab.reaches(8080, CLIENT_4)
-        few = without.replace("22 = port: 22\n", "").replace("40 = jump", "42 = jump")
-        reconfigure(guarded, few)
-        agree(lab, guarded, HOLDERS[2])
-        assert "letmein-00000040" not in lab.ruleset()
-        assert not lab.reaches(22, CLIENT_4)
-        assert not lab.reaches(8080, CLIENT_4)
-        assert lab.reaches(24, CLIENT_6, "udp")
-        assert len(guarded.events("revoked", reason="configuration")) == 5
-
-    def test_resources_that_mean_something_else(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        knock_all(lab, *HOLDERS, (CLIENT_4, 0x26, 1))
-        nft_do("add chain inet filter OTHER")
-        changed = TRUTH_RESOURCES.replace("23 = port: 23 / tcp, udp", "23 = port: 23")
-        changed = changed.replace("22 = port: 22\n", "22 = port: 26 / users: 1\n")
-        changed = changed.replace("26 = port: 26 / users: 1", "26 = port: 22 / users: 2")
-        changed = changed.replace("40 = jump / input: DOOR", "40 = jump / input: OTHER")
-        reconfigure(guarded, watched.conf(changed))
-        agree(lab, guarded, HOLDERS[2], HOLDERS[4])
-        assert len(guarded.events("revoked", reason="configuration")) == 4
-        assert not lab.reaches(22, CLIENT_4)
-        assert not lab.reaches(26, CLIENT_4)
-
-    def test_timeouts(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        shorter = TRUTH_RESOURCES.replace("22 = port: 22", "22 = port: 22 / timeout: 5")
-        longer = TRUTH_RESOURCES.replace("timeout: 60", "timeout: 900")
-        reconfigure(guarded, watched.conf(shorter))
-        for row, left in kernel().elements.items():
-            assert (left <= 5) == (row.opens == "tcp/22"), row
-        # A longer one is for the next knock, not for those who are in.
-        reconfigure(guarded, watched.conf(longer))
-        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 5
-        assert max(milliseconds_left(CLIENT_6)) <= 60
-        knock_all(lab, HOLDERS[2])
-        assert max(milliseconds_left(CLIENT_6)) > 890
-
-    def test_an_included_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        """A reload reads included files, too; if one of them is gone, all stays as it was."""
-        directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        for user in (1, 2):
-            (directory / f"{user}.conf").write_text(f"[KEYS]\n{user} = {KEYS[user].hex()}\n")
-        general = f"include = {directory}/*.conf"
-        included = watched.conf(general=general).replace(keys_text(), "")
-        reconfigure(guarded, included)
-        knock_all(lab, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 2))
-        (directory / "2.conf").rename(directory / "2.conf.off")
-        (directory / "1.conf.off").symlink_to("none")
-        reconfigure(guarded, included)
-        agree(lab, guarded, (CLIENT_4, 0x22, 1))
-        assert attempt(lab, user=2) == GOAWAY
-        (directory / "1.conf").rename(directory / "0.conf")
-        reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
-        assert f"{directory}/1.conf: cannot be read" in guarded.log
-        (directory / "0.conf").rename(directory / "1.conf")
-        knock_all(lab, (CLIENT_6, 0x22, 1))
-        agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
-
-    def test_user_limits(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        """What a user may have at most counts for a knock and for leases that exist; after the last
-        day, these end, and a knock is refused with the reason."""
-        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
-        reconfigure(guarded, watched.conf() + "[USERS]\n1 = timeout: 30\n2 = timeout: 90")
-        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 30
-        knock_all(lab, (CLIENT_6, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
-        assert 20 < max(milliseconds_left(CLIENT_6)) <= 30
-        assert 50 < max(milliseconds_left(f"{CLIENT_4} . udp . 24")) <= 60
-        assert 80 < max(milliseconds_left(OTHER_4)) <= 90
-        reconfigure(guarded, watched.conf() + "[USERS]\n1 = not-after: 2020-01-01")
-        agree(lab, guarded, (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
-        assert len(guarded.events("revoked", reason="configuration")) == 2
-        assert attempt(lab) == GOAWAY
-        guarded.wait_for("refused", reason="the user's last day was 2020-01-01")
-
-    def test_the_last_day_ends(self, lab: Lab) -> None:
-        """A lease ends with its user's last day, and the next knock is refused. (For this server it
-        ends 4 s after the file was read.)"""
-        lab.load()
-        change = ('float((days.days + 1) * UNITS_S["d"])', "time.time() + 4")
-        conf = server_conf() + "[USERS]\n1 = not-after: 2027-01-31"
-        with Server(lab, conf, program=altered(lab, change)) as server:
-            knock_all(lab, (CLIENT_4, 0x22, 1))
-            assert float(server.wait_for("granted")["seconds"]) <= 4
-            assert max(milliseconds_left(CLIENT_4)) <= 4
-            eventually(lambda: not lab.reaches(22, CLIENT_4), "port 22 stays open")
-            # The kernel may have ended the lease some milliseconds early.
-            eventually(lambda: attempt(lab) == GOAWAY, "the user still gets in")
-            assert "the user's last day was " in server.wait_for("refused")["reason"]
-
-    def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
-            general = f"control-error-policy = {policy}"
-            reconfigure(guarded, watched.conf(general=general))
-            assert attempt(lab, key=bytes(32)) == answer, policy
-
-    def test_max_nr_rules(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        reconfigure(guarded, watched.conf(nftables="max-nr-rules = 2"))
-        assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
-        agree(lab, guarded, *HOLDERS)
-        reconfigure(guarded, watched.conf())
-        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
-
-    def test_control_port(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        for port, other in ((5900, 5800), (5800, 5900), (5900, 5800)):
-            reconfigure(guarded, watched.conf(port=f"{port} / tcp, udp"))
-            agree(lab, guarded, *HOLDERS)
-            eventually(
-                lambda port=port: attempt(lab, port=port) == COMEIN,  # type: ignore[misc]
-                f"no answer at the new port:\n{guarded.log}",
-            )
-            assert attempt(lab, port=other) is None
-            assert f"tcp dport {other}" not in lab.ruleset()
-            assert kernel().rules == TRUTH_RULES
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", other), 5):
-                raise AssertionError("the old port is still served")
-
-    def test_protocols(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        for protocols in ("tcp", "tcp, udp", "udp", "tcp, udp"):
-            reconfigure(guarded, watched.conf(port=f"5800 / {protocols}"))
-            agree(lab, guarded, *HOLDERS)
-            assert kernel().rules == TRUTH_RULES - (protocols in ("tcp", "udp"))
-            for protocol in ("tcp", "udp"):
-                control = "-T" if protocol == "tcp" else "-U"
-                conf = client_conf(timeout=5 if protocol in protocols else 0.5)
-                result = lab.letmein("knock", control, SERVER_4, "22", conf=conf)
-                assert (result.status == 0) == (protocol in protocols), (protocols, result)
-
-    def test_a_control_port_that_is_taken(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        knock_all(lab, *HOLDERS)
-        before = lab.ruleset()
-        with socket.socket(socket.AF_INET6) as occupant:
-            occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            occupant.bind(("::", 5900))
-            occupant.listen()
-            few = TRUTH_RESOURCES.replace("22 = port: 22\n", "")
-            reconfigure(guarded, watched.conf(few, port="5900"), good=False)
-        (event,) = guarded.events("reload-failed")
-        assert "5900" in event["reason"], event
-        assert event["hint"]
-        assert lab.ruleset() == before
-        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
-
-    def test_a_bad_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        before = lab.ruleset()
-        good = watched.conf()
-        bad = [
-            (good.replace("22 = port: 22", "22 = port: x"), "22 = port: x"),
-            (good.replace(KEYS[2].hex(), "00"), "2 = 00"),
-            (good + "\n[NONSENSE\n", "[NONSENSE"),
-        ]
-        for conf, line in bad:
-            count = len(guarded.events("reload-failed"))
-            reconfigure(guarded, conf, good=False)
-            event = guarded.wait_for("reload-failed", count + 1)
-            number = conf.split("\n").index(line) + 1
-            assert f"{guarded.path}:{number}:" in event["reason"], event
-            assert lab.ruleset() == before
-        guarded.path.unlink()
-        guarded.process.send_signal(signal.SIGHUP)
-        event = guarded.wait_for("reload-failed", 4)
-        assert str(guarded.path) in event["reason"]
-        guarded.path.write_text(good, encoding="utf-8")
-        assert lab.ruleset() == before
-        assert handshake(lab, 0x22, source=OTHER_4, user=2) == COMEIN
-        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 2))
-        flush_and_reload(lab)
-        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 2))
-        assert not guarded.events("reloaded")
-
-    @pytest.mark.parametrize(
-        "line",
-        [
-            "family = ip",
-            "table = other",
-            "chain-input = OTHER",
-            "chain-forward = OTHER",
-            "exe = /usr/sbin/nft",
-        ],
-    )
-    def test_what_wants_a_restart(
-        self, lab: Lab, guarded: Server, watched: WatchedNft, line: str
-    ) -> None:
-        """The log names the option as the file does, and the server goes on with the old value."""
-        knock_all(lab, *HOLDERS)
-        before = kernel()
-        name = line.split()[0]
-        kept = [old for old in watched.conf().splitlines() if not old.startswith(f"{name} =")]
-        # The rest of the file is taken over.
-        conf = "\n".join([*kept, line]).replace("22 = port: 22", "28 = port: 22")
-        reconfigure(guarded, conf)
-        event = guarded.wait_for("restart-wanted")
-        assert event["option"] == name, event
-        assert set(kernel().elements) == rows(*HOLDERS[1:])
-        assert kernel().rules == before.rules
-        assert attempt(lab, 0x28) == COMEIN
-        assert lab.reaches(22, CLIENT_4)
-
-    @pytest.mark.parametrize("mode", ["fail", "fail-all", "hang", "hang-all"])
-    def test_an_nft_that_fails(
-        self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str
-    ) -> None:
-        """Where nft cannot even check, the old configuration stays; where it can, the new one
-        is in force as soon as nft works. Nothing in between, and nobody is locked out."""
-        knock_all(lab, *HOLDERS)
-        before = lab.ruleset()
-        changed = "28 = port: 22\n42 = jump / input: DOOR / input-match: saddr\n"
-        new = watched.conf(TRUTH_RESOURCES.replace("22 = port: 22\n", changed))
-        kept = [*HOLDERS, (OTHER_4, 0x23, 1)]
-        watched.mode(mode)
-        if "all" in mode:
-            reconfigure(guarded, new, good=False)
-            assert not guarded.events("revoked")
-            watched.mode("good")
-            assert lab.ruleset() == before
-        else:
-            reconfigure(guarded, new)
-            guarded.wait_for("cannot-heal")
-            watched.mode("good")
-            del kept[0]
-        assert handshake(lab, 0x23, source=OTHER_4) == COMEIN
-        agree(lab, guarded, *kept)
-        # It is that one that heals, too.
-        flush_and_reload(lab)
-        agree(lab, guarded, *kept)
-        reconfigure(guarded, new)
-        agree(lab, guarded, *HOLDERS[1:], kept[-1])
-        assert attempt(lab, 0x28) == COMEIN
-
-    def test_a_chain_that_is_missing(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        knock_all(lab, *HOLDERS)
-        before = lab.ruleset()
-        new = TRUTH_RESOURCES.replace("22 = port: 22", "30 = jump / input: MISSING")
-        reconfigure(guarded, watched.conf(new), good=False)
-        assert lab.ruleset() == before
-        agree(lab, guarded, *HOLDERS)
-        nft_do("delete table inet filter")
-        reconfigure(guarded, watched.conf(), good=False)
-        flush_and_reload(lab)
-        agree(lab, guarded, *HOLDERS)
-
-    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    @pytest.mark.parametrize(
-        "old, new, goes_on",
-        [
-            ("", "", True),
-            ("22 = port: 22\n", "22 = port: 22\n28 = port: 29\n", True),
-            ("26 = port: 26 / users: 1", "", True),
-            (KEYS[2].hex(), "11" * 32, True),
-            ("max-nr-rules = 90", "max-nr-rules = 80", True),
-            ("basic-auth", "full-auth", True),
-            ("control-timeout = 5", "control-timeout = 30", True),
-            ("control-timeout = 5", "control-timeout = 4", True),
-            ("[GENERAL]\nport = 5800", "[GENERAL]\nport = 5900", True),
-            (KEYS[1].hex(), "11" * 32, False),
-            (f"1 = {KEYS[1].hex()}\n", "", False),
-            ("22 = port: 22\n", "", False),
-            ("22 = port: 22\n", "22 = port: 29\n", False),
-            ("22 = port: 22\n", "22 = port: 22 / users: 2\n", False),
-        ],
-    )
-    def test_a_client_between_challenge_and_response(
-        self, lab: Lab, watched: WatchedNft, old: str, new: str, goes_on: bool, protocol: str
-    ) -> None:
-        if "5900" in new and protocol == "udp":
-            return  # a datagram to the old port finds nobody there
-        lab.load(more=DOOR)
-        general = "control-error-policy = basic-auth\ncontrol-timeout = 5"
-        conf = watched.conf(nftables="max-nr-rules = 90", general=general)
-        assert old in conf
-        with Server(lab, conf) as server:
-            with Peer(lab, protocol) as peer, Peer(lab, protocol, OTHER_4) as later:
-                token = peer.challenge(0x22)
-                later.challenge(0x22)
-                reconfigure(server, conf.replace(old, new, 1))
-                later.socket.close()
-                peer.socket.settimeout(3 if goes_on else 0.5)
-                peer.send(message(RESPONSE, 0x22, token=token))
-                try:
-                    answer = peer.receive().operation
-                except (OSError, AssertionError):
-                    answer = -1
-                assert (answer == COMEIN) == goes_on, server.log
-            agree(lab, server, *([(CLIENT_4, 0x22, 1)] if goes_on else []))
-
-    def test_clients_while_it_rains_sighups(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        """Nobody's connection is lost, whenever the new settings come."""
-        stop = threading.Event()
-
-        def rain() -> None:
-            while not stop.is_set():
-                count = len(guarded.events("reloaded"))
-                guarded.process.send_signal(signal.SIGHUP)
-                with contextlib.suppress(AssertionError):
-                    guarded.wait_for("reloaded", count + 1)
-
-        general = "control-timeout = 60"  # for the one who waits meanwhile
-        reconfigure(guarded, watched.conf(nftables="max-nr-rules = 1000", general=general))
-        addresses = [f"10.77.7.{number}" for number in range(1, 251)]
-        with Peer(lab) as peer:
-            token = peer.challenge(0x23)
-            thread = threading.Thread(target=rain)
-            thread.start()
-            try:
-                assert storm(lab, addresses, 16, KNOCK).good == 250
-            finally:
-                stop.set()
-                thread.join()
-            peer.send(message(RESPONSE, 0x23, token=token))
-            assert peer.receive().operation == COMEIN
-        print(f"{len(guarded.events('reloaded'))} reloads", end=" ")
-        agree(lab, guarded, (CLIENT_4, 0x23, 1), *((a, 0x22, 1) for a in addresses))
-
-
-    def test_a_chain_with_rules_of_others(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        """The old configuration stays, and so do those rules, also after a stop."""
-        knock_all(lab, *HOLDERS)
-        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
-        reconfigure(guarded, watched.conf(port="5900"), good=False)
-        assert "not letmein's" in guarded.events("reload-failed")[0]["reason"]
-        agree(lab, guarded, *HOLDERS)
-        flush_and_reload(lab)
-        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
-        guarded.wait_for("healed")
-        delete_the_rules(lab)
-        guarded.wait_for("healed", 2)
-        agree(lab, guarded, *HOLDERS)
-        guarded.process.terminate()
-        assert guarded.wait() == 0
-        left = lab.ruleset()
-        assert "letmein" not in left and "tcp dport 443 accept" in left
-
-
-class TestNftFaults:
-    """After each of them the kernel, `status` and what clients were told are one."""
-
-    def test_missing_while_the_firewall_is_reloaded(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        knock_all(lab, *HOLDERS)
-        away = watched.directory / "away"
-        watched.exe.rename(away)
-        try:
-            flush_and_reload(lab)
-            guarded.wait_for("cannot-heal")
-        finally:
-            away.rename(watched.exe)
-        eventually(lambda: set(kernel().elements) == rows(*HOLDERS), "not healed")
-        agree(lab, guarded, *HOLDERS)
-
-    @pytest.mark.parametrize("mode", ["hang", "late"])
-    def test_killed(self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str) -> None:
-        """An nft that hangs is killed, whether it has done its work before or not; then the server
-        looks what is there, and mends it."""
-        knock_all(lab, *HOLDERS)
-        watched.mode(mode)
-        delete_the_rules(lab)
-        event = guarded.wait_for("cannot-heal")
-        assert "did not end within 4 s" in event["reason"], event
-        watched.mode("good")
-        eventually(lambda: kernel().rules == TRUTH_RULES, "not healed")
-        agree(lab, guarded, *HOLDERS)
-        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
-
-    def test_slow(self, lab: Lab, watched: WatchedNft) -> None:
-        """An nft that takes 2 s prolongs no lease: not at a heal, nor at a start after kill -9."""
-        lab.load(more=DOOR)
-        with Server(lab, watched.conf()) as server:
-            knock_all(lab, *HOLDERS)
-            before = Remaining(CLIENT_4)
-            watched.mode("slow")
-            for turn in (1, 2):
-                flush_and_reload(lab)
-                server.wait_for("healed", turn, leases="5")
-            crash(server)
-        with Server(lab, watched.conf()) as server:
-            now = Remaining(CLIENT_4)
-            assert len(now.seconds) == len(before.seconds) == 4
-            now.assert_runs_on_from(before)
-            assert now.began - before.done > 4
-            watched.mode("good")
-            agree(lab, server, *HOLDERS)
-
-    def test_a_chain_that_vanished(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        knock_all(lab, *HOLDERS)
-        nft_do(
-            *our_rules(),
-            "flush chain inet filter input",
-            "delete chain inet filter LETMEIN-INPUT",
-            "add rule inet filter input accept",
-        )
-        guarded.wait_for("cannot-heal")
-        # The sets are still there, so what is asked for can be done or not; but not half.
-        answer = handshake(lab, 0x22, source=OTHER_4)
-        told = [(OTHER_4, 0x22, 1)] if answer == COMEIN else []
-        assert set(kernel().elements) == rows(*HOLDERS, *told)
-        flush_and_reload(lab)
-        agree(lab, guarded, *HOLDERS, *told)
-        assert len(guarded.events("cannot-heal")) == 1, guarded.log
-        assert lab.reaches(22, CLIENT_4)
-
-    def test_a_target_chain_that_vanished(
-        self, lab: Lab, guarded: Server, watched: WatchedNft
-    ) -> None:
-        """Without it the jumps cannot be; it is back, and so are they."""
-        knock_all(lab, *HOLDERS)
-        lab.load()
-        guarded.wait_for("cannot-heal")
-        nft_do(DOOR)
-        agree(lab, guarded, *HOLDERS)
-        assert lab.reaches(8080, CLIENT_4)
-
-
-def without_refresh(lab: Lab) -> Path:
-    """letmein.py as on a kernel where `timeout T expires T` does not restart an element's time."""
-    text = LETMEIN.read_text(encoding="utf-8")
-    changed, count = re.subn(r"(?m)^(\s+self\.refreshes) = .*$", r"\1 = False", text)
-    assert count == 1
-    return lab.file(changed, f"letmein-{next(lab.numbers)}.py", 0o755)
-
-
 class TestExactly:
     def test_a_revoke_leaves_the_rest(self, lab: Lab, guarded: Server) -> None:
+        """Each revocation takes its own elements, and a gate with its last lease."""
         knock_all(lab, *HOLDERS, (CLIENT_4, 0x41, 1))
         assert handshake(lab, 0x22, REVOKE) == COMEIN
         agree(lab, guarded, *HOLDERS[1:], (CLIENT_4, 0x41, 1))
@@ -5017,6 +5058,7 @@ class TestExactly:
     def test_a_refresh_restarts_the_clock(
         self, lab: Lab, watched: WatchedNft, refreshes: bool
     ) -> None:
+        """A repeated knock gives the whole time anew, on kernels that refresh and others."""
         lab.load(more=DOOR)
         program = LETMEIN if refreshes else without_refresh(lab)
         resources = re.sub(r"(?m)^(23 .*|4. .*)$", r"\1 / timeout: 3", TRUTH_RESOURCES)
@@ -5049,6 +5091,7 @@ class TestExactly:
     def test_another_user_takes_a_lease_over(
         self, lab: Lab, watched: WatchedNft, refreshes: bool
     ) -> None:
+        """The last to knock is the holder, with the whole time, and anybody may revoke."""
         lab.load(more=DOOR)
         program = LETMEIN if refreshes else without_refresh(lab)
         runner = (sys.executable, program, "server")
@@ -5072,6 +5115,7 @@ class TestExactly:
             assert kernel().gates == {}
 
     def test_two_resources_with_one_target(self, lab: Lab, watched: WatchedNft) -> None:
+        """They are two leases, each with its own time and end."""
         lab.load(more=DOOR)
         OPENS.update({0x42: [""]})
         twice = TRUTH_RESOURCES + "42 = jump / input: DOOR / input-match: saddr / timeout: 90\n"
@@ -5097,6 +5141,7 @@ class TestExactly:
     def test_jumps_for_all_traffic(
         self, lab: Lab, family: str, first: str, second: str, other: str, refreshes: bool
     ) -> None:
+        """A gate lasts as long as the longest lease that is left, whichever goes first."""
         icmp = {"inet": "{ icmp, icmpv6 }", "ip": "icmp", "ip6": "icmpv6"}[family]
         lab.load(JUMP_RULESET.format(family=family).replace("{ icmp, icmpv6 }", icmp))
         conf = server_conf("41 = jump / input: DOOR-INPUT / timeout: 60", family=family)
@@ -5145,6 +5190,7 @@ class TestExactly:
     def test_max_nr_rules_under_64_knocks_at_once(
         self, lab: Lab, watched: WatchedNft, resource: int, size: int
     ) -> None:
+        """There are never too many rules, and each knock gets in."""
         lab.load(more=DOOR)
         addresses = [f"10.77.4.{number}" for number in range(1, 65)]
         room = 20
@@ -5152,22 +5198,23 @@ class TestExactly:
         with Server(lab, conf) as server:
             for _ in range(3):
                 # Each comes in, in the place of an older one; and never are there too many.
-                assert storm(lab, addresses, 64, KNOCK, resource).good == 64
+                assert storm(lab, addresses, 64, KNOCK, resource) == 64
                 held = {row.address for row in kernel().elements}
                 assert len(held) == room
                 agree(lab, server, *((address, resource, 1) for address in held))
                 # All those may knock again: nobody goes for that.
                 ended = len(server.events("revoked", reason="max-nr-rules is reached"))
-                assert storm(lab, held, 64, KNOCK, resource).good == room
+                assert storm(lab, held, 64, KNOCK, resource) == room
                 assert {row.address for row in kernel().elements} == held
                 assert len(server.events("revoked", reason="max-nr-rules is reached")) == ended
-                assert storm(lab, addresses, 64, REVOKE, resource).good == 64
+                assert storm(lab, addresses, 64, REVOKE, resource) == 64
                 agree(lab, server)
 
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     def test_an_ipv6_knock_for_family_ip(
         self, lab: Lab, watched: WatchedNft, protocol: str
     ) -> None:
+        """It is refused, with the reason in the log."""
         lab.load(JUMP_RULESET.format(family="ip").replace("{ icmp, icmpv6 }", "icmp"))
         with Server(lab, server_conf(family="ip")) as server:
             assert handshake(lab, 0x22, source=CLIENT_4) == COMEIN
@@ -5177,6 +5224,7 @@ class TestExactly:
             agree(lab, server, (CLIENT_4, 0x22, 1), family="ip")
 
     def test_3_seconds_with_everything_killed(self, lab: Lab, watched: WatchedNft) -> None:
+        """A lease ends on time without any process."""
         lab.load(more=DOOR)
         with Server(lab, watched.conf()) as server:
             before = time.monotonic()
@@ -5203,4252 +5251,97 @@ class TestExactly:
         ending.assert_took(3, before, told)
 
 
-# -- anything, in any order -----------------------------------------------------
-
-SOURCES = [CLIENT_4, OTHER_4, CLIENT_6, OTHER_6]
-SHORT_S = 1.2
-RANDOM_RESOURCES = {
-    0x22: "port: 22",
-    0x23: "port: 23 / tcp, udp",
-    0x25: f"port: 25 / timeout: {SHORT_S}",
-    0x26: "port: 26 / users: 1",
-    0x40: "jump / input: DOOR / input-match: saddr",
-    0x41: "jump / input: DOOR",
-}
+# nft takes some words for its own, none of which begins with an X.
+NFT_NAMES = st.text("Xx09_.-", max_size=63).map("X".__add__)
+TARGETS = st.sampled_from(["XTARGET-1", "XTARGET.2", "XTARGET_" + 56 * "3"])
+TIMES = st.sampled_from(["0.001", "1", "600", "4294967295"])
 
 
-class Variant(NamedTuple):
-    """One configuration of the random test: its users, resources, longest timeout."""
+def port_text(port: int, protocols: str, timeout: str) -> str:
+    return f"port: {port} / {protocols} / timeout: {timeout}"
 
-    users: tuple[int, ...] = (1, 2)
-    resources: tuple[int, ...] = tuple(RANDOM_RESOURCES)
-    timeout: int = 600
 
-    def conf(self, nft: WatchedNft) -> str:
-        lines = [f"{number:X} = {RANDOM_RESOURCES[number]}" for number in self.resources]
-        long = [
-            line if "timeout" in line else f"{line} / timeout: {self.timeout}" for line in lines
+def jump_text(hooks: dict[str, tuple[str, bool]]) -> str:
+    items = ["jump", *(f"{hook}: {target}" for hook, (target, _) in hooks.items())]
+    items += [f"{hook}-match: saddr" for hook, (_, match_saddr) in hooks.items() if match_saddr]
+    return " / ".join(items)
+
+
+RESOURCE_TEXTS = st.builds(
+    port_text, st.integers(1, 65535), st.sampled_from(["tcp", "udp", "tcp, udp"]), TIMES
+) | st.dictionaries(
+    st.sampled_from(letmein.HOOKS), st.tuples(TARGETS, st.booleans()), min_size=1
+).map(jump_text)
+
+
+class Ours(NamedTuple):
+    """The only words that may stand in a script of ours."""
+
+    config: letmein.Config
+
+    def allows(self, line: str) -> bool:
+        config = self.config
+        table = re.escape(f" {config.family} {config.table} ")
+        name = r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)"
+        chain = f"(?:{'|'.join(map(re.escape, config.chains.values()))})"
+        match = r"ip6? saddr(?: \. meta l4proto \. th dport)?|meta protocol"
+        verdict = r"accept|jump XTARGET[-._][123]+"
+        rule = rf"(?:(?:tcp|udp) dport {config.port}|(?:{match}) @{name}) (?:{verdict})"
+        kind = "ipv[46]_addr(?: [.] inet_proto [.] inet_service)?|ether_type"
+        patterns = [
+            rf"add set{table}{name} {{ type (?:{kind}); flags timeout; counter; }}",
+            rf'add rule{table}{chain} {rule} comment "letmein [0-9a-f]{{8}}"',
         ]
-        conf = nft.conf("\n".join(long))
-        return "\n".join(
-            line
-            for line in conf.splitlines()
-            if not any(line == f"{u} = {k.hex()}" for u, k in KEYS.items() if u not in self.users)
-        )
+        return any(re.fullmatch(pattern, line) for pattern in patterns)
 
-    def seconds(self, resource: int) -> float:
-        return SHORT_S if resource == 0x25 else self.timeout
 
-    def may(self, user: int, resource: int) -> bool:
-        known = user in self.users and resource in self.resources
-        return known and (resource != 0x26 or user == 1)
-
-    @property
-    def rules(self) -> int:
-        return 4 + 2 * (0x40 in self.resources) + (0x41 in self.resources)
-
-
-VARIANTS = [
-    Variant(),
-    Variant(users=(1,)),
-    Variant(resources=(0x23, 0x25, 0x41)),
-    Variant(timeout=30),
-    Variant(resources=(0x22, 0x23, 0x25, 0x26, 0x40)),
-]
-
-
-class Held(NamedTuple):
-    """A lease of the model: it ends between these two times."""
-
-    user: int
-    earliest: float
-    latest: float
-
-
-class World:
-    """A server, what is done to it, and a simple model of what it should make of that."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.nft = WatchedNft(lab)
-        self.server: Server | None = None
-        self.variant = VARIANTS[0]
-        self.leases: dict[tuple[str, int], Held] = {}
-
-    def reset(self) -> None:
-        """Begin with an empty server. A new one only if there is none."""
-        self.leases.clear()
-        if self.server is None:
-            self.lab.load(more=DOOR)
-            self.variant = VARIANTS[0]
-            self.server = Server(self.lab, self.variant.conf(self.nft))
-            return
-        self.sighup(1)
-        reconfigure(self.server, Variant(users=()).conf(self.nft))
-        self.sighup(0)
-        self.leases.clear()
-        self.compare("reset")
-
-    def drop(self) -> None:
-        """Something went wrong: the next sequence is to have a new server."""
-        if self.server is not None:
-            self.server.kill()
-            self.server = None
-        self.nft.mode("good")
-
-    # -- the steps -----------------------------------------------------------
-
-    def knock(self, source: int, resource: int, user: int, operation: int = KNOCK) -> None:
-        address, variant = SOURCES[source], self.variant
-        before = time.monotonic()
-        answer = attempt(self.lab, resource, operation, address, user)
-        now = time.monotonic()
-        allowed = variant.may(user, resource)
-        assert (answer == COMEIN) == allowed, (answer, variant)
-        if allowed and operation == REVOKE:
-            self.leases.pop((address, resource), None)
-        elif allowed:
-            seconds = variant.seconds(resource)
-            self.leases[address, resource] = Held(user, before + seconds, now + seconds)
-
-    def revoke(self, source: int, resource: int, user: int) -> None:
-        self.knock(source, resource, user, REVOKE)
-
-    def expire(self) -> None:
-        """Wait until what ends soon has ended."""
-        soon = [held.latest for held in self.leases.values() if held.latest < time.monotonic() + 2]
-        if soon:
-            time.sleep(max(0, max(soon) - time.monotonic()))
-
-    def reload(self) -> None:
-        flush_and_reload(self.lab)
-
-    def flush(self) -> None:
-        flush_the_chain(self.lab)
-
-    def restore(self) -> None:
-        restore_what_was_saved(self.lab)
-
-    def plant(self) -> None:
-        assert self.server is not None
-        server, count = self.server, happened(self.server, "healed")
-        nft_do(f"add element inet filter letmein-4 {{ 10.77.6.1 . tcp . 22 {comment()} }}")
-        eventually(lambda: happened(server, "healed") > count, "it is not removed")
-
-    def by_hand(self, number: int) -> None:
-        """Delete a lease that stands for some while yet from the kernel."""
-        assert self.server is not None
-        quiet(self.server)
-        soon = time.monotonic() + 2
-        firm = sorted(key for key, held in self.leases.items() if held.earliest > soon)
-        if not firm:
-            return
-        address, resource = firm[number % len(firm)]
-        version = 6 if ":" in address else 4
-        if resource in (0x40, 0x41):
-            name, keys = f"letmein-{resource:08X}-{version}", [address]
-        else:
-            pairs = [opens.split("/") for opens in OPENS[resource]]
-            name, keys = f"letmein-{version}", [f"{address} . {p} . {n}" for p, n in pairs]
-        count = len(self.server.events("revoked", reason="by hand"))
-        nft_do(f"delete element inet filter {name} {{ {keys[0]} }}")
-        self.server.wait_for("revoked", count + 1, reason="by hand")
-        del self.leases[address, resource]
-
-    def sighup(self, number: int) -> None:
-        assert self.server is not None
-        self.variant = variant = VARIANTS[number]
-        before = time.monotonic()
-        reconfigure(self.server, variant.conf(self.nft))
-        now = time.monotonic()
-        for (address, resource), held in list(self.leases.items()):
-            seconds = variant.seconds(resource)
-            self.leases[address, resource] = Held(
-                held.user,
-                min(held.earliest, before + seconds),
-                min(held.latest, now + seconds),
-            )
-            if not variant.may(held.user, resource):
-                del self.leases[address, resource]
-
-    def bad_sighup(self) -> None:
-        assert self.server is not None
-        reconfigure(self.server, "[RESOURCES]\n1 = nonsense\n", good=False)
-        self.server.path.write_text(self.variant.conf(self.nft), encoding="utf-8")
-
-    def sigkill(self, number: int) -> None:
-        assert self.server is not None
-        crash(self.server, network=bool(number % 2))
-        self.server = Server(self.lab, self.variant.conf(self.nft))
-
-    def restart(self) -> None:
-        assert self.server is not None
-        self.server.stop()
-        self.server = Server(self.lab, self.variant.conf(self.nft))
-        self.leases.clear()
-
-    def network(self) -> None:
-        """The network process dies; another one comes."""
-        assert self.server is not None
-        count = len(self.server.events("network-process-lost"))
-        os.kill(self.server.network_process(), signal.SIGKILL)
-        self.server.wait_for("network-process-lost", count + 1)
-        eventually(lambda: attempt(self.lab, 0x99) is not None, "no new network process")
-
-    def fault(self, source: int, resource: int, operation: int, all_fails: bool) -> None:
-        """nft fails meanwhile: that is nothing to a lease."""
-        self.nft.mode("fail-all" if all_fails else "fail")
-        self.knock(source, resource, 1, operation)
-        self.nft.mode("good")
-
-    def faulty_reload(self) -> None:
-        """The firewall is reloaded while nft fails; later it works again."""
-        assert self.server is not None
-        server, count = self.server, happened(self.server, "cannot-heal")
-        self.nft.mode("fail")
-        flush_and_reload(self.lab)
-        eventually(lambda: happened(server, "cannot-heal") > count, "nft has not failed")
-        self.nft.mode("good")
-
-    # -- the comparison ------------------------------------------------------
-
-    def differences(self) -> str:
-        """How the kernel, `status` and the model differ; "" if they do not."""
-        assert self.server is not None
-        before = time.monotonic()
-        said = kernel()
-        told = status(self.server)
-        now = time.monotonic()
-        if said.rules != self.variant.rules:
-            return f"{said.rules} rules in place of {self.variant.rules}"
-        for name, seen in (("the kernel", said.elements), ("status", told)):
-            possible = set()
-            for (address, resource), held in self.leases.items():
-                for row in rows((address, resource, held.user)):
-                    if held.earliest > now and row not in seen:
-                        return f"{name} lacks {row}"
-                    if held.latest < before and row in seen:
-                        return f"{name} still has {row}"
-                    possible.add(row)
-                    if row in seen and not (
-                        held.earliest - now - 1.05 <= seen[row] <= held.latest - before + 0.05
-                    ):
-                        return f"{name} gives {row} {seen[row]} s"
-            if set(seen) - possible:
-                return f"{name} has {sorted(set(seen) - possible)}"
-        holders = [held for (_, resource), held in self.leases.items() if resource == 0x41]
-        latest = max((held.latest for held in holders), default=0)
-        earliest = max((held.earliest for held in holders), default=0)
-        if latest < before and said.gates:
-            return f"a gate is open: {said.gates}"
-        if earliest > now and len(said.gates) != 2:
-            return f"the gate is shut: {said.gates}"
-        for left in said.gates.values():
-            if not earliest - now - 1.05 <= left <= latest - before + 0.05:
-                return f"the gate has {left} s left"
-        return ""
-
-    def compare(self, step: object) -> None:
-        """They have to become one, soon."""
-        assert self.server is not None
-        deadline = time.monotonic() + LIMIT_S
-        while difference := self.differences():
-            if time.monotonic() > deadline:
-                held = json.dumps({str(k): v for k, v in self.leases.items()}, indent=1)
-                log = "\n".join(self.server.lines[-30:])
-                raise AssertionError(f"after {step}: {difference}\n{held}\n{log}")
-            time.sleep(0.02)
-
-
-NUMBERS = st.integers(0, 3)
-KNOWN = st.sampled_from(list(RANDOM_RESOURCES))
-USERS = st.sampled_from([1, 1, 2])
-STEPS = st.one_of(
-    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
-    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
-    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
-    st.tuples(st.just("revoke"), NUMBERS, KNOWN, USERS),
-    st.tuples(st.sampled_from(["reload", "flush", "restore", "plant", "expire", "faulty_reload"])),
-    st.tuples(st.sampled_from(["bad_sighup", "restart", "network"])),
-    st.tuples(st.just("sighup"), st.integers(0, len(VARIANTS) - 1)),
-    st.tuples(st.sampled_from(["by_hand", "sigkill"]), NUMBERS),
-    st.tuples(st.just("fault"), NUMBERS, KNOWN, st.sampled_from([KNOCK, REVOKE]), st.booleans()),
-)
-
-
-@pytest.fixture(scope="class")
-def world(lab: Lab, meanings: None) -> Iterator[World]:
-    made = World(lab)
-    yield made
-    if made.server is not None:
-        made.server.stop()
-
-
-class TestAnything:
-    @settings(
-        max_examples=SOAK or 30,
-        derandomize=not SOAK,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(steps=st.lists(STEPS, min_size=8, max_size=8))
-    def test_anything(self, world: World, steps: Iterable[tuple[Any, ...]]) -> None:
-        """Model, status and kernel are one after every step."""
-        done: list[tuple[Any, ...]] = []
-        try:
-            world.reset()
-            for step in steps:
-                done.append(step)
-                getattr(world, step[0])(*step[1:])
-                world.compare(done)
-        except BaseException:
-            print(done)
-            world.drop()
-            raise
-
-
-# ----------------------------------------------------------------------------
-# 8  Under attack
-# ----------------------------------------------------------------------------
-
-# The log's grammar: time, or for the journal a priority; names; words, or quoted what is no word.
-LOG_LINE = re.compile(
-    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} |<[3-7]>)event=[a-z-]+"
-    r"""(?: [a-z-]+=(?:[A-Za-z0-9_.,:/+%-]+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"))*"""
-)
-
-
-def altered(lab: Lab, *changes: tuple[str, str]) -> tuple[str | Path, ...]:
-    """How to run a server whose program has each first text replaced by its second one."""
-    text = LETMEIN.read_text(encoding="utf-8")
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path = lab.file(text, f"letmein-{next(lab.numbers)}.py", 0o755)
-    return (sys.executable, path, "server")
-
-
-# Who waits for a summary need not wait for 10 s.
-SOON = ("\nSUMMARY_S = 10.0\n", "\nSUMMARY_S = 1.0\n")
-
-
-def counted(server: Server) -> dict[str, Any]:
-    """What `status` says of the server itself, whether it runs or not."""
-    arguments = ("status", "--json", "--rundir", server.rundir, "-c", server.path)
-    result = server.lab.command(*arguments)
-    assert result.status == 0, result
-    found: dict[str, Any] = json.loads(result.out)["server"]
-    return found
-
-
-def status_socket(server: Server) -> Path:
-    """Where the server answers `status`."""
-    (found,) = server.rundir.glob("*.status")
-    return found
-
-
-def refused_knock(
-    lab: Lab, protocol: str, source: str = CLIENT_4, user: int = 1, resource: int = 0x22
-) -> None:
-    """A knock with a wrong key, to a server with the policy `always`. Over UDP only the first of
-    the same ones counts."""
-    with Peer(lab, protocol, source) as peer:
-        peer.send(message(KNOCK, resource, user, key=KEYS[2]))
-        assert peer.receive()[:2] == (GOAWAY, user)
-
-
-def assert_grammar(lines: Iterable[str]) -> None:
-    for line in lines:
-        assert line.isascii() and line.isprintable(), ascii(line)
-        assert LOG_LINE.fullmatch(line), line
-
-
-ANSWERS_ALL = server_conf(general="control-error-policy = always")
-
-
-class TestLogUnderAttack:
-    """No flood fills the disk, and none hides who was let in."""
-
-    def test_a_burst_is_summed_up(self, lab: Lab) -> None:
-        lab.load()
-        program = altered(lab, SOON)
-        with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
-            for number in range(300):
-                for protocol in ("tcp", "udp"):
-                    refused_knock(lab, protocol, user=9 if number % 2 else 1, resource=number)
-                if number % 30 == 0:
-                    assert handshake(lab, source=f"10.77.6.{number // 30}") == COMEIN
-
-            def told(proto: str) -> int:
-                """How many refused peers the log has told of, by their lines or summed up."""
-                name = f"refused-{proto}"
-                sums = (int(line.get(name, "0")) for line in server.events("summary"))
-                return len(server.events("refused", proto=proto)) + sum(sums)
-
-            eventually(lambda: told("tcp") == told("udp") == 300, "not all are accounted for")
-            assert len(server.events("granted")) == 10
-            begun = {"tcp": 0, "udp": 0}  # lines since the last summary
-            for line in server.lines:
-                if "event=summary" in line:
-                    begun = {"tcp": 0, "udp": 0}
-                for proto in begun:
-                    begun[proto] += "event=refused" in line and f"proto={proto}" in line
-                assert max(begun.values()) <= 10, server.log
-            assert len(server.events("summary")) >= 1
-            assert len(server.events("refused")) < 300
-
-    def test_ten_lines_then_one_summary(self, lab: Lab) -> None:
-        """At a stop at the latest: the summary that is due is written."""
-        lab.load()
-        with Server(lab, ANSWERS_ALL) as server:
-            for number in range(13):
-                refused_knock(lab, "tcp")
-                refused_knock(lab, "udp", CLIENT_6, resource=number)
-            refused_knock(lab, "tcp")
-            server.stop()
-        assert len(server.events("refused", proto="tcp", peer=CLIENT_4)) == 10
-        assert len(server.events("refused", proto="udp", peer=CLIENT_6)) == 10
-        (summary,) = server.events("summary")
-        assert (summary["refused-tcp"], summary["refused-udp"]) == ("4", "3")
-        events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
-        assert events == ["summary", "stopped"]
-
-    @pytest.mark.parametrize(
-        "event, change, change_back",
-        [
-            ("healed", "flush chain inet filter LETMEIN-INPUT", ""),
-            (
-                "cannot-heal",
-                "rename chain inet filter LETMEIN-INPUT ANOTHER",
-                "rename chain inet filter ANOTHER LETMEIN-INPUT",
-            ),
-        ],
-    )
-    def test_a_table_that_is_changed_all_the_time(
-        self, lab: Lab, event: str, change: str, change_back: str
-    ) -> None:
-        """A loop of reloads does not fill the disk, either."""
-        lab.load()
-        limits = ("\nLINES_LIMIT = 10 ", "\nLINES_LIMIT = 2 "), (SOON[0], "\nSUMMARY_S = 600.0\n")
-        with Server(lab, server_conf(), program=altered(lab, *limits)) as server:
-            for turn in range(1, 6):
-                nft_do(change)
-                eventually(
-                    lambda turn=turn: happened(server, event) == turn,  # type: ignore[misc]
-                    "it sees nothing",
-                )
-                nft_do(change_back)
-                quiet(server)
-            server.stop()
-        assert len(server.events(event)) == 2
-        assert [line[event] for line in server.events("summary")] == ["3"]
-
-    @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
-    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
-        """Each line has a time, or where standard error goes to systemd's journal a priority."""
-        journal = "stat" in stream
-        lab.load()
-        shell = ("sh", "-c", f'JOURNAL_STREAM={stream} exec "$@"', "sh")
-        program = (*shell, sys.executable, lab.installed, "server")
-        with Server(lab, ANSWERS_ALL, program=program) as server:
-            for text in (b"\nev=", b"\x1b[2J", b"' a=", b"\0\r\xff%"):
-                number = int.from_bytes(text, "big")
-                for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
-                    refused_knock(lab, protocol, source, user=number)
-                    with Peer(lab, protocol, source) as peer:
-                        peer.send(message(KNOCK, number))
-                        assert peer.receive().operation == GOAWAY
-                    with Peer(lab, protocol, source) as peer:
-                        peer.send(text * 14)
-                server.wait_for("refused", proto="udp", user=f"{number:08X}")
-                server.wait_for("refused", proto="tcp", resource=f"{number:08X}")
-            assert handshake(lab, 0x22, source=CLIENT_6) == COMEIN
-            assert handshake(lab, 0x27) == GOAWAY
-            server.wait_for("failed")
-            server.stop()
-        first = next(at for at, line in enumerate(server.lines) if "event=" in line)
-        assert_grammar(server.lines[first:])
-        assert all(line.startswith("<") == journal for line in server.lines[first:])
-        priorities = {"warning": 4, "ready": 6, "granted": 6, "refused": 5, "failed": 4}
-        for event, priority in priorities.items() if journal else ():
-            assert f"<{priority}>event={event} " in server.log, event
-        failing = lab.command("-c", server.path, "--user", "no-such-account", program=program)
-        prefix = "<3>" if journal else ""
-        assert failing.err.startswith(f"{prefix}letmein: error: ")
-
-
-    def test_what_the_log_says_of_resources_and_leases(self, lab: Lab) -> None:
-        """Who may have what, at the start, for some resources; of a grant, what it opens, for how
-        long, and whether it renews a lease."""
-        resources = f"30 = jump / input: WEB / timeout: 60\n{RESOURCES}"
-        resources += "".join(f"{number} = port: {number}\n" for number in range(100, 130))
-        port, jump = "00000023 port=23/tcp+udp seconds=600", "00000030 jump=WEB seconds=60"
-        lab.load(more="add chain inet filter WEB")
-        with Server(lab, server_conf(resources)) as server:
-
-            def lines(event: str) -> list[str]:
-                found = [line for line in server.lines if f"event={event} " in line]
-                return [line.partition(" resource=")[2] for line in found]
-
-            told = lines("resource")
-            assert len(told) == 20
-            assert told[0] == f"{jump} users=all"
-            assert f"{port} users=all" in told
-            assert "00000026 port=26/tcp seconds=600 users=00000001" in told
-            assert server.events("more-resources", count="16")
-            for resource in (0x23, 0x30, 0x23):
-                assert handshake(lab, resource) == COMEIN
-            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
-            assert handshake(lab, 0x23, operation=REVOKE) == COMEIN
-            assert handshake(lab, 0x23) == COMEIN
-            server.wait_for("granted", 5)
-            assert lines("granted") == [port, jump, f"{port} renewed=yes", port, port]
-
-    def test_one_knock_is_one_refusal(self, lab: Lab) -> None:
-        """A client with a wrong key asks again and again over UDP, and is refused once; a knock
-        for something else, or by somebody else, is another one."""
-        lab.load()
-        wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
-        with Server(lab, server_conf()) as server:
-            lab.letmein("knock", "-U", SERVER_4, "22", conf=wrong).assert_error("no answer")
-            assert counted(server)["refused"] == {"wrong key": 1}
-            assert counted(server)["counts"]["repeated"] > 1
-            assert len(server.events("refused")) == 1
-            for resource in (0x23, 0x23, 0x23, 0x22):
-                with Peer(lab, "udp", OTHER_4) as peer:
-                    peer.send(message(KNOCK, resource, key=KEYS[2]))
-            server.wait_for("refused", 3)
-            assert counted(server)["refused"] == {"wrong key": 3}
-
-
-class Mute:
-    """A server whose standard error is not ours to read, but a file, closed, or this pipe."""
-
-    PIPE_SIZE = 1031  # fcntl.F_SETPIPE_SZ, which Python names from 3.10 on
-
-    def __init__(self, lab: Lab, where: str, program: Sequence[str | Path] = ()) -> None:
-        self.pipe = lab.directory / f"pipe-{next(lab.numbers)}"
-        os.mkfifo(self.pipe)
-        # Who has opened it to read and write neither waits for the other end nor misses it.
-        self.end = os.open(self.pipe, os.O_RDWR | os.O_NONBLOCK)
-        fcntl.fcntl(self.end, self.PIPE_SIZE, 16384)
-        if where == "full pipe":
-            self.fill()
-        redirection = {"closed": "2>&-", "/dev/full": "2>/dev/full"}.get(where, f"2>{self.pipe}")
-        shell = ("sh", "-c", f'exec "$@" {redirection}', "sh")
-        words = (*shell, *(program or (sys.executable, LETMEIN, "server")))
-        self.server = Server(lab, server_conf(), program=words, wait=False)
-
-        def ready() -> bool:
-            assert self.server.process.poll() is None, "it does not start"
-            return "letmein" in lab.ruleset()
-
-        eventually(ready, "it does not start")
-
-    def __enter__(self) -> Mute:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.kill()
-        os.close(self.end)
-
-    def fill(self) -> None:
-        """Have the pipe take no byte more."""
-        with contextlib.suppress(BlockingIOError):
-            while os.write(self.end, b"-" * 80 + b"\n"):
-                pass
-        with contextlib.suppress(BlockingIOError):
-            while os.write(self.end, b"\n"):
-                pass
-
-    def read(self) -> str:
-        """What is in the pipe."""
-        said = b""
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(self.end, 65536):
-                said += part
-        return said.decode("utf-8")
-
-    def stop(self) -> None:
-        self.server.process.terminate()
-        assert self.server.wait() == 0
-        assert "letmein" not in self.server.lab.ruleset()
-
-
-class TestUnreadLog:
-    """A log that nobody reads keeps nobody out, and nobody in."""
-
-    @pytest.mark.parametrize("where", ["full pipe", "/dev/full", "closed"])
-    def test_it_serves_and_stops(self, lab: Lab, where: str) -> None:
-        lab.load()
-        with Mute(lab, where) as mute:
-            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
-                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
-                assert lab.reaches(23, source)
-            assert handshake(lab, 0x27) == GOAWAY
-            assert handshake(lab, 0x23, REVOKE) == COMEIN
-            assert not lab.reaches(23, CLIENT_4)
-            assert counted(mute.server)["counts"]["granted"] == 2
-            # What was closed stays so: the log does not go into a file that has come in its place.
-            for path in mute.server.rundir.iterdir():
-                assert path.is_socket() or path.read_text(encoding="utf-8") == ""
-            mute.stop()
-
-    def test_a_reader_that_comes_back(self, lab: Lab) -> None:
-        """The log goes on, and `status` says how many lines it has missed."""
-        lab.load()
-        with Mute(lab, "pipe") as mute:
-            eventually(lambda: "event=ready" in mute.read(), "it is never ready")
-            mute.fill()
-            addresses = [f"10.77.6.{number}" for number in range(1, 41)]
-            assert storm(lab, addresses, 1, KNOCK).good == 40
-            assert counted(mute.server)["counts"]["lines-lost"] == 40
-            assert "event=granted" not in mute.read()
-            assert handshake(lab) == COMEIN
-            eventually(lambda: "event=granted" in mute.read(), "the log does not go on")
-            mute.stop()
-
-    def test_a_long_line(self, lab: Lab) -> None:
-        """It is cut to what a pipe takes as a whole."""
-        lab.load(more=DOOR)
-        many = "".join(f"{n:X} = jump / input: DOOR / input-match: saddr\n" for n in range(80))
-        with Server(lab, server_conf(many, general="debug = 1")) as server:
-            flush_and_reload(lab)
-            server.wait_for("healed")
-            assert max(map(len, server.lines)) == select.PIPE_BUF - 1
-            assert max(line.count("event=") for line in server.lines) == 1
-
-
-class TestCounters:
-    """What `status` tells of the server itself."""
-
-    def test_what_is_counted(self, lab: Lab) -> None:
-        lab.load()
-        conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 60")
-        with Server(lab, conf, "-N", "2") as server:
-            before = counted(server)
-            assert before["process"] == server.process.pid
-            assert before["leases"] == 0
-            assert before["refused"] == {}
-            for source in (CLIENT_4, CLIENT_6):
-                assert handshake(lab, source=source) == COMEIN
-            assert handshake(lab, operation=REVOKE, protocol="udp") == COMEIN
-            for protocol in ("tcp", "udp"):
-                refused_knock(lab, protocol, OTHER_4)
-                refused_knock(lab, protocol, OTHER_4, user=9)
-            refused_knock(lab, "udp", OTHER_4, user=9, resource=0x23)
-            assert handshake(lab, 0x27) == GOAWAY
-            # Nobody else is late, however busy the machine is.
-            with Peer(lab, source=OTHER_4) as peer:
-                reconfigure(server, conf.replace("control-timeout = 60", "control-timeout = 0.1"))
-                assert peer.rest() == b"", "it is late"
-            reconfigure(server, conf)
-            idle = [Peer(lab) for _ in range(3)]
-            assert idle[0].rest() == b"", "it is evicted"
-            for peer in idle[1:]:
-                peer.socket.close()
-            with Peer(lab, source="10.77.6.1") as peer:
-                peer.send(b"GET / HTTP/1.1\r\n" * 4)
-                assert peer.rest() == b""
-            with Peer(lab, "udp") as peer:
-                peer.send(b"GET / HTTP/1.1\r\n" * 4)
-                peer.send(b"?")
-            lab.load()
-            server.wait_for("healed")
-            expected = {
-                "granted": 2, "revoked": 1, "refused": 5, "failed": 1, "healed": 1,
-                "late": 1, "evicted": 1, "garbage": 3,
-            }
-
-            def all_counted() -> bool:
-                found = counted(server)["counts"]
-                return all(found.get(name) == number for name, number in expected.items())
-
-            # The network process tells what it has counted every second or so.
-            eventually(all_counted, f"{expected} are not counted")
-            after = counted(server)
-            assert after["refused"] == {"wrong key": 2, "unknown user": 3}
-            assert after["leases"] == 1
-            arguments = ("status", "--rundir", server.rundir, "-c", server.path)
-            text = lab.command(*arguments).out
-            for name, number in {**expected, **after["refused"]}.items():
-                assert f"{name} {number}" in text
-            server.stop()
-            assert counted(server) is None
-            said = f"No server for table inet filter runs in {server.rundir}"
-            assert said in lab.command(*arguments).out
-
-    def test_who_may_ask(self, lab: Lab) -> None:
-        """The administrator, and nobody else: the counters tell of attacks, and who holds what."""
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            path = status_socket(server)
-            assert path.stat().st_mode & 0o077 == 0
-            if lab.real_root:
-                server.rundir.chmod(0o755)
-                connect = (
-                    "import os, socket, sys; peer = socket.socket(socket.AF_UNIX);"
-                    "os.setgroups([]); os.setuid(int(sys.argv[2])); peer.connect(sys.argv[1])"
-                )
-                for account, good in (("root", True), ("nobody", False)):
-                    number = str(pwd.getpwnam(account).pw_uid)
-                    program = (sys.executable, "-I", "-c", connect)
-                    result = lab.command(path, number, program=program)
-                    assert (result.status == 0) == good, result
-                    assert good or "PermissionError" in result.err, result
-                follow = (
-                    "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import letmein;"
-                    "os.setgroups([]); os.setuid(65534); sys.exit(letmein.main(sys.argv[1:]))"
-                )
-                words = ("status", "--follow", "-c", lab.file(server_conf(), mode=0o644))
-                program = (sys.executable, "-I", "-c", follow)
-                said = lab.command(
-                    LETMEIN.parent, *words, "--rundir", server.rundir, program=program
-                )
-                said.assert_error("cannot read table inet filter: only root may", "as root")
-            server.stop()
-            assert not path.exists()
-
-    def test_a_successor(self, lab: Lab) -> None:
-        """What a killed server left behind is in nobody's way."""
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            assert handshake(lab) == COMEIN
-            server.kill()
-            assert status_socket(server).exists()
-            assert counted(server) is None
-            with Server(lab, server_conf(), "--rundir", str(server.rundir)) as successor:
-                assert counted(server)["process"] == successor.process.pid
-                assert counted(server)["counts"].get("granted", 0) == 0
-
-    def test_readers_that_do_not_read(self, lab: Lab) -> None:
-        lab.load()
-        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
-            path = str(status_socket(server))
-            readers = []
-            for _ in range(200):
-                readers.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
-                # How long connect() may wait for its turn, and recv() for what comes: socket(7).
-                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-                    limit = struct.pack("ll", int(LIMIT_S), 0)
-                    readers[-1].setsockopt(socket.SOL_SOCKET, option, limit)
-                readers[-1].connect(path)
-            assert handshake(lab) == COMEIN
-            assert handshake(lab, protocol="udp", source=CLIENT_6) == COMEIN
-            assert counted(server)["counts"]["granted"] == 2
-            for reader in readers[::2]:
-                with reader.makefile("rb") as file:
-                    assert json.loads(file.read())["process"] == server.process.pid
-            server.stop()
-
-
-class Following:
-    """`letmein status --follow --json`, and the rows that a reader of it believes in."""
-
-    def __init__(self, server: Server) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.held: dict[tuple[str, str], set[Row]] = {}
-        self.news = threading.Condition()
-        words = [sys.executable, server.lab.installed, "status", "--follow", "--json"]
-        words += ["-c", server.path, "--rundir", server.rundir]
-        self.process = subprocess.Popen(
-            [str(word) for word in words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment(),
-        )  # fmt: skip
-        server.lab.processes.append(self.process)
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def __enter__(self) -> Following:
-        self.wait_for("snapshot")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self.news:
-                event = json.loads(line)
-                self.events.append(event)
-                if event["event"] == "snapshot":
-                    self.held.clear()
-                for lease in event.get("leases", [event]):
-                    opens = [f"{name}/{lease['port']}" for name in lease["protocols"]] or [""]
-                    holder = (lease["address"], lease["resource"])
-                    self.held[holder] = {
-                        Row(lease["address"], each, lease["resource"], lease["user"])
-                        for each in opens
-                    }
-                    if event["event"] == "closed":
-                        del self.held[holder]
-                self.news.notify_all()
-
-    def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
-        """Wait for count such events; returns the last of them."""
-        wanted = {"event": event, **fields}
-
-        def found() -> list[dict[str, Any]]:
-            return [each for each in self.events if wanted.items() <= each.items()]
-
-        with self.news:
-            assert self.news.wait_for(lambda: len(found()) >= count, LIMIT_S), self.events
-            return found()[count - 1]
-
-    def assert_agrees(self, server: Server) -> None:
-        """It comes to believe what `status` says."""
-
-        def agrees() -> bool:
-            with self.news:
-                return set().union(*self.held.values()) == set(status(server))
-
-        eventually(agrees, f"{self.held} is not what `status` says")
-
-
-class TestFollow:
-    """`letmein status --follow`: whoever reads it can bring another device to the same state."""
-
-    def test_each_change(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
-        """All that happens to a lease is told, once, with its reason and all fields."""
-        knock_all(lab, (CLIENT_4, 0x22, 1))
-        with Following(guarded) as following:
-            knock_all(lab, (CLIENT_6, 0x23, 2), (CLIENT_6, 0x23, 2), (CLIENT_4, 0x40, 1))
-            event = following.wait_for("renewed", address=CLIENT_6)
-            assert abs(event.pop("time") - time.time()) < LIMIT_S
-            assert event == {
-                "event": "renewed", "reason": "", "address": CLIENT_6, "ip_version": 6,
-                "protocols": ["tcp", "udp"], "port": 23, "resource": "00000023", "chains": [],
-                "user": "00000002", "seconds_left": 600,
-            }  # fmt: skip
-            event = following.wait_for("opened", resource="00000040")
-            assert (event["chains"], event["port"], event["protocols"]) == (["DOOR"], None, [])
-            following.assert_agrees(guarded)
-            handshake(lab, 0x40, REVOKE)
-            following.wait_for("closed", reason="revoked", resource="00000040")
-            nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
-            following.wait_for("closed", reason="by hand", resource="00000022")
-            knock_all(lab, (CLIENT_4, 0x25, 1))
-            following.wait_for("closed", reason="expired", resource="00000025")
-            reconfigure(guarded, watched.conf(nftables="max-nr-rules = 4"))
-            knock_all(lab, (CLIENT_4, 0x22, 1))
-            following.wait_for("closed", reason="replaced", resource="00000023")
-            reconfigure(guarded, watched.conf(RESOURCES.replace("22 = port: 22", "")))
-            following.wait_for("closed", reason="configuration", resource="00000022")
-            following.assert_agrees(guarded)
-            names = [event["event"] for event in following.events]
-            assert (names.count("snapshot"), names.count("opened")) == (1, 4)
-            assert (names.count("renewed"), names.count("closed")) == (1, 5)
-
-    def test_what_others_change(self, lab: Lab, guarded: Server) -> None:
-        """What somebody has added to the kernel's sets by hand, a reader does not keep."""
-        with Following(guarded) as following:
-            forged = f"{OTHER_4} . tcp . 22 timeout 60s {comment()}"
-            nft_do(f"add element inet filter letmein-4 {{ {forged} }}")
-            following.wait_for("snapshot", 2)
-            following.assert_agrees(guarded)
-
-    def test_the_server_is_killed(self, lab: Lab, guarded: Server) -> None:
-        """A reader learns what ends while no server runs, and goes on with the next one. If it is
-        there before that has adopted leases, it reads them again: some may not be adopted."""
-        knock_all(lab, *HOLDERS, (CLIENT_4, 0x25, 1))
-        with Following(guarded) as following:
-            guarded.kill()
-            following.wait_for("snapshot", 2)
-            eventually(lambda: (CLIENT_4, "00000025") not in following.held, "it is not told")
-            assert {row.address for row in set().union(*following.held.values())} == {
-                CLIENT_4, CLIENT_6, OTHER_6
-            }  # fmt: skip
-            conf = guarded.path.read_text(encoding="utf-8").replace("\n2 = ", "\n3 = ")
-            count = sum(event["event"] == "snapshot" for event in following.events)
-            adopting = "self.firewall.is_adopting"
-            waits = f"while ({adopting} or not self.followers.peers) and"
-            program = altered(lab, (f"while {adopting} and", waits))
-            arguments = ("--rundir", str(guarded.rundir))
-            with Server(lab, conf, *arguments, program=program) as successor:
-                following.wait_for("snapshot", count + 2)
-                eventually(lambda: len(following.held) == 3, f"{following.held}")
-                knock_all(lab, (OTHER_4, 0x22, 1))
-                following.wait_for("opened", address=OTHER_4)
-                following.assert_agrees(successor)
-                successor.stop()
-            eventually(lambda: not following.held, "it believes in leases of a server that stopped")
-
-    def test_64_followers(self, lab: Lab) -> None:
-        """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
-        one that dies is forgotten, and the 65th is told why it gets nothing. Nobody waits for
-        them."""
-        lab.load()
-        program = altered(lab, ("FOLLOWER_BUFFER = 1 << 20", "FOLLOWER_BUFFER = 1 << 12"))
-        with contextlib.ExitStack() as stack, Server(lab, server_conf(), program=program) as server:
-            (path,) = server.rundir.glob("*.follow")
-            peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(63)]
-            for peer in peers:
-                peer.settimeout(LIMIT_S)
-                peer.connect(str(path))
-                assert json.loads(peer.recv(1000)) == {"event": "following"}
-            following = stack.enter_context(Following(server))
-            words = ("status", "--follow", "--rundir", server.rundir, "-c", server.path)
-            lab.command(*words).assert_error("64 followers")
-            peers.pop().close()
-            stack.enter_context(Following(server))
-
-            def knock_once() -> bool:
-                """Whether all of them were cut off."""
-                assert handshake(lab) == COMEIN
-                for peer in peers[::2]:
-                    peer.recv(1)
-                return len(inodes(server.process.pid)) <= before - len(peers)
-
-            before = len(inodes(server.process.pid))
-            eventually(knock_once, "a reader that does not read is not cut off")
-            assert all(peer.recv(1) for peer in peers), "what was sent before can still be read"
-            following.assert_agrees(server)
-
-    def test_an_idle_server(self, lab: Lab, guarded: Server) -> None:
-        """Nobody wakes up while nothing happens, however many follow."""
-        knock_all(lab, (CLIENT_4, 0x22, 1))
-        with Following(guarded), Following(guarded):
-
-            def sleeps() -> bool:
-                before = proc_status(guarded.process.pid)["voluntary_ctxt_switches"]
-                time.sleep(1.5)
-                return proc_status(guarded.process.pid)["voluntary_ctxt_switches"] == before
-
-            eventually(sleeps, "it wakes up")
-
-    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
-        """With the reader of its output the program ends, before there is more to write."""
-        words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
-        follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
-        result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
-        assert result.out.endswith("nobody holds a lease\n") and "error" not in result.err
-
-
-def document_block(first: str) -> str:
-    """The example of the documents whose first line this is."""
-    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", documents())
-    assert found, f"no document has an example {first}"
-    return found[1]
-
-
-class Recipe:
-    """A recipe that follows the leases, run as its service runs it: again and again. Args: names,
-    of its scripts, from blocks of the documents; command, what the service starts."""
-
-    def __init__(self, lab: Lab, server: Server, *names: str, command: str = "") -> None:
-        self.server = server
-        self.process: subprocess.Popen[bytes] | None = None
-        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
-        letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
-        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", documents())
-        pipeline = pipeline.replace("letmein-ipset", names[0])
-        files = {
-            "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
-            "service": f"while :; do setsid -w sh -c '{command or pipeline}'; sleep 0.1; done\n",
-        }
-        for name in names:
-            # The first line of a block and its last two put the script between into its place.
-            script = document_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
-            script = script.partition("\nEOF\n")[0].replace("/usr/local/sbin", str(self.directory))
-            files[name] = script.replace("/var/lib", f"{self.directory}/lib") + "\n"
-        for name, text in files.items():
-            self.file(name, text)
-
-    def file(self, name: str, text: str) -> None:
-        """A program of the recipe."""
-        (self.directory / name).write_text(text, encoding="utf-8")
-        (self.directory / name).chmod(0o755)
-
-    def __enter__(self) -> Recipe:
-        path = f"{self.directory}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        self.process = subprocess.Popen(
-            ["sh", "service"], cwd=self.directory, env={**environment(), "PATH": path}
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-        self.kill()
-
-    def parts(self) -> list[int]:
-        """All processes that work for it, but for the service."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if os.readlink(path / "cwd") == str(self.directory):
-                    found.append(int(path.name))
-        return [pid for pid in found if self.process and pid != self.process.pid]
-
-    def kill(self, word: str = "") -> None:
-        """SIGKILL all parts of it, or those that have this in their command line."""
-        for pid in self.parts():
-            with contextlib.suppress(OSError):
-                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
-
-
-FOLLOWER = "--follow\0--json"  # of which command line it is a part
-IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
-
-
-class FleetHost:
-    """A machine behind the gateway, the server's host, with a firewall and an sshd of its own."""
-
-    def __init__(self, lab: Lab, number: int, sets: str) -> None:
-        self.lab = lab
-        self.address = f"10.3.{number}.2"
-        call_libc("unshare", CLONE_NEWNET)
-        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        call_libc("setns", lab.server_ns, CLONE_NEWNET)
-        links = f"""
-            host ip link set lo up
-            host ip link add uplink type veth peer name fleet{number} netns {os.getpid()}
-            host ip addr add {self.address}/24 dev uplink
-            host ip link set uplink up
-            server ip addr add 10.3.{number}.1/24 dev fleet{number}
-            server ip link set fleet{number} up
-            host ip route add default via 10.3.{number}.1
-            client ip route add 10.3.{number}.0/24 via 10.1.0.1
-        """
-        namespaces = {"host": self.namespace, "server": lab.server_ns, "client": lab.client_ns}
-        run_all(namespaces, links)
-        drop = "type filter hook input priority filter; policy drop; iif lo accept;"
-        known = f"ct state established,related accept; ip saddr 10.3.{number}.1 accept;"
-        rest = "meta l4proto tcp reject with tcp reset;"
-        chain = f"chain input {{ {drop}{known}\\1 {rest} }}"
-        ruleset = re.sub(r"chain input \{((?:.|\n)*?)\}", chain, sets)
-        with lab.inside(self.namespace):
-            run(NFT, "-f", "-", text=ruleset)
-            self.listener = socket.create_server(("", 22))
-            self.sshd = Sshd(lab)
-
-    def close(self) -> None:
-        self.sshd.process.kill()
-        self.sshd.process.wait()
-        self.listener.close()
-        os.close(self.namespace)
-
-    def reachable(self) -> bool:
-        """Whether the client gets through to its port 22."""
-        with self.lab.socket("tcp", CLIENT_4) as probe:
-            return probe.connect_ex((self.address, 22)) == 0
-
-    def state(self) -> set[str]:
-        """What its two sets hold."""
-        with self.lab.inside(self.namespace):
-            listing = json.loads(run(NFT, "-j", "list", "ruleset"))["nftables"]
-        found = set()
-        for item in listing:
-            for wrapped in item.get("set", {}).get("elem", []):
-                address, protocol, port = wrapped["elem"]["val"]["concat"]
-                assert wrapped["elem"]["timeout"] > 0
-                found.add(f"{address} {protocol}/{port}")
-        return found
-
-
-class TestRecipes:
-    """The recipes for other devices: they end up as `status` says, whatever is killed."""
-
-    def exercise(
-        self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
-    ) -> None:
-        """Args: state, the addresses that the device lets in, with what is open for them."""
-
-        def agree_with(server: Server) -> None:
-            def is_equal() -> bool:
-                return state() == {f"{row.address} {row.opens}" for row in status(server)}
-
-            eventually(is_equal, f"{state()} is not what `status` says")
-
-        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x23, 1), (OTHER_4, 0x22, 2))
-        agree_with(server)
-        assert handshake(lab, operation=REVOKE) == COMEIN
-        knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
-        agree_with(server)
-        for word in (FOLLOWER, ""):
-            for recipe in recipes:
-                recipe.kill(word)
-            assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
-            knock_all(lab, (CLIENT_6, 0x22, 1))
-            agree_with(server)
-            assert handshake(lab, 0x22, REVOKE, source=CLIENT_6) == COMEIN
-            knock_all(lab, (CLIENT_6, 0x23, 1))
-            agree_with(server)
-        knock_all(lab, (CLIENT_4, 0x25, 1))
-        server.kill()
-        eventually(lambda: len(status(server)) == 4, "its 3 seconds do not end")
-        agree_with(server)
-        conf = server.path.read_text(encoding="utf-8")
-        with Server(lab, conf, "--rundir", str(server.rundir)) as successor:
-            knock_all(lab, (OTHER_6, 0x22, 1), (CLIENT_4, 0x25, 1))
-            agree_with(successor)
-            assert handshake(lab, 0x22, REVOKE, source=OTHER_6) == COMEIN
-            agree_with(successor)
-        eventually(lambda: not state(), "the server has stopped, and something is open still")
-
-    def test_ipset(self, lab: Lab) -> None:
-        """An ipset with timeouts, and an iptables firewall that lets in who is in it."""
-        try:
-            run("ipset", "create", "letmein-probe", "hash:ip")
-            run("ipset", "destroy", "letmein-probe")
-        except (OSError, AssertionError) as error:
-            pytest.skip(f"ipset does not work here: {error}")
-
-        def state() -> set[str]:
-            listing = run("ipset", "-output", "save", "list")
-            found = re.findall(r"(?m)^add letmein[46] (\S+?),(\w+):(\d+) timeout [1-9]", listing)
-            return {f"{address} {protocol}/{port}" for address, protocol, port in found}
-
-        lab.load()
-        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
-            eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
-            for rule in document_block(IPTABLES_RULE).strip().splitlines():
-                run(*rule.split())
-            run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
-            knock_all(lab, (CLIENT_4, 0x22, 1))
-            eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
-            run("ipset", "flush", "letmein4")
-            recipe.kill("letmein-ipset\0")
-            eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
-            self.exercise(lab, server, [recipe], state)
-            run("iptables", "-F", "INPUT")
-        run("ipset", "destroy")
-
-    def test_own_command(self, lab: Lab) -> None:
-        """A command on open and on close: here one that keeps a file for each lease."""
-        lab.load()
-        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-hook") as recipe:
-            place = recipe.directory / "device"
-            place.mkdir()
-            act = 'case $1 in open) touch "$2 $3";; close) rm -f "$2 $3";; esac'
-            recipe.file("letmein-command", f'#!/bin/sh -e\ncd "{place}"\n{act}\n')
-
-            def state() -> set[str]:
-                held = [path.name.split() for path in place.iterdir()]
-                return {
-                    f"{address} {opens}"
-                    for address, resource in held
-                    for opens in OPENS[int(resource, 16)]
-                }
-
-            self.exercise(lab, server, [recipe], state)
-
-    def test_fleet(self, lab: Lab) -> None:
-        """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
-        lab.load()
-        sets = document_block("table inet filter {")
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(Server(lab, server_conf()))
-            hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
-            recipes = []
-            for host in hosts:
-                stack.callback(host.close)
-                names = ("letmein-nft", "letmein-fleet")
-                recipe = Recipe(lab, server, *names, command=f"letmein-fleet {host.address}")
-                ssh = shlex.join([shutil.which("ssh") or "ssh", *host.sshd.command[1:]])
-                recipe.file("ssh", f'#!/bin/sh\nexec {ssh} "$@"\n')
-                recipes.append(stack.enter_context(recipe))
-            assert not any(host.reachable() for host in hosts)
-            knock_all(lab, (CLIENT_4, 0x22, 1))
-            for host in hosts:
-                eventually(host.reachable, f"{host.address} stays shut")
-            with lab.inside(hosts[0].namespace):
-                run(NFT, "flush set inet filter letmein4")
-            recipes[0].kill("BatchMode")  # ssh
-            eventually(hosts[0].reachable, "its set stays empty")
-
-            def state() -> set[str]:
-                states = [host.state() for host in hosts]
-                return states[0] if states == states[:1] * 3 else {"they differ"}
-
-            self.exercise(lab, server, recipes, state)
-            assert not any(host.reachable() for host in hosts)
-
-
-class TestFail2ban:
-    def test_the_filter_of_the_documents(self, lab: Lab) -> None:
-        """It bans those who speak the protocol without a key, over TCP: nobody can forge them."""
-        program = shutil.which("fail2ban-regex")
-        if program is None:
-            pytest.skip("fail2ban-regex is not in PATH")
-        banned = {CLIENT_4, CLIENT_6, OTHER_4}
-        lab.load()
-        with Server(lab, ANSWERS_ALL) as server:
-            refused_knock(lab, "tcp", CLIENT_4)
-            refused_knock(lab, "tcp", CLIENT_6, user=9)
-            with Peer(lab, source=OTHER_4) as peer:
-                peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22), key=KEYS[2]))
-                assert peer.receive().operation == GOAWAY
-            with Peer(lab, source="10.77.6.1") as peer:
-                peer.send(message(KNOCK, 0x99))
-                assert peer.receive().operation == GOAWAY
-            refused_knock(lab, "udp", OTHER_6)
-            for source in ("10.77.6.2", "fd77::2"):
-                assert handshake(lab, source=source) == COMEIN
-                assert handshake(lab, source=source, operation=REVOKE) == COMEIN
-                assert handshake(lab, 0x27, source=source) == GOAWAY
-            for number in range(11):
-                refused_knock(lab, "udp", "fd77::3", resource=number)
-            server.stop()
-        for event in ("refused", "granted", "revoked", "failed", "summary", "stopped"):
-            assert server.events(event), event
-        rules = lab.file(document_block("# /etc/fail2ban/filter.d/letmein.conf"), "filter.conf")
-        # As a file, as the journal's reader puts it together, and as syslog writes it.
-        bare = [line.partition(" ")[2] if line[0] == "2" else line for line in server.lines]
-        for prefix, lines in (
-            ("", server.lines),
-            ("", bare),
-            ("host letmein.py[123]: ", bare),
-            ("Nov 21 11:56:26 host letmeind[123]: ", bare),
-        ):
-            log = lab.file("".join(f"{prefix}{line}\n" for line in lines))
-            result = lab.command("--out", "ip", log, rules, program=(program,))
-            assert result.status == 0, result
-            assert sorted(result.out.split()) == sorted(banned), (prefix, result)
-
-
-# ----------------------------------------------------------------------------
-# Service files and installation
-# ----------------------------------------------------------------------------
-
-# The table that OpenWrt's fw4 makes, in short: how it begins anew, where it includes files of
-# others, and a zone that rejects.
-FW4 = """
-table inet fw4
-flush table inet fw4
-table inet fw4 {
-    include "ROOT/etc/nftables.d/*.nft"
-    chain input {
-        type filter hook input priority filter; policy drop;
-        iifname "lo" accept
-        include "ROOT/usr/share/nftables.d/chain-pre/input/letmein.nft"
-        ct state vmap { established : accept, related : accept }
-        iifname "lan" jump input_wan
-        jump handle_reject
-    }
-    chain handle_reject { meta l4proto tcp reject with tcp reset; reject; }
-    chain input_wan { meta l4proto ipv6-icmp accept; jump reject_from_wan; }
-    chain reject_from_wan { iifname "lan" counter jump handle_reject; }
-}
-"""
-
-# A shell that knows OpenWrt's words, and says what it hears: what sources the file that is $1.
-PROCD = """
-for word in procd_open_instance procd_set_param procd_close_instance procd_send_signal; do
-    eval "$word() { echo $word \\"\\$@\\"; }"
-done
-. "$1"
-echo "START $START USE_PROCD $USE_PROCD"
-start_service
-reload_service
-"""
-
-# A parent that opens the control port's sockets, as systemd does: sd_listen_fds(3). $1 is the file
-# for their inodes; the rest is the server.
-ACTIVATE = """
-import os, socket, sys
-for number, kind in enumerate((socket.SOCK_STREAM, socket.SOCK_DGRAM)):
-    control = socket.socket(socket.AF_INET6, kind)
-    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    control.bind(("::", 5800))
-    if kind == socket.SOCK_STREAM:
-        control.listen()
-    os.dup2(control.detach(), 30 + number)
-with open(sys.argv[1], "w") as file:
-    for number in range(2):
-        os.dup2(30 + number, 3 + number)
-        print(os.fstat(3 + number).st_ino, file=file)
-os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-# The same for anything: each word of $1 is "KIND ADDRESS PORT".
-GIVE = """
-import os, socket, sys
-kinds = {
-    "tcp": (socket.SOCK_STREAM, 6),
-    "udp": (socket.SOCK_DGRAM, 17),
-    "udp-lite": (socket.SOCK_DGRAM, 136),
-}
-given = sys.argv[1].split(",")
-for number, text in enumerate(given):
-    kind, address, port = (text.split() + ["", ""])[:3]
-    if kind in kinds:
-        family = socket.AF_INET if "." in address else socket.AF_INET6
-        made = socket.socket(family, *kinds[kind])
-        if family == socket.AF_INET6 and any("." in other for other in given):
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, int(port or 5800)))
-        if kind == "tcp" and port != "5805":  # that one is left silent
-            made.listen()
-        os.dup2(made.detach(), 30 + number)
-    elif kind == "unix":
-        made = socket.socket(socket.AF_UNIX)
-        made.bind("")
-        if address:
-            made.listen()
-        os.dup2(made.detach(), 30 + number)
-    elif kind == "file":
-        os.dup2(os.open("/dev/null", os.O_RDWR), 30 + number)
-    elif kind == "pipe":
-        os.dup2(os.pipe()[0], 30 + number)
-for number, text in enumerate(given):
-    if text == "closed":
-        os.closerange(3 + number, 4 + number)
-    else:
-        os.dup2(30 + number, 3 + number)
-os.environ.update(LISTEN_FDS=str(len(given)), LISTEN_PID=str(os.getpid()))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def activated(*sockets: str, program: Sequence[str | Path] = ()) -> tuple[str | Path, ...]:
-    """How to run a server that is given these."""
-    program = program or (sys.executable, LETMEIN, "server")
-    return (sys.executable, "-c", GIVE, ",".join(sockets), *program)
-
-
-def service(lab: Lab, kind: str, *arguments: str | Path) -> str:
-    """What `letmein.py service` prints."""
-    result = lab.command("service", kind, *arguments, program=(sys.executable, LETMEIN))
-    result.assert_good()
-    return result.out
-
-
-def unit_settings(unit: str) -> dict[str, list[str]]:
-    """What stands in a unit, by name."""
-    settings: dict[str, list[str]] = {}
-    for name, value in re.findall(r"^(\w+)=(.*)$", unit, re.M):
-        settings.setdefault(name, []).append(value)
-    return settings
-
-
-def inodes(process: int) -> set[str]:
-    """The sockets that a process has open."""
-    links = (os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir())
-    return {link[8:-1] for link in links if link.startswith("socket:[")}
-
-
-class TestService:
-    """The files that start the server with the system."""
-
-    def test_systemd_starts_this_copy(self, lab: Lab) -> None:
-        conf = lab.file(server_conf())
-        for words, path, account in (
-            ((), Path("/etc/letmeind.conf"), "letmeind"),
-            (("-c", conf, "--user", "nobody"), conf, "nobody"),
-        ):
-            unit = unit_settings(service(lab, "systemd", *words))
-            (command,) = unit["ExecStart"]
-            expected = [sys.executable, "-I", str(LETMEIN), "server", "-c", str(path)]
-            assert shlex.split(command)[:8] == [*expected, "--user", account]
-            # What that command needs can be seen in there.
-            seen = [Path(place.lstrip("-")) for place in shlex.split(unit["BindReadOnlyPaths"][0])]
-            for needed in (LETMEIN, path, Path(sys.executable), Path(NFT), Path(os.__file__)):
-                assert any(place in needed.parents for place in seen), (needed, seen)
-        included = lab.file(server_conf(general="include = /srv/*/keys.d/*.conf"))
-        (seen_there,) = unit_settings(service(lab, "systemd", "-c", included))["BindReadOnlyPaths"]
-        assert "/srv" in shlex.split(seen_there)
-        # Its command line is one that the server takes.
-        (*_, option, rundir) = shlex.split(command)
-        assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
-
-    def test_systemd_takes_it(self, lab: Lab) -> None:
-        program = shutil.which("systemd-analyze")
-        if program is None:
-            pytest.skip("systemd-analyze is not in PATH")
-        if "--offline" not in run(program, "--help"):
-            pytest.skip("this systemd-analyze cannot judge a file (systemd 250)")
-        unit = lab.file(service(lab, "systemd"), "letmeind.service")
-        socket_unit = lab.file(service(lab, "systemd-socket"), "letmeind.socket")
-        result = lab.command("verify", unit, socket_unit, program=(program,))
-        assert (result.status, result.err) == (0, ""), result
-        said = run(program, "security", "--offline=true", "--no-pager", unit)
-        found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
-        assert found and float(found[1]) <= 2.6, said
-
-    @pytest.mark.parametrize("number", ["", "x", "-1", "16"])
-    def test_a_wrong_number_of_sockets(self, lab: Lab, number: str) -> None:
-        """The error names the variable that says so."""
-        lab.load()
-        shell = ("sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={number} exec "$@"', "sh")
-        words = ("server", "-c", lab.file(server_conf()), "--user", "none")
-        result = lab.command(*words, program=(*shell, sys.executable, lab.installed))
-        result.assert_error("LISTEN_FDS in the environment", "from 0 to 15 sockets")
-
-    def test_a_systemd_that_reads_nothing(self, lab: Lab) -> None:
-        """Nobody takes its word that it is ready: it serves all the same, and takes a SIGHUP."""
-        lab.load()
-        path = str(lab.directory / "notify")
-        unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
-        with socket.socket(*unix) as busy, socket.socket(*unix) as sender:
-            busy.bind(path)
-            sender.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    sender.sendto(b"no room", path)
-            with Server(lab, server_conf(), env={**environment(), "NOTIFY_SOCKET": path}) as server:
-                assert handshake(lab) == COMEIN
-                reconfigure(server, server_conf())
-                assert handshake(lab, 0x23) == COMEIN
-
-    def test_the_rights_are_enough(self, lab: Lab) -> None:
-        """The server does all its work with the capabilities of the unit alone."""
-        if not lab.real_root:
-            pytest.skip("the network process becomes another user: that takes real root")
-        (names,) = unit_settings(service(lab, "systemd"))["CapabilityBoundingSet"]
-        rights = ",".join(f"+{name[4:].lower()}" for name in names.split())
-        program = ("setpriv", f"--bounding-set=-all,{rights}", "--inh-caps=-all", "--no-new-privs",
-                   sys.executable, LETMEIN, "server")
-        lab.load()
-        with Server(lab, server_conf(), program=program, account="nobody") as server:
-            assert handshake(lab) == COMEIN
-            lab.load()
-            server.wait_for("healed")
-            assert lab.reaches(22, CLIENT_4)
-            network = server.network_process()
-            for process in (server.process.pid, network):
-                status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-                (bounds,) = re.findall(r"^CapBnd:\s+(\w+)$", status, re.M)
-                assert bin(int(bounds, 16)).count("1") == len(names.split()), status
-                assert re.search(r"^NoNewPrivs:\s+1$", status, re.M), status
-            # Who is another user, and does not end by itself.
-            os.kill(network, signal.SIGSTOP)
-            replaced(server, network, "stopped")
-            reconfigure(server, server_conf(port="5900 / tcp, udp"))
-            reconfigure(server, server_conf())
-            assert handshake(lab, 0x23, protocol="udp", source=CLIENT_6) == COMEIN
-
-    def test_sockets_of_systemd(self, lab: Lab) -> None:
-        lab.load()
-        file = lab.file("")
-        program = (sys.executable, "-c", ACTIVATE, file, sys.executable, LETMEIN, "server")
-        with Server(lab, server_conf(), program=program) as server:
-            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
-                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
-            assert set(file.read_text().split()) <= inodes(server.process.pid)
-
-    def test_two_sockets_of_one_name(self, lab: Lab) -> None:
-        """One for IPv4 and one for IPv6, as BindIPv6Only=ipv6-only has them: both are served, also
-        after a reload and by the next network process."""
-        lab.load()
-        sockets = [f"{kind} {address}" for kind in ("tcp", "udp") for address in ("0.0.0.0", "::")]
-        with Server(lab, server_conf(), program=activated(*sockets)) as server:
-            reconfigure(server, server_conf())
-            for _ in range(2):
-                for protocol, source in KNOCKERS:
-                    assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
-                lost = len(server.events("network-process-lost"))
-                os.kill(server.network_process(), signal.SIGKILL)
-                server.wait_for("network-process-lost", lost + 1)
-                eventually(lambda: server_is_back(server), "no new network process")
-
-    def test_a_socket_that_was_shut(self, lab: Lab) -> None:
-        """What a network process that was taken over has done to systemd's listening socket is
-        undone for the next one."""
-        lab.load()
-        attack = with_attack(lab, ATTACKS_ON_THE_MONITOR["shut control sockets"])
-        program = activated("tcp ::", program=attack)
-        conf = server_conf(port="5800 / tcp")
-        with confined(lab, conf, seccomp="off", program=program) as server:
-            assert handshake(lab, source=CLIENT_6) == COMEIN
-            os.kill(server.network_process(), signal.SIGUSR1)
-            server.wait_for("network-process-lost")
-            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
-
-    @pytest.mark.parametrize(
-        "given", ["unix", "unix listening", "tcp :: 5805", "udp-lite ::", "file", "pipe", "closed"]
-    )
-    def test_what_is_no_control_socket(self, lab: Lab, given: str) -> None:
-        """Whatever else systemd gives is refused by its number, and not served."""
-        lab.load()
-        program = (*activated("tcp ::", given), "--user", "none", "--rundir", lab.directory)
-        result = lab.command("-c", lab.file(server_conf()), program=program)
-        result.assert_error("descriptor 4, which is no socket for a control port", "ListenStream")
-
-    def test_a_socket_of_another_port(self, lab: Lab) -> None:
-        """It is refused by name."""
-        lab.load()
-        program = (*activated("tcp ::", "tcp :: 5801"), "--user", "none")
-        conf = lab.file(server_conf())
-        result = lab.command("-c", conf, "--rundir", lab.directory, program=program)
-        result.assert_error("a socket for 5801/tcp, which is no control port")
-
-    @pytest.mark.parametrize("command", ["server", "status"])
-    def test_its_server_is_found(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-        """Without --rundir, where the unit's server runs, and where none runs."""
-        monkeypatch.setattr(os.path, "isdir", "/run/letmeind".__eq__)
-        assert letmein.parse_words([command]).rundir == "/run/letmeind"
-        monkeypatch.setattr(os.path, "isdir", "/run".__eq__)
-        assert letmein.parse_words([command]).rundir == "/run"
-
-    def test_no_unit_that_shows_all_of_the_disk(self, lab: Lab) -> None:
-        """A configuration file in / would make that directory visible to the service."""
-        words = ["-c", "/letmeind.conf", "service", "systemd"]
-        result = lab.command(*words, program=(sys.executable, LETMEIN))
-        result.assert_error("/letmeind.conf lies in /", "move it into a directory")
-        assert not result.out
-        conf = lab.file(server_conf(general="include = /*.keys"))
-        result = lab.command("service", "systemd", "-c", conf, program=(sys.executable, LETMEIN))
-        result.assert_error(f"what include in {conf} names lies in /", "move it into a directory")
-
-    @pytest.mark.parametrize("name", ["50%", "$HOME", "a:b", "it's", 'a"b', "a\\b", "a\nb"])
-    def test_no_unit_with_a_path_that_systemd_reads_otherwise(self, lab: Lab, name: str) -> None:
-        """systemd would start another command, or show the service another directory."""
-        path = lab.directory / name / "letmeind.conf"
-        words = ("-c", path, "service", "systemd")
-        result = lab.command(*words, program=(sys.executable, LETMEIN))
-        result.assert_error("systemd reads ", "take a path without")
-        assert not result.out
-
-    def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
-        conf = lab.file(server_conf())
-        script = lab.file(service(lab, "openwrt", "-c", conf), "letmeind.init")
-        assert script.read_text().startswith("#!/bin/sh /etc/rc.common\n")
-        said = run("sh", "-eu", "-c", PROCD, "sh", script).splitlines()
-        command = [sys.executable, "-I", LETMEIN, "server", "-c", conf, "--user", "letmeind"]
-        assert said == [
-            "START 95 USE_PROCD 1",
-            "procd_open_instance",
-            " ".join(map(str, ("procd_set_param command", *command))),
-            "procd_set_param respawn 3600 5 0",
-            "procd_set_param stderr 1",
-            "procd_close_instance",
-            "procd_send_signal letmeind * HUP",
-        ]
-
-    def test_in_the_firewall_of_openwrt(self, lab: Lab) -> None:
-        """The commands in the script put us into fw4's table, however that is made anew."""
-        root = Path(tempfile.mkdtemp(dir=lab.directory))
-        (root / "etc/nftables.d").mkdir(parents=True)
-        commands = re.findall(r"^#     (.*)$", service(lab, "openwrt"), re.M)
-        assert len(commands) == 3
-        for command in commands:
-            for place in ("/etc/", "/usr/"):
-                command = command.replace(f" {place}", f" {root}{place}")
-                command = command.replace(f">{place}", f">{root}{place}")
-            run("sh", "-eu", "-c", command)
-        fw4 = FW4.replace("ROOT", str(root))
-        lab.load(fw4)
-        with Server(lab, server_conf().replace("table = filter", "table = fw4")) as server:
-            told = [warning["reason"] for warning in server.events("warning")]
-            assert all("[RESOURCES]" in reason or reason == LOUD for reason in told), told
-            for source in (CLIENT_4, CLIENT_6):
-                assert not lab.reaches(22, source)
-                lab.letmein("knock", server_for(source), "22").assert_good()
-            for turn, before in enumerate(("", "", "delete table inet fw4", "flush ruleset"), 1):
-                nft_do(before, fw4)
-                server.wait_for("healed", turn, leases="2")
-                for source in (CLIENT_4, CLIENT_6):
-                    eventually(functools.partial(lab.reaches, 22, source), "not healed")
-                assert not lab.reaches(22, OTHER_4)
-                assert handshake(lab, 0x23, protocol="udp") == COMEIN
-                assert handshake(lab, 0x23, REVOKE, protocol="udp") == COMEIN
-            # fw4 is stopped for a while: the server waits, and makes no table of its own.
-            nft_do("delete table inet fw4")
-            server.wait_for("cannot-heal")
-            assert "fw4" not in lab.ruleset()
-            nft_do(fw4)
-            server.wait_for("healed", 5, leases="2")
-            assert lab.reaches(22, CLIENT_6)
-
-
-LOCKS = HERE / ".ci/lock"
-LOCKED_PYTHONS = [f"3.{minor}" for minor in range(9, 15)]
-LOCK_INPUTS = {  # what each lock was made from
-    **{python: "tools.in" for python in LOCKED_PYTHONS},
-    **{f"{python}-bench": "bench.in" for python in LOCKED_PYTHONS},
-    "uv": "uv.in",
-}
-
-
-class TestLock:
-    """The tools of `make`: what .ci/lock names, and nothing else."""
-
-    @staticmethod
-    def requirements(path: Path) -> list[str]:
-        """Of a lock or its input: one a line, without comments."""
-        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        lines = (line.partition("#")[0].strip() for line in text.splitlines())
-        return [line for line in lines if line]
-
-    def locked(self, name: str) -> dict[str, str]:
-        """The version of each package in this lock."""
-        found = {}
-        for line in self.requirements(LOCKS / f"{name}.txt"):
-            package, _, version = line.split()[0].partition("==")
-            found[package] = version
-        return found
-
-    @staticmethod
-    def installed(site: str | Path) -> dict[str, str]:
-        """The version of each package there, but for those that a new venv has."""
-        found = {}
-        for package in importlib.metadata.distributions(path=[str(site)]):
-            name = re.sub("[-_.]+", "-", package.metadata["Name"]).lower()
-            if name not in ("pip", "setuptools"):
-                found[name] = package.version
-        return found
-
-    def test_what_runs_is_what_is_locked(self) -> None:
-        """The packages beside this Python are those of its lock: each of them, and no others."""
-        site = sysconfig.get_path("purelib")
-        hint = f"{site} is not what `make tools` installs from .ci/lock"
-        assert self.installed(site) == self.locked("{}.{}".format(*sys.version_info)), hint
-
-    def test_each_lock_has_its_input(self) -> None:
-        """No lock is missing, none is left over."""
-        assert {path.stem for path in LOCKS.glob("*.txt")} == LOCK_INPUTS.keys()
-        assert {path.name for path in LOCKS.glob("*.in")} == set(LOCK_INPUTS.values())
-
-    @pytest.mark.parametrize("name", LOCK_INPUTS)
-    def test_versions_and_hashes(self, name: str) -> None:
-        """Each requirement says which files will do; none says where they come from."""
-        path = LOCKS / f"{name}.txt"
-        requirements = self.requirements(path)
-        for line in requirements:
-            words = line.split()
-            assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", words[0]), line
-            assert len(words) > 1, line
-            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in words[1:]), line
-        assert len(requirements) == len(self.locked(name))
-        assert "://" not in path.read_text(encoding="utf-8")
-
-    @pytest.mark.parametrize("name", LOCK_INPUTS)
-    def test_nothing_is_missing(self, name: str) -> None:
-        """What the input asks for is in the lock."""
-        lines = self.requirements(LOCKS / LOCK_INPUTS[name])
-        asked = {re.split("[^a-z0-9-]", line)[0] for line in lines}
-        assert asked
-        assert asked <= self.locked(name).keys()
-
-    @pytest.mark.parametrize("python", LOCKED_PYTHONS)
-    def test_the_same_everywhere(self, python: str) -> None:
-        """All Pythons have the versions that 3.9 can have: mypy reads them as Python 3.9."""
-        oldest, tools = self.locked("3.9").items(), self.locked(python)
-        assert tools.items() <= oldest
-        drawing = self.locked(f"{python}-bench")
-        assert {package: drawing.get(package, tools[package]) for package in tools} == tools
-
-    @staticmethod
-    def wheel(directory: Path, name: str, version: str) -> str:
-        """Write a package that needs `other`; returns the line of a lock for it."""
-        path = directory / f"{name}-{version}-py3-none-any.whl"
-        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        if name != "other":
-            metadata.append("Requires-Dist: other")
-        files = {
-            "METADATA": metadata,
-            "WHEEL": ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"],
-            "RECORD": [],
-        }
-        with zipfile.ZipFile(path, "w") as archive:
-            for file, lines in files.items():
-                text = "".join(f"{line}\n" for line in lines)
-                archive.writestr(f"{name}-{version}.dist-info/{file}", text)
-        return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
-
-    def test_make_installs_the_lock_alone(self, tmp_path: Path) -> None:
-        """Not what is newer, not what is needed besides, not what pip's settings add; once."""
-        name = "{}.{}".format(*sys.version_info)
-        index, tree = tmp_path / "index", tmp_path / "tree"
-        lock, venv = tree / f".ci/lock/{name}.txt", tree / f".venv/{name}"
-        index.mkdir()
-        lock.parent.mkdir(parents=True)
-        shutil.copy(HERE / "Makefile", tree)
-        older = self.wheel(index, "example", "1.0")
-        newer = self.wheel(index, "example", "2.0")
-        more = tmp_path / "more"
-        more.write_text(self.wheel(index, "other", "1.0"))
-        clean = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS")
-        settings = (
-            *("PIP_NO_INDEX=1", f"PIP_FIND_LINKS={index}"),
-            *(f"PIP_REQUIREMENT={more}", f"PIP_TARGET={tmp_path / 'elsewhere'}"),
-        )
-
-        def make_tools() -> tuple[bool, str]:
-            make = ("make", "--silent", "-C", tree, "tools", f"PYTHON={sys.executable}")
-            done = subprocess.run(
-                [*clean, *settings, *make], capture_output=True, encoding="utf-8", timeout=120
-            )
-            return done.returncode == 0, done.stdout + done.stderr
-
-        def installed() -> dict[str, str]:
-            return self.installed(venv / f"lib/python{name}/site-packages")
-
-        # No lock at all, and then files that are not those of the lock.
-        good, said = make_tools()
-        assert not good
-        assert said.startswith(f"There is no .ci/lock/{name}.txt")
-        assert "make test PYTHON=python3.13\n" in said
-        lock.write_text(newer.replace("2.0", "1.0"))
-        good, said = make_tools()
-        assert not good
-        assert "HASH" in said
-        assert installed() == {}
-        # What failed is done anew.
-        lock.write_text(older)
-        said = f"Installing into .venv/{name} what .ci/lock/{name}.txt says\n"
-        assert make_tools() == (True, said)
-        assert installed() == {"example": "1.0"}
-        # Then nothing is asked for, so it works without an index, until the lock changes.
-        index.rename(tmp_path / "offline")
-        assert make_tools() == (True, "")
-        (tmp_path / "offline").rename(index)
-        lock.write_text(newer)
-        assert make_tools()[0]
-        assert installed() == {"example": "2.0"}
-
-
-class TestInstall:
-    """`make install` and `make uninstall`."""
-
-    @staticmethod
-    def make(lab: Lab, *words: str, path: str = "") -> None:
-        if shutil.which("make") is None:
-            pytest.skip("make is not in PATH")
-        clean = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS", f"PATH={path}{os.environ['PATH']}")
-        python = f"PYTHON={sys.executable}"
-        result = lab.command(*words, python, program=(*clean, "make", "--silent", "-C", HERE))
-        said = 'installed letmein and letmeind; next: README.md, "Server in ten minutes"\n'
-        assert (result.status, result.out) == (0, said if words[0] == "install" else ""), result
-
-    @staticmethod
-    def tree(root: Path) -> dict[str, tuple[int, bytes]]:
-        """The files below a directory: mode and content."""
-        files = (path for path in root.rglob("*") if not path.is_dir())
-        return {
-            str(path.relative_to(root)): (path.stat().st_mode & 0o777, path.read_bytes())
-            for path in files
-        }
-
-    def test_into_a_package(self, lab: Lab, tmp_path: Path) -> None:
-        mine = tmp_path / "etc/letmeind.conf"
-        mine.parent.mkdir()
-        mine.write_text("mine")
-        before = self.tree(tmp_path)
-        self.make(lab, "install", f"DESTDIR={tmp_path}")
-        installed = self.tree(tmp_path)
-        pyc = f"usr/local/lib/letmein/__pycache__/letmein.{sys.implementation.cache_tag}.pyc"
-        assert installed.keys() - before.keys() == {
-            "usr/local/bin/letmein",
-            "usr/local/sbin/letmeind",
-            "usr/local/lib/letmein/letmein.py",
-            pyc,
-            "usr/local/lib/systemd/system/letmeind.service",
-            *(f"usr/local/share/doc/letmein/{name}" for name in DOCUMENTS),
-            "usr/local/share/doc/letmein/letmein.conf.example",
-            "usr/local/share/doc/letmein/letmeind.conf.example",
-            "usr/local/share/doc/letmein/nftables.conf",
-            "usr/local/share/man/man1/letmein.1",
-        }
-        modes = {name: mode for name, (mode, _) in installed.items() if name not in before}
-        assert {name for name, mode in modes.items() if mode != 0o644} == {
-            "usr/local/bin/letmein",
-            "usr/local/sbin/letmeind",
-        }
-        assert modes["usr/local/bin/letmein"] == modes["usr/local/sbin/letmeind"] == 0o755
-        # Nothing in there knows where the package was made.
-        assert not any(str(tmp_path).encode() in content for _, content in installed.values())
-        _, unit = installed["usr/local/lib/systemd/system/letmeind.service"]
-        command = f"ExecStart={sys.executable} -I /usr/local/bin/letmein server -c /etc/"
-        assert command in unit.decode()
-        page = installed["usr/local/share/man/man1/letmein.1"][1].decode().replace("\\-", "-")
-        assert page.startswith(".TH LETMEIN 1\n")
-        assert all(f".SH {command.name.upper()}\n" in page for command in letmein.COMMANDS)
-        assert "\n\\&  -r, --resource ID " in page
-        # The same again changes nothing, and what is the owner's is never touched.
-        self.make(lab, "install", f"DESTDIR={tmp_path}")
-        assert self.tree(tmp_path) == installed
-        self.make(lab, "uninstall", f"DESTDIR={tmp_path}")
-        self.make(lab, "uninstall", f"DESTDIR={tmp_path}")
-        assert self.tree(tmp_path) == before
-
-    def test_the_account(self, lab: Lab, tmp_path: Path) -> None:
-        """It is made for this machine alone, once."""
-        told = tmp_path / "told"
-        programs = tmp_path / "programs"
-        programs.mkdir()
-        for name, text in (
-            ("useradd", f'echo "$@" >>{told}'),
-            ("getent", f"[ -e {told} ]"),
-        ):
-            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-            (programs / name).chmod(0o755)
-        self.make(lab, "install", f"DESTDIR={tmp_path}/package", path=f"{programs}:")
-        assert not told.exists()
-        for _ in range(2):
-            self.make(lab, "install", f"PREFIX={tmp_path}/prefix", path=f"{programs}:")
-        assert told.read_text().split() == [
-            *("--system", "--no-create-home", "--shell", "/usr/sbin/nologin", "letmeind"),
-        ]
-
-    def test_it_runs(self, lab: Lab, tmp_path: Path) -> None:
-        """Client and server, from the bytecode that was installed."""
-        self.make(lab, "install", "DESTDIR=/", f"PREFIX={tmp_path}")
-        letmein_program, letmeind_program = tmp_path / "bin/letmein", tmp_path / "sbin/letmeind"
-        version = lab.command("--version", program=(letmein_program,))
-        assert (version.status, version.out) == (0, f"letmein.py {letmein.VERSION}\n")
-        verbose = (sys.executable, "-I", "-v", letmein_program)
-        loaded = lab.command("--version", program=verbose).err
-        assert re.search(rf"code object from .*{tmp_path}/lib/letmein/__pycache__/", loaded)
-        lab.load()
-        account = "nobody" if lab.real_root else "none"
-        with Server(lab, server_conf(), account=account, program=(letmeind_program,)) as server:
-            # The network process starts from the module's code as well, and does so again.
-            network = server.network_process()
-            os.kill(network, signal.SIGKILL)
-            replaced(server, network)
-            words = ("-c", lab.file(CLIENT_CONF), "knock", SERVER_4, "22")
-            with lab.client():
-                lab.command(*words, program=(letmein_program,)).assert_good()
-            assert lab.reaches(22, CLIENT_4)
-
-
-    def test_ctrl_c_while_python_starts(self, lab: Lab, tmp_path: Path) -> None:
-        """It ends an installed program at any moment, without a traceback of Python's own."""
-        if lab.command("--block-signal=INT", "true", program=("env",)).status != 0:
-            pytest.skip("this env cannot block signals")
-        self.make(lab, "install", "DESTDIR=/", f"PREFIX={tmp_path}")
-        program = tmp_path / "bin/letmein"
-        took = min(lab.command("--version", program=(program,)).took for _ in range(5))
-        for step in range(60):
-            with Running(lab, "--version", program=(program,), env=UNMEASURED) as client:
-                time.sleep(took * step / 60)
-                result = client.end(signal.SIGINT)
-                assert (result.status, result.err) in ((-signal.SIGINT, ""), (0, ""))
-
-
-# A network process that somebody has taken over: at SIGUSR1 it does what the attack says, and
-# only this one does, which is the first. After it, if it still runs, it serves as before.
-HOSTILE = """
-# What an attack needs. From inside the sandbox nothing can be imported.
-import ctypes, errno, fcntl, itertools, mmap, random, resource, select, signal, threading
-
-LIBC = ctypes.CDLL(None, use_errno=True)
-MONITOR = os.getppid()
-
-
-def libc(name, *arguments):
-    result = getattr(LIBC, name)(*arguments)
-    if result == -1:
-        raise OSError(ctypes.get_errno(), name)
-    return result
-
-
-class Hostile(Network):
-    def __init__(self, *arguments):
-        self.request = self.answer = None
-        signal.signal(signal.SIGUSR1, lambda *_: self.attack())
-        super().__init__(*arguments)
-
-    def _send(self, record):
-        self.request = record if record.kind == REQUEST else self.request
-        self.answer = record if record.kind == ANSWER else self.answer
-        super()._send(record)
-
-    def say(self, kind, protocol=TCP, payload=unsigned(KNOCK, 1, 0x22), number=7, address=None):
-        address = address or IPV4_MAPPED + bytes([10, 77, 7, 7])
-        route = ROUTE.pack(1234, 0, bytes(20))
-        self.tell(RECORD.pack(kind, protocol, number, address, route, payload))
-
-    def tell(self, data):
-        try:
-            while True:
-                try:
-                    return os.write(self.pipe, data)
-                except BlockingIOError:
-                    select.select([self.link], [self.pipe], [])
-                    self.hear()
-        except OSError:
-            raise SystemExit(0) from None  # the monitor has closed its end
-
-    def hear(self):
-        try:
-            while True:
-                self.link.recv(RECORD.size, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
-
-    def attack(self):
-        @ATTACK@
-
-
-Network = Hostile
-
-"""
-SPIN = "while True: pass"
-BAD_RECORDS = {
-    "too short": "self.tell(bytes(10))",
-    "nothing": "os.close(self.pipe)",
-    "too long for a pipe at once": "self.tell(bytes(10_000))",
-    "too long": "self.tell(bytes(RECORD.size + 1))",
-    "unknown kind": "self.say(99)",
-    "kind 0": "self.say(0)",
-    "REPLY": "self.say(REPLY)",
-    "SETTINGS": "self.say(SETTINGS)",
-    "unknown protocol": "self.say(REQUEST, 41)",
-    "no message": "self.say(REQUEST, payload=bytes(56))",
-    "unknown operation": "self.say(REQUEST, payload=unsigned(6, 1, 0x22))",
-}
-FLOOD = """
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        numbers = random.Random(1)
-        while True:
-"""
-FLOODS = {
-    "requests": """
-            operation, noise = numbers.randrange(6), numbers.randbytes(48)
-            payload = MAGIC + operation.to_bytes(4, "big") + noise
-            protocol = numbers.choice([TCP, UDP])
-            self.say(REQUEST, protocol, payload, numbers.getrandbits(32), numbers.randbytes(16))
-            self.hear()
-""",
-    "answers": """
-            operation, noise = numbers.randrange(6), numbers.randbytes(48)
-            payload = MAGIC + operation.to_bytes(4, "big") + noise
-            self.say(ANSWER, TCP, payload, numbers.getrandbits(32), numbers.randbytes(16))
-            self.hear()
-""",
-    "replays": """
-            self.tell(RECORD.pack(*self.answer))
-            self.hear()
-""",
-    "counts": """
-            self.say(COUNTS, payload=COUNTS_PAYLOAD.pack(*[0xFFFFFFFF] * 3).ljust(56))
-            self.say(READY)
-""",
-    # What a client who has the key has said, as if from others, at other times, in any order.
-    "all at once": """
-            record = numbers.choice([self.request, self.answer])
-            near = IPV4_MAPPED + bytes([10, 77, 7, 7])
-            local = bytes.fromhex("fe80") + bytes(13) + b"1"
-            self.tell(RECORD.pack(*record._replace(
-                kind=numbers.choice([READY, REQUEST, REQUEST, ANSWER, ANSWER, COUNTS]),
-                protocol=numbers.choice([TCP, UDP]),
-                connection=numbers.choice([record.connection, numbers.getrandbits(32)]),
-                address=numbers.choice([record.address, near, local, numbers.randbytes(16)]),
-                route=numbers.choice([record.route, numbers.randbytes(26)]),
-            )))
-            self.hear()
-""",
-}
-NOT_READING = """
-            self.say(REQUEST)
-            select.select([], [self.pipe], [])
-"""
-# Takes a record now and then, so that it is never found deaf, and asks for more than that. When
-# the link is full, it lets the monitor be told to stop.
-SLOW_READER = """
-            while select.select([], [self.pipe], [], 0.3)[1]:
-                self.say(REQUEST)
-            os.kill(MONITOR, signal.SIGTERM)
-            while os.getppid() == MONITOR:
-                time.sleep(0.2)
-                self.link.recv(RECORD.size)
-            raise SystemExit(0)
-"""
-# What the network process does to what it has in common with the monitor, or sends it. Where the
-# kernel refuses a step, that is no reason to leave the next one out.
-LINGER = """
-        def linger(kept):
-            # To close it takes an hour, for its peer takes nothing.
-            forever = struct.pack("ii", 1, 3600)
-            kept.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, forever)
-            kept.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    kept.send(bytes(1 << 16), socket.MSG_DONTWAIT)
-
-        def give(kept):
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", kept.fileno()))]
-            for channel in (0, 1):
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel)) as towards:
-                    for _ in range(100):
-                        towards.sendmsg([RECORD.pack(*Record(COUNTS))], rights)
-                    kept.close()  # while others are on their way
-"""
-ATTACKS_ON_THE_MONITOR = {
-    "a descriptor that lingers": LINGER
-    + """
-        kept = next(iter(self.connections.values())).socket
-        linger(kept)
-        give(kept)
-""",
-    "a control socket that lingers": LINGER
-    + """
-        kept = self.listeners[0]
-        kept.shutdown(socket.SHUT_RDWR)
-        kept.setblocking(True)
-        kept.connect(("::ffff:10.1.0.2", 9001))
-        linger(kept)
-        os._exit(0)
-""",
-    "deaf control sockets": """
-        drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
-        program = struct.pack("@HP", 1, ctypes.addressof(drop))
-        for control in self.listeners:
-            for level, name, value in (
-                (socket.SOL_SOCKET, 26, program),  # SO_ATTACH_FILTER
-                (socket.SOL_SOCKET, 44, 1),  # SO_LOCK_FILTER
-                (socket.SOL_SOCKET, 25, b"lo"),  # SO_BINDTODEVICE
-                (socket.SOL_SOCKET, socket.SO_RCVBUF, 1),
-                (socket.IPPROTO_IP, 21, 255),  # IP_MINTTL
-                (socket.IPPROTO_IPV6, 73, 255),  # IPV6_MINHOPCOUNT
-            ):
-                with contextlib.suppress(OSError):
-                    control.setsockopt(level, name, value)
-            with contextlib.suppress(OSError):
-                control.listen(0)
-        self.listeners[1].connect(("::ffff:10.1.0.2", 9))
-        os._exit(0)
-""",
-    "shut control sockets": """
-        for control in self.listeners:
-            with contextlib.suppress(OSError):
-                control.shutdown(socket.SHUT_RDWR)
-        os._exit(0)
-""",
-    "sockets that block": """
-        for control in self.listeners:
-            fcntl.ioctl(control, 0x5421, struct.pack("i", 0))  # FIONBIO
-        fcntl.ioctl(0, 0x5421, struct.pack("i", 0))
-        os._exit(0)
-""",
-    "signals": """
-        for number in (0, 1, *(control.fileno() for control in self.listeners)):
-            for command, value in (
-                (8, MONITOR),  # F_SETOWN
-                (10, signal.SIGTERM),  # F_SETSIG
-                (1024, 0),  # F_SETLEASE
-            ):
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(number, command, value)
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(number, 0x5452, struct.pack("i", 1))  # FIOASYNC
-""",
-    "another pipe": """
-        fcntl.fcntl(self.pipe, 4, 0)  # F_SETFL: it blocks, and packs
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self.pipe, 1031, 4096)  # F_SETPIPE_SZ
-        for _ in range(3):
-            os.write(self.pipe, bytes(RECORD.size // 2))
-""",
-    "a shut link": """
-        self.link.shutdown(socket.SHUT_RDWR)
-        self.selector.unregister(self.link)
-        self.say(REQUEST)
-""",
-    "half a datagram": """
-        self.listeners[1].sendto(b"half", 0x8000, ("::ffff:10.1.0.2", 9))  # MSG_MORE
-        os._exit(0)
-""",
-}
-
-
-def with_attack(lab: Lab, attack: str) -> tuple[str | Path, ...]:
-    """How to run a server with a network process that turns hostile at SIGUSR1."""
-    end = '\nif __name__ == "__main__":\n    sys.exit'
-    return altered(lab, (end, HOSTILE.replace("@ATTACK@", attack.strip()) + end))
-
-
-def replaced(server: Server, old: int, reason: str = "") -> None:
-    """Wait until the network process `old` has gone, for this reason, and is replaced."""
-    lost = server.wait_for("network-process-lost")
-    assert reason in lost["reason"], lost
-    eventually(lambda: not alive(Path(f"/proc/{old}")), "the old network process lives on")
-    for protocol, source in (("tcp", OTHER_4), ("udp", OTHER_6)):
-        assert handshake(server.lab, 0x23, protocol=protocol, source=source) == COMEIN
-        assert handshake(server.lab, 0x23, REVOKE, protocol, source) == COMEIN
-    assert server.network_process() != old
-    assert len(server.events("network-process-lost")) == 1, server.log
-
-
-def assert_lives(server: Server) -> None:
-    """The server does all that it is for, whatever its network process was."""
-    healed = len(server.events("healed"))
-    server.lab.load()
-    server.wait_for("healed", healed + 1)
-    reconfigure(server, server_conf())
-    assert counted(server)["process"] == server.process.pid
-    for protocol, source in (("tcp", OTHER_4), ("udp", OTHER_6), ("udp", OTHER_4)):
-        assert handshake(server.lab, 0x23, protocol=protocol, source=source) == COMEIN
-        assert server.lab.reaches(23, source)
-
-
-def server_is_back(server: Server) -> bool:
-    """Whether there is a network process."""
-    with contextlib.suppress(AssertionError):
-        return server.network_process() > 0
-    return False
-
-
-def used_s(pid: int) -> float:
-    """How much of the processor's time a process has had, and its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def children_s() -> float:
-    """The same of all processes that this one has started, and that have ended."""
-    used = limits.getrusage(limits.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def things_of(pid: int) -> tuple[int, int]:
-    """How many threads and descriptors a process has."""
-    return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
-
-
-class TestNetworkProcess:
-    """The process that faces the internet dies, hangs, or turns against us."""
-
-    def test_killed_again_and_again(self, lab: Lab) -> None:
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            assert handshake(lab) == COMEIN
-            leases = lab.elements()
-            killed = 0
-            for count, pause in enumerate(("0.1", "0.2", "0.4"), 1):
-
-                def is_new(old: int = killed) -> bool:
-                    with contextlib.suppress(AssertionError):
-                        return server.network_process() != old
-                    return False
-
-                eventually(is_new, "no new network process")
-                killed = server.network_process()
-                os.kill(killed, signal.SIGKILL)
-                lost = server.wait_for("network-process-lost", count)
-                assert lost["pause"] == pause
-            assert lab.elements() == leases
-            assert lab.reaches(22, CLIENT_4)
-            for protocol in ("tcp", "udp"):
-                assert handshake(lab, 0x23, protocol=protocol) == COMEIN
-            assert lab.reaches(23, CLIENT_4)
-
-    @pytest.mark.parametrize("number, hint", [("SIGSEGV", ""), ("SIGSYS", "seccomp = log")])
-    def test_the_log_names_the_signal(self, lab: Lab, number: str, hint: str) -> None:
-        """What ended the network process, and where it can be told what to do."""
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            os.kill(server.network_process(), signal.Signals[number])
-            lost = server.wait_for("network-process-lost", reason=f"it ended ({number})")
-            assert hint in lost.get("hint", "")
-
-    def test_a_python_that_is_gone(self, lab: Lab) -> None:
-        """Neither process can be started again: the log names the path, and what to do."""
-        lab.load()
-        python = lab.directory / f"python-{next(lab.numbers)}"
-        python.symlink_to(sys.executable)
-        with Server(lab, server_conf(), program=(python, LETMEIN, "server")) as server:
-            network = server.network_process()
-            python.unlink()
-            os.kill(network, signal.SIGKILL)
-            lost = server.wait_for("network-process-lost", 2)
-            said = f"the network process cannot be started: No such file or directory: {python}"
-            assert lost["reason"] == said
-            assert "restart the server" in lost["hint"]
-
-    def test_stopped(self, lab: Lab) -> None:
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            assert handshake(lab) == COMEIN
-            network = server.network_process()
-            os.kill(network, signal.SIGSTOP)
-            replaced(server, network, "stopped")
-            assert lab.reaches(22, CLIENT_4)
-
-    @pytest.mark.parametrize(
-        "attack, reason",
-        [
-            pytest.param(SPIN, "", id="an endless loop"),
-            pytest.param(FLOOD + NOT_READING, "reads nothing", id="it reads nothing"),
-        ],
-    )
-    def test_it_hangs(self, lab: Lab, attack: str, reason: str) -> None:
-        lab.load()
-        with Server(lab, server_conf(), program=with_attack(lab, attack)) as server:
-            assert handshake(lab) == COMEIN
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network, reason)
-            assert lab.reaches(22, CLIENT_4)
-
-    @pytest.mark.parametrize("attack", BAD_RECORDS)
-    def test_a_bad_record(self, lab: Lab, attack: str) -> None:
-        lab.load()
-        program = with_attack(lab, BAD_RECORDS[attack])
-        with Server(lab, server_conf(), program=program) as server:
-            assert handshake(lab) == COMEIN
-            leases, network = lab.elements(), server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network)
-            assert lab.elements() == leases
-            server.stop()
-            first = next(at for at, line in enumerate(server.lines) if "event=" in line)
-            assert_grammar(server.lines[first:])
-
-    @pytest.mark.parametrize("attack", FLOODS)
-    def test_a_flood(self, lab: Lab, attack: str) -> None:
-        lab.load()
-        program = with_attack(lab, FLOOD + FLOODS[attack])
-        with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
-            assert handshake(lab) == COMEIN
-            leases, memory = lab.elements(), resident_kb(server.process.pid)
-            things = things_of(server.process.pid)
-            used = used_s(server.process.pid)
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            # It is at work, for so long in its own time as no machine makes shorter.
-            eventually(lambda: used_s(server.process.pid) > used + 0.5, "it does not work")
-            assert lab.elements() == leases
-            reconfigure(server, server_conf())
-            assert counted(server)["process"] == server.process.pid
-            assert resident_kb(server.process.pid) < memory + 10 * 1024
-            assert things_of(server.process.pid) == things
-            assert server.events("network-process-lost") == []
-            assert len(server.lines) < 100, "the disk gets full"
-            assert lab.reaches(22, CLIENT_4)
-            before = children_s() + sum(map(used_s, (server.process.pid, network)))
-            server.stop()
-            assert children_s() - before < 3, "it does not stop at once"
-
-    @pytest.mark.parametrize("attack", ATTACKS_ON_THE_MONITOR)
-    @pytest.mark.parametrize("seccomp", ["off", "kill"])
-    def test_an_attack_on_the_monitor(self, lab: Lab, seccomp: str, attack: str) -> None:
-        """Nothing that it does to a kernel object hangs the monitor, or makes the next one deaf."""
-        if attack == "signals" and seccomp == "off":
-            need_root(lab)  # or both are one account, and may send each other any signal
-        lab.load()
-        program = with_attack(lab, ATTACKS_ON_THE_MONITOR[attack])
-        with contextlib.ExitStack() as stack:
-            with lab.client():  # somebody takes the call, and takes nothing more
-                sink = stack.enter_context(socket.socket())
-            sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            sink.bind(("10.1.0.2", 9001))
-            sink.listen()
-            words = (lab, server_conf(general="control-timeout = 60"))
-            server = stack.enter_context(confined(*words, seccomp=seccomp, program=program))
-            assert handshake(lab) == COMEIN
-            peer = stack.enter_context(Peer(lab))
-            peer.send(message(KNOCK, 0x22))
-            peer.receive()
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            if seccomp == "kill" or "os._exit" in ATTACKS_ON_THE_MONITOR[attack]:
-                server.wait_for("network-process-lost")
-            assert lab.reaches(22, CLIENT_4), "the lease"
-            assert_lives(server)
-            assert len(server.events("network-process-lost")) <= 1, server.log
-
-    def test_somebody_else_takes_the_control_port(self, lab: Lab) -> None:
-        """In the moment in which its sockets are opened anew: that is told, and tried again."""
-        lab.load()
-        opening = "        with contextlib.suppress(UserError):  # it is tried again with the next"
-        taken = (
-            '        taken = getattr(self, "taken", None)\n'
-            '        self.taken = taken is None and socket.create_server(("0.0.0.0", 5800))\n'
-            "        if taken: taken.close()\n"
-        )
-        program = altered(lab, (opening, taken + opening))
-        with Server(lab, server_conf(), program=program) as server:
-            assert handshake(lab) == COMEIN
-            os.kill(server.network_process(), signal.SIGKILL)
-            lost = server.wait_for("network-process-lost", 2)
-            assert "cannot serve the control port 5800/tcp: Address already" in lost["reason"]
-            eventually(lambda: server_is_back(server), "no new network process")
-            assert_lives(server)
-            assert lab.reaches(22, CLIENT_4), "the lease"
-
-    def test_it_reads_slowly(self, lab: Lab) -> None:
-        """The administrator is heard all the same."""
-        lab.load()
-        program = with_attack(lab, FLOOD + SLOW_READER)
-        with Server(lab, server_conf(), "--seccomp", "off", program=program) as server:
-            assert handshake(lab) == COMEIN
-            os.kill(server.network_process(), signal.SIGUSR1)
-            assert server.wait() == 0
-            server.stop()
-            assert lab.elements() == []
-
-
-# Runs $@ with a /tmp that nobody can write to, but for the lab's own directory in there.
-FULL_TMP = """
-mount --bind @LAB@ @LAB@ && mount --rbind /tmp /tmp && mount -o remount,bind,ro /tmp && exec "$@"
-"""
-
-
-class TestLimits:
-    """What is scarce."""
-
-    def test_tmp_is_full(self, lab: Lab) -> None:
-        """Who fills /tmp keeps neither the server from starting nor its network process from coming
-        back."""
-        need_root(lab)
-        lab.load()
-        mounts = FULL_TMP.replace("@LAB@", str(lab.directory))
-        python = (sys.executable, LETMEIN, "server")
-        program = ("unshare", "--mount", "sh", "-c", mounts, "sh", *python)
-        with confined(lab, server_conf(), program=program) as server:
-            network = server.network_process()
-            os.kill(network, signal.SIGKILL)
-            replaced(server, network)
-
-    def test_the_run_directory_fills_up(self, lab: Lab) -> None:
-        """A server that runs needs no more of the disk."""
-        need_root(lab)
-        lab.load()
-        place = Path(tempfile.mkdtemp(dir=lab.directory))
-        call_libc("mount", b"none", bytes(place), b"tmpfs", 0, b"nr_inodes=20,mode=755")
-        try:
-            with confined(lab, server_conf(), "--rundir", str(place)) as server:
-                with contextlib.suppress(OSError):
-                    for number in range(30):
-                        (place / str(number)).touch()
-                network = server.network_process()
-                os.kill(network, signal.SIGKILL)
-                replaced(server, network)
-                server.rundir = place
-                assert_lives(server)
-        finally:
-            call_libc("umount", bytes(place))
-
-    def test_descriptors_run_out(self, lab: Lab) -> None:
-        """When the monitor can open nothing at all it says so, keeps the leases, and does what it
-        could not do when it can again."""
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            assert handshake(lab) == COMEIN
-            monitor, network = server.process.pid, server.network_process()
-            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
-            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (0, most))
-            os.kill(network, signal.SIGKILL)
-            lost = server.wait_for("network-process-lost", 2)
-            assert "Too many open files" in lost["reason"], lost
-            server.process.send_signal(signal.SIGHUP)
-            server.wait_for("reload-failed")
-            with socket.socket(socket.AF_UNIX) as peer:
-                peer.connect(str(status_socket(server)))
-                server.process.send_signal(signal.SIGHUP)
-                server.wait_for("reload-failed", 2)
-                limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
-                assert json.load(peer.makefile("rb"))["process"] == monitor
-            eventually(lambda: server_is_back(server), "no new network process")
-            assert lab.reaches(22, CLIENT_4), "the lease"
-            assert_lives(server)
-
-    def test_no_descriptor_to_wait_for_nft(self, lab: Lab) -> None:
-        """Descriptors for what nft reads and says are enough: it is not killed for want of one to
-        wait for its end."""
-        lab.load()
-        with Server(lab, server_conf()) as server:
-            monitor = server.process.pid
-            taken = {int(name) for name in os.listdir(f"/proc/{monitor}/fd")}
-            free = itertools.filterfalse(taken.__contains__, itertools.count())
-            _, last = next(free), next(free)
-            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
-            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (last + 1, most))
-            flush_the_chain(lab)
-            server.wait_for("healed")
-            assert "cannot-heal" not in server.log
-            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
-            assert_serves(lab, server)
-
-    @pytest.mark.parametrize("number", range(7, 12))
-    def test_too_few_descriptors_to_start(self, lab: Lab, number: int) -> None:
-        """Wherever they run out, that is said, without a traceback."""
-        lab.load()
-        program = ("prlimit", f"--nofile={number}", sys.executable, lab.installed)
-        words = ("server", "-c", lab.file(server_conf()), "--rundir", lab.directory)
-        lab.command(*words, "--user", "none", program=program).assert_error("Too many open files")
-
-    def test_an_office(self, lab: Lab) -> None:
-        """A hundred people behind one address knock in the same moment, and nobody pushes anybody
-        out."""
-        lab.load()
-        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
-            peers = [stack.enter_context(Peer(lab)) for _ in range(100)]
-            for peer in peers:
-                peer.send(message(KNOCK, 0x22))
-            tokens = [peer.receive().auth for peer in peers]
-            for peer, token in zip(peers, tokens):
-                peer.send(message(RESPONSE, 0x22, 1, token))
-            assert {peer.receive().operation for peer in peers} == {COMEIN}
-            assert "evicted" not in counted(server)["counts"]
-
-    def test_few_descriptors(self, lab: Lab) -> None:
-        """Idle connections may take all descriptors there are, and yet lock nobody out."""
-        lab.load()
-        program = ("prlimit", "--nofile=80:80", sys.executable, LETMEIN, "server")
-        with Server(lab, server_conf(general="control-timeout = 60"), "-N", "1024",
-                    program=program) as server, contextlib.ExitStack() as stack:
-            for number in range(200):
-                stack.enter_context(Peer(lab, source=f"10.77.9.{number}")).send(b"\x3b")
-            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6), ("tcp", CLIENT_6)):
-                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
-                assert lab.reaches(23, source)
-            # It waits for what comes next, and does not ask for it over and over.
-            network = server.network_process()
-            descriptors = len(list(Path(f"/proc/{network}/fd").iterdir()))
-            assert 60 <= descriptors <= 80
-            used, pause = used_s(network), 0.8
-            time.sleep(pause)
-            assert used_s(network) - used < pause / 4
-            assert not server.events("network-process-lost")
-
-
-class TestRepeats:
-    """What comes twice."""
-
-    @pytest.mark.parametrize("source", [CLIENT_4, CLIENT_6])
-    @pytest.mark.parametrize("resource, answer", [(0x22, COMEIN), (0x27, GOAWAY)])
-    def test_a_response_repeated(
-        self, lab: Lab, guarded: Server, source: str, resource: int, answer: int
-    ) -> None:
-        """It changes nothing, and gets no other answer than the first one."""
-        with Peer(lab, "udp", source) as peer:
-            response = message(RESPONSE, resource, token=peer.challenge(resource))
-            replies = []
-            for _ in range(5):
-                peer.send(response)
-                replies.append(peer.receive())
-        assert {reply.operation for reply in replies} == {answer}
-        event = "granted" if answer == COMEIN else "failed"
-        guarded.wait_for(event)  # the peer hears before the log
-        agree(lab, guarded, *([(source, 0x22, 1)] if answer == COMEIN else []))
-        assert len(guarded.events(event)) == 1
-
-    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-    def test_a_challenge_is_good_for_one_change(
-        self, lab: Lab, guarded: Server, protocol: str
-    ) -> None:
-        """Further RESPONSEs to it, each with another salt, change nothing; a new KNOCK from the
-        same port does, with a CHALLENGE of its own."""
-        with Peer(lab, protocol) as peer:
-            token = peer.challenge(0x22)
-            responses = [message(RESPONSE, 0x22, token=token) for _ in range(20)]
-            if protocol == "tcp":  # the server closes behind the first, which may end all at once
-                peer.send(b"".join(responses))
-                guarded.wait_for("granted")
-                assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
-                assert len(guarded.events("granted", peer=CLIENT_4)) == 1
-                return
-            for response in responses:
-                peer.send(response)
-            assert peer.receive().operation == COMEIN
-            guarded.wait_for("granted")
-            assert handshake(lab, 0x22, REVOKE) == COMEIN
-            peer.send(message(RESPONSE, 0x22, token=token))
-            second = next(r for r in iter(peer.receive, None) if r.operation == COMEIN)
-            assert second.operation == COMEIN, "the answer of the one that was granted"
-            agree(lab, guarded)
-            assert len(guarded.events("granted")) == 1
-            while peer.socket in select.select([peer.socket], [], [], 0.1)[0]:
-                peer.receive()
-            again = peer.challenge(0x22)
-            assert again != token
-            peer.send(message(RESPONSE, 0x22, token=again))
-            assert peer.receive().operation == COMEIN
-            agree(lab, guarded, (CLIENT_4, 0x22, 1))
-            assert len(guarded.events("granted")) == 2
-
-
-class TestAddresses:
-    """A server with more than one."""
-
-    @pytest.mark.parametrize("source, second", [(CLIENT_4, "10.1.0.77"), (CLIENT_6, "fd01::77")])
-    def test_an_answer_comes_from_the_address_that_was_asked(
-        self, lab: Lab, server: Server, source: str, second: str
-    ) -> None:
-        """Over UDP it need not, and a client takes no other's."""
-        version, prefix, *more = ("-6", 64, "nodad") if ":" in source else ("-4", 24)
-        run("ip", version, "addr", "add", f"{second}/{prefix}", "dev", "lan", *more)
-        try:
-            with Peer(lab, "udp", source) as peer:
-                for address in (second, server_for(source), second):
-                    # A socket that is connected hears nobody else.
-                    peer.socket.connect((address, 5800))
-                    peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
-                    assert peer.receive().operation == COMEIN
-            assert lab.elements() != []
-            lab.letmein("knock", "-U", second, "23").assert_good()
-            for resource in (0x22, 0x23):
-                assert handshake(lab, resource, REVOKE, source=source) == COMEIN
-        finally:
-            run("ip", version, "addr", "del", f"{second}/{prefix}", "dev", "lan")
-
-
-# ----------------------------------------------------------------------------
-# Protocol, configuration and command line: without a kernel, and without any rights
-# ----------------------------------------------------------------------------
-
-PROGRAM = str(Path(letmein.__file__).resolve())
-USER, RESOURCE = 0xA423DDA7, 0xBC5D8077
-KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
-NO_TOKEN, THE_TOKEN, REVOKE_TOKEN = bytes(32), bytes([0xB8]) * 32, bytes([0xB9]) * 32
-
-# How many times as many examples `make fuzz` tries, 0 for the suite, where they are the same each
-# time.
-FUZZ = int(os.environ.get("FUZZ", "0"))
-
-
-def examples(number: int) -> settings:
-    return settings(
-        deadline=None,
-        database=None,
-        derandomize=not FUZZ,
-        max_examples=number * (FUZZ or 1),
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-    )
-
-
-PROPERTY = examples(100)
-
-
-# ---------------------------------------------------------------- messages
-
-# name, operation, user, resource, salt, auth, and what AUTH was made from: key and token, if any
-VECTORS = [
-    pytest.param(
-        0, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
-        "6399e5e0ff16219a5ebf6299c41dca189a2f7619bd0ab2ea5f81b8aef9fe0600",
-        "9e" * 32, "00" * 32, id="knock",
-    ),
-    pytest.param(
-        5, 0xA423DDA7, 0xBC5D8077, "4a" * 8,
-        "b4bb7a905b52ef9d7eddbb030a7f7bd75d565a880ff3cb83a54e64a676828ef8",
-        "9e" * 32, "00" * 32, id="revoke",
-    ),
-    pytest.param(1, 0x280D04F3, 0xE2EE7397, "91" * 8, "b8" * 32, "", "", id="challenge"),
-    pytest.param(
-        2, 0x280D04F3, 0xE2EE7397, "62" * 8,
-        "ac41973381d5934958ac028899fb90a130bc94eb6e8c54808d21931debb9ca2a",
-        "6b" * 32, "b8" * 32, id="response",
-    ),
-    pytest.param(3, 0xF90201B2, 0xB3E46B6C, "9a" * 8, "00" * 32, "", "", id="comein"),
-    pytest.param(4, 0xFFFFFFFF, 0xFFFFFFFF, "8c" * 8, "00" * 32, "", "", id="goaway"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("operation, user, resource, salt, auth, key, token", VECTORS)
-def test_vector(
-    operation: int, user: int, resource: int, salt: str, auth: str, key: str, token: str
-) -> None:
-    wire = bytes.fromhex(f"3b1bb719{operation:08x}{user:08x}{resource:08x}{salt}{auth}")
-    fields = (operation, user, resource, bytes.fromhex(salt), bytes.fromhex(auth))
-    assert Message(*fields).encode() == wire
-    assert Message.decode(wire) == fields
-    if key:
-        made = Message(*fields).authenticate(bytes.fromhex(key), bytes.fromhex(token))
-        assert made.hex() == auth
-
-
-@pytest.mark.parametrize(
-    "wire",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(bytes.fromhex("3b1bb719") + bytes(51), id="55 bytes"),
-        pytest.param(bytes.fromhex("3b1bb719") + bytes(53), id="57 bytes"),
-        pytest.param(bytes.fromhex("3b1bb718") + bytes(52), id="wrong magic"),
-        pytest.param(bytes.fromhex("19b71b3b") + bytes(52), id="little-endian magic"),
-        pytest.param(bytes.fromhex("3b1bb71900000006") + bytes(48), id="operation 6"),
-        pytest.param(bytes.fromhex("3b1bb71901000000") + bytes(48), id="little-endian operation"),
-        pytest.param(bytes.fromhex("3b1bb719ffffffff") + bytes(48), id="operation FFFFFFFF"),
-    ],
-)
-def test_no_message(wire: bytes) -> None:
-    with pytest.raises(letmein.ProtocolError):
-        Message.decode(wire)
-
-
-@PROPERTY
-@given(st.binary(max_size=60) | st.binary(min_size=52, max_size=52).map(letmein.MAGIC.__add__))
-def test_decode_is_the_inverse_of_encode_or_an_error(data: bytes) -> None:
-    try:
-        message = Message.decode(data)
-    except letmein.ProtocolError:
-        return
-    assert message.encode() == data
-
-
-# -------------------------------------------------------------- handshakes
-
-
-class Conversation:
-    """The server's side of one connection. It knows USER, lets it have RESOURCE, and takes the
-    first message for a request and the next for the answer to its CHALLENGE. Args: proved, what
-    a peer has proved by its request being answered: over UDP nobody remembers that."""
-
-    TOKENS: ClassVar[dict[int, bytes]] = {KNOCK: THE_TOKEN, REVOKE: REVOKE_TOKEN}
-
-    def __init__(self, policy: str = "always", proved: int = letmein.BASIC_AUTH) -> None:
-        self.rights = {RESOURCE: ""}
-        self.proved = proved
-        self.ids: tuple[int, int] | None = None  # of the request
-        self.handshake = letmein.ServerHandshake(
-            letmein.POLICIES[policy],
-            {USER: KEY}.get,
-            lambda user, resource: self.rights.get(resource, "unknown resource"),
-        )
-
-    def receive(self, wire: bytes) -> letmein.Verdict:
-        message = Message.decode(wire)
-        if self.ids is None:
-            self.ids = message.user, message.resource
-            return self.handshake.on_request(message, self.TOKENS.__getitem__)
-        tokens = self.TOKENS if message[1:3] == self.ids else {}  # a token is for its ids alone
-        challenges = [letmein.Challenge(asked, token, 0, b"") for asked, token in tokens.items()]
-        return self.handshake.on_response(message, self.proved, challenges)
-
-
-def met(verdict: letmein.Verdict) -> int | None:
-    """What a verdict grants: KNOCK, REVOKE or nothing."""
-    return verdict.met.asked if verdict.met else None
-
-
-def sealed(
-    operation: int,
-    token: bytes = NO_TOKEN,
-    key: bytes = KEY,
-    user: int = USER,
-    resource: int = RESOURCE,
-) -> bytes:
-    """A message whose AUTH is right for key and token."""
-    message = Message(operation, user, resource, os.urandom(8), NO_TOKEN)
-    return message._replace(auth=message.authenticate(key, token)).encode()
-
-
-def plain(operation: int, user: int = USER, resource: int = RESOURCE) -> bytes:
-    """A message whose AUTH proves nothing."""
-    return Message(operation, user, resource, os.urandom(8), NO_TOKEN).encode()
-
-
-def new_client(
-    operation: int = KNOCK, warnings: list[str] | None = None
-) -> Generator[bytes, bytes, None]:
-    """A client that may have no warnings unless somebody wants them."""
-
-    def warn(line: str) -> None:
-        assert warnings is not None, line
-        warnings.append(line)
-
-    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn)
-
-
-def is_done(client: Generator[bytes, bytes, None], data: bytes) -> bool:
-    """Whether the client is content with this as the server's last message."""
-    try:
-        client.send(data)
-    except StopIteration:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("operation", [KNOCK, REVOKE])
-@pytest.mark.parametrize("policy", letmein.POLICIES)
-def test_client_and_server_agree(operation: int, policy: str) -> None:
-    client, server = new_client(operation), Conversation(policy)
-    request = Message.decode(next(client))
-    assert request[:3] == (operation, USER, RESOURCE)
-
-    verdict = server.receive(request.encode())
-    challenge = Message.decode(verdict.reply)
-    assert (verdict.reason, verdict.met) == ("", None)
-    assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
-    assert challenge.auth == Conversation.TOKENS[operation]
-
-    response = Message.decode(client.send(verdict.reply))
-    granted = server.receive(response.encode())
-    assert (granted.reply, met(granted)) == (b"", operation), "the firewall comes before COMEIN"
-
-    last = Message.decode(letmein.unsigned(COMEIN, USER, RESOURCE))
-    assert last[:3] == (COMEIN, USER, RESOURCE) and last.auth == NO_TOKEN
-    assert is_done(client, last.encode())
-    salts = {m.salt for m in (request, challenge, response, last)}
-    assert len(salts) == 4, "each message has a fresh salt"
-
-
-def firewall_failure(server: Conversation) -> bytes:
-    server.receive(FIRST)
-    assert server.receive(sealed(RESPONSE, THE_TOKEN)).met is not None
-    return server.handshake.refuse(letmein.FULL_AUTH, USER, RESOURCE, "").reply
-
-
-def right_taken_away(server: Conversation) -> bytes:
-    server.receive(FIRST)
-    server.rights[RESOURCE] = "taken away meanwhile"
-    verdict = server.receive(sealed(RESPONSE, THE_TOKEN))
-    assert (verdict.reason, verdict.met) == ("taken away meanwhile", None)
-    return verdict.reply
-
-
-def key_taken_away(server: Conversation) -> bytes:
-    server.receive(FIRST)
-    server.handshake = server.handshake._replace(key_of=lambda user: None)
-    verdict = server.receive(sealed(RESPONSE, THE_TOKEN, letmein.NOBODYS_KEY))
-    assert verdict.reason and verdict.met is None
-    return verdict.reply
-
-
-def speaks(*messages: bytes) -> Callable[[Conversation], bytes]:
-    """A peer that sends these messages, of which the last is an error."""
-
-    def talk(server: Conversation) -> bytes:
-        for message in messages[:-1]:
-            verdict = server.receive(message)
-            assert not verdict.reason and Message.decode(verdict.reply).operation == CHALLENGE
-        verdict = server.receive(messages[-1])
-        assert verdict.reason and verdict.met is None
-        return verdict.reply
-
-    return talk
-
-
-NOBODY, PEER = (0xFFFFFFFF, 0xFFFFFFFF), (USER, RESOURCE)
-FIRST = sealed(KNOCK)
-
-# what the peer has proved before its error (0 nothing, 1 basic-auth, 2 full-auth; -1: never mind,
-# it says what only a server says, and gets no answer), the ids in a GOAWAY, and the peer
-WRONG_STEPS = [
-    pytest.param(0, NOBODY, speaks(sealed(RESPONSE)), id="RESPONSE first"),
-    *(
-        pytest.param(-1, NOBODY, speaks(sealed(operation)), id=f"{operation} first")
-        for operation in (CHALLENGE, COMEIN, GOAWAY)
-    ),
-    pytest.param(0, (7, RESOURCE), speaks(sealed(KNOCK, user=7)), id="unknown user"),
-    pytest.param(0, PEER, speaks(sealed(KNOCK, key=OTHER_KEY)), id="wrong key"),
-    pytest.param(0, PEER, speaks(sealed(REVOKE, key=OTHER_KEY)), id="wrong key, REVOKE"),
-    pytest.param(0, PEER, speaks(plain(KNOCK)), id="no auth"),
-    pytest.param(0, PEER, speaks(flipped(FIRST, 55)), id="last byte of auth"),
-    pytest.param(0, PEER, speaks(sealed(KNOCK, THE_TOKEN)), id="basic auth with a token"),
-    pytest.param(1, (USER, 7), speaks(sealed(KNOCK, resource=7)), id="resource refused"),
-    *(
-        pytest.param(
-            1 if operation in (KNOCK, REVOKE) else -1,
-            PEER,
-            speaks(FIRST, sealed(operation, THE_TOKEN)),
-            id=f"{operation} for RESPONSE",
-        )
-        for operation in (KNOCK, CHALLENGE, COMEIN, GOAWAY, REVOKE)
-    ),
-    pytest.param(1, PEER, speaks(FIRST, FIRST), id="the same KNOCK twice"),
-    pytest.param(
-        1, (7, RESOURCE), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, user=7)), id="changed user"
-    ),
-    pytest.param(
-        1, (USER, 7), speaks(FIRST, sealed(RESPONSE, THE_TOKEN, resource=7)), id="changed resource"
-    ),
-    pytest.param(
-        1, PEER, speaks(FIRST, sealed(RESPONSE, THE_TOKEN, OTHER_KEY)), id="wrong full auth"
-    ),
-    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE)), id="RESPONSE without the token"),
-    pytest.param(1, PEER, speaks(FIRST, sealed(RESPONSE, KEY)), id="RESPONSE to another token"),
-    pytest.param(1, PEER, speaks(FIRST, plain(RESPONSE)), id="RESPONSE without auth"),
-    pytest.param(
-        1, PEER, speaks(FIRST, flipped(sealed(RESPONSE, THE_TOKEN), 55)), id="last byte"
-    ),
-    pytest.param(
-        1, PEER, speaks(sealed(REVOKE), sealed(RESPONSE, NO_TOKEN)), id="REVOKE without the token"
-    ),
-    pytest.param(1, PEER, key_taken_away, id="key taken away"),
-    pytest.param(2, PEER, right_taken_away, id="right taken away"),
-    pytest.param(2, PEER, firewall_failure, id="firewall fails"),
-]
-
-
-@pytest.mark.parametrize("udp", [False, True], ids=["tcp", "udp"])
-@pytest.mark.parametrize("rank, policy", [(0, "always"), (1, "basic-auth"), (2, "full-auth")])
-@pytest.mark.parametrize("proved, ids, talk", WRONG_STEPS)
-def test_error_policy(
-    rank: int,
-    policy: str,
-    proved: int,
-    ids: tuple[int, int],
-    talk: Callable[[Conversation], bytes],
-    udp: bool,
-) -> None:
-    server = Conversation(policy, letmein.NO_AUTH if udp else letmein.BASIC_AUTH)
-    reply = talk(server)
-    if udp and server.ids == PEER and proved == 1:
-        proved = 0  # who answers wrongly may never have knocked
-    if proved < rank:
-        assert reply == b""
-    else:
-        goaway = Message.decode(reply)
-        assert goaway[:3] == (GOAWAY, *ids) and goaway.auth == NO_TOKEN
-
-
-@pytest.mark.parametrize("policy", letmein.POLICIES)
-def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
-    replies = []
-    for message in (sealed(KNOCK, user=7), sealed(KNOCK, user=USER, key=OTHER_KEY)):
-        verdict = Conversation(policy).receive(message)
-        replies.append((verdict.met, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
-    assert replies[0] == replies[1]
-
-
-# All that an eavesdropper has of earlier handshakes, where another token was used.
-RECORDED = [
-    sealed(KNOCK), sealed(REVOKE), plain(CHALLENGE), sealed(RESPONSE, OTHER_KEY), plain(COMEIN),
-]  # fmt: skip
-FORGED = st.builds(
-    lambda operation, key, token: sealed(operation, token, key),
-    st.integers(0, 5),
-    st.just(OTHER_KEY) | st.binary(min_size=32, max_size=32).filter(lambda key: key != KEY),
-    st.sampled_from([NO_TOKEN, THE_TOKEN]),
-)
-STREAM = st.lists(st.sampled_from(RECORDED), max_size=4).map(b"".join)
-
-
-@PROPERTY
+@examples(15)
 @given(
-    st.lists(
-        st.binary(max_size=60)
-        | st.sampled_from([*RECORDED, b"echo", b"echo as RESPONSE"])
-        | FORGED
-        | st.tuples(STREAM, st.integers(0, 224), st.integers(0, 224)).map(
-            lambda cut: cut[0][min(cut[1:]) : max(cut[1:])]
-        ),
-        max_size=6,
-    ),
-    st.sampled_from(sorted(letmein.POLICIES)),
+    st.sampled_from(sorted(letmein.VERSIONS)),
+    NFT_NAMES,
+    st.tuples(NFT_NAMES, st.none() | NFT_NAMES, st.none() | NFT_NAMES),
+    st.dictionaries(st.integers(0, 0xFFFFFFFF), RESOURCE_TEXTS, max_size=6),
+    st.sampled_from(["tcp", "udp", "tcp, udp"]),
 )
-def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
-    server = Conversation(policy)
-    last = b""
-    for data in sent:
-        if data.startswith(b"echo"):
-            data = last if data == b"echo" else last[:4] + RESPONSE.to_bytes(4, "big") + last[8:]
-        try:
-            message = Message.decode(data)
-        except letmein.ProtocolError:
-            continue
-        # Wherever in a conversation it comes.
-        for server.ids in (None, (message.user, message.resource), (USER, RESOURCE)):
-            verdict = server.receive(data)
-            last = verdict.reply or last
-            assert verdict.met is None
-            allowed = (GOAWAY,) if verdict.reason else (CHALLENGE,)
-            assert not verdict.reply or Message.decode(verdict.reply).operation in allowed
-
-
-def test_client_proves_the_key_for_the_servers_token() -> None:
-    client = new_client()
-    request = Message.decode(next(client))
-    assert request.auth == request.authenticate(KEY, NO_TOKEN)
-    challenge = Message(CHALLENGE, USER, RESOURCE, bytes(8), THE_TOKEN)
-    response = Message.decode(client.send(challenge.encode()))
-    assert response[:3] == (RESPONSE, USER, RESOURCE)
-    assert response.auth == response.authenticate(KEY, THE_TOKEN)
-
-
-@pytest.mark.parametrize("ids", [(7, RESOURCE), (USER, 7), NOBODY])
-def test_client_warns_of_foreign_ids_and_goes_on(ids: tuple[int, int]) -> None:
-    warnings: list[str] = []
-    client = new_client(KNOCK, warnings)
-    next(client)
-    response = Message.decode(client.send(plain(CHALLENGE, *ids)))
-    assert response[:3] == (RESPONSE, USER, RESOURCE)
-    assert len(warnings) == 1
-    assert is_done(client, plain(COMEIN, *ids)) and len(warnings) == 2
-    assert f"{ids[0]:08X}" in warnings[0] and f"{ids[1]:08X}" in warnings[0]
-
-
-@pytest.mark.parametrize("challenged", [False, True])
-@pytest.mark.parametrize("operation", range(6), ids=letmein.OPERATIONS)
-def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None:
-    client = new_client()
-    next(client)
-    if challenged:
-        client.send(plain(CHALLENGE))
-    if operation == (COMEIN if challenged else CHALLENGE):
-        assert is_done(client, plain(operation)) == challenged
-        return
-    with pytest.raises(letmein.ProtocolError) as error:
-        client.send(plain(operation))
-    assert ("rejected" in str(error.value)) == (operation == GOAWAY)
-
-
-@PROPERTY
-@given(st.lists(st.binary(max_size=60) | st.sampled_from(RECORDED), max_size=4))
-def test_client_survives_any_server(sent: list[bytes]) -> None:
-    client = new_client()
-    next(client)
-    done = False
-    with contextlib.suppress(letmein.ProtocolError):
-        for data in sent:
-            done = is_done(client, data)
-            if done:
-                break
-    assert not done or [data[:8] for data in sent[:2]] == [
-        plain(CHALLENGE)[:8], plain(COMEIN)[:8],
-    ]  # fmt: skip
-
-
-# ----------------------------------------------------------- configuration
-
-NFTABLES = {"family": "inet", "table": "filter", "chain-input": "LETMEIN"}
-KEY_TEXT = "0123456789abcdefABCDEF0123456789" * 2
-
-
-def server_text(section: str, *lines: str) -> str:
-    """A letmeind.conf with these lines in a section, from line 2 on, and all that is required."""
-    given_names = {line.partition("=")[0].strip() for line in lines}
-    required = [f"{name} = {value}" for name, value in NFTABLES.items() if name not in given_names]
-    heading = [] if section == "NFTABLES" else ["[NFTABLES]"]
-    return "\n".join([f"[{section}]", *lines, *heading, *required, ""])
-
-
-def parse(text: str, server: bool = True) -> letmein.Config:
-    return letmein.parse_config(text, "f.conf", server)
-
-
-def rejection(text: str, server: bool = True) -> letmein.ConfigError:
-    with pytest.raises(letmein.ConfigError) as error:
-        parse(text, server)
-    assert "\n" not in error.value.problem + error.value.hint
-    return error.value
-
-
-OVER_TCP, OVER_UDP, EITHER = ("tcp",), ("udp",), ("tcp", "udp")
-ALWAYS, BASIC, FULL = (letmein.POLICIES[p] for p in ("always", "basic-auth", "full-auth"))
-LONG_NAME = "Az09_-." * 9 + "x"
-
-# section, line, field of Config, value
-ACCEPTED = [
-    *(("GENERAL", f"debug = {word}", "debug", True) for word in ("true", "1", "Yes", " ON ")),
-    *(("GENERAL", f"debug ={word}", "debug", False) for word in ("False", "0", "no", "oFF")),
-    ("GENERAL", "port = 1", "port", 1),
-    ("GENERAL", "port=65535", "port", 65535),
-    ("GENERAL", "port = 0x16A8", "port", 5800),
-    ("GENERAL", "port = 0005801", "port", 5801),
-    ("GENERAL", "port = 1 / 2", "port", 2),
-    ("GENERAL", "port = udp", "port", 5800),
-    ("GENERAL", "port = 5800", "protocols", OVER_TCP),
-    ("GENERAL", "port = 5800/udp", "protocols", OVER_UDP),
-    ("GENERAL", "port = 5800 / UDP , tcp", "protocols", EITHER),
-    ("GENERAL", "port = tcp/udp/5800", "protocols", EITHER),
-    ("GENERAL", "control-timeout = 0x10", "control_timeout", 16),
-    ("GENERAL", "control-timeout = +7", "control_timeout", 7),
-    ("GENERAL", "control-timeout = 0x+7", "control_timeout", 7),
-    ("GENERAL", "control-timeout = 0", "control_timeout", 0),
-    ("GENERAL", "control-timeout = -0", "control_timeout", 0),
-    ("GENERAL", "control-timeout = .5", "control_timeout", 0.5),
-    ("GENERAL", "control-timeout = +.5", "control_timeout", 0.5),
-    ("GENERAL", "control-timeout = 5.", "control_timeout", 5),
-    ("GENERAL", "control-timeout = 1e-3", "control_timeout", 0.001),
-    ("GENERAL", "control-timeout = 1E3", "control_timeout", 1000),
-    ("GENERAL", "control-timeout = 4294967295", "control_timeout", 4294967295),
-    ("GENERAL", "control-timeout = " + "0" * 5000 + "8", "control_timeout", 8),
-    ("GENERAL", "control-timeout = \u00a0.5\u3000", "control_timeout", 0.5),
-    ("GENERAL", "control-error-policy = always", "error_policy", ALWAYS),
-    ("GENERAL", "control-error-policy = Basic-Auth ", "error_policy", BASIC),
-    ("GENERAL", "control-error-policy = FULL-AUTH", "error_policy", FULL),
-    *(("GENERAL", f"seccomp = {word}", "seccomp", word.lower()) for word in ("off", "LOG", "Kill")),
-    ("KEYS", f"2A = {KEY_TEXT}", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
-    ("KEYS", f"+000002a ={KEY_TEXT} ", "keys", {0x2A: bytes.fromhex(KEY_TEXT)}),
-    ("KEYS", f"FFFFFFFF =\t{KEY_TEXT}", "keys", {0xFFFFFFFF: bytes.fromhex(KEY_TEXT)}),
-    ("KEYS", f"1 = {KEY_TEXT}\u3000", "keys", {1: bytes.fromhex(KEY_TEXT)}),
-    ("KEYS", "1 = " + "0" * 63 + "1", "keys", {1: bytes(31) + b"\1"}),
-    ("NFTABLES", "exe = /opt/nft \t", "nft", "/opt/nft"),
-    *(("NFTABLES", f"family = {word}", "family", word) for word in ("inet", "ip", "ip6")),
-    ("NFTABLES", f"table = {LONG_NAME}", "table", LONG_NAME),
-    ("NFTABLES", f"chain-input = {LONG_NAME}", "chains", {"input": LONG_NAME}),
-    ("NFTABLES", "chain-forward = F", "chains", {"input": "LETMEIN", "forward": "F"}),
-    ("NFTABLES", "chain-output = O", "chains", {"input": "LETMEIN", "output": "O"}),
-    ("NFTABLES", "max-nr-rules = 0x10", "max_nr_rules", 16),
-    ("NFTABLES", "max-nr-rules = 4294967295", "max_nr_rules", 1_000_000),
-    # the grammar, seen through options that keep their text
-    ("NFTABLES", "exe = a # b", "nft", "a # b"),
-    ("NFTABLES", "exe = a=b", "nft", "a=b"),
-    ("NFTABLES", "  exe = indented", "nft", "indented"),
-    ("NFTABLES", "exe = a  \n \t b\n\tc", "nft", "a   b c"),
-    ("NFTABLES", "exe =\n  a", "nft", "a"),
-    ("NFTABLES", "exe = a\n # b", "nft", "a # b"),
-    ("NFTABLES", "exe = a\n [KEYS]", "nft", "a [KEYS]"),
-    ("NFTABLES", "exe = a\n b = c", "nft", "a b = c"),
-    ("NFTABLES", "exe = a\n\n timeout = 5", "nft", "a"),
-    ("NFTABLES", "exe = a\n \t\n timeout = 5", "nft", "a"),
-    ("NFTABLES", "exe = a\n# b\n timeout = 5", "nft", "a"),
-    ("NFTABLES", "exe = a\r\n  b\r\n\r\n # c\r", "nft", "a b"),
-    ("NFTABLES", "exe = a\u2028b\x0bc", "nft", "a\u2028b\x0bc"),
-    ("GENERAL", "port = 5801\n  / udp", "protocols", OVER_UDP),
-    ("GENERAL", "# debug = yes\n  # debug = yes", "debug", False),
-    ("GENERAL", "Debug = yes", "debug", False),
-    (" GENERAL ", "debug = yes", "debug", False),
-    ("GENERAL", "debug = yes\n[X]\na = 1\nA = 1\n\n  [Y] \na = 1", "debug", True),
-]
-
-
-@pytest.mark.parametrize("section, line, field, value", ACCEPTED)
-def test_accepted(section: str, line: str, field: str, value: object) -> None:
-    assert getattr(parse(server_text(section, line)), field) == value
-
-
-@pytest.mark.parametrize("server", [True, False])
-def test_defaults(server: bool) -> None:
-    config = parse(server_text("GENERAL") if server else "", server)
-    assert (config.port, config.protocols, config.control_timeout) == (5800, OVER_TCP, 5)
-    assert (config.debug, config.seccomp, config.error_policy) == (False, "off", ALWAYS)
-    assert (config.default_user, config.keys, config.resources) == (0, {}, {})
-    assert ["no user has a key" in warning for warning in config.warnings] == [True] * server
-    if server:
-        assert (config.nft, config.max_nr_rules) == ("nft", 100)
-        assert config.chains == {"input": "LETMEIN"}
-
-
-def test_sections_of_the_other_program_are_not_read() -> None:
-    assert parse("[CLIENT]\ndefault-user = 2A\n[NFTABLES]\nfamily = x\n", False).default_user == 42
-    assert parse(server_text("CLIENT", "default-user = nobody")).default_user == 0
-
-
-def jump(
-    *hooks: str, timeout: float = 600, users: frozenset[int] = frozenset()
-) -> tuple[object, ...]:
-    """What a jump resource comes to; a hook is "input:TARGET", with "!" for input-match."""
-    jumps = tuple((h.split(":")[0], h.split(":")[1].rstrip("!"), h[-1] == "!") for h in hooks)
-    return (0, (), jumps, timeout, users)
-
-
-NO_USERS: frozenset[int] = frozenset()
-
-
-@pytest.mark.parametrize(
-    "text, resource",
-    [
-        ("port: 22", (22, OVER_TCP, (), 600, NO_USERS)),
-        ("port : 0x16 / UDP", (22, OVER_UDP, (), 600, NO_USERS)),
-        ("port:+22/udp , Tcp/ tcp", (22, EITHER, (), 600, NO_USERS)),
-        ("udp / timeout: .5 / port: 65535", (65535, OVER_UDP, (), 0.5, NO_USERS)),
-        ("port: 22 / users: 1, 0000002a ,+3, 1", (22, OVER_TCP, (), 600, frozenset({1, 42, 3}))),
-        ("port: 22\n  / users: 1\n  / timeout: 9", (22, OVER_TCP, (), 9, frozenset({1}))),
-        ("port: " + "0" * 5000 + "22", (22, OVER_TCP, (), 600, NO_USERS)),
-        ("jump / input: A", jump("input:A")),
-        ("input: A / jump / input-match: saddr", jump("input:A!")),
-        (
-            "jump/forward:B/output:C/output-match:saddr/users:7/timeout:1",
-            jump("forward:B", "output:C!", timeout=1, users=frozenset({7})),
-        ),
-        ("jump / forward: B / input-match: saddr", jump("forward:B")),
-        ("jump / input: A / jump / input: B", jump("input:B")),
-        ("jump / output: " + LONG_NAME, jump("output:" + LONG_NAME)),
-    ],
-)
-@pytest.mark.parametrize("server", [True, False])
-def test_accepted_resource(text: str, resource: tuple[object, ...], server: bool) -> None:
-    config = parse(server_text("RESOURCES", f"0000002a = {text}"), server)
-    found = config.resources[0x2A]
-    assert (found.port, found.protocols, found.jumps, found.timeout, found.users) == resource
-
-
-def test_resources_take_the_default_timeout_wherever_it_stands() -> None:
-    text = server_text(
-        "RESOURCES", "1 = port: 22", "2 = jump / input: A", "3 = port: 1 / timeout:2"
-    )
-    config = parse(text + "timeout = 50.5\n")
-    assert [config.resources[i].timeout for i in (1, 2, 3)] == [50.5, 50.5, 2]
-
-
-def test_users_rights() -> None:
-    text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
-    config = parse(text)
-    assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
-    assert config.objection(0xB, 1) and config.objection(0xA, 4), "another's, and unknown"
-    assert config.objection(0xA, 3), "the control port"
-
-
-# section, line, what the hint names: each is wrong in line 2, in the option the line begins with
-REJECTED_OPTIONS = [
-    *(("GENERAL", f"debug = {word}", "yes") for word in ("", "2", "tru", "y e s", "yes # no")),
-    *(
-        ("GENERAL", f"port = {text}", "5800|65535|port:")
-        for text in (
-            "", "65536", "0x10000", "-1", "+5800", "0x+16", "0x", "0xZZ", "58_00", "58 00", "0X16",
-            "\u0665\u0668\u0660\u0660", "tls", "5800 /", "5800/tcp,", "5800 / tcp, 5900",
-            "port: 5800", "5800 / tcp: x", ": 5800", "5800 # control",
+def test_nft_takes_all_that_is_ours(
+    lab: Lab,
+    family: str,
+    table: str,
+    names: tuple[str, str | None, str | None],
+    resources: dict[int, str],
+    protocols: str,
+) -> None:
+    """Whatever is configured: nft takes the script, and it is about our names alone."""
+    texts: dict[str, str] = {}  # by port, which may stand there once
+    for identifier, text in resources.items():
+        texts[text.split("/")[0] if "port" in text else text + str(identifier)] = (
+            f"{identifier:X} = {text}"
         )
-    ),
-    *(
-        ("GENERAL", f"control-timeout = {text}", "seconds")
-        for text in (
-            "", "inf", "-inf", "nan", "infinity", "-1", "-.1", "4294967296", "4294967295.5",
-            "1e400", "1e10", ".", "e5", "1e", "1.2.3", "1_0", "1 0", "0x1.5", "\u0665", "5s",
-        )
-    ),
-    *(
-        ("GENERAL", f"control-timeout = {text}", f"write {seconds}$")
-        for text, seconds in (("90s", 90), ("10m", 600), (" 1 h ", 3600), ("2d", 172800))
-    ),
-    ("GENERAL", "control-error-policy = basic_auth", "basic-auth"),
-    ("GENERAL", "control-error-policy =", "always"),
-    ("GENERAL", "seccomp = on", "kill"),
-    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("100000000", "0x1", "g", "-1", "1 2")),
-    # The reference takes leading zeros without end; SPEC does not.
-    *(("KEYS", f"{text} = {KEY_TEXT}", "hex") for text in ("000000001", "+00000001", "\u0661")),
-    ("KEYS", f"1 = {KEY_TEXT[1:]}", "64 hex"),
-    ("KEYS", f"1 = {KEY_TEXT}0", "64 hex"),
-    ("KEYS", f"1 = {KEY_TEXT[:-1]}g", "64 hex"),
-    ("KEYS", f"1 = +{KEY_TEXT[1:]}", "64 hex"),
-    ("KEYS", f"1 = {KEY_TEXT[:32]} {KEY_TEXT[32:]}", "64 hex"),
-    ("KEYS", f"1 = {KEY_TEXT} # alice", "64 hex"),
-    ("KEYS", "1 =", "64 hex"),
-    ("KEYS", "1 = " + "0" * 64, "64 hex"),
-    ("KEYS", "1 = " + "f" * 64, "64 hex"),
-    ("KEYS", "1 = " + "F" * 64, "64 hex"),
-    ("RESOURCES", "x = port: 22", "hex"),
-    *(
-        ("RESOURCES", f"1 = {text}", hint)
-        for text, hint in (
-            ("", "port: N"), ("tcp", "port: N"), ("port", "port: N"), ("Port: 22", "port: N"),
-            ("22", "port: N"), ("Jump / input: A", "jump"), ("port: 22 / jump", "port: N"),
-            ("jump / port: 22 / input: A", "port: N"), ("jump: A / input: A", "jump"),
-            ("port: 0", "1 to 65535"), ("port: 65536", "65535"), ("port: -1", "65535"),
-            ("port:", "65535"), ("port: ssh", "65535"), ("port: 22, 23", "65535"),
-            ("port: 22 / port: 22", "port once"), ("port: 22 / sctp", "tcp"), ("port: 22 /", "tcp"),
-            ("port: 22 / tcp,", "tcp"), ("port: 22 / input: A", "port: N"),
-            ("port: 22 / : x", "port:"), ("port: 22 / proto: tcp", "port: N"),
-            ("port: 22 / Timeout: 5", "timeout"),
-            ("port: 22 / timeout:", "seconds"), ("port: 22 / timeout: 1, 2", "seconds"),
-            ("port: 22 / timeout: 1 / timeout: 1", "timeout"), ("port: 22 / timeout: x", "seconds"),
-            ("port: 22 / users:", "hex"), ("port: 22 / users: 1,", "hex"),
-            ("port: 22 / users: 1,, 2", "hex"), ("port: 22 / users: alice", "hex"),
-            ("port: 22 / users: 1 / users: 2", "users"), ("port: 22 / users: 1:2", "hex"),
-            ("jump", "input: CHAIN"), ("jump / input-match: saddr", "input: CHAIN"),
-            ("jump / tcp / input: A", "jump"), ("jump / input: A / jump, jump", "jump"),
-            ("jump / input:", "1 to 64"), ("jump / input: a b", "1 to 64"),
-            ("jump / input: A, B", "1 to 64"), ("jump / input: A, B / input: A", "1 to 64"),
-            (f"jump / forward: {'x' * 65}", "1 to 64"), ("jump / output: \u00e4", "1 to 64"),
-            ("jump / input: A / input-match: daddr", "saddr"),
-            ("jump / input: A / input-match: daddr / input-match: saddr", "saddr"),
-            ("jump / input: A / output-match: Saddr", "saddr"),
-            ("jump / input: A / users:", "hex"), ("jump / input: A / timeout: inf", "seconds"),
-            ("jump / input: A / timeout: 1 / timeout: 1", "timeout"),
-            ("jump / input: A / users: 1 / users: 1", "users"), ("jump / prerouting: A", "jump"),
-        )
-    ),
-    *(("NFTABLES", f"family = {word}", "inet") for word in ("", "Inet", "arp", "inet ip")),
-    *(
-        ("NFTABLES", f"{option} = {text}", "1 to 64")
-        for option in ("table", "chain-input", "chain-forward", "chain-output")
-        for text in ("", "a b", "a/b", "a;b", "x" * 65, "\u00e4")
-    ),
-    ("NFTABLES", "timeout = never", "seconds"),
-    ("NFTABLES", "max-nr-rules = -1", "number"),
-    ("NFTABLES", "max-nr-rules = 4294967296", "number"),
-    ("NFTABLES", "max-nr-rules = 1e3", "number"),
-]  # fmt: skip
+    chains = {f"chain-{hook}": chain for hook, chain in zip(letmein.HOOKS, names) if chain}
+    lines = [f"{option} = {chain}" for option, chain in chains.items()]
+    config = parse(
+        "\n".join([
+            "[GENERAL]", f"port = 5800 / {protocols}", "[RESOURCES]", *texts.values(),
+            server_text("NFTABLES", f"family = {family}", f"table = {table}", *lines),
+        ])
+    )  # fmt: skip
+    script = letmein.ruleset_script(config)
+    assert script.isascii()
+    ours = Ours(config)
+    for line in script.splitlines():
+        assert ours.allows(line), line
 
-
-@pytest.mark.parametrize("section, line, hint", REJECTED_OPTIONS)
-def test_rejected_option(section: str, line: str, hint: str) -> None:
-    error = rejection(server_text(section, line))
-    name = ascii(line.partition("=")[0].strip())[1:-1]
-    assert error.problem.startswith(f"f.conf:2: [{section}] {name}: ")
-    assert re.search(hint, error.hint)
-
-
-# the text of a file, the start of the error behind "f.conf:", its hint behind "expected: "
-SAID = [
-    ("[GENERAL]\ndebug = ja", "2: [GENERAL] debug: 'ja' is not valid",
-     "one of: true, 1, yes, on, false, 0, no, off"),
-    ("[GENERAL]\ncontrol-timeout = 10m", "2: [GENERAL] control-timeout: '10m' has a unit",
-     "seconds, from 0 to 4294967295; write 600"),
-    ("[GENERAL]\ndebug yes", "2: 'debug yes' is neither a section nor an option",
-     "a line such as [GENERAL], or NAME = VALUE below one"),
-    ("debug = yes", "1: 'debug' is in no section", "a line such as [GENERAL] above it"),
-    ("[KEYS]\n1 = " + "0" * 64,
-     "2: [KEYS] 1: this key is all 0, which anybody can guess",
-     "64 hex digits, as 'letmein gen-key' prints them"),
-    ("[KEYS]\n1 = " + "fF" * 32,
-     "2: [KEYS] 1: this key is all f, which anybody can guess", "64 hex digits"),
-    ("[KEYS]\n1 = " + "0" * 63, "2: [KEYS] 1: this key has 63 characters, not 64", "64 hex"),
-    ("[KEYS]\n1 = " + "O" * 64, "2: [KEYS] 1: this key has characters that are not hex digits",
-     "64 hex digits"),
-    (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}",
-     "3: [KEYS] 01: user 00000001 has a key already, at f.conf:2", "each user once"),
-    ("[RESOURCES]\n1 = port: 22\n2 = port: 22",
-     "3: [RESOURCES] 2: resource 00000001 has port 22, at f.conf:2", "each port once"),
-    ("[RESOURCES]\n1 = port: 22\n01 = port: 23",
-     "3: [RESOURCES] 01: resource 00000001 appears twice, first at f.conf:2", "each id once"),
-    ("[RESOURCES]\n1 = port: 22 / input: A",
-     "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE),
-    ("[RESOURCES]\n1 = jump", "2: [RESOURCES] 1: this jump has no chain to jump to", "'port: N"),
-    ("[RESOURCES]\n1 = port: 22 / timeout: 1h", "2: [RESOURCES] 1: timeout: '1h' has a unit",
-     "seconds, from 0 to 4294967295; write 3600"),
-    ("[RESOURCES]\n1 = tcp", "2: [RESOURCES] 1: this is neither a port nor a jump", "'port: N"),
-    ("[RESOURCES]\n1 = port: 22 / proto: x", "2: [RESOURCES] 1: 'proto' is unknown here",
-     "'port: N"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text, start, expected", SAID)
-@pytest.mark.parametrize("server", [True, False])
-def test_what_an_error_says(text: str, start: str, expected: str, server: bool) -> None:
-    """Where it is, what is there unless it is a key, and what was expected."""
-    error = rejection(f"{text}\n{server_text('NFTABLES')}", server)
-    assert error.problem == f"f.conf:{start}"
-    assert error.hint.startswith(f"expected: {expected}")
-
-
-K1 = f"1 = {KEY_TEXT}"
-
-
-@pytest.mark.parametrize(
-    "text, start, hint",
-    [
-        pytest.param("\ndebug = yes", "2: ", "[GENERAL]", id="option outside of a section"),
-        pytest.param("[]", "1: ", "[GENERAL]", id="empty section name"),
-        pytest.param("# a\n[GENERAL", "2: ", "[GENERAL]", id="section without ]"),
-        pytest.param("[", "1: ", "[GENERAL]", id="section that only begins"),
-        pytest.param("[GENERAL] # x", "1: ", "[GENERAL]", id="comment behind a section"),
-        pytest.param("[A]\n[B]\n [A]", "3: ", "once", id="section twice"),
-        pytest.param("[GENERAL]\ndebug", "2: ", "=", id="no ="),
-        pytest.param("[GENERAL]\n\n  debug", "3: ", "=", id="indented, no ="),
-        pytest.param("[GENERAL]\n= yes", "2: ", "=", id="no name"),
-        pytest.param("[A]\n  = yes", "2: ", "=", id="indented, no name"),
-        pytest.param(
-            "[GENERAL]\ndebug = 1\ndebug=1", "3: [GENERAL] debug: ", "once", id="option twice"
-        ),
-        pytest.param("[A]\nb = 1\r\n\r\nb =1", "4: [A] b: ", "once", id="twice, unknown section"),
-        pytest.param(f"[KEYS]\n{K1}\n{K1}", "3: [KEYS] 1: ", "once", id="key twice"),
-        pytest.param(
-            f"[KEYS]\n{K1}\n0000000{K1}", "3: [KEYS] 00000001: ", "once", id="key 1 and 00000001"
-        ),
-        pytest.param(
-            "[RESOURCES]\na = port: 1\n\n0A = jump / input: A",
-            "4: [RESOURCES] 0A: ", "once", id="resource a and 0A",
-        ),
-        pytest.param(
-            "[RESOURCES]\n1 = port: 22 / tcp / users: 1\n2 = port: 0x16 / udp / users: 2",
-            "3: [RESOURCES] 2: ", "once", id="port twice",
-        ),
-        pytest.param("[GENERAL]\nport = 1\n  / sctp", "2: [GENERAL] port: ", "tcp", id="continued"),
-        pytest.param("[GENERAL]\ndebug = 1\n # x", "2: [GENERAL] debug: ", "yes", id="# continues"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("server", [True, False])
-def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
-    error = (
-        rejection(text, server) if not server else rejection(f"{text}\n{server_text('NFTABLES')}")
+    targets = {target for r in config.resources.values() for _, target, _ in r.jumps}
+    found = f"add table {family} {table}\n" + "".join(
+        f"add chain {family} {table} {chain}\n" for chain in {*config.chains.values(), *targets}
     )
-    assert error.problem.startswith(f"f.conf:{start}")
-    assert hint in error.hint
-
-
-def test_user_limits() -> None:
-    """[USERS] limits the time of a lease and the last day of a key, which ends in UTC."""
-    lines = ["[RESOURCES]", "1 = port: 22 / timeout: 60", "2 = port: 23 / timeout: 5", "[USERS]"]
-    limits = ["1 = timeout: 9", "2 = not-after: 9999-12-31 / timeout: 7"]
-    limits.append("3 = not-after: 2020-02-29")
-    keys = [f"{user} = {user:064}" for user in (1, 2, 3, 4)]
-    text = "\n".join([*lines, *limits, "[KEYS]", *keys, server_text("NFTABLES")])
-    config = parse(text)
-    terms = {
-        user: [config.longest_lease(user, each) for each in config.resources.values()]
-        for user in config.keys
-    }
-    assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
-    assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
-    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
-    assert not any(config.objection(user, 1) for user in (1, 2, 4))
-    assert config.warnings == (
-        "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
-    )
-    (warning,) = parse(text.replace(keys[0], "")).warnings[:-1]
-    assert warning == "f.conf:5: [USERS] 1: user 00000001 has no key in [KEYS]"
-    assert parse("[USERS]\n1 = nonsense", server=False).warnings == ()
-
-
-@pytest.mark.parametrize(
-    "line, problem, hint",
-    [
-        ("1 = not-after: 2027-02-31", "there is no 2027-02-31 in the calendar", "YYYY-MM-DD"),
-        ("1 = not-after: 0000-01-01", "there is no 0000-01-01 in the calendar", "YYYY-MM-DD"),
-        ("1 = not-after: 12027-01-31", "'12027-01-31' is not valid", "YYYY-MM-DD"),
-        ("1 = not-after: 2027-W01-1", "'2027-W01-1' is not valid", "YYYY-MM-DD"),
-        ("1 = not-after: 20270131", "'20270131' is not valid", "YYYY-MM-DD"),
-        ("1 = not-after: \u0662027-01-31", "is not valid", "YYYY-MM-DD"),
-        ("1 = not-after: 2027-01-31T00:00", "'2027-01-31T00:00' is not valid", "YYYY-MM-DD"),
-        ("1 = not-after:", "'' is not valid", "YYYY-MM-DD"),
-        ("1 = timeout: 0", "with a timeout of 0 the user can open nothing", "more than 0"),
-        ("1 = timeout: -1", "'-1' is out of range", "4294967295"),
-        ("1 = timeout: 1 / timeout: 2", "'timeout' is unknown here, or appears twice", "not-after"),
-        ("1 = port: 22", "'port' is unknown here", "timeout: SECONDS / not-after"),
-        ("1 =", "'' is unknown here", "timeout: SECONDS"),
-        ("root = timeout: 5", "'root' is not valid", "hex digits"),
-        ("1 = timeout: 5\n01 =", "user 00000001 has limits already, at f.conf:2", "each user once"),
-    ],
-)
-def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
-    error = rejection(server_text("USERS", *line.split("\n")))
-    assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
-    assert problem in error.problem and hint in error.hint
-
-
-def test_default_user_must_be_an_id() -> None:
-    error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
-    assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
-
-
-@pytest.mark.parametrize("option", NFTABLES)
-def test_required(option: str) -> None:
-    lines = [f"{name} = {value}" for name, value in NFTABLES.items() if name != option]
-    error = rejection("\n".join(["[GENERAL]", "[NFTABLES]", *lines]))
-    assert error.problem.startswith(f"f.conf:2: [NFTABLES] {option}: ") and option in error.hint
-
-
-@pytest.mark.parametrize(
-    "text, start, words",
-    [
-        ("[GENERL]\ndebug = 1", "f.conf:1: [GENERL]", "GENERAL"),
-        ("[general]", "f.conf:1: [general]", "GENERAL"),
-        ("[GENERAL]\n\ndebgu = 1", "f.conf:3: [GENERAL] debgu:", "debug"),
-        ("[GENERAL]\nPort = 1", "f.conf:2: [GENERAL] Port:", "port"),
-        ("[CLIENT]\ndefault_user = 1", "f.conf:2: [CLIENT] default_user:", "default-user"),
-        ("[ZZZZZZ]", "f.conf:1: [ZZZZZZ]", ""),
-        ("[GENERAL]\nport = 5800/udp", "f.conf", "basic-auth"),
-        ("[RESOURCES]\n\n1 = jump / forward: A", "f.conf:3: [RESOURCES] 1:", "chain-forward"),
-        (
-            "[RESOURCES]\n2 = jump / input: A / output: A",
-            "f.conf:2: [RESOURCES] 2:",
-            "chain-output",
-        ),
-        ("[RESOURCES]\n2 = port: 5800", "f.conf:2: [RESOURCES] 2:", "control port"),
-        (
-            "[RESOURCES]\n\n2 = port: 22 / users: 1, 2A",
-            "f.conf:3: [RESOURCES] 2:",
-            "user 0000002A has no key in [KEYS]",
-        ),
-    ],
-)
-def test_warning(text: str, start: str, words: str) -> None:
-    """It says where, and what is wrong there."""
-    (warning,) = parse(f"{text}\n{server_text('KEYS', K1)}").warnings
-    assert warning.startswith(start) and words in warning and "\n" not in warning
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ("port = 5800 / tcp, udp", "control-error-policy = basic-auth"),
-        ("port = 5800 / udp", "control-error-policy = full-auth"),
-        ("port = 5800 / tcp", "control-error-policy = always"),
-    ],
-)
-def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
-    assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
-
-
-def test_a_warning_that_explains_an_error_comes_before_it(tmp_path: Path) -> None:
-    """[NFTABLE] is the reason why nothing in [NFTABLES] is set."""
-    path = tmp_path / "letmeind.conf"
-    path.write_text(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
-    assert program("-c", path, "server", "--check").stderr.splitlines() == [
-        f"letmein: warning: {path}:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
-        f"letmein: error: {path}:1: [NFTABLES] family: is not set",
-        "  expected: family, table and chain-input, as in nftables.conf",
-    ]
-
-
-FRAGMENTS = st.sampled_from(
-    [
-        "[GENERAL]\n", "[KEYS]\n", "[RESOURCES]\n", "[NFTABLES]\n", "[CLIENT]\n", "[X]\n", "[", "]",
-        "debug =", "port =", "control-timeout =", "1 =", "00000001 = ", "family = inet\n",
-        "timeout=", "table = t\n", "chain-input = c\n", "max-nr-rules = ", "default-user = ",
-        KEY_TEXT, "5800", "port: 22", "jump", " / ", "input: A", "users: 1", "timeout: ", ",", ":",
-        ".5", "1e3", "0x", "+", "\n", "\r\n", "\n  ", "#", "=", "\x1f", "\u3000", "\u0665", "\x00",
-        "\ud800", "'", '"', "\\",
-    ]
-)  # fmt: skip
-
-
-@examples(400)
-@given(st.text() | st.lists(FRAGMENTS, max_size=25).map("".join), st.booleans())
-@example("[GENERAL]\ncontrol-timeout = .5\x1f", False)
-@example("[CLIENT]\ndefault-user = 1\x1f", False)
-@example(f"[KEYS]\n1 = {KEY_TEXT}\u00a0", False)
-@example("[GENERAL]\nport = " + "0" * 5000 + "1", False)
-def test_any_text_is_a_config_or_a_config_error(text: str, server: bool) -> None:
-    for candidate in (text, f"{server_text('NFTABLES')}\n{text}"):
-        try:
-            config = parse(candidate, server)
-        except letmein.ConfigError as error:
-            assert re.match(r"f\.conf:[0-9]+: ", error.problem) and error.hint
-            assert (error.problem + error.hint).isprintable()
-        else:
-            assert all(warning.isprintable() for warning in config.warnings)
-
-
-PLACES = [
-    "{}", "[{}]", "[{}", "[{}] x", "[{0}]\n[{0}]", "[{0}]\n{0}", "[{}]\na = 1\na = 1", "[X]\n{}",
-    "[X]\n{0} = 1\n{0} = 1", "[GENERAL]\n{} = 1", "[GENERAL]\ndebug = {}", "[GENERAL]\nport = {}",
-    "[GENERAL]\nport = 1 / {}", "[GENERAL]\nport = {}: x", "[GENERAL]\ncontrol-timeout = {}",
-    "[GENERAL]\ncontrol-error-policy = {}", "[GENERAL]\nseccomp = {}", "[CLIENT]\n{} = 1",
-    "[CLIENT]\ndefault-user = {}", "[KEYS]\n{}", "[KEYS]\n1 = {}", "[KEYS]\n1 = x\n  {}",
-    "[KEYS]\n{} = 1", "[KEYS]\n{0} = {0}", "[KEYS]\n1 = {0}\n1 = {0}", "[KEYS]\n1 = {0}\n01 = {0}",
-    "[RESOURCES]\n{} = port: 22", "[RESOURCES]\n1 = {}", "[RESOURCES]\n1 = port: {}",
-    "[RESOURCES]\n1 = port: 22 / {}", "[RESOURCES]\n1 = port: 22 / tcp, {}",
-    "[RESOURCES]\n1 = port: 22 / {}: 1", "[RESOURCES]\n1 = port: 22 / users: 1, {}",
-    "[RESOURCES]\n1 = port: 22 / timeout: {}", "[RESOURCES]\n1 = jump / input: {}",
-    "[RESOURCES]\n1 = jump / input: A / input-match: {}", "[RESOURCES]\n1 = jump / {}: A",
-    *(f"[NFTABLES]\n{name} = {{}}" for name in (*NFTABLES, "timeout", "max-nr-rules", "{}")),
-]  # fmt: skip
-
-A_KEY = st.binary(min_size=32, max_size=32).map(bytes.hex)
-PASTED = (
-    A_KEY.map(str.upper)
-    | A_KEY.map(lambda key: key[:-1])
-    | A_KEY.map(lambda key: key + "0")
-    | st.builds(lambda key, at, bad: key[:at] + bad + key[at + 1 :], A_KEY, st.integers(0, 63),
-                st.sampled_from("GgOlxz +-.:"))
-    | st.builds(lambda key, n, by: by.join(re.findall(f".{{{n}}}", key)), A_KEY,
-                st.sampled_from([2, 4, 8, 16]), st.sampled_from(":- ._"))
-    | st.builds(lambda key, n: re.sub(f"(.{{{n}}}).", r"\1O", key), A_KEY, st.sampled_from([9, 15]))
-)  # fmt: skip
-
-
-@examples(400)
-@given(PASTED, st.sampled_from(PLACES), st.booleans())
-@example(":".join(["c3"] * 32), "[KEYS]\n{} = 1", False)
-@example(("0123456789ABCDE" + "O") * 4, "[RESOURCES]\n1 = port: {}", True)
-def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
-    text = place.replace("{0}", pasted).replace("{}", pasted)
-    try:
-        messages = [*parse(f"{text}\n{server_text('NFTABLES')}", server).warnings]
-    except letmein.ConfigError as error:
-        messages = [error.problem, error.hint]
-    digits = re.sub("[^0-9a-z]", "", pasted.lower())
-    for message in messages:
-        seen = re.sub("[^0-9a-z]", "", message.lower())
-        leaks = [at for at in range(len(digits) - 15) if digits[at : at + 16] in seen]
-        assert not leaks, message
-
-
-# --------------------------------------------------- configuration files
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    path = str(tmp_path / "absent.conf")
-    config = letmein.read_config(path, False)
-    assert (config.port, config.keys, config.warnings) == (5800, {}, ())
-    with pytest.raises(letmein.ConfigError) as error:
-        letmein.read_config(path, True)
-    assert path in error.value.problem and "name one with -c" in error.value.hint
-
-
-@pytest.mark.parametrize("server", [True, False])
-@pytest.mark.parametrize(
-    "data, start, hint",
-    [
-        pytest.param(b"[X]\n# caf\xe9\n", "2: ", "UTF-8", id="Latin-1"),
-        pytest.param(b"[X]\r\na = 1\r\nb = \xc3", "3: ", "UTF-8", id="UTF-8, cut off"),
-        pytest.param("[X]\n".encode("utf-16"), "1: ", "UTF-8", id="UTF-16"),
-        pytest.param(b"[X]\n\na = \0\n", "3: ", "UTF-8", id="NUL byte"),
-        # str.strip() takes 1C to 1F for white space; Unicode and the reference do not
-        pytest.param(b"[GENERAL]\ndebug = yes\x1f\n", "2: ", "", id="control character"),
-        pytest.param(b"[CLIENT]\n[GENERAL]\x1c\n", "2: ", "", id="control character at ]"),
-        pytest.param(b"[X]\n" + b"a" * 10_000_000, "", "bytes", id="a line of 10 MB"),
-        pytest.param(b"x" * 4_000_000, "1: ", "[GENERAL]", id="a line of 4 MB"),
-        pytest.param(b"[X]\n" + b" " * 4_000_000 + b"=", "2: ", "=", id="4 MB of blanks"),
-    ],
-)
-def test_bad_file(tmp_path: Path, data: bytes, start: str, hint: str, server: bool) -> None:
-    path = tmp_path / "bad.conf"
-    path.write_bytes(data)
-    with pytest.raises(letmein.ConfigError) as error:
-        letmein.read_config(str(path), server)
-    assert error.value.problem.startswith(f"{path}:{start}")
-    assert len(error.value.problem) < len(str(path)) + 200
-    assert hint in error.value.problem + error.value.hint
-
-
-def test_a_byte_order_mark(tmp_path: Path) -> None:
-    """Some editors begin a file with one, and it is invisible: it is taken."""
-    path = tmp_path / "letmein.conf"
-    path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
-    assert letmein.read_config(str(path), False).port == 5801
-
-
-class Included(NamedTuple):
-    """What `include` meets: files of d/ by name, what make() does to d/, and what is said."""
-
-    files: dict[str, str]
-    said: str
-    pattern: str = "d/*.conf"
-    make: Callable[[Path], object] = lambda directory: None
-
-
-def fill(directory: Path, number: int, text: str) -> None:
-    for index in range(number):
-        (directory / f"{index:05}.conf").write_text(text)
-
-
-def add_secret(directory: Path, name: str) -> None:
-    """A link that leads to a file that whoever owns its directory can replace."""
-    directory.with_name("home").mkdir(0o777)
-    directory.with_name("home").chmod(0o777)
-    directory.with_name("home").joinpath(name).write_text("[KEYS]\n")
-    (directory / name).symlink_to(f"../home/{name}")
-
-
-KEY_2 = f"[KEYS]\n\n2 = {OTHER_KEY.hex()}\n"
-BAD_INCLUDES = {
-    "another section": Included({"a.conf": "[GENERAL]\n"}, "d/a.conf:1: [GENERAL] is not for an"),
-    "an error": Included({"a.conf": "[KEYS]\n2 = x\n"}, "d/a.conf:2: [KEYS] 2: this key has 1 "),
-    "an id twice": Included(
-        {"a.conf": KEY_2, "b.conf": KEY_2},
-        "d/b.conf:3: [KEYS] 2: user 00000002 has a key already, at HERE/d/a.conf:3\n",
-    ),
-    "an id of the main file": Included(
-        {"a.conf": KEY_2.replace("2 =", "01 =")},
-        "d/a.conf:3: [KEYS] 01: user 00000001 has a key already, at HERE/letmeind.conf:4\n",
-    ),
-    "a resource twice": Included(
-        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n01 = port: 2"},
-        "d/b.conf:2: [RESOURCES] 01: resource 00000001 appears twice, first at HERE/d/a.conf:2\n",
-    ),
-    "a port twice": Included(
-        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n2 = port: 1"},
-        "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
-    ),
-    "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
-    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
-    "nothing": Included({}, ": cannot be read: Is a directory", ""),
-    "a FIFO": Included(
-        {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
-    ),
-    "a link that leads nowhere": Included(
-        {}, "d/a.conf: cannot be read: No such file", make=lambda d: (d / "a.conf").symlink_to("x")
-    ),
-    "a loop of links": Included(
-        {}, "d/a.conf: cannot be read: Too many levels",
-        make=lambda d: (d / "a.conf").symlink_to("a.conf"),
-    ),
-    "10,000 files": Included({}, "more than 1000 files match", make=lambda d: fill(d, 10_000, "")),
-    "large files": Included(
-        {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
-    ),
-    "a directory of others": Included(
-        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
-    ),
-    "a link into a directory of others": Included(
-        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture
-def including(tmp_path: Path) -> Path:
-    """The directory d/ beside a letmeind.conf with a key for user 1 that ends in `include`."""
-    (tmp_path / "d").mkdir(0o755)
-    path = tmp_path / "letmeind.conf"
-    text = f"[KEYS]\n# a key\n\n1 = {KEY.hex()}\n{server_text('GENERAL', 'include = d/*.conf')}"
-    path.write_text(text)
-    path.chmod(0o600)
-    return tmp_path / "d"
-
-
-@pytest.mark.parametrize("name", BAD_INCLUDES)
-def test_bad_include(including: Path, name: str) -> None:
-    """What cannot be included is one error that names file and line, and keeps nobody waiting."""
-    case, conf = BAD_INCLUDES[name], including.with_name("letmeind.conf")
-    conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
-    for file, text in case.files.items():
-        (including / file).write_text(text)
-    case.make(including)
-    with pytest.raises(letmein.ConfigError) as error:
-        letmein.read_config(str(conf), True)
-    said = f"{error.value.problem}\n{error.value.hint}"
-    assert case.said.replace("HERE", str(including.parent)) in said
-    assert said.count("\n") == 1 and error.value.hint
-
-
-def test_include(including: Path) -> None:
-    """Keys and resources come from all files that match, in the order of their names; what is
-    wrong with a file's owner or mode is told; a client ignores the option, and says so."""
-    conf = str(including.with_name("letmeind.conf"))
-    (warning,) = letmein.read_config(conf, True).warnings
-    assert "no file matches" in warning
-    files = {"b": "[RESOURCES]\n3 = port: 3", "a": KEY_2 + "[RESOURCES]\n4 = port: 4"}
-    for name, text in files.items():
-        (including / f"{name}.conf").write_text(text)
-        (including / f"{name}.conf").chmod(0o600)
-    (including / "none.txt").write_text("?")
-    config = letmein.read_config(conf, True)
-    assert config.keys == {1: KEY, 2: OTHER_KEY}
-    assert list(config.resources) == [4, 3]
-    assert config.warnings == ()
-    (including / "a.conf").chmod(0o644)
-    (warning,) = letmein.read_config(conf, True).warnings
-    assert warning.startswith(f"{including}/a.conf: mode 644")
-    config = letmein.read_config(conf, False)
-    assert config.keys == {1: KEY}
-    assert ["include: is for the server" in each for each in config.warnings] == [True]
-
-
-@pytest.mark.parametrize("server", [True, False])
-def test_directory(tmp_path: Path, server: bool) -> None:
-    with pytest.raises(letmein.ConfigError, match=re.escape(str(tmp_path))) as error:
-        letmein.read_config(str(tmp_path), server)
-    assert "directory" in error.value.problem
-
-
-@pytest.mark.parametrize("server", [True, False])
-def test_unreadable_file(tmp_path: Path, server: bool) -> None:
-    path = tmp_path / "secret.conf"
-    path.touch(0o000)
-    uid = os.geteuid()
-    try:
-        if uid == 0:
-            os.seteuid(65534)  # root may read everything
-    except OSError:
-        return  # root of a user namespace, who can be nobody else
-    try:
-        with pytest.raises(letmein.ConfigError, match="denied"):
-            letmein.read_config(str(path), server)
-    finally:
-        os.seteuid(uid)
-
-
-@pytest.mark.parametrize(
-    "server, mode, unsafe",
-    [
-        (True, 0o600, False), (True, 0o640, False), (True, 0o751, False), (True, 0o644, True),
-        (True, 0o660, True), (True, 0o602, True), (False, 0o600, False), (False, 0o700, False),
-        (False, 0o711, False), (False, 0o640, True), (False, 0o604, True), (False, 0o602, True),
-    ],
-)  # fmt: skip
-def test_file_mode(tmp_path: Path, server: bool, mode: int, unsafe: bool) -> None:
-    path = tmp_path / "letmein.conf"
-    path.write_text(server_text("KEYS", K1))
-    path.chmod(mode)
-    warnings = [w for w in letmein.read_config(str(path), server).warnings if "chown" not in w]
-    assert len(warnings) == unsafe
-    assert all(f"{mode:o}" in warning and "chmod" in warning for warning in warnings)
-
-
-@pytest.mark.parametrize("server", [True, False])
-def test_file_owner(tmp_path: Path, server: bool) -> None:
-    path = tmp_path / "letmein.conf"
-    path.write_text(server_text("KEYS", K1))
-    path.chmod(0o600)
-    if os.geteuid() == 0:
-        assert not letmein.read_config(str(path), server).warnings
-        try:
-            os.chown(path, 65534, 65534)
-        except OSError:
-            return  # root of a user namespace, where nobody else can own a file
-    warnings = letmein.read_config(str(path), server).warnings
-    assert ["chown root" in warning for warning in warnings] == ([True] if server else [])
-
-
-# ------------------------------------------------------------ command line
-
-LONE_CONF = f"""
-[GENERAL]
-control-timeout = 0.5
-[KEYS]
-00000000 = {KEY.hex()}
-A423DDA7 = {KEY.hex()}
-[RESOURCES]
-BC5D8077 = port: 22
-000000FF = port: 80 / users: A423DDA7
-"""
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> Path:
-    path = tmp_path / "letmein.conf"
-    path.write_text(LONE_CONF)
-    path.chmod(0o600)
-    return path
-
-
-def program(*words: object) -> subprocess.CompletedProcess[str]:
-    """letmein.py with these words, as a user starts it."""
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *map(str, words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The words of a run that failed as it should: one line with the error, one with a hint."""
-    assert (done.returncode, done.stdout) == (1, "")
-    problem, hint = done.stderr.splitlines()
-    assert problem.startswith("letmein: error: ") and hint.startswith("  ") and hint.strip()
-    return done.stderr
-
-
-@pytest.mark.parametrize(
-    "words, complaint",
-    [
-        pytest.param("", "command", id="no command"),
-        pytest.param("open host 22", "open", id="unknown command"),
-        pytest.param("--frobnicate knock host 22", "--frobnicate", id="unknown option"),
-        pytest.param("knock", "HOST", id="no host"),
-        pytest.param("knock host", "PORT", id="neither port nor resource"),
-        pytest.param("revoke host", "--resource", id="neither port nor resource to revoke"),
-        pytest.param("knock host 22 -r BC5D8077", "", id="port and resource"),
-        pytest.param("knock -r BC5D8077 host 22", "", id="resource and port"),
-        pytest.param("knock host 22 23 -r BC5D8077", "", id="two ports and resource"),
-        pytest.param("knock host 0", "65535", id="port 0"),
-        pytest.param("knock host 65536", "65535", id="port 65536"),
-        pytest.param("knock host abc", "65535", id="port abc"),
-        pytest.param("knock host 22 -P 0", "65535", id="server port 0"),
-        pytest.param("knock host 22 -P 65536", "65535", id="server port 65536"),
-        pytest.param("knock host -r xyz", "hex", id="bad resource"),
-        pytest.param("knock host -r 123456789", "hex", id="resource of 9 digits"),
-        pytest.param("knock host 22 -u root", "hex", id="bad user"),
-        pytest.param("gen-key -u root", "hex", id="bad user for a key"),
-        pytest.param("--seccomp on knock host 22", "kill", id="bad seccomp"),
-        pytest.param("-c", "", id="option without value"),
-        pytest.param("server -n 0", "1", id="no connections"),
-        pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
-        pytest.param("revoke host 22 -- ls", "revoke takes no COMMAND", id="COMMAND of revoke"),
-        pytest.param("knock host 22 --", "COMMAND is missing", id="no COMMAND behind --"),
-        pytest.param("connect host 22 23", "one PORT", id="two ports to connect to"),
-        pytest.param("connect host", "PORT", id="no port to connect to"),
-        pytest.param("status 5", "'5' is one word too many", id="word too many"),
-        pytest.param("client-conf", "-u/--user", id="whose client file"),
-        pytest.param("knock host 22 -x", "'-x'", id="unknown letter"),
-        pytest.param("knock host 22 -4x", "'-x'", id="unknown letter behind a known one"),
-        pytest.param("knock host 22 --quiet=1", "-q/--quiet takes no value", id="value of a flag"),
-        pytest.param("knock host 22 -u", "-u/--user needs its ID", id="no value at the end"),
-        pytest.param("knock host 22 -u --quiet", "-u/--user needs its ID", id="no value"),
-        pytest.param("revoke host 22 --keep", "--keep", id="nothing to keep"),
-        pytest.param("connect host 22 -q", "-q", id="always quiet"),
-        pytest.param("completion tcsh", "bash, zsh, fish", id="unknown shell"),
-    ],
-)
-def test_usage_error(conf: Path, words: str, complaint: str) -> None:
-    done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
-    assert (done.returncode, done.stdout) == (2, "")
-    first, second = done.stderr.splitlines()
-    assert first.startswith("letmein: error: ") and complaint in first + second
-    starts = "usage: letmein |did you mean|'letmein .*--help' |expected: |for example: "
-    assert re.match(f"  ({starts})", second)
-
-
-@pytest.mark.parametrize(
-    "words, suggestion",
-    [
-        ("kock server 22", "there is no command 'kock'\n  did you mean knock? "),
-        ("knock --quite server 22", "there is no option '--quite'\n  did you mean --quiet? "),
-        ("knock server 22 -ualice", "-u/--user: 'alice' is not valid\n  expected: 1 to 8 hex"),
-        ("knock server ssh", "PORT: 'ssh' is not valid\n  expected: a number from 1 to 65535"),
-        ("service upstart", "KIND: 'upstart' is not valid\n  expected: one of: systemd, "),
-        ("revoke host 22 --keep", "no option '--keep'\n  'letmein revoke --help' lists all"),
-        ("--rundir /x status", "in front of a command\n  put it behind the command: letmein"),
-        ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
-        ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
-        ("help kock", "there is no command 'kock'\n  did you mean knock? "),
-        ("network-process", "there is no command 'network-process'\n"),
-        ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
-    ],
-)
-def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
-    """It names the option, and what may have been meant; its usage is that of the one command."""
-    done = program(*words.split())
-    assert done.returncode == 2 and suggestion in done.stderr, done.stderr
-
-
-HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # of the Rust programs; they do nothing
-
-
-@pytest.mark.parametrize("command", (letmein.LETMEIN, *letmein.COMMANDS), ids=lambda c: c.name)
-def test_help(command: letmein.Command) -> None:
-    """It explains each option and argument, has examples, and fits 80 columns. `help COMMAND` is
-    the same, wherever its options are."""
-    done = program("help", *filter(None, [command.name]))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == program(*filter(None, [command.name]), "-h").stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    options = [*command.arguments, *letmein.options_of(command)]
-    assert {name for o in options if not o.text for name in o.names} <= HIDDEN
-    for option in options:
-        if option.text:
-            names = ", ".join(option.names)
-            assert re.search(rf"^  {names}( {option.metavar or '.*'})?\s+\S", done.stdout, re.M)
-            assert option.metavar != "N" and option.text[0].islower() and option.text[-1] != "."
-    assert command.about in done.stdout
-    assert f"\nExamples:\n{command.examples}\n" in done.stdout
-
-
-def test_examples_are_right() -> None:
-    """Each example of --help is a command line that we take."""
-    for command in (letmein.LETMEIN, *letmein.COMMANDS):
-        found = re.findall(r"^  letmein (.*?)(?:   .*| [>|].*)?$", command.examples, re.M)
-        assert found or command.name in ("connect", "completion")
-        for words in found:
-            assert letmein.parse_words(words.split()).about
-
-
-def test_help_on_a_terminal() -> None:
-    """It is as wide as the terminal, but not wider than people read."""
-    ours, theirs = os.openpty()
-    widths = []
-    for columns in (40, 90, 300):
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
-        process = subprocess.Popen([sys.executable, PROGRAM, "help", "knock"], stdout=theirs)
-        text = ""
-        while "close it\r\n" not in text:
-            text += os.read(ours, 65536).decode()
-        assert process.wait(LIMIT_S) == 0
-        options = text.partition("Options:")[2].partition("Examples:")[0]
-        widths.append(max(map(len, options.split("\r\n"))))
-    assert widths[0] <= 52 < 80 < widths[1] <= 90 < widths[2] <= 100
-    os.close(ours)
-    os.close(theirs)
-
-
-COMPLETED = {  # by the words so far what the last one may become
-    "letmein kn": "knock",
-    "letmein -c file knock server --server-port-": "--server-port-tcp --server-port-udp",
-    "letmein service ope": "openwrt",
-    "letmein status --j": "--json",
-    "letmein revoke --kee": "",
-}
-
-
-@pytest.mark.parametrize("shell", ["bash", "fish"])
-def test_completion(shell: str) -> None:
-    """The shell itself, where it is installed, completes commands, options and values."""
-    if not shutil.which(shell):
-        return
-    script = program("completion", shell).stdout
-    for typed, wanted in COMPLETED.items():
-        ask = f"complete -C {shlex.quote(typed)} | cut -f 1"
-        if shell == "bash":
-            ask = f"COMP_WORDS=({typed}) COMP_CWORD={typed.count(' ')}; _letmein; "
-            ask += "printf '%s\\n' ${COMPREPLY[@]}"
-        words = [shell, "-c", f"{script}\n{ask}"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
-        assert sorted(done.stdout.split()) == wanted.split(), (typed, done)
-
-
-def test_unknown_user(conf: Path) -> None:
-    text = failure(program("-c", conf, "knock", "127.0.0.1", "22", "-u", "123"))
-    assert "00000123" in text and str(conf) in text
-
-
-@pytest.mark.parametrize(
-    "port", [pytest.param(23, id="nobody's"), pytest.param(80, id="another's")]
-)
-def test_port_without_a_resource(conf: Path, port: int) -> None:
-    text = failure(program("-c", conf, "knock", "127.0.0.1", port))
-    assert str(port) in text and "RESOURCES" in text
-
-
-@pytest.mark.parametrize(
-    "words, complaint",
-    [
-        pytest.param("knock no-such-host.invalid 22", "no-such-host.invalid", id="unresolvable"),
-        pytest.param("knock no-such-host.invalid 22 -4 -6", "no-such-host.invalid", id="both"),
-        pytest.param("knock ::1 22 -4", "::1", id="-4 with an IPv6 address"),
-        pytest.param("knock 127.0.0.1 22 -6", "127.0.0.1", id="-6 with an IPv4 address"),
-        pytest.param("knock 127.0.0.1 22 -4 -6", "IPv6", id="-4 -6 with an IPv4 address"),
-        pytest.param("knock \x1b[2J 22", r"\x1b[2J", id="control characters"),
-        pytest.param("revoke " + "x" * 70 + ".invalid 22", "invalid", id="label too long"),
-    ],
-)
-def test_unreachable(conf: Path, words: str, complaint: str) -> None:
-    assert complaint in failure(program("-c", conf, *words.split(" ")))
-
-
-@pytest.mark.parametrize("protocol", ["-T", "-U"])
-def test_refused_connection(conf: Path, protocol: str) -> None:
-    with socket.socket() as unused, socket.socket(type=socket.SOCK_DGRAM) as unused_too:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        unused_too.bind(("127.0.0.1", port))
-        unused_too.close()
-        done = program("-c", conf, "knock", "127.0.0.1", "22", protocol, "-P", port)
-    assert "127.0.0.1" in failure(done)
-
-
-@pytest.mark.parametrize("option", ["-v", "--version"])
-def test_version(option: str) -> None:
-    done = program(option)
-    assert done.returncode == 0 and letmein.VERSION in done.stdout and not done.stderr
-
-
-@pytest.mark.parametrize("text", ["", "[KEYS]\n1 = broken\n", "not a configuration", "[GENERAL\n"])
-def test_gen_key(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "letmein.conf"
-    path.write_text(text)
-    path.chmod(0o600)
-    lines = [
-        program("-c", path, "gen-key").stdout,
-        program("-c", path, "gen-key", "-u", "2a").stdout,
-    ]
-    assert re.fullmatch("00000000 = [0-9A-F]{64}\n", lines[0])
-    assert re.fullmatch("0000002A = [0-9A-F]{64}\n", lines[1])
-    assert set(parse("[KEYS]\n" + "".join(lines), server=False).keys) == {0, 42}
-    assert lines[0][11:] != lines[1][11:]
-
-
-def test_gen_key_takes_the_next_free_user(tmp_path: Path) -> None:
-    """Its lines can be added to letmeind.conf one after the other, and the client is told which
-    default-user it needs; a user who is named is replaced, and that is said."""
-    path = tmp_path / "letmeind.conf"
-    path.write_text("[KEYS]\n")
-    path.chmod(0o600)
-    errors = []
-    for _ in range(3):
-        done = program("-c", path, "gen-key")
-        path.write_text(path.read_text() + done.stdout)
-        errors.append(done.stderr)
-    assert set(parse(path.read_text(), server=False).keys) == {0, 1, 2}
-    assert f"user 00000000 has a key in {path}, so this one is for user 00000002" in errors[2]
-    assert ["default-user = 00000002" in text for text in errors] == [False, False, True]
-    done = program("-c", path, "gen-key", "-u", "1")
-    assert done.stdout.startswith("00000001 = ")
-    assert f"user 00000001 has a key in {path}: this line replaces that one" in done.stderr
-
-
-def test_gen_key_says_where_the_line_belongs() -> None:
-    """On standard error: standard output is the line alone."""
-    done = program("gen-key", "-u", "7")
-    assert len(done.stdout.splitlines()) == 1
-    assert "letmeind.conf" in done.stderr and "client-conf" in done.stderr
-
-
-def test_client_conf(tmp_path: Path) -> None:
-    """It is a file that the client reads, with what this user may have on the server, and no more;
-    nothing but the file goes to standard output."""
-    path = tmp_path / "letmeind.conf"
-    lines = ["22 = port: 22 / timeout: 60", "23 = port: 23 / tcp, udp / users: 2",
-             "40 = jump / input: DOOR / input-match: saddr", "58 = port: 5900"]
-    path.write_text("\n".join([
-        "[GENERAL]", "port = 5900 / udp", "[KEYS]", f"1 = {KEY.hex()}", f"2 = {OTHER_KEY.hex()}",
-        "[RESOURCES]", *lines, server_text("NFTABLES"),
-    ]))  # fmt: skip
-    path.chmod(0o600)
-    done = program("-c", path, "client-conf", "-u", "1", "--host", "server.example")
-    assert done.returncode == 0, done
-    config = parse(done.stdout, server=False)
-    assert not config.warnings
-    assert (config.port, config.protocols, config.default_user) == (5900, ("udp",), 1)
-    assert config.keys == {1: KEY}
-    assert [(r.identifier, r.port, r.timeout) for r in config.resources.values()] == [
-        (0x22, 22, 60), (0x40, 0, 600),
-    ]  # fmt: skip
-    assert "letmein knock server.example 22" in done.stdout
-    with path.open("a") as file:
-        file.write("[USERS]\n1 = timeout: 90 / not-after: 9999-12-31\n")
-    limited = program("-c", path, "client-conf", "-u", "1", "--host", "server.example").stdout
-    resources = parse(limited, server=False).resources.values()
-    assert [each.timeout for each in resources] == [60, 90]
-    assert "up to the end of 9999-12-31 (UTC)" in limited
-    for host in ("a\n[KEYS]", "a b", "a\x1b[2J", ""):
-        done = program("-c", path, "client-conf", "-u", "1", "--host", host)
-        assert (done.returncode, done.stdout) == (2, ""), "it would write lines of its own"
-    done = program("-c", path, "client-conf", "-u", "9")
-    assert done.returncode == 1 and not done.stdout
-    assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
-
-
-def test_no_client_file(tmp_path: Path) -> None:
-    """Whoever has none is told where it was looked for, and who can make one."""
-    done = program("-c", tmp_path / "missing.conf", "knock", "host", "22")
-    assert done.returncode == 1
-    assert f"no configuration file, and so no key: {tmp_path}/missing.conf" in done.stderr
-    assert "client-conf" in done.stderr and "check the path" in done.stderr
-    said = failure(program("-c", tmp_path, "knock", "host", "22"))
-    assert f"{tmp_path}: cannot be read: Is a directory\n  name a letmein.conf that you" in said
-
-
-def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
-    path = tmp_path / "letmein.conf"
-    path.write_text("[CLIENT]\ndefault-user = 7\n")
-    path.chmod(0o600)
-    done = program("-c", path, "gen-key")
-    assert done.stdout.startswith("00000007 = ") and done.returncode == 0
-
-
-@pytest.mark.parametrize("command", [["knock", "127.0.0.1", "22"], ["server"], ["status"]])
-def test_configuration_that_cannot_be_used(tmp_path: Path, command: list[str]) -> None:
-    path = tmp_path / "bad.conf"
-    path.write_text(server_text("KEYS", f"1 = {KEY_TEXT[:-1]}"))
-    path.chmod(0o600)
-    text = failure(program("-c", path, *command))
-    assert f"{path}:2: [KEYS] 1: " in text and "64 hex digits" in text and KEY_TEXT[:16] not in text
-
-
-@pytest.mark.parametrize("command", ["server", "status"])
-def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
-    assert "no such file" in failure(program(command, "-c", tmp_path / "absent.conf")).lower()
-
-
-Answer = Callable[[bytes], "bytes | None"]
-
-
-@contextlib.contextmanager
-def listening(answer: Answer, udp: bool = False) -> Iterator[int]:
-    """A local server: answer() maps each message to a reply, None to hang up."""
-    listener = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
-    listener.bind(("127.0.0.1", 0))
-    listener.settimeout(10)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            if udp:
-                while True:
-                    data, peer = listener.recvfrom(100)
-                    listener.sendto(answer(data) or b"", peer)
-            while True:
-                peer_socket, _ = listener.accept()
-                with peer_socket:
-                    peer_socket.settimeout(10)
-                    while data := peer_socket.recv(56, socket.MSG_WAITALL):
-                        reply = answer(data)
-                        if reply is None:
-                            break
-                        peer_socket.sendall(reply)
-
-    if not udp:
-        listener.listen()
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
-
-
-def good_server(log: list[tuple[int, int, int]]) -> Answer:
-    """Answers as the protocol wants it; log gets the operation, user and resource of a grant."""
-    server = Conversation()
-
-    def answer(data: bytes) -> bytes:
-        verdict = server.receive(data)
-        if verdict.met is None or server.ids is None:
-            return verdict.reply
-        log.append((verdict.met.asked, *server.ids))
-        return letmein.unsigned(COMEIN, *server.ids)
-
-    return answer
-
-
-@pytest.mark.parametrize(
-    "words, operation",
-    [
-        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -P PORT", KNOCK, id="knock"),
-        pytest.param("knock -4TuA423DDA7 127.0.0.1 22 -PPORT", KNOCK, id="in one word"),
-        pytest.param("knock 127.0.0.1 22 --user=A423DDA7 -P=PORT", KNOCK, id="with ="),
-        pytest.param("knock -u a423dda7 -P PORT 127.0.0.1 22", KNOCK, id="options first"),
-        pytest.param("knock 127.0.0.1 -u A423DDA7 -P PORT 22", KNOCK, id="options between"),
-        pytest.param("knock --seccomp off -u a423dda7 127.0.0.1 22 -P PORT", KNOCK, id="of all"),
-        pytest.param("knock 127.0.0.1 -r BC5D8077 -u A423DDA7 -P PORT", KNOCK, id="resource"),
-        pytest.param("knock 127.0.0.1 22 -4 -u A423DDA7 -T -P PORT", KNOCK, id="-4 -T"),
-        pytest.param("knock 127.0.0.1 22 -u A423DDA7 -U -P PORT", KNOCK, id="UDP"),
-        pytest.param("revoke 127.0.0.1 22 --user A423DDA7 --server-port PORT", REVOKE, id="revoke"),
-        pytest.param("close 127.0.0.1 --resource BC5D8077 -u A423DDA7 -P PORT", REVOKE, id="close"),
-    ],
-)
-def test_knock(conf: Path, words: str, operation: int) -> None:
-    log: list[tuple[int, int, int]] = []
-    with listening(good_server(log), udp="-U" in words.split()) as port:
-        done = program("-c", conf, *words.replace("PORT", str(port)).split())
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "127.0.0.1" in done.stdout and len(done.stdout.splitlines()) == 1
-    assert log == [(operation, USER, RESOURCE)]
-
-
-@pytest.mark.parametrize(
-    "reply, complaint",
-    [
-        pytest.param(plain(GOAWAY), "rejected", id="GOAWAY"),
-        pytest.param(plain(COMEIN), "COMEIN", id="COMEIN without a CHALLENGE"),
-        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n" * 3, "letmein", id="another protocol"),
-        pytest.param(None, "closed", id="hangs up"),
-        pytest.param(plain(CHALLENGE)[:55], "no answer", id="55 bytes"),
-        pytest.param(b"", "no answer", id="silent"),
-    ],
-)
-@pytest.mark.parametrize("command", ["knock", "revoke"])
-def test_bad_server(conf: Path, reply: bytes | None, complaint: str, command: str) -> None:
-    with listening(lambda _: reply) as port:
-        done = program("-c", conf, command, "127.0.0.1", "22", "-P", port)
-    assert complaint in failure(done)
-
-
-def test_warnings_do_not_keep_from_knocking(conf: Path) -> None:
-    conf.write_text("[GENERL]\n" + LONE_CONF)
-    conf.chmod(0o666)
-    log: list[tuple[int, int, int]] = []
-    with listening(good_server(log)) as port:
-        words = ["--dns", "quad9", "--dns-crypt", "tls", "knock", "127.0.0.1", "22"]
-        done = program("-c", conf, "--seccomp", "off", *words, "-u", "A423DDA7", "-P", port)
-    assert done.returncode == 0 and len(log) == 1
-    lines = done.stderr.splitlines()
-    assert lines and all(line.startswith("letmein: warning: ") for line in lines)
-    assert [sum(word in line for line in lines) for word in ("GENERAL", "666", "--dns")] == [
-        1,
-        1,
-        1,
-    ]
-
-
-def test_verbose_and_main(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with listening(good_server([])) as port:
-        words = ["knock", "127.0.0.1", "22", "-u", "A423DDA7", "-P", str(port)]
-        assert letmein.main(["-c", str(conf), "--verbose", *words]) == 0
-    output = capsys.readouterr()
-    assert str(conf) in output.err and str(port) in output.err
-    assert KEY.hex() not in (output.out + output.err).lower()
-
-
-# What reads like a translation, or makes a reader think twice.
-TICS = re.compile(
-    r"will not do|cannot be had|\bshall\b|\bstands?\b|who can|what is .*\bthere\b|so long as|"
-    r"\bit is \w+ that\b"
-)
-# Errors that may come without a hint: what the kernel says of a table that was just there, an nft
-# that lies, and what --verbose alone tells.
-NO_HINT = re.compile("cannot read |nft reports success, but |given up: ")
-
-
-class Said(NamedTuple):
-    """A text in letmein.py that somebody may read: the function it is in, and what it is."""
-
-    function: str
-    kind: str  # "problem" and "hint" of an error, else "text"
-    text: str  # with "{}" for what is put in
-
-
-class Sayings(ast.NodeVisitor):
-    """Collects all of them: whatever string is not a docstring, and both parts of each error, by
-    way of the local names that they were given."""
-
-    def __init__(self) -> None:
-        self.function = "the module"
-        self.names: dict[str, list[str]] = {}
-        self.found: list[Said] = []
-        self.visit(ast.parse(LETMEIN.read_text(encoding="utf-8")))
-
-    def texts(self, node: ast.AST | None) -> list[str]:
-        """What a node may come to."""
-        if isinstance(node, ast.Constant):
-            return [node.value] if isinstance(node.value, str) else []
-        if isinstance(node, ast.JoinedStr):
-            parts = [(self.texts(value) or ["{}"])[0] for value in node.values]
-            return ["".join(parts)]
-        if isinstance(node, ast.BinOp):
-            return [(self.texts(node.left) or ["{}"])[0] + (self.texts(node.right) or ["{}"])[0]]
-        if isinstance(node, ast.IfExp):
-            return self.texts(node.body) + self.texts(node.orelse)
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id, [])
-        return []
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outside = self.function, self.names
-        self.function = node.name if self.function == "the module" else self.function
-        assigned = [each for each in ast.walk(node) if isinstance(each, ast.Assign)]
-        self.names = dict(self.names)
-        for each in assigned:
-            for name in each.targets:
-                if isinstance(name, ast.Name):
-                    self.names[name.id] = self.names.get(name.id, []) + self.texts(each.value)
-        self.generic_visit(node)
-        self.function, self.names = outside
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        if not isinstance(node.value, ast.Constant):  # a docstring
-            self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        self.note("text", self.texts(node))
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        self.note("text", self.texts(node))
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        kind = getattr(letmein, getattr(node.func, "id", ""), None)
-        is_error = isinstance(kind, type) and issubclass(kind, letmein.UserError)
-        if is_error and not isinstance(node.args[0], ast.Starred):
-            problems = self.texts(node.args[0])
-            self.note("problem", problems)
-            if node.args[1:] or not any(map(NO_HINT.search, problems)):
-                self.note("hint", self.texts(node.args[1]) if node.args[1:] else [""])
-        for keyword in node.keywords:
-            if keyword.arg == "hint":
-                self.note("hint", filter(None, self.texts(keyword.value)))
-        self.generic_visit(node)
-
-    def note(self, kind: str, texts: Iterable[str]) -> None:
-        self.found += [Said(self.function, kind, text) for text in texts]
-
-
-def objection(said: Said) -> str:
-    """What is wrong with a text, by rules that keep them good; "" if nothing is."""
-    if said.kind == "hint" and not said.text:
-        return "an error without a hint"
-    if found := TICS.search(said.text):
-        return f"a tic: {found[0]}"
-    if re.search("[a-z]+ [a-z]+", said.text):
-        if not said.text.isascii():
-            return "not ASCII"
-        if max(map(len, said.text.splitlines())) > 120:
-            return "a long line"
-    if said.kind != "text" and said.text.endswith("."):
-        return "a full stop at its end"
-    if said.kind == "hint" and re.match("[A-Z][a-z]", said.text):
-        return "a hint that begins with a capital"
-    return ""
-
-
-def test_every_message_keeps_the_rules() -> None:
-    """Short, plain, in ASCII; and each error has a hint."""
-    found = Sayings().found
-    for _, problem, hint in letmein.CAUSES.values():
-        found += [Said("CAUSES", "problem", problem), Said("CAUSES", "hint", hint)]
-    assert len([said for said in found if said.kind == "hint"]) > 50
-    wrong = {f"{said.function}: {said.text!r}: {objection(said)}" for said in found}
-    wrong = {line for line in wrong if not line.endswith(": ")}
-    assert not wrong, "\n".join(sorted(wrong))
-
-
-def test_imports_cost_no_more_than_a_knock_needs() -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import letmein; print(*sorted(sys.modules))"
-    )
-    words = [sys.executable, "-I", "-S", "-c", script, str(Path(PROGRAM).parent)]
-    loaded = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    dear = (
-        "asyncio ctypes dataclasses email inspect ipaddress logging multiprocessing ssl subprocess "
-        "typing unittest urllib argparse json difflib"
-    )
-    assert "letmein" in loaded and not set(dear.split()) & set(loaded)
+    run(NFT, "-c", "-f", "-", text=found + script)
 
 
 # ----------------------------------------------------------------------------
-# Whatever comes: from peers, from the other process, from a configuration
+# 5  Monitor
 #
-# The rooms of letmein.py in this process, joined by real sockets. `make fuzz` runs all properties
-# of this file again and again.
+# The process with the keys grants for whole handshakes alone, reloads, and keeps its log short.
 # ----------------------------------------------------------------------------
 
 ANY_MESSAGE = (
@@ -9458,115 +5351,10 @@ ANY_MESSAGE = (
     | st.binary(min_size=56, max_size=56)
 )
 
-
-class QuietLog(letmein.Log):
-    """The log's lines in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[dict[str, object]] = []
-
-    def __call__(self, event: str, **fields: object) -> None:
-        self.counts[event] += 1
-        self.lines.append({"event": event, **fields})
-
-
-class NotedFirewall:
-    """Notes what it is asked for, and does it, unless it is to object."""
-
-    def __init__(self) -> None:
-        self.changes: list[tuple[int, str, int]] = []
-        self.problem = ""
-        self.leases = letmein.Leases()
-        self.table = SimpleNamespace()
-
-    def knock(self, address: str, resource: int, user: int) -> str:
-        self.changes.append((KNOCK, address, resource))
-        return self.problem
-
-    def revoke(self, address: str, resource: int) -> str:
-        self.changes.append((REVOKE, address, resource))
-        return self.problem
-
-
-class LoneChild(letmein.NetworkChild):
-    """A network process that is never started: the test is it."""
-
-    def _replace_sockets(self) -> None:
-        """There are none."""
-
-
-class LoneMonitor(letmein.Monitor):
-    """The privileged process without its kernel: changes are but noted, and the
-    test is the network process, at the other end of the link."""
-
-    log: QuietLog
-    firewall: NotedFirewall  # type: ignore[assignment]
-
-    def __init__(self, config: letmein.Config) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(letmein, "Log", QuietLog)
-            patch.setattr(letmein, "Nft", lambda name: None)
-            patch.setattr(letmein, "Firewall", lambda *_: NotedFirewall())
-            patch.setattr(letmein, "NetworkChild", LoneChild)
-            patch.setattr(letmein, "lock_table", lambda *_: -1)
-            patch.setattr(letmein, "empty_directory", lambda _: os.open("/", os.O_PATH))
-            patch.setattr(letmein, "control_sockets", lambda *_: {})
-            patch.setattr(os, "umask", lambda mask: mask)
-            super().__init__(config, letmein.ServerOptions("/", "none", 1, 1, None, {}, -1))
-        self.judge.tokens = letmein.Tokens(bytes(32))
-        self.network.is_ready = self.network.is_heard = True
-        self.connect()
-
-    def connect(self) -> None:
-        """Have new channels, as after the start of a network process."""
-        self.theirs, self.writer = self.network._connect()
-
-    def hand(self, data: bytes) -> list[letmein.Record]:
-        """Send it a record; returns what it sends back."""
-        if data:
-            self.writer.write(data)
-        else:
-            self.writer.close()
-        self.network._on_pipe()
-        return self.said()
-
-    def said(self) -> list[letmein.Record]:
-        records = []
-        with contextlib.suppress(BlockingIOError):
-            while data := self.theirs.recv(4096):
-                assert len(data) == letmein.RECORD.size
-                records.append(letmein.Record(*letmein.RECORD.unpack(data)))
-        return records
-
-    def close(self) -> None:
-        self.network.close()
-        self.theirs.close()
-        self.writer.close()
-        self.selector.close()
-        os.close(self.network.root)
-
-
-@contextlib.contextmanager
-def lone_monitor(text: str) -> Iterator[LoneMonitor]:
-    monitor = LoneMonitor(parse(text))
-    try:
-        yield monitor
-    finally:
-        monitor.close()
-
-
-def monitor_text(policy: str) -> str:
-    """A server that knows USER, lets it have RESOURCE, and serves 5800."""
-    return (
-        f"[GENERAL]\ncontrol-error-policy = {policy}\n[KEYS]\n{USER:X} = {KEY.hex()}\n"
-        f"[RESOURCES]\n{RESOURCE:X} = port: 22\n58 = port: 5800\n" + server_text("NFTABLES")
-    )
-
-
 # What stands between protocol and message in a record: whose it is.
 WAY = letmein.RECORD.size - 2 - 56
 WAYS = st.sampled_from([bytes(WAY), (bytes(4) + letmein.IPV4_MAPPED).ljust(WAY, b"\0")])
+
 ANY_RECORD = st.tuples(
     st.sampled_from([letmein.REQUEST, letmein.ANSWER] * 4 + [*range(10), 255]),
     st.sampled_from([letmein.TCP, letmein.UDP] * 5 + [0, 255]),
@@ -9619,9 +5407,6 @@ def test_monitor_survives_any_network_process(
         assert len(lines) <= 2 * letmein.LINES_LIMIT
         for counter in (log.counts, log.refusals, log.kinds, log.left_out):
             assert len(counter) < 20, counter
-
-
-# ------------------------------------------------- the server, and its model
 
 
 class Conf(NamedTuple):
@@ -9685,6 +5470,7 @@ FROM = st.sampled_from(
         From(letmein.TCP, 3, ("fd01::1", 1000, 0, 0)),
     ]
 )
+
 RELOADS: list[tuple[str, Any]] = [
     ("policy", "basic-auth"), ("policy", "always"), ("policy", "full-auth"),
     ("timeout", 0.5), ("timeout", 5), ("timeout", 7.5), ("timeout", 60), ("timeout", 3600),
@@ -9870,8 +5656,8 @@ class ServerModel(RuleBasedStateMachine):
         self.monitor.log.lines.clear()
         record = sent.peer.record(sent.kind, sent.data)
         replies = self.monitor.hand(letmein.RECORD.pack(*record))
-        for reply in replies:
-            assert reply._replace(kind=0, payload=b"") == record._replace(kind=0, payload=b"")
+        for back in replies:
+            assert back._replace(kind=0, payload=b"") == record._replace(kind=0, payload=b"")
         return replies, self.monitor.firewall.changes[before:]
 
     def is_refusal(
@@ -10002,176 +5788,1132 @@ def test_a_longer_control_timeout_brings_no_response_back() -> None:
         model.teardown()
 
 
-# --------------------------------------------- both processes, and their peers
+def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
+    """No peer is answered behind a READY until the predecessor's leases were adopted."""
+    with lone_monitor(monitor_text("basic-auth")) as monitor:
+        monitor.network.is_ready = monitor.network.is_heard = False
+        knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
+        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
+        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
+        monitor.network._on_pipe()
+        assert monitor.network.is_ready and monitor.said() == []
+        monitor.network.is_heard = True
+        monitor.network._on_pipe()
+        (reply,) = monitor.said()
+        assert Message.decode(reply.payload).operation == CHALLENGE
 
-class Talker:
-    """A peer of a server in this process, and what it must hear. Args: udp; source, its address
-    on the loopback interface."""
 
-    def __init__(self, server: BothProcesses, udp: bool, source: str) -> None:
-        self.server = server
-        self.udp = udp
-        self.socket = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
-        self.socket.bind((source, 0))
-        self.socket.connect(server.names[udp])
-        self.socket.setblocking(False)
-        self.source = source
-        self.unsent = b""
-        self.stream = b""  # what the server has, and has not made a message of
-        self.asked = False  # whether a request was accepted, over TCP
-        # Messages with the right key, and what they ask for: everybody knows some old ones.
-        self.requests = {RECORDED[0]: KNOCK, RECORDED[1]: REVOKE}
-        self.tokens: dict[bytes, int] = {}
-        self.responses: dict[bytes, tuple[int, bytes]] = {}  # what it asks for, and the token
-        self.done: set[bytes] = set()  # over UDP: the tokens that were met
-        self.closed = False  # by the server, or by us
-        self.inbox = b""
-        self.at_end = False
+NAMED_CONF = server_conf("30 = jump / input: WEB")
 
-    def say(self, what: str, data: bytes, cut: int) -> None:
-        """Send what is left of the last message, and a part of the next."""
-        if what in ("knock", "revoke"):
-            operation = KNOCK if what == "knock" else REVOKE
-            data = sealed(operation)
-            self.requests[data] = operation
-        elif what == "response" and self.tokens:
-            token, operation = list(self.tokens.items())[-1]
-            data = sealed(RESPONSE, token)
-            self.responses[data] = (operation, token)
-        elif what == "other ids" and self.tokens:
-            data = sealed(RESPONSE, list(self.tokens)[-1], user=7)
-        elif what == "again":
-            data = list(self.responses or self.requests)[-1]
-        if self.udp:
-            data = data[:cut] if what == "junk" else data
-            self.socket.send(data)
-            if len(data) == 56:
-                self.expect(data)
-            return
-        sent, self.unsent = self.unsent + data[:cut], data[cut:]
-        with contextlib.suppress(ConnectionError):
-            self.socket.send(sent)
-        self.stream += sent
-        while len(self.stream) >= 56 and not self.closed:
-            message, self.stream = self.stream[:56], self.stream[56:]
-            self.expect(message)
+FAULTS_OF_THE_FIREWALL = [
+    pytest.param(
+        ("table = filter", "table = filtr"),
+        "[NFTABLES] table: table inet filtr does not exist",
+        "load your firewall first",
+        id="table",
+    ),
+    pytest.param(
+        ("LETMEIN-INPUT", "LETMEIN-INPT"),
+        "[NFTABLES] chain-input: table inet filter has no chain LETMEIN-INPT",
+        "add `chain LETMEIN-INPT { }` to the table",
+        id="chain",
+    ),
+    pytest.param(
+        ("input: WEB", "input: WEP"),
+        "[RESOURCES] 00000030: input: table inet filter has no chain WEP",
+        "add `chain WEP { }` to the table",
+        id="jump",
+    ),
+    pytest.param(
+        ("input: WEB", "input: input"),
+        "[RESOURCES] 00000030: input: input is a base chain: it has a hook",
+        "name a chain without a hook",
+        id="jump to a base chain",
+    ),
+]
+DROPS = "drops all knocks, whatever letmein accepts; "
 
-    def hang_up(self, half: bool) -> None:
-        self.closed = True
-        self.socket.shutdown(socket.SHUT_WR if half else socket.SHUT_RDWR)
+# Rules of others, and what --check says of them, "" for nothing. Those that are not a whole
+# firewall stand next to nftables.conf.
+INPUT = "type filter hook input priority"
 
-    def expect(self, data: bytes) -> None:
-        """Check what the server makes of a message."""
-        asked, token = None, b""
-        if self.asked or self.udp:
-            asked, token = self.responses.get(data, (None, b""))
-        follows = b"" if self.udp else self.stream[:56]
-        if len(follows) == 56 and not self.is_message(follows) and not self.asked:
-            # What came right behind it closes the connection, perhaps before the answer is there.
-            self.closed = True
-            self.server.until(self.is_over)
-            self.inbox = b""
-            return
-        if data in self.requests and not self.asked:
-            challenge = Message.decode(self.reply())
-            assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
-            self.tokens[challenge.auth] = self.requests[data]
-            self.asked = not self.udp
-        elif asked is not None:
-            assert Message.decode(self.reply())[:3] == (COMEIN, USER, RESOURCE)
-            change = (asked, self.source, RESOURCE)
-            assert self.server.changes == ([] if token in self.done else [change])
-            self.server.changes.clear()
-            if self.udp:
-                self.done.add(token)
-            self.closed = not self.udp
+FIREWALLD = f"""
+table inet firewalld {{
+    chain filter_INPUT {{
+        {INPUT} filter + 10; policy accept;
+        ct state {{ established, related }} accept
+        iifname "lo" accept
+        jump filter_INPUT_ZONES
+        reject with icmpx admin-prohibited
+    }}
+    chain filter_INPUT_ZONES {{ goto filter_IN_public; }}
+    chain filter_IN_public {{ tcp dport PORT accept; }}
+}}"""
+
+UFW = f"""
+table ip filter {{
+    chain INPUT {{ {INPUT} filter; policy drop; jump ufw-before-input; jump ufw-user-input; }}
+    chain ufw-before-input {{ iifname "lo" accept; ct state established accept; }}
+    chain ufw-user-input {{ tcp dport PORT accept; }}
+}}"""
+
+DOCKER = """
+table ip nat {
+    chain PREROUTING { type nat hook prerouting priority dstnat; fib daddr type local jump DOCKER; }
+    chain DOCKER { tcp dport 8080 dnat to 172.17.0.2:80; }
+}
+table ip filter {
+    chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
+    chain DOCKER-USER { return; }
+}"""
+
+FAIL2BAN = f"""
+table inet f2b-table {{
+    set addr-set-sshd {{ type ipv4_addr; elements = {{ 192.0.2.1 }}; }}
+    chain f2b-chain {{ {INPUT} filter - 1; policy accept; ip saddr @addr-set-sshd reject; }}
+}}"""
+
+
+def own_rules(rules: str) -> str:
+    """A firewall of letmein's table alone, with these rules in its input chain."""
+    chain = f"chain input {{ {INPUT} filter; policy drop; {rules}; }}"
+    return f"table inet filter {{ chain LETMEIN-INPUT {{ }}; {chain}; }}"
+
+
+def other_rules(rules: str) -> str:
+    """Another table, which drops what these rules do not accept."""
+    return f"table inet other {{ chain in {{ {INPUT} 1; policy drop; {rules}; }}; }}"
+
+
+LET_IT = "let it accept the control port, and the ports of your resources: "
+OTHER_DROPS = f"chain in of table inet other {DROPS}{LET_IT}nft insert rule inet other in tcp "
+BEHIND = "the jump to LETMEIN-INPUT is behind a rule of input that drops everything; move the jump"
+
+FOREIGN_RULES = {
+    "nftables.conf": ("", ""),
+    "Docker": (DOCKER, ""),
+    "fail2ban": (FAIL2BAN, ""),
+    "firewalld": (
+        FIREWALLD.replace("PORT", "22"),
+        f"chain filter_INPUT of table inet firewalld {DROPS}{LET_IT}firewall-cmd --permanent ",
+    ),
+    "firewalld that accepts": (FIREWALLD.replace("PORT", "5800"), ""),
+    "ufw": (UFW.replace("PORT", "22"), f"chain INPUT of table ip filter {DROPS}"),
+    "ufw that accepts": (UFW.replace("PORT", "5800"), ""),
+    "ufw, IPv6": (UFW.replace("PORT", "22").replace("ip f", "ip6 f"), f"{LET_IT}ufw allow 5800/t"),
+    "a policy": (other_rules("tcp dport 22 accept"), OTHER_DROPS),
+    "another set": (other_rules("tcp dport { 80, 5000-5799, 5801-6000 } accept"), OTHER_DROPS),
+    "a source port": (other_rules("tcp sport 5800 accept"), OTHER_DROPS),
+    "a set": (other_rules("tcp dport { 80, 5800 } accept"), ""),
+    "a set of ranges": (other_rules("tcp dport { 80, 5700-5900 } accept"), ""),
+    "a map": (other_rules("tcp dport vmap { 80 : drop, 5800 : accept }"), ""),
+    "a range": (other_rules("tcp dport 5000-6000 accept"), ""),
+    "no condition": (other_rules("counter accept"), ""),
+    "a drop in front": (own_rules("counter drop; jump LETMEIN-INPUT"), BEHIND),
+    "a reject in front": (own_rules("log reject; jump LETMEIN-INPUT"), BEHIND),
+    "a drop behind": (own_rules("tcp dport 80 drop; jump LETMEIN-INPUT; drop"), ""),
+    "one jump of two": (
+        own_rules("meta l4proto tcp jump LETMEIN-INPUT; drop; jump LETMEIN-INPUT"), ""
+    ),
+    "a jump by a map": (own_rules("meta l4proto vmap { tcp : jump LETMEIN-INPUT }"), ""),
+}
+
+
+class TestStart:
+    def fails(self, lab: Lab, *words: str, conf: str = "", user: str = "none", **more: Any) -> None:
+        """The server does not start, says why and what to do, and has installed nothing."""
+        before = lab.ruleset()
+        path = lab.file(conf or server_conf())
+        program = (*more.get("launcher", ()), sys.executable, LETMEIN)
+        arguments = ("server", "-c", path, "--rundir", lab.directory, "--user", user)
+        result = lab.command(*arguments, *more.get("more_words", ()), program=program)
+        result.assert_error(*words)
+        lines = result.err.splitlines()
+        (at,) = (n for n, line in enumerate(lines) if line.startswith("letmein: error: "))
+        assert len(lines) > at + 1, f"no hint: {result.err}"
+        assert lines[at + 1].startswith("  "), result
+        assert lab.ruleset() == before
+
+    def test_no_nft(self, lab: Lab) -> None:
+        """An nft that is missing or no program is named."""
+        lab.load()
+        for exe in ("/nowhere/nft", "no-such-nft", "/etc/passwd"):
+            self.fails(lab, exe, conf=server_conf(nftables=f"exe = {exe}"))
+
+    def test_no_run_directory(self, lab: Lab) -> None:
+        """Each thing that can be wrong with it has its own words."""
+        lab.load()
+        conf, file = lab.file(server_conf()), lab.file("")
+        words = ("server", "-c", conf, "--user", "none", "--rundir")
+        for place in (lab.directory / "missing", file):
+            said = (f"there is no run directory {place}", "mkdir")
+            lab.command(*words, place).assert_error(*said)
+        with Server(lab, server_conf()) as server:
+            said = ("a server for the table inet filter runs already", "stop that one first")
+            lab.command(*words, server.rundir).assert_error(*said)
+
+    @pytest.mark.parametrize("mode", [0o1777, 0o775, 0o757])
+    def test_a_run_directory_that_others_may_write_to(self, lab: Lab, mode: int) -> None:
+        """They could hold the lock, or answer `status`: neither the server nor `status` uses it."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(mode)
+        for words in (("server", "--user", "none"), ("status",)):
+            result = lab.command(*words, "-c", lab.file(server_conf()), "--rundir", place)
+            result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
+        assert not list(place.iterdir())
+
+    @pytest.mark.parametrize("command", ["server", "status"])
+    def test_a_run_directory_that_another_user_owns(self, lab: Lab, command: str) -> None:
+        """Its owner could do all that, whatever its mode."""
+        if not lab.real_root:
+            pytest.skip("only real root can give a directory to another user")
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        place.chmod(0o755)
+        os.chown(place, 65534, 65534)
+        result = lab.command(command, "-c", lab.file(server_conf()), "--rundir", place)
+        result.assert_error(f"others may write to the run directory {place}", "mkdir -m 755")
+
+    def test_no_place_for_the_status_socket(self, lab: Lab) -> None:
+        """Its path is named, and nothing is installed."""
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory)) / ("d" * 80)
+        place.mkdir()
+        words = ("server", "--user", "none", "-c", lab.file(server_conf()), "--rundir", place)
+        result = lab.command(*words)
+        result.assert_error(f"cannot make the socket {place}/letmeind-", ".status: ", "--rundir")
+        assert "letmein" not in lab.ruleset()
+
+    def test_a_run_directory_of_somebody_else(self, lab: Lab) -> None:
+        """Who may not write there is told so, and not that a server may run."""
+        need_root(lab)
+        lab.load()
+        program = ("setpriv", "--reuid", "65534", "--clear-groups", "--bounding-set", "-all")
+        conf = lab.file(server_conf(), mode=0o644)
+        text = LETMEIN.read_text(encoding="utf-8")
+        python = ("/usr/bin/python3", lab.file(text, mode=0o644))
+        if not os.access(python[0], os.X_OK):
+            pytest.skip("nobody has no Python")
+        words = ("server", "-c", conf, "--user", "none", "--rundir", lab.directory)
+        result = lab.command(*words, program=(*program, *python))
+        result.assert_error("Permission denied", "start the server as root")
+        assert "run already" not in result.err
+
+    def test_no_table(self, lab: Lab) -> None:
+        """A missing table is named."""
+        lab.load("table ip filter { chain LETMEIN-INPUT { }; }")
+        self.fails(lab, "inet filter")
+
+    @pytest.mark.parametrize("option", ["input", "forward", "output"])
+    def test_no_chain(self, lab: Lab, option: str) -> None:
+        """A missing chain is named."""
+        lab.load("table inet filter { chain LETMEIN-OTHER { }; }")
+        there = {"input": "", "forward": "", "output": ""}
+        if option != "input":
+            lab.load()
+            there[option] = f"chain-{option} = MISSING"
+            self.fails(lab, "MISSING", conf=server_conf(nftables=there[option]))
         else:
-            # The policy is basic-auth: GOAWAY only after a right request, and over TCP.
-            if self.asked and self.is_message(data) and data[7] in (KNOCK, RESPONSE, REVOKE):
-                ids = Message.decode(data)[1:3]
-                assert Message.decode(self.reply())[:3] == (GOAWAY, *ids)
-            self.closed = not self.udp
-        if self.closed:
-            self.server.until(lambda: not self.heard() and self.at_end)
+            self.fails(lab, "LETMEIN-INPUT")
+
+    @pytest.mark.parametrize("check", [False, True])
+    def test_a_base_chain(self, lab: Lab, check: bool) -> None:
+        """A chain with a hook is the administrator's: its rules are not flushed, not even by a
+        server that could work with it."""
+        base = "type filter hook input priority filter; policy drop; tcp dport 443 accept"
+        lab.load(f"table inet filter {{ chain input {{ {base}; }}; }}")
+        conf = server_conf().replace("LETMEIN-INPUT", "input")
+        more = ("--check",) if check else ()
+        self.fails(lab, "chain-input", "input is a base chain", conf=conf, more_words=more)
+
+    @pytest.mark.parametrize("check", [False, True])
+    def test_a_chain_with_rules_of_others(self, lab: Lab, check: bool) -> None:
+        """They are not flushed either."""
+        lab.load(more="add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        more = ("--check",) if check else ()
+        self.fails(lab, "LETMEIN-INPUT holds rules that are not", more_words=more)
+
+    def test_a_chain_that_nothing_jumps_to(self, lab: Lab) -> None:
+        """The server works, and says that its rules have no effect, and what to do about it; it
+        says nothing where some chain jumps there."""
+        lab.load("table inet filter { chain LETMEIN-INPUT { }; chain input { }; }")
+        path = lab.file(server_conf())
+        words = ("server", "-c", path, "--check", "--user", "nobody")
+        warning = "nothing jumps to LETMEIN-INPUT"
+        checked = lab.command(*words)
+        assert checked.status == 0 and warning in checked.err
+        assert "nft insert rule inet filter input jump LETMEIN-INPUT" in checked.err
+        with Server(lab, server_conf()) as server:
+            assert warning in server.log
+            nft_do("add rule inet filter input jump LETMEIN-INPUT")
+            reconfigure(server, server_conf())
+            assert server.log.count(warning) == 1
+        assert warning not in lab.command(*words).err
+
+    @pytest.mark.parametrize("case", FOREIGN_RULES)
+    def test_rules_of_others(self, lab: Lab, case: str) -> None:
+        """--check warns of rules that drop all knocks, names the chain and what to do; it does not
+        warn of rules that leave them alone."""
+        ruleset, said = FOREIGN_RULES[case]
+        if "table inet filter" in ruleset:
+            lab.load(ruleset)
+        else:
+            lab.load(more=ruleset)
+        checked = lab.command("server", "-c", lab.file(server_conf()), *CHECK)
+        assert checked.status == 0, checked
+        assert not said or said in checked.err, checked
+        ours = [line for line in checked.err.splitlines() if "[RESOURCES]" not in line]
+        assert len(ours) == bool(said), checked
+
+    def test_rules_of_iptables(self, lab: Lab) -> None:
+        """What iptables makes of its rules is understood as well."""
+        lab.load()
+        if not shutil.which("iptables-nft"):
+            pytest.skip("iptables-nft is not in PATH")
+        said = "chain INPUT of table ip filter drops all knocks, whatever letmein accepts; "
+        said += "let it accept the control port, and the ports of your resources: "
+        said += "iptables -I INPUT -p tcp --dport 5800 -j ACCEPT"
+        rule = ("iptables-nft", "-A", "INPUT")
+        run(*rule, "-p", "tcp", "--dport", "80", "-j", "ACCEPT")
+        run(*rule, "-j", "REJECT")
+        check = ("server", "-c", lab.file(server_conf()), *CHECK)
+        assert said in lab.command(*check).err
+        for match in ("--dport 5800", "--dport 5000:6000", "-m multiport --dports 1,5800"):
+            run("iptables-nft", "-I", "INPUT", "-p", "tcp", *match.split(), "-j", "ACCEPT")
+            assert "drops all knocks" not in lab.command(*check).err, match
+            run("iptables-nft", "-D", "INPUT", "1")
+        assert said in lab.command(*check).err
+        nft_do("delete table ip filter")
+
+    @pytest.mark.parametrize("change, said, hint", FAULTS_OF_THE_FIREWALL)
+    def test_each_fault_of_the_firewall_has_its_words(
+        self, lab: Lab, change: tuple[str, str], said: str, hint: str
+    ) -> None:
+        """File, option, value and what to do."""
+        lab.load(more="add chain inet filter WEB")
+        assert change[0] in NAMED_CONF
+        path = lab.file(NAMED_CONF.replace(*change))
+        done = lab.command("server", "-c", path, *CHECK)
+        done.assert_error(f"error: {path}: {said}\n", f"\n  {hint}")
+
+    def test_what_the_rust_server_has_left(self, lab: Lab) -> None:
+        """Its rules go when this one takes over."""
+        rule = 'tcp dport 22 accept comment "10.1.0.2/port/22/TCP/accept/LETMEIN"'
+        lab.load(more=f"add rule inet filter LETMEIN-INPUT {rule}")
+        with Server(lab, server_conf()):
+            assert "/LETMEIN" not in lab.ruleset()
+            assert not lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("family, version", [("ip", "4"), ("ip6", "6")])
+    def test_a_table_of_iptables(self, lab: Lab, family: str, version: str) -> None:
+        """iptables-save would write our rules without their sets, and restore them as rules that
+        accept everything: so the server does not work in a table of iptables."""
+        base = "type filter hook input priority filter; policy drop; jump LETMEIN-INPUT"
+        lab.load(
+            f"table {family} filter {{ chain LETMEIN-INPUT {{ }}; chain INPUT {{ {base}; }}; }}"
+        )
+        conf = server_conf(family=family)
+        self.fails(lab, f"table {family} filter belongs to iptables", conf=conf)
+
+    @pytest.mark.parametrize("table, told", [("filter", True), ("mangle", True), ("own", False)])
+    def test_a_table_that_iptables_may_take(self, lab: Lab, table: str, told: bool) -> None:
+        """Whoever gives the table the name of one of iptables' is told before iptables comes."""
+        lab.load(f"table ip {table} {{ chain LETMEIN-INPUT {{ }}; }}")
+        conf = server_conf(family="ip").replace("table = filter", f"table = {table}")
+        checked = lab.command("server", "--check", "--user", "none", "-c", lab.file(conf))
+        assert checked.status == 0, checked
+        assert (f"table: iptables uses ip {table}, too" in checked.err) == told, checked
+
+    def test_a_table_that_another_program_owns(self, lab: Lab) -> None:
+        """As firewalld's may be: nobody else can change it."""
+        lab.load("")
+        owned = "add table inet filter { flags owner; }; add chain inet filter LETMEIN-INPUT\n"
+        # Only as long as its owner lives: nft -i keeps its socket open.
+        command = [NFT, "-i"]
+        owner = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert owner.stdin is not None
+        try:
+            owner.stdin.write(owned.replace("; add", "\nadd").encode())
+            owner.stdin.flush()
+            eventually(lambda: "LETMEIN-INPUT" in lab.ruleset(), "no table")
+            self.fails(lab, "belongs to another program")
+        finally:
+            owner.stdin.close()
+            owner.wait(LIMIT_S)
+
+    @pytest.mark.parametrize(
+        "kind", ["ipv4_addr; flags timeout", "ipv4_addr . inet_proto . inet_service"]
+    )
+    def test_a_foreign_set(self, lab: Lab, kind: str) -> None:
+        """A set of our name and another type is named."""
+        lab.load(more=f"add set inet filter letmein-4 {{ type {kind}; counter; }}")
+        self.fails(lab, "inet filter", "letmein-4")
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    @pytest.mark.parametrize("address", ["::", "0.0.0.0"])
+    def test_control_port_in_use(self, lab: Lab, protocol: str, address: str) -> None:
+        """A control port that is taken is named, with its protocol."""
+        lab.load()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+        with socket.socket(family, kind) as occupant:
+            # Connections of earlier tests may linger; this does not share the port with a server.
+            occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, protocol == "tcp")
+            occupant.bind((address, 5800))
+            if protocol == "tcp":
+                occupant.listen()
+            self.fails(lab, "5800", protocol)
+
+    def test_another_server_runs(self, lab: Lab) -> None:
+        """A second server changes nothing of the first one's."""
+        lab.load()
+        with Server(lab, server_conf()):
+            assert handshake(lab) == COMEIN
+            self.fails(lab)
+            assert lab.reaches(22, CLIENT_4)
+            assert handshake(lab, operation=REVOKE) == COMEIN
+
+    def test_not_root(self, lab: Lab) -> None:
+        """Without root's rights the error says so."""
+        lab.load()
+        self.fails(lab, "root", launcher=("unshare", "--user", "--"))
+
+    def test_unknown_account(self, lab: Lab) -> None:
+        """An unknown account is named."""
+        lab.load()
+        self.fails(lab, "no-such-account", user="no-such-account")
+
+    def test_no_configuration(self, lab: Lab) -> None:
+        """A missing file is named."""
+        lab.load()
+        result = lab.command("server", "-c", lab.directory / "missing.conf", "--user", "none")
+        result.assert_error("missing.conf")
+
+
+class TestSignalsAtTheStart:
+    """Signals that come before the server is ready."""
 
     @staticmethod
-    def is_message(data: bytes) -> bool:
-        return data[:7] == letmein.MAGIC + bytes(3) and data[7] < 6
+    def wait_until_slow(lab: Lab, server: Server, place: str) -> None:
+        if place == "the network process starts":
+            mark = lab.directory / "slow"
+            eventually(mark.exists, "it does not start")
+            mark.unlink()
+        else:
+            server.wait_for("slow")
 
-    def reply(self) -> bytes:
-        """The server's next message."""
-        self.server.until(lambda: len(self.heard()) >= 56)
-        reply, self.inbox = self.inbox[:56], self.inbox[56:]
-        return reply
+    @pytest.mark.parametrize("place", SLOW_PLACES)
+    def test_sighup(self, lab: Lab, place: str) -> None:
+        """SIGHUP never ends it; a file that was changed is read, but not before the leases of a
+        predecessor were adopted: none is lost, and `ready` comes first."""
+        lab.load()
+        old = server_conf()
+        with Server(lab, old) as server:
+            assert handshake(lab) == COMEIN
+            crash(server)
+        words = ("--rundir", str(server.rundir))
+        program = slow_at(lab, place)
+        with Server(lab, old, *words, program=program, wait=False) as successor:
+            self.wait_until_slow(lab, successor, place)
+            successor.path.write_text(server_conf(port="5900 / tcp, udp"), encoding="utf-8")
+            successor.process.send_signal(signal.SIGHUP)
+            successor.wait_for("adopted", leases="1")
+            assert successor.wait_for("reloaded")["port"] == "5900/tcp+udp"
+            assert re.findall(r"event=(ready|reloaded)", successor.log) == ["ready", "reloaded"]
+            assert lab.reaches(22, CLIENT_4), "the lease"
 
-    def is_over(self) -> bool:
-        """Whether the server has closed the connection."""
-        self.heard()
-        return self.at_end
-
-    def heard(self) -> bytes:
-        """All that has come, and was not taken yet."""
-        try:
-            while not self.at_end:
-                part = self.socket.recv(4096)
-                self.inbox += part
-                self.at_end = not part and not self.udp
-        except BlockingIOError:
-            pass
-        except ConnectionError:
-            self.at_end = True
-        return self.inbox
+    @pytest.mark.parametrize("place", SLOW_PLACES)
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_an_end(self, lab: Lab, place: str, number: signal.Signals) -> None:
+        """SIGTERM and Ctrl-C end it at any time, and nothing of it is left."""
+        lab.load()
+        before = lab.ruleset()
+        server = Server(lab, server_conf(), program=slow_at(lab, place), wait=False)
+        with server:
+            self.wait_until_slow(lab, server, place)
+            server.process.send_signal(number)
+            assert server.wait() in (0, -number)
+            assert "Traceback" not in server.log, server.log
+        assert lab.ruleset() == before
+        for path in server.rundir.iterdir():
+            assert path.suffix == ".lock"
 
 
-class BothProcesses:
-    """The network process's loop and the monitor, joined by their link, in this process."""
+class TestSighup:
+    def test_more_of_everything(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A new resource can be knocked for at once, and no lease is lost."""
+        knock_all(lab, *HOLDERS)
+        assert attempt(lab, 0x28) != COMEIN
+        shut = TRUTH_RESOURCES.replace("27 = port: 27 / timeout: 0", "28 = port: 27 / timeout: 9")
+        reconfigure(guarded, watched.conf(shut))
+        agree(lab, guarded, *HOLDERS)
+        assert attempt(lab, 0x28) == COMEIN
+        assert lab.reaches(27, CLIENT_4)
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 27")) <= 9
+        assert attempt(lab, 0x28, REVOKE) == COMEIN
+        agree(lab, guarded, *HOLDERS)
+        # Nothing changed at all: nothing is lost either.
+        reconfigure(guarded, watched.conf(shut))
+        agree(lab, guarded, *HOLDERS)
+        assert not guarded.events("revoked", reason="configuration")
 
-    def __init__(self) -> None:
-        self.monitor = LoneMonitor(parse(monitor_text("basic-auth")))
-        self.listeners = [socket.create_server(("127.0.0.1", 0))]
-        self.listeners.append(socket.socket(type=socket.SOCK_DGRAM))
-        self.listeners[1].bind(("127.0.0.1", 0))
-        for listener in self.listeners:
-            letmein.prepare_control(listener)
-        self.names = [listener.getsockname() for listener in self.listeners]
-        self.network = letmein.Network(
-            self.monitor.theirs, self.monitor.writer.fileno(), 1000, 1000
+    def test_keys(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A lease belongs to the key it was given for: with a new key for its user it ends."""
+        knock_all(lab, *HOLDERS)
+        new = bytes(range(32))
+        conf = watched.conf().replace(KEYS[1].hex(), new.hex())
+        reconfigure(guarded, conf)
+        kept = [holder for holder in HOLDERS if holder[2] == 2]
+        agree(lab, guarded, *kept)
+        assert len(guarded.events("revoked", reason="configuration")) == 3
+        assert not lab.reaches(22, CLIENT_4)
+        assert attempt(lab, 0x26) is None
+        assert attempt(lab, 0x26, key=new) == COMEIN
+        assert handshake(lab, 0x22, source=OTHER_4, user=2) == COMEIN
+        agree(lab, guarded, *kept, (CLIENT_4, 0x26, 1), (OTHER_4, 0x22, 2))
+
+    def test_users_and_resources_that_are_gone(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """Their leases end at once, and no others."""
+        knock_all(lab, *HOLDERS, (OTHER_4, 0x22, 2))
+        without = "\n".join(
+            line for line in watched.conf().splitlines() if not line.startswith("2 = ")
         )
-        self.network._settle(letmein.SETTINGS_PAYLOAD.pack(60.0), self.listeners)
-        self.talkers: list[Talker] = []
+        reconfigure(guarded, without)
+        agree(lab, guarded, HOLDERS[0], HOLDERS[2], HOLDERS[3])
+        assert kernel().gates == {}
+        assert len(guarded.events("revoked", reason="configuration")) == 3
+        assert attempt(lab, user=2) is None
+        assert not lab.reaches(23, CLIENT_4)
+        assert not lab.reaches(22, OTHER_4)
+        assert not lab.reaches(8080, OTHER_4)
+        assert lab.reaches(8080, CLIENT_4)
+        few = without.replace("22 = port: 22\n", "").replace("40 = jump", "42 = jump")
+        reconfigure(guarded, few)
+        agree(lab, guarded, HOLDERS[2])
+        assert "letmein-00000040" not in lab.ruleset()
+        assert not lab.reaches(22, CLIENT_4)
+        assert not lab.reaches(8080, CLIENT_4)
+        assert lab.reaches(24, CLIENT_6, "udp")
+        assert len(guarded.events("revoked", reason="configuration")) == 5
 
-    @property
-    def changes(self) -> list[tuple[int, str, int]]:
-        return self.monitor.firewall.changes
+    def test_resources_that_mean_something_else(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """Leases of resources whose meaning has changed end at once, and no others."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x26, 1))
+        nft_do("add chain inet filter OTHER")
+        changed = TRUTH_RESOURCES.replace("23 = port: 23 / tcp, udp", "23 = port: 23")
+        changed = changed.replace("22 = port: 22\n", "22 = port: 26 / users: 1\n")
+        changed = changed.replace("26 = port: 26 / users: 1", "26 = port: 22 / users: 2")
+        changed = changed.replace("40 = jump / input: DOOR", "40 = jump / input: OTHER")
+        reconfigure(guarded, watched.conf(changed))
+        agree(lab, guarded, HOLDERS[2], HOLDERS[4])
+        assert len(guarded.events("revoked", reason="configuration")) == 4
+        assert not lab.reaches(22, CLIENT_4)
+        assert not lab.reaches(26, CLIENT_4)
 
-    def settle(self, wait: float = 0) -> None:
-        """Let both work until neither has anything to do."""
-        while ready := self.network.selector.select(wait):
-            wait = 0
-            for key, _ in ready:
-                key.data()
-            self.monitor.network._on_pipe()
-            assert self.monitor.network.link is not None, self.monitor.log.lines
+    def test_timeouts(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A shorter timeout cuts leases that run; a longer one is for the next knock."""
+        knock_all(lab, *HOLDERS)
+        shorter = TRUTH_RESOURCES.replace("22 = port: 22", "22 = port: 22 / timeout: 5")
+        longer = TRUTH_RESOURCES.replace("timeout: 60", "timeout: 900")
+        reconfigure(guarded, watched.conf(shorter))
+        for row, left in kernel().elements.items():
+            assert (left <= 5) == (row.opens == "tcp/22"), row
+        # A longer one is for the next knock, not for those who are in.
+        reconfigure(guarded, watched.conf(longer))
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 5
+        assert max(milliseconds_left(CLIENT_6)) <= 60
+        knock_all(lab, HOLDERS[2])
+        assert max(milliseconds_left(CLIENT_6)) > 890
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Let both work until something holds."""
-        deadline = time.monotonic() + 2  # a failure is tried often, to be made short
-        self.settle()
-        while not condition():
-            assert time.monotonic() < deadline, "nothing comes"
-            self.settle(0.01)
+    def test_an_included_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A reload reads included files, too; if one of them is gone, all stays as it was."""
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for user in (1, 2):
+            (directory / f"{user}.conf").write_text(f"[KEYS]\n{user} = {KEYS[user].hex()}\n")
+        general = f"include = {directory}/*.conf"
+        included = watched.conf(general=general).replace(keys_text(), "")
+        reconfigure(guarded, included)
+        knock_all(lab, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 2))
+        (directory / "2.conf").rename(directory / "2.conf.off")
+        (directory / "1.conf.off").symlink_to("none")
+        reconfigure(guarded, included)
+        agree(lab, guarded, (CLIENT_4, 0x22, 1))
+        assert attempt(lab, user=2) == GOAWAY
+        (directory / "1.conf").rename(directory / "0.conf")
+        reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
+        assert f"{directory}/1.conf: cannot be read" in guarded.log
+        (directory / "0.conf").rename(directory / "1.conf")
+        knock_all(lab, (CLIENT_6, 0x22, 1))
+        agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
 
-    def close(self) -> None:
-        for talker in self.talkers:
-            talker.socket.close()
-        connections = [*self.network.connections.values(), *self.network.answered.values()]
-        for connection in connections:
-            connection.socket.close()
-        for listener in self.listeners:
-            listener.close()
-        self.network.selector.close()
-        self.monitor.close()
+    def test_user_limits(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """What a user may have at most counts for a knock and for leases that exist; after the last
+        day, these end, and a knock is refused with the reason."""
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = timeout: 30\n2 = timeout: 90")
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 30
+        knock_all(lab, (CLIENT_6, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert 20 < max(milliseconds_left(CLIENT_6)) <= 30
+        assert 50 < max(milliseconds_left(f"{CLIENT_4} . udp . 24")) <= 60
+        assert 80 < max(milliseconds_left(OTHER_4)) <= 90
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = not-after: 2020-01-01")
+        agree(lab, guarded, (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert len(guarded.events("revoked", reason="configuration")) == 2
+        assert attempt(lab) == GOAWAY
+        guarded.wait_for("refused", reason="the user's last day was 2020-01-01")
 
+    def test_the_last_day_ends(self, lab: Lab) -> None:
+        """A lease ends with its user's last day, and the next knock is refused. (For this server it
+        ends 4 s after the file was read.)"""
+        lab.load()
+        change = ('float((days.days + 1) * UNITS_S["d"])', "time.time() + 4")
+        conf = server_conf() + "[USERS]\n1 = not-after: 2027-01-31"
+        with Server(lab, conf, program=altered(lab, change)) as server:
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            assert float(server.wait_for("granted")["seconds"]) <= 4
+            assert max(milliseconds_left(CLIENT_4)) <= 4
+            eventually(lambda: not lab.reaches(22, CLIENT_4), "port 22 stays open")
+            # The kernel may have ended the lease some milliseconds early.
+            eventually(lambda: attempt(lab) == GOAWAY, "the user still gets in")
+            assert "the user's last day was " in server.wait_for("refused")["reason"]
+
+    def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A new policy counts at once."""
+        for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
+            general = f"control-error-policy = {policy}"
+            reconfigure(guarded, watched.conf(general=general))
+            assert attempt(lab, key=bytes(32)) == answer, policy
+
+    def test_max_nr_rules(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A lower limit ends no lease, and refuses new ones."""
+        knock_all(lab, *HOLDERS)
+        reconfigure(guarded, watched.conf(nftables="max-nr-rules = 2"))
+        assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
+        agree(lab, guarded, *HOLDERS)
+        reconfigure(guarded, watched.conf())
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
+
+    def test_control_port(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """The new port answers, the old one is shut, and leases stay."""
+        knock_all(lab, *HOLDERS)
+        for port, other in ((5900, 5800), (5800, 5900), (5900, 5800)):
+            reconfigure(guarded, watched.conf(port=f"{port} / tcp, udp"))
+            agree(lab, guarded, *HOLDERS)
+            eventually(
+                lambda port=port: attempt(lab, port=port) == COMEIN,  # type: ignore[misc]
+                f"no answer at the new port:\n{guarded.log}",
+            )
+            assert attempt(lab, port=other) is None
+            assert f"tcp dport {other}" not in lab.ruleset()
+            assert kernel().rules == TRUTH_RULES
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", other), 5):
+                raise AssertionError("the old port is still served")
+
+    def test_protocols(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """The protocols of the control port change, and leases stay."""
+        knock_all(lab, *HOLDERS)
+        for protocols in ("tcp", "tcp, udp", "udp", "tcp, udp"):
+            reconfigure(guarded, watched.conf(port=f"5800 / {protocols}"))
+            agree(lab, guarded, *HOLDERS)
+            assert kernel().rules == TRUTH_RULES - (protocols in ("tcp", "udp"))
+            for protocol in ("tcp", "udp"):
+                control = "-T" if protocol == "tcp" else "-U"
+                conf = client_conf(timeout=5 if protocol in protocols else 0.5)
+                result = lab.letmein("knock", control, SERVER_4, "22", conf=conf)
+                assert (result.status == 0) == (protocol in protocols), (protocols, result)
+
+    def test_a_control_port_that_is_taken(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """The reload fails with the reason, and changes nothing."""
+        knock_all(lab, *HOLDERS)
+        before = lab.ruleset()
+        with socket.socket(socket.AF_INET6) as occupant:
+            occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            occupant.bind(("::", 5900))
+            occupant.listen()
+            few = TRUTH_RESOURCES.replace("22 = port: 22\n", "")
+            reconfigure(guarded, watched.conf(few, port="5900"), good=False)
+        (event,) = guarded.events("reload-failed")
+        assert "5900" in event["reason"], event
+        assert event["hint"]
+        assert lab.ruleset() == before
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
+
+    def test_a_bad_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """It is refused with its line, and everything goes on as before."""
+        knock_all(lab, *HOLDERS)
+        before = lab.ruleset()
+        good = watched.conf()
+        bad = [
+            (good.replace("22 = port: 22", "22 = port: x"), "22 = port: x"),
+            (good.replace(KEYS[2].hex(), "00"), "2 = 00"),
+            (good + "\n[NONSENSE\n", "[NONSENSE"),
+        ]
+        for conf, line in bad:
+            count = len(guarded.events("reload-failed"))
+            reconfigure(guarded, conf, good=False)
+            event = guarded.wait_for("reload-failed", count + 1)
+            number = conf.split("\n").index(line) + 1
+            assert f"{guarded.path}:{number}:" in event["reason"], event
+            assert lab.ruleset() == before
+        guarded.path.unlink()
+        guarded.process.send_signal(signal.SIGHUP)
+        event = guarded.wait_for("reload-failed", 4)
+        assert str(guarded.path) in event["reason"]
+        guarded.path.write_text(good, encoding="utf-8")
+        assert lab.ruleset() == before
+        assert handshake(lab, 0x22, source=OTHER_4, user=2) == COMEIN
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 2))
+        flush_and_reload(lab)
+        agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 2))
+        assert not guarded.events("reloaded")
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "family = ip",
+            "table = other",
+            "chain-input = OTHER",
+            "chain-forward = OTHER",
+            "exe = /usr/sbin/nft",
+        ],
+    )
+    def test_what_wants_a_restart(
+        self, lab: Lab, guarded: Server, watched: WatchedNft, line: str
+    ) -> None:
+        """The log names the option as the file does, and the server goes on with the old value."""
+        knock_all(lab, *HOLDERS)
+        before = kernel()
+        name = line.split()[0]
+        kept = [old for old in watched.conf().splitlines() if not old.startswith(f"{name} =")]
+        # The rest of the file is taken over.
+        conf = "\n".join([*kept, line]).replace("22 = port: 22", "28 = port: 22")
+        reconfigure(guarded, conf)
+        event = guarded.wait_for("restart-wanted")
+        assert event["option"] == name, event
+        assert set(kernel().elements) == rows(*HOLDERS[1:])
+        assert kernel().rules == before.rules
+        assert attempt(lab, 0x28) == COMEIN
+        assert lab.reaches(22, CLIENT_4)
+
+    @pytest.mark.parametrize("mode", ["fail", "fail-all", "hang", "hang-all"])
+    def test_an_nft_that_fails(
+        self, lab: Lab, guarded: Server, watched: WatchedNft, mode: str
+    ) -> None:
+        """Where nft cannot even check, the old configuration stays; where it can, the new one
+        is in force as soon as nft works. Nothing in between, and nobody is locked out."""
+        knock_all(lab, *HOLDERS)
+        before = lab.ruleset()
+        changed = "28 = port: 22\n42 = jump / input: DOOR / input-match: saddr\n"
+        new = watched.conf(TRUTH_RESOURCES.replace("22 = port: 22\n", changed))
+        kept = [*HOLDERS, (OTHER_4, 0x23, 1)]
+        watched.mode(mode)
+        if "all" in mode:
+            reconfigure(guarded, new, good=False)
+            assert not guarded.events("revoked")
+            watched.mode("good")
+            assert lab.ruleset() == before
+        else:
+            reconfigure(guarded, new)
+            guarded.wait_for("cannot-heal")
+            watched.mode("good")
+            del kept[0]
+        assert handshake(lab, 0x23, source=OTHER_4) == COMEIN
+        agree(lab, guarded, *kept)
+        # It is that one that heals, too.
+        flush_and_reload(lab)
+        agree(lab, guarded, *kept)
+        reconfigure(guarded, new)
+        agree(lab, guarded, *HOLDERS[1:], kept[-1])
+        assert attempt(lab, 0x28) == COMEIN
+
+    def test_a_chain_that_is_missing(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """A reload that nft refuses changes nothing."""
+        knock_all(lab, *HOLDERS)
+        before = lab.ruleset()
+        new = TRUTH_RESOURCES.replace("22 = port: 22", "30 = jump / input: MISSING")
+        reconfigure(guarded, watched.conf(new), good=False)
+        assert lab.ruleset() == before
+        agree(lab, guarded, *HOLDERS)
+        nft_do("delete table inet filter")
+        reconfigure(guarded, watched.conf(), good=False)
+        flush_and_reload(lab)
+        agree(lab, guarded, *HOLDERS)
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    @pytest.mark.parametrize(
+        "old, new, goes_on",
+        [
+            ("", "", True),
+            ("22 = port: 22\n", "22 = port: 22\n28 = port: 29\n", True),
+            ("26 = port: 26 / users: 1", "", True),
+            (KEYS[2].hex(), "11" * 32, True),
+            ("max-nr-rules = 90", "max-nr-rules = 80", True),
+            ("basic-auth", "full-auth", True),
+            ("control-timeout = 5", "control-timeout = 30", True),
+            ("control-timeout = 5", "control-timeout = 4", True),
+            ("[GENERAL]\nport = 5800", "[GENERAL]\nport = 5900", True),
+            (KEYS[1].hex(), "11" * 32, False),
+            (f"1 = {KEYS[1].hex()}\n", "", False),
+            ("22 = port: 22\n", "", False),
+            ("22 = port: 22\n", "22 = port: 29\n", False),
+            ("22 = port: 22\n", "22 = port: 22 / users: 2\n", False),
+        ],
+    )
+    def test_a_client_between_challenge_and_response(
+        self, lab: Lab, watched: WatchedNft, old: str, new: str, goes_on: bool, protocol: str
+    ) -> None:
+        """It goes on, unless what it relies on has changed."""
+        if "5900" in new and protocol == "udp":
+            return  # a datagram to the old port finds nobody there
+        lab.load(more=DOOR)
+        general = "control-error-policy = basic-auth\ncontrol-timeout = 5"
+        conf = watched.conf(nftables="max-nr-rules = 90", general=general)
+        assert old in conf
+        with Server(lab, conf) as server:
+            with Peer(lab, protocol) as peer, Peer(lab, protocol, OTHER_4) as later:
+                token = peer.challenge(0x22)
+                later.challenge(0x22)
+                reconfigure(server, conf.replace(old, new, 1))
+                later.socket.close()
+                peer.socket.settimeout(3 if goes_on else 0.5)
+                peer.send(message(RESPONSE, 0x22, token=token))
+                try:
+                    answer = peer.receive().operation
+                except (OSError, AssertionError):
+                    answer = -1
+                assert (answer == COMEIN) == goes_on, server.log
+            agree(lab, server, *([(CLIENT_4, 0x22, 1)] if goes_on else []))
+
+    def test_clients_while_it_rains_sighups(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """Nobody's connection is lost, whenever the new settings come."""
+        stop = threading.Event()
+
+        def rain() -> None:
+            while not stop.is_set():
+                count = len(guarded.events("reloaded"))
+                guarded.process.send_signal(signal.SIGHUP)
+                with contextlib.suppress(AssertionError):
+                    guarded.wait_for("reloaded", count + 1)
+
+        general = "control-timeout = 60"  # for the one who waits meanwhile
+        reconfigure(guarded, watched.conf(nftables="max-nr-rules = 1000", general=general))
+        addresses = [f"10.77.7.{number}" for number in range(1, 251)]
+        with Peer(lab) as peer:
+            token = peer.challenge(0x23)
+            thread = threading.Thread(target=rain)
+            thread.start()
+            try:
+                assert storm(lab, addresses, 16, KNOCK) == 250
+            finally:
+                stop.set()
+                thread.join()
+            peer.send(message(RESPONSE, 0x23, token=token))
+            assert peer.receive().operation == COMEIN
+        print(f"{len(guarded.events('reloaded'))} reloads", end=" ")
+        agree(lab, guarded, (CLIENT_4, 0x23, 1), *((a, 0x22, 1) for a in addresses))
+
+
+    def test_a_chain_with_rules_of_others(
+        self, lab: Lab, guarded: Server, watched: WatchedNft
+    ) -> None:
+        """The old configuration stays, and so do those rules, also after a stop."""
+        knock_all(lab, *HOLDERS)
+        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        reconfigure(guarded, watched.conf(port="5900"), good=False)
+        assert "not letmein's" in guarded.events("reload-failed")[0]["reason"]
+        agree(lab, guarded, *HOLDERS)
+        flush_and_reload(lab)
+        nft_do("add rule inet filter LETMEIN-INPUT tcp dport 443 accept")
+        guarded.wait_for("healed")
+        delete_the_rules(lab)
+        guarded.wait_for("healed", 2)
+        agree(lab, guarded, *HOLDERS)
+        guarded.process.terminate()
+        assert guarded.wait() == 0
+        left = lab.ruleset()
+        assert "letmein" not in left and "tcp dport 443 accept" in left
+
+
+class TestRepeats:
+    """What comes twice."""
+
+    @pytest.mark.parametrize("source", [CLIENT_4, CLIENT_6])
+    @pytest.mark.parametrize("resource, answer", [(0x22, COMEIN), (0x27, GOAWAY)])
+    def test_a_response_repeated(
+        self, lab: Lab, guarded: Server, source: str, resource: int, answer: int
+    ) -> None:
+        """It changes nothing, and gets no other answer than the first one."""
+        with Peer(lab, "udp", source) as peer:
+            response = message(RESPONSE, resource, token=peer.challenge(resource))
+            replies = []
+            for _ in range(5):
+                peer.send(response)
+                replies.append(peer.receive())
+        assert {reply.operation for reply in replies} == {answer}
+        event = "granted" if answer == COMEIN else "failed"
+        guarded.wait_for(event)  # the peer hears before the log
+        agree(lab, guarded, *([(source, 0x22, 1)] if answer == COMEIN else []))
+        assert len(guarded.events(event)) == 1
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    def test_a_challenge_is_good_for_one_change(
+        self, lab: Lab, guarded: Server, protocol: str
+    ) -> None:
+        """Further RESPONSEs to it, each with another salt, change nothing; a new KNOCK from the
+        same port does, with a CHALLENGE of its own."""
+        with Peer(lab, protocol) as peer:
+            token = peer.challenge(0x22)
+            responses = [message(RESPONSE, 0x22, token=token) for _ in range(20)]
+            if protocol == "tcp":  # the server closes behind the first, which may end all at once
+                peer.send(b"".join(responses))
+                guarded.wait_for("granted")
+                assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+                assert len(guarded.events("granted", peer=CLIENT_4)) == 1
+                return
+            for response in responses:
+                peer.send(response)
+            assert peer.receive().operation == COMEIN
+            guarded.wait_for("granted")
+            assert handshake(lab, 0x22, REVOKE) == COMEIN
+            peer.send(message(RESPONSE, 0x22, token=token))
+            second = next(r for r in iter(peer.receive, None) if r.operation == COMEIN)
+            assert second.operation == COMEIN, "the answer of the one that was granted"
+            agree(lab, guarded)
+            assert len(guarded.events("granted")) == 1
+            while peer.socket in select.select([peer.socket], [], [], 0.1)[0]:
+                peer.receive()
+            again = peer.challenge(0x22)
+            assert again != token
+            peer.send(message(RESPONSE, 0x22, token=again))
+            assert peer.receive().operation == COMEIN
+            agree(lab, guarded, (CLIENT_4, 0x22, 1))
+            assert len(guarded.events("granted")) == 2
+
+
+ANSWERS_ALL = server_conf(general="control-error-policy = always")
+
+
+class TestLogUnderAttack:
+    """No flood fills the disk, and none hides who was let in."""
+
+    def test_a_burst_is_summed_up(self, lab: Lab) -> None:
+        """Refusals get ten lines and then a sum in which none is missing."""
+        lab.load()
+        program = adjusted(lab, "letmein.SUMMARY_S = 1.0")
+        with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
+            for number in range(300):
+                for protocol in ("tcp", "udp"):
+                    refused_knock(lab, protocol, user=9 if number % 2 else 1, resource=number)
+                if number % 30 == 0:
+                    assert handshake(lab, source=f"10.77.6.{number // 30}") == COMEIN
+
+            def told(proto: str) -> int:
+                """How many refused peers the log has told of, by their lines or summed up."""
+                name = f"refused-{proto}"
+                sums = (int(line.get(name, "0")) for line in server.events("summary"))
+                return len(server.events("refused", proto=proto)) + sum(sums)
+
+            eventually(lambda: told("tcp") == told("udp") == 300, "not all are accounted for")
+            assert len(server.events("granted")) == 10
+            begun = {"tcp": 0, "udp": 0}  # lines since the last summary
+            for line in server.lines:
+                if "event=summary" in line:
+                    begun = {"tcp": 0, "udp": 0}
+                for proto in begun:
+                    begun[proto] += "event=refused" in line and f"proto={proto}" in line
+                assert max(begun.values()) <= 10, server.log
+            assert len(server.events("summary")) >= 1
+            assert len(server.events("refused")) < 300
+
+    def test_ten_lines_then_one_summary(self, lab: Lab) -> None:
+        """At a stop at the latest: the summary that is due is written."""
+        lab.load()
+        with Server(lab, ANSWERS_ALL) as server:
+            for number in range(13):
+                refused_knock(lab, "tcp")
+                refused_knock(lab, "udp", CLIENT_6, resource=number)
+            refused_knock(lab, "tcp")
+            server.stop()
+        assert len(server.events("refused", proto="tcp", peer=CLIENT_4)) == 10
+        assert len(server.events("refused", proto="udp", peer=CLIENT_6)) == 10
+        (summary,) = server.events("summary")
+        assert (summary["refused-tcp"], summary["refused-udp"]) == ("4", "3")
+        events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
+        assert events == ["summary", "stopped"]
+
+    @pytest.mark.parametrize(
+        "event, change, change_back",
+        [
+            ("healed", "flush chain inet filter LETMEIN-INPUT", ""),
+            (
+                "cannot-heal",
+                "rename chain inet filter LETMEIN-INPUT ANOTHER",
+                "rename chain inet filter ANOTHER LETMEIN-INPUT",
+            ),
+        ],
+    )
+    def test_a_table_that_is_changed_all_the_time(
+        self, lab: Lab, event: str, change: str, change_back: str
+    ) -> None:
+        """A loop of reloads does not fill the disk, either."""
+        lab.load()
+        program = adjusted(lab, "letmein.LINES_LIMIT, letmein.SUMMARY_S = 2, 600.0")
+        with Server(lab, server_conf(), program=program) as server:
+            for turn in range(1, 6):
+                nft_do(change)
+                eventually(
+                    lambda turn=turn: happened(server, event) == turn,  # type: ignore[misc]
+                    "it sees nothing",
+                )
+                nft_do(change_back)
+                quiet(server)
+            server.stop()
+        assert len(server.events(event)) == 2
+        assert [line[event] for line in server.events("summary")] == ["3"]
+
+    @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
+    def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
+        """Each line has a time, or where standard error goes to systemd's journal a priority."""
+        journal = "stat" in stream
+        lab.load()
+        shell = ("sh", "-c", f'JOURNAL_STREAM={stream} exec "$@"', "sh")
+        program = (*shell, sys.executable, lab.installed, "server")
+        with Server(lab, ANSWERS_ALL, program=program) as server:
+            for text in (b"\nev=", b"\x1b[2J", b"' a=", b"\0\r\xff%"):
+                number = int.from_bytes(text, "big")
+                for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                    refused_knock(lab, protocol, source, user=number)
+                    with Peer(lab, protocol, source) as peer:
+                        peer.send(message(KNOCK, number))
+                        assert peer.receive().operation == GOAWAY
+                    with Peer(lab, protocol, source) as peer:
+                        peer.send(text * 14)
+                server.wait_for("refused", proto="udp", user=f"{number:08X}")
+                server.wait_for("refused", proto="tcp", resource=f"{number:08X}")
+            assert handshake(lab, 0x22, source=CLIENT_6) == COMEIN
+            assert handshake(lab, 0x27) == GOAWAY
+            server.wait_for("failed")
+            server.stop()
+        first = next(at for at, line in enumerate(server.lines) if "event=" in line)
+        assert_grammar(server.lines[first:])
+        assert all(line.startswith("<") == journal for line in server.lines[first:])
+        priorities = {"warning": 4, "ready": 6, "granted": 6, "refused": 5, "failed": 4}
+        for event, priority in priorities.items() if journal else ():
+            assert f"<{priority}>event={event} " in server.log, event
+        failing = lab.command("-c", server.path, "--user", "no-such-account", program=program)
+        prefix = "<3>" if journal else ""
+        assert failing.err.startswith(f"{prefix}letmein: error: ")
+
+
+    def test_what_the_log_says_of_resources_and_leases(self, lab: Lab) -> None:
+        """Who may have what, at the start, for some resources; of a grant, what it opens, for how
+        long, and whether it renews a lease."""
+        resources = f"30 = jump / input: WEB / timeout: 60\n{RESOURCES}"
+        resources += "".join(f"{number} = port: {number}\n" for number in range(100, 130))
+        port, jump = "00000023 port=23/tcp+udp seconds=600", "00000030 jump=WEB seconds=60"
+        lab.load(more="add chain inet filter WEB")
+        with Server(lab, server_conf(resources)) as server:
+
+            def lines(event: str) -> list[str]:
+                found = [line for line in server.lines if f"event={event} " in line]
+                return [line.partition(" resource=")[2] for line in found]
+
+            told = lines("resource")
+            assert len(told) == 20
+            assert told[0] == f"{jump} users=all"
+            assert f"{port} users=all" in told
+            assert "00000026 port=26/tcp seconds=600 users=00000001" in told
+            assert server.events("more-resources", count="16")
+            for resource in (0x23, 0x30, 0x23):
+                assert handshake(lab, resource) == COMEIN
+            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
+            assert handshake(lab, 0x23, operation=REVOKE) == COMEIN
+            assert handshake(lab, 0x23) == COMEIN
+            server.wait_for("granted", 5)
+            assert lines("granted") == [port, jump, f"{port} renewed=yes", port, port]
+
+    def test_one_knock_is_one_refusal(self, lab: Lab) -> None:
+        """A client with a wrong key asks again and again over UDP, and is refused once; a knock
+        for something else, or by somebody else, is another one."""
+        lab.load()
+        wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+        with Server(lab, server_conf()) as server:
+            lab.letmein("knock", "-U", SERVER_4, "22", conf=wrong).assert_error("no answer")
+            assert counted(server)["refused"] == {"wrong key": 1}
+            assert counted(server)["counts"]["repeated"] > 1
+            assert len(server.events("refused")) == 1
+            for resource in (0x23, 0x23, 0x23, 0x22):
+                with Peer(lab, "udp", OTHER_4) as peer:
+                    peer.send(message(KNOCK, resource, key=KEYS[2]))
+            server.wait_for("refused", 3)
+            assert counted(server)["refused"] == {"wrong key": 3}
+
+
+class TestUnreadLog:
+    """A log that nobody reads keeps nobody out, and nobody in."""
+
+    @pytest.mark.parametrize("where", ["full pipe", "/dev/full", "closed"])
+    def test_it_serves_and_stops(self, lab: Lab, where: str) -> None:
+        """A log that takes no line keeps nobody out, and does not hold up the stop."""
+        lab.load()
+        with Mute(lab, where) as mute:
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                assert lab.reaches(23, source)
+            assert handshake(lab, 0x27) == GOAWAY
+            assert handshake(lab, 0x23, REVOKE) == COMEIN
+            assert not lab.reaches(23, CLIENT_4)
+            assert counted(mute.server)["counts"]["granted"] == 2
+            # What was closed stays so: the log does not go into a file that has come in its place.
+            for path in mute.server.rundir.iterdir():
+                assert path.is_socket() or path.read_text(encoding="utf-8") == ""
+            mute.stop()
+
+    def test_a_reader_that_comes_back(self, lab: Lab) -> None:
+        """The log goes on, and `status` says how many lines it has missed."""
+        lab.load()
+        with Mute(lab, "pipe") as mute:
+            eventually(lambda: "event=ready" in mute.read(), "it is never ready")
+            mute.fill()
+            addresses = [f"10.77.6.{number}" for number in range(1, 41)]
+            assert storm(lab, addresses, 1, KNOCK) == 40
+            assert counted(mute.server)["counts"]["lines-lost"] == 40
+            assert "event=granted" not in mute.read()
+            assert handshake(lab) == COMEIN
+            eventually(lambda: "event=granted" in mute.read(), "the log does not go on")
+            mute.stop()
+
+    def test_a_long_line(self, lab: Lab) -> None:
+        """It is cut to what a pipe takes as a whole."""
+        lab.load(more=DOOR)
+        many = "".join(f"{n:X} = jump / input: DOOR / input-match: saddr\n" for n in range(80))
+        with Server(lab, server_conf(many, general="debug = 1")) as server:
+            flush_and_reload(lab)
+            server.wait_for("healed")
+            assert max(map(len, server.lines)) == select.PIPE_BUF - 1
+            assert max(line.count("event=") for line in server.lines) == 1
+
+
+# ----------------------------------------------------------------------------
+# 6  Network
+#
+# The process that faces the internet serves everybody, has limits, and may die or turn hostile.
+# ----------------------------------------------------------------------------
 
 SAYINGS = st.tuples(
     st.integers(0, 3),
@@ -10216,89 +6958,6 @@ def test_both_processes_survive_any_peers(sayings: list[tuple[int, str, bytes, i
         server.close()
 
 
-# ------------------------------------------------------------------ the client
-
-
-class Feeder:
-    """A server for one client in this process. Each time that the client has read what there is,
-    it gets one more piece; after the last the server hangs up, or is silent until the client's
-    patience is over."""
-
-    def __init__(self, pieces: list[bytes], udp: bool, hangs_up: bool) -> None:
-        self.pieces = pieces
-        self.udp = udp
-        self.hangs_up = hangs_up
-        self.requests = b""  # all that the client has sent
-        self.listener = socket.socket(type=socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.settimeout(LIMIT_S)
-        if not udp:
-            self.listener.listen()
-        self.peer: socket.socket | None = None  # the client's connection
-
-    def feed(self) -> None:
-        if self.peer is None and not self.udp:
-            self.peer, _ = self.listener.accept()
-            self.peer.settimeout(LIMIT_S)
-        if self.udp and not self.requests:
-            self.requests, self.name = self.listener.recvfrom(100)
-        if self.pieces:
-            piece = self.pieces.pop(0)
-            if self.peer is None:
-                self.listener.sendto(piece, self.name)
-            else:
-                self.peer.sendall(piece)
-        elif self.peer is not None and self.hangs_up:
-            self.peer.shutdown(socket.SHUT_WR)
-        else:
-            raise socket.timeout
-
-    def selector(self) -> selectors.BaseSelector:
-        """In place of a selector: the next piece comes when the client waits for it."""
-        feeder = self
-
-        class Fed(selectors.SelectSelector):
-            def select(self, timeout: float | None = None) -> Any:
-                if not super().select(0):
-                    feeder.feed()
-                return super().select(LIMIT_S)
-
-        return Fed()
-
-    def close(self) -> None:
-        """Read the rest of what the client has sent."""
-        if self.peer is not None:
-            with self.peer, contextlib.suppress(ConnectionError):
-                while data := self.peer.recv(4096):
-                    self.requests += data
-        with self.listener, contextlib.suppress(BlockingIOError):
-            self.listener.setblocking(False)
-            while self.udp:
-                self.requests += self.listener.recv(100)
-
-
-class SocketModule:
-    """The module socket, but that its sockets are fed."""
-
-    def __init__(self, feeder: Feeder) -> None:
-        class Fed(socket.socket):
-            def recv(self, size: int, flags: int = 0) -> bytes:
-                if not select.select([self], [], [], 0)[0]:
-                    feeder.feed()
-                    assert select.select([self], [], [], LIMIT_S)[0]
-                return super().recv(size, flags)
-
-        self.socket = Fed
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(socket, name)
-
-
-SERVER_SAYS = st.sampled_from(
-    [plain(CHALLENGE), plain(CHALLENGE), plain(COMEIN), plain(COMEIN), plain(GOAWAY), bytes(56)]
-) | st.binary(max_size=60)
-
-
 def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
     """Who has knocked and waits for the monitor keeps its slot; who does nothing gives it up."""
     server = BothProcesses()
@@ -10331,1313 +6990,569 @@ def test_nobody_is_pushed_out_for_the_monitors_delay() -> None:
         server.close()
 
 
-def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
-    """No peer is answered behind a READY until the predecessor's leases were adopted."""
-    with lone_monitor(monitor_text("basic-auth")) as monitor:
-        monitor.network.is_ready = monitor.network.is_heard = False
-        knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
-        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
-        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
-        monitor.network._on_pipe()
-        assert monitor.network.is_ready and monitor.said() == []
-        monitor.network.is_heard = True
-        monitor.network._on_pipe()
-        (reply,) = monitor.said()
-        assert Message.decode(reply.payload).operation == CHALLENGE
+class TestAddresses:
+    """A server with more than one."""
+
+    @pytest.mark.parametrize("source, second", [(CLIENT_4, "10.1.0.77"), (CLIENT_6, "fd01::77")])
+    def test_an_answer_comes_from_the_address_that_was_asked(
+        self, lab: Lab, server: Server, source: str, second: str
+    ) -> None:
+        """Over UDP it need not, and a client takes no other's."""
+        version, prefix, *more = ("-6", 64, "nodad") if ":" in source else ("-4", 24)
+        run("ip", version, "addr", "add", f"{second}/{prefix}", "dev", "lan", *more)
+        try:
+            with Peer(lab, "udp", source) as peer:
+                for address in (second, server_for(source), second):
+                    # A socket that is connected hears nobody else.
+                    peer.socket.connect((address, 5800))
+                    peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
+                    assert peer.receive().operation == COMEIN
+            assert lab.elements() != []
+            lab.letmein("knock", "-U", second, "23").assert_good()
+            for resource in (0x22, 0x23):
+                assert handshake(lab, resource, REVOKE, source=source) == COMEIN
+        finally:
+            run("ip", version, "addr", "del", f"{second}/{prefix}", "dev", "lan")
 
 
-def parts_of(stream: bytes, cuts: list[int]) -> list[bytes]:
-    """A stream as it may come: in pieces."""
-    ends = sorted({cut for cut in cuts if 0 < cut < len(stream)} | {len(stream)})
-    return [stream[start:end] for start, end in zip([0, *ends], ends) if start < end]
+# Runs a program for which socket(AF_INET6, ...) fails as on a kernel without IPv6.
+NO_IPV6 = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+code = b"".join(struct.pack("=HBBI", *op) for op in (
+    (0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 0, 1, 10),
+    (0x06, 0, 0, 0x50000 | 97), (0x06, 0, 0, 0x7FFF0000)))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+libc = ctypes.CDLL(None)
+program = Program(6, code)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
-@examples(100)
-@given(
-    st.lists(SERVER_SAYS, max_size=4),
-    st.lists(st.integers(1, 230), max_size=6),
-    st.booleans(),
-    st.booleans(),
-)
-@example([plain(CHALLENGE), plain(COMEIN)], [1, 55, 57, 111], False, False)
-@example([b"", plain(CHALLENGE), b"x", plain(COMEIN)], [], True, False)
-def test_client_survives_any_bytes(
-    said: list[bytes], cuts: list[int], udp: bool, hangs_up: bool
-) -> None:
-    """In whatever pieces they come: the client ends, with COMEIN or with an error in words."""
-    messages = [data for data in said if len(data) == 56 or not udp]
-    if udp:  # the same CHALLENGE again is passed over
-        first = (messages or [b""])[0]
-        is_new = [m[:16] + m[24:] != first[:16] + first[24:] for m in messages[1:]]
-        if first[:8] == plain(CHALLENGE)[:8]:
-            messages[1:] = itertools.compress(messages[1:], is_new)
-    heard = b"".join(messages)
-    first, second = heard[:56], heard[56:112]
-    challenged = len(first) == 56 and first[:8] == plain(CHALLENGE)[:8]
-    feeder = Feeder(list(said) if udp else parts_of(heard, cuts), udp, hangs_up)
-    target = letmein.Target(socket.AF_INET, feeder.listener.getsockname())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(letmein, "socket", SocketModule(feeder))
-        fed = SimpleNamespace(DefaultSelector=feeder.selector, EVENT_READ=selectors.EVENT_READ)
-        patch.setattr(letmein, "selectors", fed)
-        patch.setattr(letmein, "UDP_REPEAT_S", LIMIT_S)
-        patch.setattr(letmein, "TCP_RETRY_S", 1e9)
-        caller = object.__new__(letmein.Client)
-        caller.protocol, caller.timeout = "udp" if udp else "tcp", 5.0
-        caller.targets, caller.port = {"server": target}, 5800
-        caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
-        caller.user, caller.key = USER, KEY
-        race = letmein.Race(lambda where: None, [])
-        error = caller.attempt(KNOCK, RESOURCE, "server", race)
-    feeder.close()
+class TestWithoutIPv6:
+    def test_disabled_in_the_kernel(self, lab: Lab) -> None:
+        """Client and server work where IPv6 is disabled."""
+        lab.load()
+        with lab.without_ipv6(), Server(lab, server_conf()):
+            for control in ("-T", "-U"):
+                lab.letmein("knock", control, SERVER_4, "22").assert_good()
+                assert lab.reaches(22, CLIENT_4)
+                assert not lab.reaches(22, OTHER_4)
+                lab.letmein("revoke", control, SERVER_4, "22").assert_good()
+            # A name may still have an IPv6 address.
+            lab.letmein("knock", "both.test", "22").assert_good()
+            assert lab.reaches(22, CLIENT_4)
+        assert lab.letmein("knock", SERVER_6, "22").status == 1, "IPv6 is back, the server is not"
 
-    last = second if challenged else first
-    if error is None:
-        assert challenged and last[:8] == plain(COMEIN)[:8]
-    else:
-        assert error.hint and error.problem.isprintable()
-        is_late = "no answer" in error.problem or "closed" in error.problem
-        is_a_beginning = len(last) < 56 and letmein.MAGIC.startswith(last[:4])
-        assert is_late == is_a_beginning, error.problem
-        assert ("rejected" in error.problem) == (last[:8] == plain(GOAWAY)[:8] and not is_late)
-        assert not challenged or last[:8] != plain(COMEIN)[:8] or is_late
-    assert Message.decode(feeder.requests[:56])[:3] == (KNOCK, USER, RESOURCE)
-    if challenged:
-        response = Message.decode(feeder.requests[56:])
-        assert response[:3] == (RESPONSE, USER, RESOURCE) and response.proves(KEY, first[24:])
-    else:
-        assert len(feeder.requests) == 56
+    def test_absent_from_the_kernel(self, lab: Lab) -> None:
+        """Client and server work where no IPv6 socket can be made."""
+        if platform.machine() not in ("x86_64", "aarch64"):
+            pytest.skip(f"no seccomp filter for {platform.machine()}")
+        lab.load()
+        without = (sys.executable, "-c", NO_IPV6, sys.executable)
+        with Server(lab, server_conf(), program=(*without, LETMEIN, "server")):
+            path = lab.file(CLIENT_CONF)
+            for control, host in (("-T", "both.test"), ("-U", SERVER_4)):
+                for word in ("knock", "revoke"):
+                    with lab.client():
+                        arguments = ("-c", path, word, control, host, "22")
+                        result = lab.command(*arguments, program=(*without, LETMEIN))
+                    assert result.status == 0, result
+                    assert lab.reaches(22, CLIENT_4) == (word == "knock")
 
 
-# ------------------------------------------------------------- what nft is told
-
-# nft takes some words for its own, none of which begins with an X.
-NFT_NAMES = st.text("Xx09_.-", max_size=63).map("X".__add__)
-TARGETS = st.sampled_from(["XTARGET-1", "XTARGET.2", "XTARGET_" + 56 * "3"])
-TIMES = st.sampled_from(["0.001", "1", "600", "4294967295"])
+# Runs $@ with a /tmp that nobody can write to, but for the lab's own directory in there.
+FULL_TMP = """
+mount --bind @LAB@ @LAB@ && mount --rbind /tmp /tmp && mount -o remount,bind,ro /tmp && exec "$@"
+"""
 
 
-def port_text(port: int, protocols: str, timeout: str) -> str:
-    return f"port: {port} / {protocols} / timeout: {timeout}"
+class TestLimits:
+    """What is scarce."""
+
+    def test_tmp_is_full(self, lab: Lab) -> None:
+        """Who fills /tmp keeps neither the server from starting nor its network process from coming
+        back."""
+        need_root(lab)
+        lab.load()
+        mounts = FULL_TMP.replace("@LAB@", str(lab.directory))
+        python = (sys.executable, LETMEIN, "server")
+        program = ("unshare", "--mount", "sh", "-c", mounts, "sh", *python)
+        with confined(lab, server_conf(), program=program) as server:
+            network = server.network_process()
+            os.kill(network, signal.SIGKILL)
+            replaced(server, network)
+
+    def test_the_run_directory_fills_up(self, lab: Lab) -> None:
+        """A server that runs needs no more of the disk."""
+        need_root(lab)
+        lab.load()
+        place = Path(tempfile.mkdtemp(dir=lab.directory))
+        call_libc("mount", b"none", bytes(place), b"tmpfs", 0, b"nr_inodes=20,mode=755")
+        try:
+            with confined(lab, server_conf(), "--rundir", str(place)) as server:
+                with contextlib.suppress(OSError):
+                    for number in range(30):
+                        (place / str(number)).touch()
+                network = server.network_process()
+                os.kill(network, signal.SIGKILL)
+                replaced(server, network)
+                server.rundir = place
+                assert_lives(server)
+        finally:
+            call_libc("umount", bytes(place))
+
+    def test_descriptors_run_out(self, lab: Lab) -> None:
+        """When the monitor can open nothing at all it says so, keeps the leases, and does what it
+        could not do when it can again."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            monitor, network = server.process.pid, server.network_process()
+            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (0, most))
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            assert "Too many open files" in lost["reason"], lost
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("reload-failed")
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(status_socket(server)))
+                server.process.send_signal(signal.SIGHUP)
+                server.wait_for("reload-failed", 2)
+                limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+                assert json.load(peer.makefile("rb"))["process"] == monitor
+            eventually(lambda: server_is_back(server), "no new network process")
+            assert lab.reaches(22, CLIENT_4), "the lease"
+            assert_lives(server)
+
+    def test_no_descriptor_to_wait_for_nft(self, lab: Lab) -> None:
+        """Descriptors for what nft reads and says are enough: it is not killed for want of one to
+        wait for its end."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            monitor = server.process.pid
+            taken = {int(name) for name in os.listdir(f"/proc/{monitor}/fd")}
+            free = itertools.filterfalse(taken.__contains__, itertools.count())
+            _, last = next(free), next(free)
+            _, most = limits.prlimit(monitor, limits.RLIMIT_NOFILE)
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (last + 1, most))
+            flush_the_chain(lab)
+            server.wait_for("healed")
+            assert "cannot-heal" not in server.log
+            limits.prlimit(monitor, limits.RLIMIT_NOFILE, (most, most))
+            assert_serves(lab, server)
+
+    @pytest.mark.parametrize("number", range(7, 12))
+    def test_too_few_descriptors_to_start(self, lab: Lab, number: int) -> None:
+        """Wherever they run out, that is said, without a traceback."""
+        lab.load()
+        program = ("prlimit", f"--nofile={number}", sys.executable, lab.installed)
+        words = ("server", "-c", lab.file(server_conf()), "--rundir", lab.directory)
+        lab.command(*words, "--user", "none", program=program).assert_error("Too many open files")
+
+    def test_an_office(self, lab: Lab) -> None:
+        """A hundred people behind one address knock in the same moment, and nobody pushes anybody
+        out."""
+        lab.load()
+        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
+            peers = [stack.enter_context(Peer(lab)) for _ in range(100)]
+            for peer in peers:
+                peer.send(message(KNOCK, 0x22))
+            tokens = [peer.receive().auth for peer in peers]
+            for peer, token in zip(peers, tokens):
+                peer.send(message(RESPONSE, 0x22, 1, token))
+            assert {peer.receive().operation for peer in peers} == {COMEIN}
+            assert "evicted" not in counted(server)["counts"]
+
+    def test_few_descriptors(self, lab: Lab) -> None:
+        """Idle connections may take all descriptors there are, and yet lock nobody out."""
+        lab.load()
+        program = ("prlimit", "--nofile=80:80", sys.executable, LETMEIN, "server")
+        with Server(lab, server_conf(general="control-timeout = 60"), "-N", "1024",
+                    program=program) as server, contextlib.ExitStack() as stack:
+            for number in range(200):
+                stack.enter_context(Peer(lab, source=f"10.77.9.{number}")).send(b"\x3b")
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6), ("tcp", CLIENT_6)):
+                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                assert lab.reaches(23, source)
+            # It waits for what comes next, and does not ask for it over and over.
+            network = server.network_process()
+            descriptors = len(list(Path(f"/proc/{network}/fd").iterdir()))
+            assert 60 <= descriptors <= 80
+            used, pause = used_s(network), 0.8
+            time.sleep(pause)
+            assert used_s(network) - used < pause / 4
+            assert not server.events("network-process-lost")
 
 
-def jump_text(hooks: dict[str, tuple[str, bool]]) -> str:
-    items = ["jump", *(f"{hook}: {target}" for hook, (target, _) in hooks.items())]
-    items += [f"{hook}-match: saddr" for hook, (_, match_saddr) in hooks.items() if match_saddr]
-    return " / ".join(items)
+SPIN = "while True: pass"
 
-
-RESOURCE_TEXTS = st.builds(
-    port_text, st.integers(1, 65535), st.sampled_from(["tcp", "udp", "tcp, udp"]), TIMES
-) | st.dictionaries(
-    st.sampled_from(letmein.HOOKS), st.tuples(TARGETS, st.booleans()), min_size=1
-).map(jump_text)
-class Ours(NamedTuple):
-    """The only words that may stand in a script of ours."""
-
-    config: letmein.Config
-
-    def allows(self, line: str) -> bool:
-        config = self.config
-        table = re.escape(f" {config.family} {config.table} ")
-        name = r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)"
-        chain = f"(?:{'|'.join(map(re.escape, config.chains.values()))})"
-        match = r"ip6? saddr(?: \. meta l4proto \. th dport)?|meta protocol"
-        verdict = r"accept|jump XTARGET[-._][123]+"
-        rule = rf"(?:(?:tcp|udp) dport {config.port}|(?:{match}) @{name}) (?:{verdict})"
-        kind = "ipv[46]_addr(?: [.] inet_proto [.] inet_service)?|ether_type"
-        patterns = [
-            rf"add set{table}{name} {{ type (?:{kind}); flags timeout; counter; }}",
-            rf'add rule{table}{chain} {rule} comment "letmein [0-9a-f]{{8}}"',
-        ]
-        return any(re.fullmatch(pattern, line) for pattern in patterns)
-
-
-@examples(15)
-@given(
-    st.sampled_from(sorted(letmein.VERSIONS)),
-    NFT_NAMES,
-    st.tuples(NFT_NAMES, st.none() | NFT_NAMES, st.none() | NFT_NAMES),
-    st.dictionaries(st.integers(0, 0xFFFFFFFF), RESOURCE_TEXTS, max_size=6),
-    st.sampled_from(["tcp", "udp", "tcp, udp"]),
-)
-def test_nft_takes_all_that_is_ours(
-    lab: Lab,
-    family: str,
-    table: str,
-    names: tuple[str, str | None, str | None],
-    resources: dict[int, str],
-    protocols: str,
-) -> None:
-    """Whatever is configured: nft takes the script, and it is about our names alone."""
-    texts: dict[str, str] = {}  # by port, which may stand there once
-    for identifier, text in resources.items():
-        texts[text.split("/")[0] if "port" in text else text + str(identifier)] = (
-            f"{identifier:X} = {text}"
-        )
-    chains = {f"chain-{hook}": chain for hook, chain in zip(letmein.HOOKS, names) if chain}
-    lines = [f"{option} = {chain}" for option, chain in chains.items()]
-    config = parse(
-        "\n".join([
-            "[GENERAL]", f"port = 5800 / {protocols}", "[RESOURCES]", *texts.values(),
-            server_text("NFTABLES", f"family = {family}", f"table = {table}", *lines),
-        ])
-    )  # fmt: skip
-    script = letmein.ruleset_script(config)
-    assert script.isascii()
-    ours = Ours(config)
-    for line in script.splitlines():
-        assert ours.allows(line), line
-
-    targets = {target for r in config.resources.values() for _, target, _ in r.jumps}
-    found = f"add table {family} {table}\n" + "".join(
-        f"add chain {family} {table} {chain}\n" for chain in {*config.chains.values(), *targets}
-    )
-    run(NFT, "-c", "-f", "-", text=found + script)
-
-
-# ----------------------------------------------------------------------------
-# 9  Floods
-# ----------------------------------------------------------------------------
-#
-# A third host, the attacker's, has a cable of its own to the server. Every address of two wide
-# prefixes is local there, and so is the client's IPv4 address, which it can thus forge. Floods
-# and the slow path are made by processes of their own, see run_part(), for
-# what is measured here is the server and not who attacks it.
-#
-#     attacker's host                                            server's host
-#     10.3.0.2, fd03::2                        ---- veth ----    10.3.0.1, fd03::1
-#     10.64.0.0/16, 2001:db8:a000::/36, and 10.1.0.2, the client's
-#
-# Where the path is slow, each of the two cables has a second one beside it, with routes that are
-# preferred, whose ends the relay's host joins: it holds each frame for a while.
-
-FLOOD_KINDS = {  # what can be done over which protocol
-    "idle": ("tcp",),  # connect, and say nothing
-    "replay": ("tcp", "udp"),  # one recorded KNOCK, again and again
-    "random": ("tcp", "udp"),  # 56 bytes that look like a message, the rest of them random
-    "slow": ("tcp",),  # a message of one byte a second
-    "reset": ("tcp",),  # connect, and reset
-    "key": ("tcp", "udp"),  # all that one can do with a key of one's own
+BAD_RECORDS = {
+    "too short": "self.tell(bytes(10))",
+    "nothing": "os.close(self.pipe)",
+    "too long for a pipe at once": "self.tell(bytes(10_000))",
+    "too long": "self.tell(bytes(RECORD.size + 1))",
+    "unknown kind": "self.say(99)",
+    "kind 0": "self.say(0)",
+    "REPLY": "self.say(REPLY)",
+    "SETTINGS": "self.say(SETTINGS)",
+    "unknown protocol": "self.say(REQUEST, 41)",
+    "no message": "self.say(REQUEST, payload=bytes(56))",
+    "unknown operation": "self.say(REQUEST, payload=unsigned(6, 1, 0x22))",
 }
-FLOOD_SOURCES = {
-    # Half of them IPv4 addresses, half of them of different IPv6 /56.
-    "many": [f"10.64.{n >> 8}.{n & 0xFF}" for n in range(1, 2049)]
-    + [f"2001:db8:a{n >> 8:03x}:{n & 0xFF:02x}00::1" for n in range(2048)],
-    "one": ["10.64.0.1"],
-    # Over TCP a neighbour behind the client's NAT, over UDP somebody else who forges it.
-    "own": [CLIENT_4],
+
+FLOOD = """
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        numbers = random.Random(1)
+        while True:
+"""
+
+FLOODS = {
+    "requests": """
+            operation, noise = numbers.randrange(6), numbers.randbytes(48)
+            payload = MAGIC + operation.to_bytes(4, "big") + noise
+            protocol = numbers.choice([TCP, UDP])
+            self.say(REQUEST, protocol, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.hear()
+""",
+    "answers": """
+            operation, noise = numbers.randrange(6), numbers.randbytes(48)
+            payload = MAGIC + operation.to_bytes(4, "big") + noise
+            self.say(ANSWER, TCP, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.hear()
+""",
+    "replays": """
+            self.tell(RECORD.pack(*self.answer))
+            self.hear()
+""",
+    "counts": """
+            self.say(COUNTS, payload=COUNTS_PAYLOAD.pack(*[0xFFFFFFFF] * 3).ljust(56))
+            self.say(READY)
+""",
+    # What a client who has the key has said, as if from others, at other times, in any order.
+    "all at once": """
+            record = numbers.choice([self.request, self.answer])
+            near = IPV4_MAPPED + bytes([10, 77, 7, 7])
+            local = bytes.fromhex("fe80") + bytes(13) + b"1"
+            self.tell(RECORD.pack(*record._replace(
+                kind=numbers.choice([READY, REQUEST, REQUEST, ANSWER, ANSWER, COUNTS]),
+                protocol=numbers.choice([TCP, UDP]),
+                connection=numbers.choice([record.connection, numbers.getrandbits(32)]),
+                address=numbers.choice([record.address, near, local, numbers.randbytes(16)]),
+                route=numbers.choice([record.route, numbers.randbytes(26)]),
+            )))
+            self.hear()
+""",
 }
-FLOOD_RULES = 10  # max-nr-rules, which an attacker with a key reaches at once
-FLOOD_SLOT_S = 0.002  # the pace: what is due in this time is done in one go, and no more
-FLOOD_CONNECTIONS = 4096  # that an attacker holds at the same time
-UDP_SOCKETS = 256  # of an attacker with one address
 
-# Both ends of a cable have the same MAC address and ask for none: what first goes through it is
-# not held up, or lost, by ARP and NDP.
-ATTACKER_LINKS = """
-attacker ip link set lo up
-attacker ip link add wire address {mac} type veth peer name hostile address {mac} netns {pid}
-attacker ip link set wire arp off
-server ip link set hostile arp off
-attacker ip addr add 10.3.0.2/24 dev wire
-attacker ip -6 addr add fd03::2/64 dev wire nodad
-attacker ip link set wire up
-attacker ip route add local 10.64.0.0/16 dev lo
-attacker ip route add local 10.1.0.2/32 dev lo
-attacker ip route add 10.1.0.1/32 via 10.3.0.1 metric 100
-attacker ip -6 route add local 2001:db8:a000::/36 dev lo
-attacker ip -6 route add fd01::1/128 via fd03::1 metric 100
-server ip addr add 10.3.0.1/24 dev hostile
-server ip -6 addr add fd03::1/64 dev hostile nodad
-server ip link set hostile up
-server ip route add 10.64.0.0/16 via 10.3.0.2 metric 100
-server ip -6 route add 2001:db8:a000::/36 via fd03::2 metric 100
+NOT_READING = """
+            self.say(REQUEST)
+            select.select([], [self.pipe], [])
 """
-RELAY_CABLE = """
-{host} ip link add {end} address {mac} type veth peer name {end} netns {relay}
-server ip link add {near} address {mac} type veth peer name {near} netns {relay}
-{host} ip link set {end} arp off up
-server ip link set {near} arp off up
-relay ip link set {end} arp off up
-relay ip link set {near} arp off up
+
+# Takes a record now and then, so that it is never found deaf, and asks for more than that. When
+# the link is full, it lets the monitor be told to stop.
+SLOW_READER = """
+            while select.select([], [self.pipe], [], 0.3)[1]:
+                self.say(REQUEST)
+            os.kill(MONITOR, signal.SIGTERM)
+            while os.getppid() == MONITOR:
+                time.sleep(0.2)
+                self.link.recv(RECORD.size)
+            raise SystemExit(0)
 """
-RELAY_ROUTES = """
-client ip route add 10.1.0.1/32 dev far src 10.1.0.2
-client ip -6 route add fd01::1/128 dev far src fd01::2 metric 1
-server ip route add 10.1.0.2/32 dev near
-server ip -6 route add fd01::2/128 dev near metric 1
-attacker ip route add 10.1.0.1/32 dev farther src 10.3.0.2
-attacker ip -6 route add fd01::1/128 dev farther src fd03::2 metric 1
-server ip route add 10.64.0.0/16 dev nearer
-server ip -6 route add 2001:db8:a000::/36 dev nearer metric 1
-"""
-# What arrives at the server: connections begun, and datagrams.
-FLOOD_COUNTERS = """
-add table inet measure
-add counter inet measure by-tcp
-add counter inet measure by-udp
-add chain inet measure begin { type filter hook prerouting priority raw; }
-add rule inet measure begin tcp dport 5800 tcp flags & (syn | ack) == syn counter name by-tcp
-add rule inet measure begin udp dport 5800 counter name by-udp
-"""
-RELAY_CABLES = {"far": "near", "farther": "nearer"}
-SIOCETHTOOL, ETHTOOL_STXCSUM, ETH_P_ALL = 0x8946, 0x17, 3  # linux/sockios.h, ethtool.h, if_ether.h
-RESET = struct.pack("ii", 1, 0)  # struct linger: close() sends RST, and leaves no TIME_WAIT
 
-
-class Flood(NamedTuple):
-    """What a flooding process is told: how many a second, for how long, from where. answers_s:
-    how long a connection takes at the least. message: the recorded one, in hex."""
-
-    kind: str
-    protocol: str
-    addresses: list[str]
-    rate: float
-    seconds: float
-    answers_s: float
-    message: str
-
-
-FloodSteps = tuple[Callable[[], int], Callable[[], None]]  # one(), tend() of pace()
-
-
-def pace(rate: float, seconds: float, one: Callable[[], int], tend: Callable[[], None]) -> int:
-    """Do one() rate times a second, evenly, and tend() in between; returns how often it worked.
-    What is late by more than some slots is left out: to catch up would be a burst."""
-    started = time.monotonic()
-    most = max(1, int(5 * FLOOD_SLOT_S * rate))
-    tried = done = 0
-    while (elapsed := time.monotonic() - started) < seconds:
-        due = int(elapsed * rate) + 1
-        tried = max(tried, due - most)
-        for _ in range(due - tried):
-            done += one()
-        tried = due
-        tend()
-        at = started + max(elapsed + FLOOD_SLOT_S, due / rate)
-        time.sleep(max(at - time.monotonic(), 0))
-    return done
-
-
-def family_of(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def flood_udp(plan: Flood) -> FloodSteps:
-    """Datagrams, from a pool of sockets that are connected to the server."""
-    pool = []
-    each = 1 if len(plan.addresses) > 1 else UDP_SOCKETS
-    for address in plan.addresses * each:
-        peer = socket.socket(family_of(address), socket.SOCK_DGRAM)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # answers are not looked at
-        peer.setblocking(False)
-        peer.bind((address, 0))
-        peer.connect((server_for(address), 5800))
-        pool.append(peer)
-    messages = itertools.cycle(flood_messages(plan))
-    peers = itertools.cycle(pool)
-
-    def one() -> int:
-        try:
-            return int(next(peers).send(next(messages)) > 0)
-        except OSError:
-            return 0
-
-    return one, lambda: None
-
-
-def flood_tcp(plan: Flood) -> FloodSteps:
-    """Connections: each is begun, and what it has to do is done once it stands."""
-    names = [
-        (family_of(address), address, (server_for(address), 5800))
-        for address in plan.addresses
-    ]
-    sources = itertools.cycle(names)
-    # Ports are given out in turn: to let the kernel search for a free one takes its time.
-    ports = itertools.cycle(range(2048 + os.getpid() % 1000, 65536))
-    messages = itertools.cycle(flood_messages(plan))
-    standing: collections.deque[socket.socket] = collections.deque()
-    waiting: collections.deque[tuple[float, socket.socket, bytes]] = collections.deque()
-    stream = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-
-    def one() -> int:
-        family, address, server = next(sources)
-        peer = socket.socket(family, stream)
-        try:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            peer.bind((address, next(ports)))
-            peer.connect(server)
-        except BlockingIOError:
-            pass
-        except OSError:
-            peer.close()
-            return 0
-        standing.append(peer)
-        if len(standing) > FLOOD_CONNECTIONS:
-            standing.popleft().close()
-        if plan.kind == "reset":
-            waiting.append((time.monotonic() + plan.answers_s, peer, b""))
-        elif plan.kind != "idle":
-            speak(peer, next(messages))
-        return 1
-
-    def speak(peer: socket.socket, rest: bytes) -> None:
-        """Send what is next, at once if the connection stands, and come back for what is left."""
-        try:
-            sent = peer.send(rest[:1] if plan.kind == "slow" else rest)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            peer.close()
-            return
-        if sent < len(rest):
-            # All wait for the same time, so the line is in the order of what is due.
-            again = time.monotonic() + (1 if sent else plan.answers_s)
-            waiting.append((again, peer, rest[sent:]))
-
-    def tend() -> None:
-        now = time.monotonic()
-        while waiting and waiting[0][0] <= now:
-            _, peer, rest = waiting.popleft()
-            if peer.fileno() >= 0 and rest:
-                speak(peer, rest)
-            else:
-                peer.close()
-
-    return one, tend
-
-
-KEY_REQUESTS = ((KNOCK, 0x23), (KNOCK, 0x23), (REVOKE, 0x23), (KNOCK, 0x26), (REVOKE, 0x26))
-# How user 2 answers a CHALLENGE: with so many RESPONSEs of different salts, for what was asked for
-# or for what is user 1's alone.
-KEY_ANSWERS = ((1, None), (0, None), (1, None), (8, None), (1, 0x26))
-
-
-def flood_with_key(plan: Flood) -> FloodSteps:
-    """Who holds a key, and wants more: handshakes that are complete, and others that are not."""
-    poll = select.epoll()
-    peers: dict[int, socket.socket] = {}
-    requests = itertools.cycle(KEY_REQUESTS)
-    answers = itertools.cycle(KEY_ANSWERS)
-    is_udp = plan.protocol == "udp"
-    kind = (socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM) | socket.SOCK_NONBLOCK
-
-    def connect(address: str) -> socket.socket:
-        peer = socket.socket(family_of(address), kind)
-        if not is_udp:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        peer.bind((address, 0))
-        with contextlib.suppress(BlockingIOError):
-            peer.connect((server_for(address), 5800))
-        peers[peer.fileno()] = peer
-        poll.register(peer, select.EPOLLIN if is_udp else select.EPOLLOUT)
-        return peer
-
-    def request(peer: socket.socket) -> None:
-        operation, resource = next(requests)
-        peer.send(message(operation, resource, 2))
-
-    each = UDP_SOCKETS if len(plan.addresses) == 1 else 1
-    pool = itertools.cycle([connect(address) for address in plan.addresses * each if is_udp])
-    addresses = itertools.cycle(plan.addresses)
-
-    def one() -> int:
-        try:
-            if is_udp:
-                request(next(pool))
-            else:
-                connect(next(addresses))
-        except OSError:
-            return 0
-        return 1
-
-    def answer(peer: socket.socket, said: Reply) -> None:
-        count, resource = next(answers)
-        for _ in range(count):
-            peer.send(message(RESPONSE, resource or said.resource, 2, said.auth))
-
-    def serve(peer: socket.socket, event: int) -> bool:
-        """Returns whether this connection goes on."""
-        if event & select.EPOLLOUT:
-            request(peer)
-            poll.modify(peer, select.EPOLLIN)
-            return True
-        said = Reply.parse(peer.recv(57))
-        if said.operation == CHALLENGE:
-            answer(peer, said)
-        return is_udp or said.operation == CHALLENGE
-
-    def tend() -> None:
-        for descriptor, event in poll.poll(0):
-            goes_on = is_udp
-            with contextlib.suppress(OSError, AssertionError):  # of Reply.parse(): it was closed
-                goes_on = serve(peers[descriptor], event)
-            if not goes_on:
-                peers.pop(descriptor).close()
-
-    return one, tend
-
-
-def flood_messages(plan: Flood) -> list[bytes]:
-    """What is sent, in turn."""
-    if plan.kind != "random":
-        return [bytes.fromhex(plan.message)]
-    return [MAGIC + bytes((0, 0, 0, n % 6)) + os.urandom(48) for n in range(4096)]
-
-
-def flood_process() -> None:
-    """`flood`: standard input has the plan and then an empty line at which to
-    begin; standard output gets "ready", and at last how many, and how much of a CPU it took."""
-    _, most = limits.getrlimit(limits.RLIMIT_NOFILE)
-    limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
-    gc.disable()
-    plan = Flood(**json.loads(sys.stdin.readline()))
-    flood = {"udp": flood_udp, "tcp": flood_tcp}[plan.protocol]
-    flood = flood_with_key if plan.kind == "key" else flood
-    one, tend = flood(plan)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    used = time.process_time()
-    done = pace(plan.rate, plan.seconds, one, tend)
-    print(json.dumps([done, time.process_time() - used]), flush=True)
-
-
-def relay_process(delay: float) -> None:
-    """`relay`: pass frames on between the two ends of each cable, each of
-    them this much later. Ends with its standard input."""
-    sockets = {}
-    for name in itertools.chain(*RELAY_CABLES.items()):
-        end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-        with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
-            end.setsockopt(socket.SOL_SOCKET, letmein.SO_RCVBUFFORCE, 8 << 20)
-        end.bind((name, ETH_P_ALL))
-        end.setblocking(False)
-        sockets[name] = end
-    gc.disable()
-    selector = selectors.DefaultSelector()
-    for far, near in RELAY_CABLES.items():
-        selector.register(sockets[far], selectors.EVENT_READ, sockets[near].send)
-        selector.register(sockets[near], selectors.EVENT_READ, sockets[far].send)
-    selector.register(sys.stdin, selectors.EVENT_READ)
-    held: collections.deque[tuple[float, Callable[[bytes], int], bytes]] = collections.deque()
-    print("ready", flush=True)
-    while True:
-        ready = selector.select(max(held[0][0] - time.monotonic(), 0) if held else None)
-        at = time.monotonic() + delay
-        for key, _ in ready:
-            if not isinstance(key.fileobj, socket.socket):
-                return
+# What the network process does to what it has in common with the monitor, or sends it. Where the
+# kernel refuses a step, that is no reason to leave the next one out.
+LINGER = """
+        def linger(kept):
+            # To close it takes an hour, for its peer takes nothing.
+            forever = struct.pack("ii", 1, 3600)
+            kept.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, forever)
+            kept.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    held.append((at, key.data, key.fileobj.recv(2048)))
-        now = time.monotonic()
-        while held and held[0][0] <= now:
-            _, send, frame = held.popleft()
-            with contextlib.suppress(OSError):  # a full queue: a lost frame
-                send(frame)
-        time.sleep(0.0005)  # so that each turn has more than one frame to see to
+                    kept.send(bytes(1 << 16), socket.MSG_DONTWAIT)
 
+        def give(kept):
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", kept.fileno()))]
+            for channel in (0, 1):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel)) as towards:
+                    for _ in range(100):
+                        towards.sendmsg([RECORD.pack(*Record(COUNTS))], rights)
+                    kept.close()  # while others are on their way
+"""
 
-def start_part(*arguments: str) -> subprocess.Popen[str]:
-    """Start a process of this file, see run_part(). It is told what to do line by line. It imports
-    the file, for to compile that anew would take longer than most of what such a process does."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {Path(__file__).stem} as tests"
-    return subprocess.Popen(
-        [sys.executable, "-c", f"{code}; tests.run_part()", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        env=unmeasured(),
-    )
-
-
-def run_part() -> None:
-    """What a process of start_part() does."""
-    if sys.argv[1] == "flood":
-        flood_process()
-    elif sys.argv[1] == "rush":
-        rush_process()
-    else:
-        relay_process(float(sys.argv[2]))
-
-
-def tell(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-
-
-def hear(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().rstrip("\n")
-
-
-class Attacker:
-    """The third host, from its start to its end. Its processes start there, or, for what is
-    to come from the client's address, at the client's."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.namespaces = {"client": lab.client_ns, "server": lab.server_ns}
-        self._make_host("attacker")
-        self._run_all(ATTACKER_LINKS, pid=os.getpid())
-        with self.inside("attacker"):
-            sysctl("net/ipv6/ip_nonlocal_bind", 1)
-        for name in ("all", "hostile"):
-            sysctl(f"net/ipv4/conf/{name}/rp_filter", 0)  # or no forged datagram gets through
-
-    def close(self) -> None:
-        run("ip", "link", "del", "hostile")
-        os.close(self.namespaces.pop("attacker"))
-
-    def _make_host(self, host: str) -> None:
-        call_libc("unshare", CLONE_NEWNET)
-        self.namespaces[host] = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        call_libc("setns", self.lab.server_ns, CLONE_NEWNET)
-
-    def inside(self, host: str) -> contextlib.AbstractContextManager[None]:
-        """What is started or opened inside belongs to this host."""
-        return self.lab.inside(self.namespaces[host])
-
-    def _run_all(self, commands: str, **fields: object) -> None:
-        run_all(self.namespaces, commands.format(mac="02:00:00:00:00:01", **fields))
-
-    def start(self, host: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a process of this file there."""
-        with self.inside(host):
-            process = start_part(*arguments)
-        self.lab.processes.append(process)
-        return process
-
-    @contextlib.contextmanager
-    def slow_path(self, delay: float) -> Iterator[None]:
-        """From both hosts to the server it takes this long, and as long back."""
-        if not delay:
-            yield
-            return
-        self._make_host("relay")
-        with self.inside("relay"):
-            sysctl("net/ipv6/conf/all/disable_ipv6", 1)  # it has nothing to say itself
-            sysctl("net/ipv6/conf/default/disable_ipv6", 1)
-        path = f"/proc/{os.getpid()}/fd/{self.namespaces['relay']}"
-        try:
-            for host, (end, near) in zip(("client", "attacker"), RELAY_CABLES.items()):
-                self._run_all(RELAY_CABLE, host=host, end=end, near=near, relay=path)
-                for where, name in ((host, end), ("server", near)):
-                    with self.inside(where):
-                        finish_checksums(name)
-                sysctl(f"net/ipv4/conf/{near}/rp_filter", 0)
-            self._run_all(RELAY_ROUTES)
-            relay = self.start("relay", "relay", str(delay))
-            assert hear(relay) == "ready"
-            yield
-            relay.communicate(timeout=LIMIT_S)
-        finally:
-            for near in RELAY_CABLES.values():
-                run("ip", "link", "del", near, check=False)
-            os.close(self.namespaces.pop("relay"))
-
-
-def finish_checksums(name: str) -> None:
-    """Have this host's packets leave with their checksums: on a cable between two hosts of one
-    kernel they are left to be filled in later, which nobody does behind a relay."""
-    value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_STXCSUM, 0))
-    request = struct.pack("16sP16x", name.encode(), ctypes.addressof(value))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as anything:
-        fcntl.ioctl(anything, SIOCETHTOOL, request)
-
-
-class Outcome(NamedTuple):
-    """What a flood came to. Memory and descriptors are those of both server processes, in kB
-    beside what they had before; cpu: seconds of monitor, network process and flood."""
-
-    sent: float  # a second, really
-    arrived: float  # of these; TCP: may be a little more, for a lost SYN is sent again
-    took: list[float]  # by those knocks that were good
-    failed: list[str]  # why the others were not
-    slowest: float
-    memory_peak: int
-    memory_after: int
-    descriptors_before: int
-    descriptors_after: int
-    back_s: float  # how long it took until the descriptors were as before
-    lost: int  # network processes
-    faults: list[str]  # of the leases in the end
-    cpu: tuple[float, float, float]
-
-    @property
-    def knocks(self) -> int:
-        return len(self.took) + len(self.failed)
-
-    def __str__(self) -> str:
-        median = statistics.median(self.took) if self.took else float("nan")
-        return (
-            f"{self.sent:5.0f}/s, {self.arrived:.0f} arrived,"
-            f" {len(self.took):3}/{self.knocks} good,"
-            f" median {median * 1000:4.0f} ms, slowest {self.slowest * 1000:5.0f} ms, memory"
-            f" +{self.memory_peak} kB, then +{self.memory_after} kB, descriptors"
-            f" {self.descriptors_before} -> {self.descriptors_after} in {self.back_s:.1f} s, CPU"
-            + "".join(f" {seconds:.1f}" for seconds in self.cpu)
-        )
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process has used, and those that it started and that have ended."""
-    text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    ticks = text.rpartition(")")[2].split()[11:15]  # user and system, its own and its children's
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-
-def knock_steadily(
-    lab: Lab,
-    protocol: str,
-    sources: Sequence[str],
-    seconds: float,
-    meanwhile: Callable[[], None],
-    then: Callable[[str], None],
-) -> tuple[list[float], list[str], float]:
-    """A knock every 200 ms, however long the ones before take, and then() with its source; returns
-    how long the good ones took, why the others failed, and what the slowest of all took."""
-    good: list[float] = []
-    failed: list[str] = []
-    slowest: list[float] = [0.0]
-
-    def knock(source: str) -> None:
-        began = time.monotonic()
-        try:
-            assert handshake(lab, protocol=protocol, source=source) == COMEIN, "GOAWAY"
-            took = time.monotonic() - began
-            then(source)
-            good.append(took)
-        except (OSError, AssertionError) as error:
-            failed.append(f"{source}: {error!r}"[:200])
-        slowest.append(time.monotonic() - began)
-
-    threads = []
-    started = time.monotonic()
-    for number in range(round(seconds / 0.2)):
-        while (wait := started + 0.1 + 0.2 * number - time.monotonic()) > 0:
-            meanwhile()
-            time.sleep(min(wait, 0.1))
-        source = sources[number % len(sources)]
-        threads.append(threading.Thread(target=knock, args=(source,), daemon=True))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    return good, failed, max(slowest)
-
-
-def flood_case(
-    attacker: Attacker,
-    kind: str,
-    protocol: str,
-    source: str,
-    rate: float,
-    seconds: float,
-    delay: float = 0.0,
-) -> Outcome:
-    """A server of its own under this flood, and knocks of the client meanwhile. delay: of the
-    path, in seconds, one way."""
-    lab = attacker.lab
-    knock = message(KNOCK, 0x22)
-    addresses = FLOOD_SOURCES[source]
-    flood = Flood(kind, protocol, addresses, rate, seconds + 0.2, 2.2 * delay + 0.005, knock.hex())
-    lab.load(more=FLOOD_COUNTERS)
-    forget_connections()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(attacker.slow_path(delay))
-        host = "client" if source == "own" and protocol == "tcp" else "attacker"
-        process = stack.enter_context(attacker.start(host, "flood"))
-        stack.callback(process.kill)
-        conf = server_conf(nftables=f"max-nr-rules = {FLOOD_RULES}")
-        server = stack.enter_context(Server(lab, conf, env=unmeasured()))
-        sources = [CLIENT_4] if source == "own" else [CLIENT_4, CLIENT_6]
-        if kind == "key" and source != "own":
-            sources = [f"10.77.9.{n}" for n in range(5)] + [f"fd77::9:{n}" for n in range(5)]
-        with Peer(lab, protocol) as peer:  # this is where it was recorded
-            peer.send(knock)
-            peer.send(message(RESPONSE, 0x22, token=peer.receive().auth))
-            assert peer.receive().operation == COMEIN
-        for way in ("tcp", "udp"):  # what is used for the first time takes memory once
-            assert handshake(lab, protocol=way, source=CLIENT_4) == COMEIN
-            assert handshake(lab, protocol=way, source=CLIENT_6) == COMEIN
-        pids = (server.process.pid, server.network_process())
-
-        def descriptors() -> int:
-            return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
-
-        def memory() -> int:
-            return sum(resident_kb(pid) for pid in pids)
-
-        time.sleep(0.1)  # for the knocks above to be over
-        opened, before, peak = descriptors(), memory(), 0
-        used = [cpu_seconds(pid) for pid in pids]
-        others = lab.counters()[f"by-{protocol}"]
-
-        def look() -> None:
-            nonlocal peak
-            with contextlib.suppress(OSError):  # a network process that is gone
-                peak = max(peak, memory() - before)
-
-        tell(process, json.dumps(flood._asdict()))
-        assert hear(process) == "ready"
-        tell(process, "")
-
-        def go_in(source: str) -> None:
-            assert lab.reaches(22, source), "the lease is lost"
-            if kind == "key" and source != CLIENT_4:  # so that the next knock is for a new lease
-                assert handshake(lab, 0x22, REVOKE, protocol, source) == COMEIN, "not revoked"
-
-        took, failed, slowest = knock_steadily(lab, protocol, sources, seconds, look, go_in)
-        sent, flood_cpu = json.loads(hear(process))
-        process.wait(LIMIT_S)
-        look()
-        arrived = lab.counters()[f"by-{protocol}"] - others
-        # A knock is one connection, or two datagrams.
-        arrived -= (len(took) + len(failed)) * (1 if protocol == "tcp" else 2)
-        ended = time.monotonic()
-        after, left, back_s = 0, -1, float("nan")
+ATTACKS_ON_THE_MONITOR = {
+    "a descriptor that lingers": LINGER
+    + """
+        kept = next(iter(self.connections.values())).socket
+        linger(kept)
+        give(kept)
+""",
+    "a control socket that lingers": LINGER
+    + """
+        kept = self.listeners[0]
+        kept.shutdown(socket.SHUT_RDWR)
+        kept.setblocking(True)
+        kept.connect(("::ffff:10.1.0.2", 9001))
+        linger(kept)
+        os._exit(0)
+""",
+    "deaf control sockets": """
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+        program = struct.pack("@HP", 1, ctypes.addressof(drop))
+        for control in self.listeners:
+            for level, name, value in (
+                (socket.SOL_SOCKET, 26, program),  # SO_ATTACH_FILTER
+                (socket.SOL_SOCKET, 44, 1),  # SO_LOCK_FILTER
+                (socket.SOL_SOCKET, 25, b"lo"),  # SO_BINDTODEVICE
+                (socket.SOL_SOCKET, socket.SO_RCVBUF, 1),
+                (socket.IPPROTO_IP, 21, 255),  # IP_MINTTL
+                (socket.IPPROTO_IPV6, 73, 255),  # IPV6_MINHOPCOUNT
+            ):
+                with contextlib.suppress(OSError):
+                    control.setsockopt(level, name, value)
+            with contextlib.suppress(OSError):
+                control.listen(0)
+        self.listeners[1].connect(("::ffff:10.1.0.2", 9))
+        os._exit(0)
+""",
+    "shut control sockets": """
+        for control in self.listeners:
+            with contextlib.suppress(OSError):
+                control.shutdown(socket.SHUT_RDWR)
+        os._exit(0)
+""",
+    "sockets that block": """
+        for control in self.listeners:
+            fcntl.ioctl(control, 0x5421, struct.pack("i", 0))  # FIONBIO
+        fcntl.ioctl(0, 0x5421, struct.pack("i", 0))
+        os._exit(0)
+""",
+    "signals": """
+        for number in (0, 1, *(control.fileno() for control in self.listeners)):
+            for command, value in (
+                (8, MONITOR),  # F_SETOWN
+                (10, signal.SIGTERM),  # F_SETSIG
+                (1024, 0),  # F_SETLEASE
+            ):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(number, command, value)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(number, 0x5452, struct.pack("i", 1))  # FIOASYNC
+""",
+    "another pipe": """
+        fcntl.fcntl(self.pipe, 4, 0)  # F_SETFL: it blocks, and packs
         with contextlib.suppress(OSError):
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: descriptors() <= opened, "descriptors stay open")
-            back_s = time.monotonic() - ended
-            left, after = descriptors(), memory() - before
-            used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
-        lost = sum("network-process-lost" in line for line in server.lines)
-        faults = lease_faults()
-        is_blind = source == "own" and protocol == "udp"  # no answer comes to who forges a sender
-        if kind == "key" and not is_blind and not server.events("granted", user=f"{2:08X}"):
-            faults.append("nobody was let in with a key, so it was no attack")
-    return Outcome(
-        sent=sent / flood.seconds,
-        arrived=arrived / flood.seconds,
-        took=took,
-        failed=failed,
-        slowest=slowest,
-        memory_peak=peak,
-        memory_after=after,
-        descriptors_before=opened,
-        descriptors_after=left,
-        back_s=back_s,
-        lost=lost,
-        faults=faults,
-        cpu=(used[0], used[1], flood_cpu),
-    )
+            fcntl.fcntl(self.pipe, 1031, 4096)  # F_SETPIPE_SZ
+        for _ in range(3):
+            os.write(self.pipe, bytes(RECORD.size // 2))
+""",
+    "a shut link": """
+        self.link.shutdown(socket.SHUT_RDWR)
+        self.selector.unregister(self.link)
+        self.say(REQUEST)
+""",
+    "half a datagram": """
+        self.listeners[1].sendto(b"half", 0x8000, ("::ffff:10.1.0.2", 9))  # MSG_MORE
+        os._exit(0)
+""",
+}
 
 
-def lease_faults() -> list[str]:
-    """What is wrong with the leases after a flood: who has user 2's key may have been let in to
-    port 23 and nowhere else, and there are no more rules than there may be."""
-    elements = kernel().elements
-    others = [row for row in elements if row.user != f"{1:08X}"]
-    faults = [f"{row} is too much" for row in others if row.resource != f"{0x23:08X}"]
-    faults += [f"{row} lasts too long" for row, left in elements.items() if not 0 <= left <= 600]
-    if len(elements) > FLOOD_RULES - 2:
-        faults.append(f"{len(elements)} rules for leases")
-    return faults
+class TestNetworkProcess:
+    """The process that faces the internet dies, hangs, or turns against us."""
 
+    def test_killed_again_and_again(self, lab: Lab) -> None:
+        """It comes back each time, after a longer pause, and leases stay."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            leases = lab.elements()
+            killed = 0
+            for count, pause in enumerate(("0.1", "0.2", "0.4"), 1):
 
-def forget_connections() -> None:
-    """Empty the server's table of connections: it is finite, and full after some floods."""
-    # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_CTNETLINK 1, IPCTNL_MSG_CT_DELETE 2; NLM_F_REQUEST 1
-    request = struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1, 0, 0, socket.AF_UNSPEC, 0, 0)
-    with contextlib.suppress(OSError), socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW, letmein.NETLINK_NETFILTER
-    ) as netlink:
-        netlink.send(request)
+                def is_new(old: int = killed) -> bool:
+                    with contextlib.suppress(AssertionError):
+                        return server.network_process() != old
+                    return False
 
+                eventually(is_new, "no new network process")
+                killed = server.network_process()
+                os.kill(killed, signal.SIGKILL)
+                lost = server.wait_for("network-process-lost", count)
+                assert lost["pause"] == pause
+            assert lab.elements() == leases
+            assert lab.reaches(22, CLIENT_4)
+            for protocol in ("tcp", "udp"):
+                assert handshake(lab, 0x23, protocol=protocol) == COMEIN
+            assert lab.reaches(23, CLIENT_4)
 
-class Rush(NamedTuple):
-    """What came of knocks from one address after the other: in which time, how long each that
-    succeeded took, and the seconds of CPU that went to who knocked, and to the server's
-    processes with those that they started."""
+    @pytest.mark.parametrize("number, hint", [("SIGSEGV", ""), ("SIGSYS", "seccomp = log")])
+    def test_the_log_names_the_signal(self, lab: Lab, number: str, hint: str) -> None:
+        """What ended the network process, and where it can be told what to do."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            os.kill(server.network_process(), signal.Signals[number])
+            lost = server.wait_for("network-process-lost", reason=f"it ended ({number})")
+            assert hint in lost.get("hint", "")
 
-    seconds: float
-    took: list[float]
-    cpu: float
-    server_cpu: list[float]
+    def test_a_python_that_is_gone(self, lab: Lab) -> None:
+        """Neither process can be started again: the log names the path, and what to do."""
+        lab.load()
+        python = lab.directory / f"python-{next(lab.numbers)}"
+        python.symlink_to(sys.executable)
+        with Server(lab, server_conf(), program=(python, LETMEIN, "server")) as server:
+            network = server.network_process()
+            python.unlink()
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            said = f"the network process cannot be started: No such file or directory: {python}"
+            assert lost["reason"] == said
+            assert "restart the server" in lost["hint"]
 
-    @property
-    def rate(self) -> float:
-        return len(self.took) / self.seconds
-
-
-def rush_process() -> None:
-    """`rush`: as storm(), but it takes as little time for itself as it can. In:
-    addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
-    Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
-    addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
-    user, number = struct.pack(">I", 1), struct.pack(">I", 0x22)
-    answer = struct.pack(">I", RESPONSE) + user + number + os.urandom(8)
-    waiting = [(address, message(operation, 0x22)) for address in reversed(addresses)]
-    running: dict[int, tuple[socket.socket, float]] = {}
-    answered: set[int] = set()
-    took: list[float] = []
-    poll = select.epoll()
-    gc.disable()
-
-    def start() -> None:
-        address, knock = waiting.pop()
-        began = time.monotonic()
-        peer = socket.socket()
-        peer.bind((address, 0))
-        peer.connect((SERVER_4, 5800))  # does not wait: the server's kernel answers at once
-        peer.send(knock)
-        poll.register(peer, select.EPOLLIN)
-        running[peer.fileno()] = (peer, began)
-
-    print("ready", flush=True)
-    sys.stdin.readline()
-    started, used = time.monotonic(), time.process_time()
-    for _ in range(min(at_once, len(waiting))):
-        start()
-    while running and (ready := poll.poll(LIMIT_S)):
-        for descriptor, _ in ready:
-            peer, began = running[descriptor]
-            said = peer.recv(56)
-            if said[7:8] == bytes([CHALLENGE]) and descriptor not in answered:
-                answered.add(descriptor)
-                proof = hmac.digest(KEYS[1], answer + said[24:], "sha3_256")
-                peer.send(MAGIC + answer + proof)
-                continue
-            now = time.monotonic()
-            if said[7:8] == bytes([COMEIN]):
-                took.append(now - began)
-            del running[descriptor]
-            answered.discard(descriptor)
-            peer.close()
-            if waiting and now < started + limit:
-                start()
-    done = [time.monotonic() - started, took, time.process_time() - used]
-    print(json.dumps(done), flush=True)
-
-
-def rush(
-    lab: Lab,
-    pids: Sequence[int],
-    addresses: Sequence[str],
-    at_once: int,
-    operation: int = KNOCK,
-    limit: float = 60,
-) -> Rush:
-    """Knock from each of these addresses of the client's host. Where it is many at once, from
-    two processes, for there are servers that are faster than one. pids: of the server."""
-    count = min(at_once, 2)
-    processes = []
-    for number in range(count):
-        plan = [addresses[number::count], at_once // count, operation, limit]
-        with lab.client():
-            process = start_part("rush")
-        lab.processes.append(process)
-        processes.append(process)
-        tell(process, json.dumps(plan))
-    for process in processes:
-        assert hear(process) == "ready"
-    used = [cpu_seconds(pid) for pid in pids]
-    for process in processes:
-        tell(process, "")
-    parts = [json.loads(hear(process)) for process in processes]
-    used = [cpu_seconds(pid) - was for pid, was in zip(pids, used)]
-    for process in processes:
-        process.communicate(timeout=LIMIT_S)
-    took = [one for part in parts for one in part[1]]
-    return Rush(max(part[0] for part in parts), took, sum(part[2] for part in parts), used)
-
-
-@pytest.fixture(scope="class")
-def attacker(lab: Lab) -> Iterator[Attacker]:
-    made = Attacker(lab)
-    yield made
-    made.close()
-
-
-class TestFloods:
-    """Who has a key gets in while others attack, and the server is afterwards as it was. (At what
-    rates, and how fast, is measured by .ci/bench: here it is whether, at a rate that any
-    machine can take.)"""
+    def test_stopped(self, lab: Lab) -> None:
+        """One that stands still is replaced, and leases stay."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            os.kill(network, signal.SIGSTOP)
+            replaced(server, network, "stopped")
+            assert lab.reaches(22, CLIENT_4)
 
     @pytest.mark.parametrize(
-        "kind, protocol, source, rate, delay",
+        "attack, reason",
         [
-            pytest.param("idle", "tcp", "many", 300, 0, id="idle"),
-            pytest.param("replay", "tcp", "many", 300, 0, id="replay-tcp"),
-            pytest.param("replay", "udp", "many", 300, 0, id="replay-udp"),
-            pytest.param("random", "tcp", "many", 300, 0, id="random-tcp"),
-            pytest.param("random", "udp", "many", 300, 0, id="random-udp"),
-            pytest.param("slow", "tcp", "one", 300, 0, id="slow"),
-            pytest.param("reset", "tcp", "many", 300, 0, id="reset"),
-            pytest.param("idle", "tcp", "own", 20, 0, id="idle-own"),
-            pytest.param("replay", "udp", "own", 20, 0, id="replay-udp-own"),
-            pytest.param("replay", "tcp", "many", 300, 0.05, id="replay-tcp-far"),
-            pytest.param("key", "tcp", "many", 300, 0, id="key-tcp"),
-            pytest.param("key", "udp", "many", 300, 0, id="key-udp"),
-            pytest.param("key", "tcp", "one", 300, 0, id="key-tcp-one"),
-            pytest.param("key", "udp", "one", 300, 0, id="key-udp-one"),
+            pytest.param(SPIN, "", id="an endless loop"),
+            pytest.param(FLOOD + NOT_READING, "reads nothing", id="it reads nothing"),
         ],
     )
-    def test_a_knock_succeeds(
-        self, attacker: Attacker, kind: str, protocol: str, source: str, rate: float, delay: float
-    ) -> None:
-        outcome = flood_case(attacker, kind, protocol, source, rate, 1, delay)
-        print(outcome, end=" ")
-        assert outcome.arrived >= rate / 4, outcome  # or it was no flood
-        assert outcome.failed == []
-        assert outcome.knocks == 5
-        assert outcome.lost == 0
-        assert outcome.faults == []
-        assert outcome.memory_peak < 10 * 1024
-        assert outcome.memory_after < 10 * 1024
-        assert outcome.descriptors_after <= outcome.descriptors_before
+    def test_it_hangs(self, lab: Lab, attack: str, reason: str) -> None:
+        """One that loops, or reads nothing, is replaced, and leases stay."""
+        lab.load()
+        with Server(lab, server_conf(), program=with_attack(lab, attack)) as server:
+            assert handshake(lab) == COMEIN
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, reason)
+            assert lab.reaches(22, CLIENT_4)
 
+    @pytest.mark.parametrize("attack", BAD_RECORDS)
+    def test_a_bad_record(self, lab: Lab, attack: str) -> None:
+        """One that sends what it should not is replaced, and no lease changes."""
+        lab.load()
+        program = with_attack(lab, BAD_RECORDS[attack])
+        with Server(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, network = lab.elements(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network)
+            assert lab.elements() == leases
+            server.stop()
+            first = next(at for at, line in enumerate(server.lines) if "event=" in line)
+            assert_grammar(server.lines[first:])
 
-class TestBench:
-    """The table of .ci/bench tells who is better. What it measures, each run shows."""
+    @pytest.mark.parametrize("attack", FLOODS)
+    def test_a_flood(self, lab: Lab, attack: str) -> None:
+        """A flood of records costs no memory, descriptor or disk, and does not hold up the stop."""
+        lab.load()
+        program = with_attack(lab, FLOOD + FLOODS[attack])
+        with Server(lab, server_conf(), program=program, env=unmeasured()) as server:
+            assert handshake(lab) == COMEIN
+            leases, memory = lab.elements(), resident_kb(server.process.pid)
+            things = things_of(server.process.pid)
+            used = used_s(server.process.pid)
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            # It is at work, for so long in its own time as no machine makes shorter.
+            eventually(lambda: used_s(server.process.pid) > used + 0.5, "it does not work")
+            assert lab.elements() == leases
+            reconfigure(server, server_conf())
+            assert counted(server)["process"] == server.process.pid
+            assert resident_kb(server.process.pid) < memory + 10 * 1024
+            assert things_of(server.process.pid) == things
+            assert server.events("network-process-lost") == []
+            assert len(server.lines) < 100, "the disk gets full"
+            assert lab.reaches(22, CLIENT_4)
+            before = children_s() + sum(map(used_s, (server.process.pid, network)))
+            server.stop()
+            assert children_s() - before < 3, "it does not stop at once"
 
-    @pytest.fixture(scope="class")
-    def bench(self) -> Any:
-        loader = importlib.machinery.SourceFileLoader("bench", str(HERE / ".ci/bench"))
-        spec = importlib.util.spec_from_loader("bench", loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        return module
+    @pytest.mark.parametrize("attack", ATTACKS_ON_THE_MONITOR)
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_an_attack_on_the_monitor(self, lab: Lab, seccomp: str, attack: str) -> None:
+        """Nothing that it does to a kernel object hangs the monitor, or makes the next one deaf."""
+        if attack == "signals" and seccomp == "off":
+            need_root(lab)  # or both are one account, and may send each other any signal
+        lab.load()
+        program = with_attack(lab, ATTACKS_ON_THE_MONITOR[attack])
+        with contextlib.ExitStack() as stack:
+            with lab.client():  # somebody takes the call, and takes nothing more
+                sink = stack.enter_context(socket.socket())
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            sink.bind(("10.1.0.2", 9001))
+            sink.listen()
+            words = (lab, server_conf(general="control-timeout = 60"))
+            server = stack.enter_context(confined(*words, seccomp=seccomp, program=program))
+            assert handshake(lab) == COMEIN
+            peer = stack.enter_context(Peer(lab))
+            peer.send(message(KNOCK, 0x22))
+            peer.receive()
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            if seccomp == "kill" or "os._exit" in ATTACKS_ON_THE_MONITOR[attack]:
+                server.wait_for("network-process-lost")
+            assert lab.reaches(22, CLIENT_4), "the lease"
+            assert_lives(server)
+            assert len(server.events("network-process-lost")) <= 1, server.log
 
-    @pytest.mark.parametrize(
-        "better, ours, others, verdict",
-        [
-            ("less", [10, 20, 30], [[40], [100]], "2 times better"),
-            ("less", [20], [[100], [5]], "4 times worse"),
-            ("more", [1000], [[10], [500]], "2 times better"),
-            ("more", [100], [[150], "- [1]"], "1.50 times worse"),
-            ("less", [100], [[102]], "the same"),
-            ("less", [0], [[100]], "better"),
-            ("less", [math.inf], [[100]], "worse"),
-            ("less", [100], [[math.inf]], "better"),
-            ("less", [100], ["- [1]"], ""),
-            ("", [100], [[200]], ""),
-        ],
-    )
-    def test_who_is_better(
-        self, bench: Any, better: str, ours: list[float], others: list[Any], verdict: str
-    ) -> None:
-        """By the medians, against the best of the others, if there is anything to compare."""
-        cells = dict(zip(bench.PROGRAMS, [ours, *others]))
-        assert bench.verdict(bench.Row("", "ms", better, cells)) == verdict
+    def test_somebody_else_takes_the_control_port(self, lab: Lab) -> None:
+        """In the moment in which its sockets are opened anew: that is told, and tried again."""
+        lab.load()
+        opening = "        with contextlib.suppress(UserError):  # it is tried again with the next"
+        taken = (
+            '        taken = getattr(self, "taken", None)\n'
+            '        self.taken = taken is None and socket.create_server(("0.0.0.0", 5800))\n'
+            "        if taken: taken.close()\n"
+        )
+        program = altered(lab, (opening, taken + opening))
+        with Server(lab, server_conf(), program=program) as server:
+            assert handshake(lab) == COMEIN
+            os.kill(server.network_process(), signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            assert "cannot serve the control port 5800/tcp: Address already" in lost["reason"]
+            eventually(lambda: server_is_back(server), "no new network process")
+            assert_lives(server)
+            assert lab.reaches(22, CLIENT_4), "the lease"
 
-    @pytest.mark.parametrize(
-        "cell, text",
-        [
-            ([3], "3"),
-            ([1.234, 5.678, 123.4], "5.68 (1.23 to 123)"),
-            ([1, 2, math.inf], "2 (1 to never; 2/3)"),
-            ("- [1]", "- [1]"),
-        ],
-    )
-    def test_a_figure(self, bench: Any, cell: Any, text: str) -> None:
-        """The median, the range, and how many of the knocks succeeded."""
-        assert bench.figure(cell) == text
-
-    def test_the_block_of_readme(self, bench: Any, tmp_path: Path) -> None:
-        """A new table replaces the old one, and nothing else."""
-        path = tmp_path / "README.md"
-        path.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nbehind\n", encoding="utf-8")
-        assert bench.replace_block(path, "new \\1")
-        text = path.read_text(encoding="utf-8")
-        assert text == "before\n<!-- bench -->\nnew \\1\n<!-- /bench -->\nbehind\n"
-        path.write_text("no markers", encoding="utf-8")
-        assert not bench.replace_block(path, "new")
-        assert path.read_text(encoding="utf-8") == "no markers"
+    def test_it_reads_slowly(self, lab: Lab) -> None:
+        """The administrator is heard all the same."""
+        lab.load()
+        program = with_attack(lab, FLOOD + SLOW_READER)
+        with Server(lab, server_conf(), "--seccomp", "off", program=program) as server:
+            assert handshake(lab) == COMEIN
+            os.kill(server.network_process(), signal.SIGUSR1)
+            assert server.wait() == 0
+            server.stop()
+            assert lab.elements() == []
 
 
 # ----------------------------------------------------------------------------
-# 10  The sandbox
+# 7  Sandbox
+#
+# Whoever takes the network process over gets no key, file, program or right.
 # ----------------------------------------------------------------------------
 
-KNOCKERS = list(itertools.product(("tcp", "udp"), (CLIENT_4, CLIENT_6)))
-SANDBOX_ACCOUNT = "nobody"  # every machine has it
 # The rights that the server keeps, as setpriv writes them and by their numbers in
 # linux/capability.h.
 KEPT_NAMES = "-all,+kill,+setgid,+setuid,+net_bind_service,+net_admin,+sys_chroot"
 KEPT_CAPABILITIES = f"{sum(1 << number for number in (5, 6, 7, 10, 12, 18)):016x}"
 LOUD = "--user none: the network process keeps the server's rights"
-SIGSYS = "(SIGSYS)"  # how the log says that a filter has ended a process
-
-
-def need_root(lab: Lab) -> None:
-    if not lab.real_root:
-        pytest.skip("only real root can become another user")
-
-
-def need_seccomp() -> None:
-    try:
-        import pyseccomp  # type: ignore  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"seccomp cannot be had here: {error}")
-
-
-def confined(lab: Lab, conf: str, *arguments: str, seccomp: str = "", **more: Any) -> Server:
-    """A server whose network process is in the whole sandbox, as far as we may make one. Who
-    measures coverage would want to open files in there."""
-    if seccomp == "kill":
-        need_seccomp()
-    account = SANDBOX_ACCOUNT if lab.real_root else "none"
-    words = ("--seccomp", seccomp) if seccomp else ()
-    return Server(lab, conf, *words, *arguments, account=account, env=unmeasured(), **more)
-
-
-def proc_status(pid: int) -> dict[str, str]:
-    """What the kernel says of a process, by name; numbers of a list are separated by a space."""
-    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name: " ".join(value.split()) for name, _, value in pairs}
-
-
-def proc_limit(pid: int, name: str) -> int:
-    """A limit that a process has, and can raise no more."""
-    text = Path(f"/proc/{pid}/limits").read_text(encoding="utf-8")
-    found = re.search(rf"(?m)^{name} +(\d+) +(\d+) ", text)
-    assert found, text
-    assert found[1] == found[2], found
-    return int(found[1])
-
-
-def memory_of(pid: int) -> bytes:
-    """All that a process has in its memory and could read there."""
-    found = []
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
-            start, end = (int(number, 16) for number in line.split()[0].split("-"))
-            if line.split()[1].startswith("r") and "[v" not in line:  # the kernel's own pages
-                with contextlib.suppress(OSError):  # behind the end of a file
-                    memory.seek(start)
-                    found.append(memory.read(end - start))
-    return b"\n".join(found)
-
-
-def keys_in(data: bytes) -> list[str]:
-    """Which configured keys are in there, as bytes or as hex digits."""
-    found = []
-    for user, key in KEYS.items():
-        for form in (key, key.hex().encode(), key.hex().upper().encode(), key[:16], key[16:]):
-            if form in data:
-                found.append(f"{user}: {form!r}")
-    return found
-
-
-# What somebody tries who has taken over the network process, and what each of it has to end with,
-# by the kernel's rules for accounts alone: without seccomp.
-ATTEMPTS = {
-    "open('/etc/passwd')": "EACCES",
-    "open('@CONF@')": "EACCES",
-    "open(f'/proc/{MONITOR}/mem', 'rb')": "EACCES",
-    "open('../../../../etc/passwd')": "EACCES",
-    "os.listdir('/')": "EACCES",
-    "os.listdir('.')": "EACCES",
-    "open('/x', 'w')": "EACCES",
-    "os.mkdir('/x')": "EACCES",
-    "os.write(os.memfd_create('x'), b'#!/bin/sh')": "EFBIG",
-    "os.execv('/bin/sh', ['sh'])": "EACCES",
-    "os.fork() or os._exit(0)": "EAGAIN",
-    "threading.Thread(target=print).start()": "RuntimeError",
-    "resource.setrlimit(resource.RLIMIT_NPROC, (9, 9))": "ValueError",
-    "os.kill(MONITOR, 0)": "EPERM",
-    "os.kill(MONITOR, signal.SIGKILL)": "EPERM",
-    "libc('ptrace', 16, MONITOR, 0, 0)": "EPERM",
-    "libc('process_vm_readv', MONITOR, VECTOR, 1, VECTOR, 1, 0)": "EPERM",
-    "libc('syscall', 438, libc('syscall', 434, MONITOR, 0), 0, 0)": "EPERM",  # pidfd_getfd
-    "os.setuid(0)": "EPERM",
-    "os.setgroups([0])": "EPERM",
-    "os.chroot('.')": "EACCES",
-    "libc('unshare', 0x10000000)": "EPERM",  # a user namespace
-    "libc('mount', b'/', b'/', None, 0x1000, None)": "EPERM",
-    "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)": "EPERM",
-    "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)": "EPERM",
-    "socket.socket(socket.AF_INET).bind(('', 81))": "EACCES",
-    "list_firewall()": "EPERM",
-}
-# And what the kernel does not refuse without seccomp. (An address of its own, a port of the lab.)
-POSSIBLE = {
-    "os.kill(os.getpid(), 0)": "done",
-    "socket.socket().connect(('127.0.0.1', 22))": "done",
-    "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0))": "done",
-    "socket.socket(socket.AF_UNIX).bind(b'\\0x' + os.urandom(8))": "done",
-}
-TRYING = """
-        vector = ctypes.create_string_buffer(8)
-        VECTOR = struct.pack("@PN", ctypes.addressof(vector), 8)
-
-        def list_firewall():
-            link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-            link.send(struct.pack("=IHHIIBBH", 20, 10 << 8 | 1, 0x305, 1, 0, 1, 0, 0))
-            answer = struct.unpack_from("=IHHIIi", link.recv(8192))
-            if answer[1] == 2 and answer[5]:
-                raise OSError(-answer[5], "NLMSG_ERROR")
-
-        outcomes = []
-        for attempt in @ATTEMPTS@:
-            try:
-                exec(attempt, globals(), {"VECTOR": VECTOR, "list_firewall": list_firewall})
-                outcomes.append("done")
-            except OSError as error:
-                outcomes.append(errno.errorcode[error.errno])
-            except Exception as error:
-                outcomes.append(type(error).__name__)
-        self.tell(" ".join(outcomes).encode())
-"""
-# The first thing of each kind that a filter ends the process for. None of it needs another call.
-FORBIDDEN = {
-    "open": "open('/etc/passwd')",
-    "list": "os.listdir('/')",
-    "execve": "os.execv('/bin/sh', ['sh'])",
-    "fork": "os.fork()",
-    "thread": "threading.Thread(target=print).start()",
-    "socket": "socket.socket()",
-    "connect": "self.listeners[1].connect(('::1', 22))",
-    "bind": "self.listeners[1].bind(('::1', 0))",
-    "shutdown": "self.listeners[0].shutdown(socket.SHUT_RDWR)",
-    "kill": "os.kill(MONITOR, 0)",
-    "ptrace": "libc('ptrace', 16, MONITOR, 0, 0)",
-    "process_vm_readv": "libc('process_vm_readv', MONITOR, None, 0, None, 0, 0)",
-    "memfd_create": "os.memfd_create('x')",
-    "prctl": "libc('prctl', 38, 1, 0, 0, 0)",
-    "setuid": "os.setuid(os.getpid())",
-    "io_uring_setup": "libc('syscall', 425, 1, None)",
-    "setsockopt": "self.listeners[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)",
-    "listen": "self.listeners[0].listen(0)",
-    "ioctl": "self.listeners[0].setblocking(True)",
-    "fcntl": "libc('fcntl', self.pipe, 1031, 4096)",  # F_SETPIPE_SZ
-    "the pid of a peer": "self.link.getsockopt(socket.SOL_SOCKET, 77, 4)",  # SO_PEERPIDFD
-    "half a datagram": "self.listeners[1].sendmsg([b'x'], [], 0x8000, ('::1', 9))",  # MSG_MORE
-    "to read twice": "self.link.recv(1, socket.MSG_PEEK)",
-    "another timer": "signal.setitimer(signal.ITIMER_REAL, 1)",
-}
-EVERY_RECORD = """
-        ids = itertools.product(range(6), (0, 1, 2, 0xFFFFFFFF), (0, 0x22, 0x23, 0x26, 0x99))
-        for operation, user, resource_id in ids:
-            payload = unsigned(operation, user, resource_id, os.urandom(32))
-            for kind, protocol in itertools.product((REQUEST, ANSWER), (TCP, UDP)):
-                self.say(kind, protocol, payload)
-                self.hear()
-        for kind in (READY, COUNTS):
-            self.say(kind, payload=os.urandom(56))
-        self.tell(b"these were all")
-"""
-DIVERT = """
-        Honest = Hostile.__mro__[1]
-        mine = IPV4_MAPPED + bytes([10, 77, 7, 7])
-        Hostile._send = lambda self, record: Honest._send(self, record._replace(address=mine))
-"""
-
-
-class TestTakeover:
-    """Somebody has taken over the process that faces the internet: nothing to steal in there, and
-    nothing to do."""
-
-    def test_no_key_is_in_its_reach(self, lab: Lab) -> None:
-        lab.load()
-        with confined(lab, server_conf(general="control-error-policy = always")) as server:
-            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
-                assert handshake(lab, 0x23, KNOCK, protocol, source) == COMEIN
-                assert handshake(lab, 0x23, REVOKE, protocol, source) == COMEIN
-                refused_knock(lab, protocol, source)
-            reconfigure(server, server_conf())
-            network = server.network_process()
-            memory = memory_of(network)
-            assert MAGIC in memory
-            assert keys_in(memory) == []
-            for name in ("cmdline", "environ"):
-                assert keys_in(Path(f"/proc/{network}/{name}").read_bytes()) == []
-            # That they would be found where they are.
-            assert len(keys_in(memory_of(server.process.pid))) >= len(KEYS)
-
-    def test_what_the_kernel_refuses_without_seccomp(self, lab: Lab) -> None:
-        """And what it does not: without seccomp the process can make sockets and connect them."""
-        need_root(lab)
-        lab.load()
-        conf = str(lab.file(server_conf()))
-        attempts = {text.replace("@CONF@", conf): end for text, end in ATTEMPTS.items()}
-        wanted = {**attempts, **POSSIBLE}
-        program = with_attack(lab, TRYING.replace("@ATTEMPTS@", repr(list(wanted))))
-        with confined(lab, server_conf(), seccomp="off", program=program) as server:
-            assert handshake(lab) == COMEIN
-            leases, rules = lab.elements(), our_rules()
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network)
-            (lost,) = server.events("network-process-lost")
-            assert dict(zip(wanted, lost["reason"].split())) == wanted
-            assert len(lost["reason"].split()) == len(wanted)
-            assert lab.elements() == leases
-            assert our_rules() == rules
-
-    @pytest.mark.parametrize("call", FORBIDDEN)
-    def test_what_ends_it_under_seccomp(self, lab: Lab, call: str) -> None:
-        lab.load()
-        program = with_attack(lab, f"exec({FORBIDDEN[call]!r})")
-        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
-            assert handshake(lab) == COMEIN
-            leases, rules, network = lab.elements(), our_rules(), server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network, SIGSYS)
-            assert lab.elements() == leases
-            assert our_rules() == rules
-
-    def test_what_does_not_end_it(self, lab: Lab) -> None:
-        """That it was the call in the test above, and not the way to it."""
-        lab.load()
-        program = with_attack(lab, "exec('self.say(COUNTS)')")
-        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
-            network = server.network_process()
-            for _ in range(3):
-                os.kill(network, signal.SIGUSR1)
-                assert handshake(lab) == COMEIN
-            assert server.network_process() == network
-            assert not server.events("network-process-lost")
-
-    @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86_64 alone")
-    def test_no_call_by_another_door(self, lab: Lab) -> None:
-        """Linux for x86_64 has the calls of i386 as well, with other numbers: 20 is there getpid
-        and not writev."""
-        lab.load()
-        code = bytes.fromhex("b814000000cd80c3")  # mov $20, %eax; int $0x80; ret
-        attack = f"""
-        page = mmap.mmap(-1, 4096, prot=7)
-        page.write({code!r})
-        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
-        self.tell(b"it has called")
-"""
-        program = with_attack(lab, attack)
-        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
-            network = server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            lost = server.wait_for("network-process-lost")
-            assert re.search("SIGSYS|SIGSEGV", lost["reason"]), lost
-
-    @pytest.mark.parametrize("seccomp", ["off", "kill"])
-    def test_no_record_opens_a_port(self, lab: Lab, seccomp: str) -> None:
-        lab.load()
-        program = with_attack(lab, EVERY_RECORD)
-        with confined(lab, server_conf(), seccomp=seccomp, program=program) as server:
-            rules, network = our_rules(), server.network_process()
-            os.kill(network, signal.SIGUSR1)
-            replaced(server, network, "these were all")
-            assert lab.elements() == []
-            assert our_rules() == rules
-            assert not server.events("granted", resource="00000022")
-
-    def test_it_can_divert_a_lease_and_no_more(self, lab: Lab) -> None:
-        """What a man in the middle can do: one lease for one knock of somebody who has the key,
-        for what was knocked for."""
-        lab.load()
-        with confined(lab, server_conf(), program=with_attack(lab, DIVERT)) as server:
-            os.kill(server.network_process(), signal.SIGUSR1)
-            assert handshake(lab) == COMEIN
-            assert not lab.reaches(22, CLIENT_4)
-            assert lab.reaches(22, "10.77.7.7")
-            assert len(lab.elements()) == 1
-            assert server.wait_for("granted")["peer"] == "10.77.7.7"
 
 
 class TestPrivileges:
@@ -11645,6 +7560,7 @@ class TestPrivileges:
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_the_network_process(self, lab: Lab, seccomp: str) -> None:
+        """It has no capability, root, group or file, and tight limits."""
         need_root(lab)
         lab.load()
         account = pwd.getpwnam(SANDBOX_ACCOUNT)
@@ -11692,6 +7608,7 @@ class TestPrivileges:
 
     @pytest.mark.parametrize("seccomp", ["off", "kill"])
     def test_the_monitor(self, lab: Lab, seccomp: str) -> None:
+        """It has six capabilities, and other programs of root cannot look into it."""
         lab.load()
         with confined(lab, server_conf(), seccomp=seccomp) as server:
             monitor = server.process.pid
@@ -11739,6 +7656,7 @@ class TestPrivileges:
         TestStart().fails(lab, *words, user="rootgroup")
 
     def test_user_none_is_loud(self, lab: Lab) -> None:
+        """The server warns where its network process keeps its rights."""
         lab.load()
         with Server(lab, server_conf()) as server:
             assert [warning["reason"] for warning in server.events("warning")].count(LOUD) == 1
@@ -11790,6 +7708,230 @@ class TestPrivileges:
         assert "letmein-4" not in lab.ruleset()
 
 
+SIGSYS = "(SIGSYS)"  # how the log says that a filter has ended a process
+
+# What somebody tries who has taken over the network process, and what each of it has to end with,
+# by the kernel's rules for accounts alone: without seccomp.
+ATTEMPTS = {
+    "open('/etc/passwd')": "EACCES",
+    "open('@CONF@')": "EACCES",
+    "open(f'/proc/{MONITOR}/mem', 'rb')": "EACCES",
+    "open('../../../../etc/passwd')": "EACCES",
+    "os.listdir('/')": "EACCES",
+    "os.listdir('.')": "EACCES",
+    "open('/x', 'w')": "EACCES",
+    "os.mkdir('/x')": "EACCES",
+    "os.write(os.memfd_create('x'), b'#!/bin/sh')": "EFBIG",
+    "os.execv('/bin/sh', ['sh'])": "EACCES",
+    "os.fork() or os._exit(0)": "EAGAIN",
+    "threading.Thread(target=print).start()": "RuntimeError",
+    "resource.setrlimit(resource.RLIMIT_NPROC, (9, 9))": "ValueError",
+    "os.kill(MONITOR, 0)": "EPERM",
+    "os.kill(MONITOR, signal.SIGKILL)": "EPERM",
+    "libc('ptrace', 16, MONITOR, 0, 0)": "EPERM",
+    "libc('process_vm_readv', MONITOR, VECTOR, 1, VECTOR, 1, 0)": "EPERM",
+    "libc('syscall', 438, libc('syscall', 434, MONITOR, 0), 0, 0)": "EPERM",  # pidfd_getfd
+    "os.setuid(0)": "EPERM",
+    "os.setgroups([0])": "EPERM",
+    "os.chroot('.')": "EACCES",
+    "libc('unshare', 0x10000000)": "EPERM",  # a user namespace
+    "libc('mount', b'/', b'/', None, 0x1000, None)": "EPERM",
+    "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)": "EPERM",
+    "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)": "EPERM",
+    "socket.socket(socket.AF_INET).bind(('', 81))": "EACCES",
+    "list_firewall()": "EPERM",
+}
+
+# And what the kernel does not refuse without seccomp. (An address of its own, a port of the lab.)
+POSSIBLE = {
+    "os.kill(os.getpid(), 0)": "done",
+    "socket.socket().connect(('127.0.0.1', 22))": "done",
+    "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0))": "done",
+    "socket.socket(socket.AF_UNIX).bind(b'\\0x' + os.urandom(8))": "done",
+}
+
+TRYING = """
+        vector = ctypes.create_string_buffer(8)
+        VECTOR = struct.pack("@PN", ctypes.addressof(vector), 8)
+
+        def list_firewall():
+            link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
+            link.send(struct.pack("=IHHIIBBH", 20, 10 << 8 | 1, 0x305, 1, 0, 1, 0, 0))
+            answer = struct.unpack_from("=IHHIIi", link.recv(8192))
+            if answer[1] == 2 and answer[5]:
+                raise OSError(-answer[5], "NLMSG_ERROR")
+
+        outcomes = []
+        for attempt in @ATTEMPTS@:
+            try:
+                exec(attempt, globals(), {"VECTOR": VECTOR, "list_firewall": list_firewall})
+                outcomes.append("done")
+            except OSError as error:
+                outcomes.append(errno.errorcode[error.errno])
+            except Exception as error:
+                outcomes.append(type(error).__name__)
+        self.tell(" ".join(outcomes).encode())
+"""
+
+# The first thing of each kind that a filter ends the process for. None of it needs another call.
+FORBIDDEN = {
+    "open": "open('/etc/passwd')",
+    "list": "os.listdir('/')",
+    "execve": "os.execv('/bin/sh', ['sh'])",
+    "fork": "os.fork()",
+    "thread": "threading.Thread(target=print).start()",
+    "socket": "socket.socket()",
+    "connect": "self.listeners[1].connect(('::1', 22))",
+    "bind": "self.listeners[1].bind(('::1', 0))",
+    "shutdown": "self.listeners[0].shutdown(socket.SHUT_RDWR)",
+    "kill": "os.kill(MONITOR, 0)",
+    "ptrace": "libc('ptrace', 16, MONITOR, 0, 0)",
+    "process_vm_readv": "libc('process_vm_readv', MONITOR, None, 0, None, 0, 0)",
+    "memfd_create": "os.memfd_create('x')",
+    "prctl": "libc('prctl', 38, 1, 0, 0, 0)",
+    "setuid": "os.setuid(os.getpid())",
+    "io_uring_setup": "libc('syscall', 425, 1, None)",
+    "setsockopt": "self.listeners[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)",
+    "listen": "self.listeners[0].listen(0)",
+    "ioctl": "self.listeners[0].setblocking(True)",
+    "fcntl": "libc('fcntl', self.pipe, 1031, 4096)",  # F_SETPIPE_SZ
+    "the pid of a peer": "self.link.getsockopt(socket.SOL_SOCKET, 77, 4)",  # SO_PEERPIDFD
+    "half a datagram": "self.listeners[1].sendmsg([b'x'], [], 0x8000, ('::1', 9))",  # MSG_MORE
+    "to read twice": "self.link.recv(1, socket.MSG_PEEK)",
+    "another timer": "signal.setitimer(signal.ITIMER_REAL, 1)",
+}
+
+EVERY_RECORD = """
+        ids = itertools.product(range(6), (0, 1, 2, 0xFFFFFFFF), (0, 0x22, 0x23, 0x26, 0x99))
+        for operation, user, resource_id in ids:
+            payload = unsigned(operation, user, resource_id, os.urandom(32))
+            for kind, protocol in itertools.product((REQUEST, ANSWER), (TCP, UDP)):
+                self.say(kind, protocol, payload)
+                self.hear()
+        for kind in (READY, COUNTS):
+            self.say(kind, payload=os.urandom(56))
+        self.tell(b"these were all")
+"""
+
+DIVERT = """
+        Honest = Hostile.__mro__[1]
+        mine = IPV4_MAPPED + bytes([10, 77, 7, 7])
+        Hostile._send = lambda self, record: Honest._send(self, record._replace(address=mine))
+"""
+
+
+class TestTakeover:
+    """Somebody has taken over the process that faces the internet: nothing to steal in there, and
+    nothing to do."""
+
+    def test_no_key_is_in_its_reach(self, lab: Lab) -> None:
+        """No key is in its memory, command line or environment."""
+        lab.load()
+        with confined(lab, server_conf(general="control-error-policy = always")) as server:
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                assert handshake(lab, 0x23, KNOCK, protocol, source) == COMEIN
+                assert handshake(lab, 0x23, REVOKE, protocol, source) == COMEIN
+                refused_knock(lab, protocol, source)
+            reconfigure(server, server_conf())
+            network = server.network_process()
+            memory = memory_of(network)
+            assert MAGIC in memory
+            assert keys_in(memory) == []
+            for name in ("cmdline", "environ"):
+                assert keys_in(Path(f"/proc/{network}/{name}").read_bytes()) == []
+            # That they would be found where they are.
+            assert len(keys_in(memory_of(server.process.pid))) >= len(KEYS)
+
+    def test_what_the_kernel_refuses_without_seccomp(self, lab: Lab) -> None:
+        """And what it does not: without seccomp the process can make sockets and connect them."""
+        need_root(lab)
+        lab.load()
+        conf = str(lab.file(server_conf()))
+        attempts = {text.replace("@CONF@", conf): end for text, end in ATTEMPTS.items()}
+        wanted = {**attempts, **POSSIBLE}
+        program = with_attack(lab, TRYING.replace("@ATTEMPTS@", repr(list(wanted))))
+        with confined(lab, server_conf(), seccomp="off", program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, rules = lab.elements(), our_rules()
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network)
+            (lost,) = server.events("network-process-lost")
+            assert dict(zip(wanted, lost["reason"].split())) == wanted
+            assert len(lost["reason"].split()) == len(wanted)
+            assert lab.elements() == leases
+            assert our_rules() == rules
+
+    @pytest.mark.parametrize("call", FORBIDDEN)
+    def test_what_ends_it_under_seccomp(self, lab: Lab, call: str) -> None:
+        """Each forbidden call ends it, and changes nothing."""
+        lab.load()
+        program = with_attack(lab, f"exec({FORBIDDEN[call]!r})")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            assert handshake(lab) == COMEIN
+            leases, rules, network = lab.elements(), our_rules(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, SIGSYS)
+            assert lab.elements() == leases
+            assert our_rules() == rules
+
+    def test_what_does_not_end_it(self, lab: Lab) -> None:
+        """That it was the call in the test above, and not the way to it."""
+        lab.load()
+        program = with_attack(lab, "exec('self.say(COUNTS)')")
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            network = server.network_process()
+            for _ in range(3):
+                os.kill(network, signal.SIGUSR1)
+                assert handshake(lab) == COMEIN
+            assert server.network_process() == network
+            assert not server.events("network-process-lost")
+
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86_64 alone")
+    def test_no_call_by_another_door(self, lab: Lab) -> None:
+        """Linux for x86_64 has the calls of i386 as well, with other numbers: 20 is there getpid
+        and not writev."""
+        lab.load()
+        code = bytes.fromhex("b814000000cd80c3")  # mov $20, %eax; int $0x80; ret
+        attack = f"""
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write({code!r})
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+        self.tell(b"it has called")
+"""
+        program = with_attack(lab, attack)
+        with confined(lab, server_conf(), seccomp="kill", program=program) as server:
+            network = server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            lost = server.wait_for("network-process-lost")
+            assert re.search("SIGSYS|SIGSEGV", lost["reason"]), lost
+
+    @pytest.mark.parametrize("seccomp", ["off", "kill"])
+    def test_no_record_opens_a_port(self, lab: Lab, seccomp: str) -> None:
+        """No record without a client's proof opens a port."""
+        lab.load()
+        program = with_attack(lab, EVERY_RECORD)
+        with confined(lab, server_conf(), seccomp=seccomp, program=program) as server:
+            rules, network = our_rules(), server.network_process()
+            os.kill(network, signal.SIGUSR1)
+            replaced(server, network, "these were all")
+            assert lab.elements() == []
+            assert our_rules() == rules
+            assert not server.events("granted", resource="00000022")
+
+    def test_it_can_divert_a_lease_and_no_more(self, lab: Lab) -> None:
+        """What a man in the middle can do: one lease for one knock of somebody who has the key,
+        for what was knocked for."""
+        lab.load()
+        with confined(lab, server_conf(), program=with_attack(lab, DIVERT)) as server:
+            os.kill(server.network_process(), signal.SIGUSR1)
+            assert handshake(lab) == COMEIN
+            assert not lab.reaches(22, CLIENT_4)
+            assert lab.reaches(22, "10.77.7.7")
+            assert len(lab.elements()) == 1
+            assert server.wait_for("granted")["peer"] == "10.77.7.7"
+
+
 def forbidden_call_is_logged(pid: int, number: int) -> bool:
     """Whether the kernel's log tells of this call: type 1326 is AUDIT_SECCOMP."""
     text = subprocess.run(["dmesg"], capture_output=True, encoding="utf-8").stdout
@@ -11808,6 +7950,7 @@ def run_python(lab: Lab, words: Sequence[str | Path], tries: int = 10) -> Iterat
 
 # A call that no process of ours makes, harmless and on every machine: getpgid(2), and its number.
 GETPGID = {"x86_64": 121, "aarch64": 155}
+
 # What the monitor and the client never do.
 NEVER_CALLED = {
     "getpgid": "os.getpgid(0)",
@@ -11817,17 +7960,7 @@ NEVER_CALLED = {
     "unshare": "__import__('ctypes').CDLL(None).unshare(0)",
     "init_module": "__import__('ctypes').CDLL(None).syscall(@NUMBER@, 0, 0, 0)",
 }
-
-
 CLIENT_STEP = "    system_call_filter(config.seccomp, CLIENT_CALLS)()\n"
-
-
-def refused_burst(lab: Lab) -> None:
-    """More of what is no knock than the log has lines for."""
-    for number in range(30):
-        for protocol in ("tcp", "udp"):
-            with Peer(lab, protocol, f"10.77.4.{number}") as peer:
-                peer.send(message(KNOCK, 0x22, 9) if number % 2 else os.urandom(56))
 
 
 class TestSeccomp:
@@ -11952,6 +8085,7 @@ class TestSeccomp:
 
     @pytest.mark.parametrize("call", NEVER_CALLED)
     def test_what_ends_monitor_and_client(self, lab: Lab, call: str) -> None:
+        """A call that neither of them makes ends it under `kill`."""
         need_seccomp()
         lab.load()
         number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
@@ -11972,6 +8106,8 @@ class TestSeccomp:
             assert server.wait() == -signal.SIGSYS
             eventually(lambda: not alive(Path(f"/proc/{network}")), "the network process lives on")
 
+
+KNOCKERS = list(itertools.product(("tcp", "udp"), (CLIENT_4, CLIENT_6)))
 
 # What goes out of a network process that was taken over: a connection, a datagram of a socket of
 # its own, and one of the control port's socket. In between it serves.
@@ -11995,15 +8131,6 @@ CALL_OUT = """
                     outcomes.append("refused")
         self.tell(" ".join(outcomes).encode())
 """
-
-
-def egress_rules(account: str) -> str:
-    """The chain for what goes out, which is a comment in nftables.conf."""
-    text = (HERE / "nftables.conf").read_text(encoding="utf-8")
-    found = re.search(r"(?m)^\t# chain output \{\n(?:\t# .*\n)*?\t# \}\n(?=\t# chain)", text)
-    assert found, "nftables.conf has no chain output"
-    chain = found[0].replace("\t# ", "\t").replace('"letmeind"', f'"{account}"')
-    return f"table inet filter {{\nchain LETMEIN-OUTPUT {{ }}\n{chain}}}\n"
 
 
 class TestEgress:
@@ -12050,6 +8177,1236 @@ class TestEgress:
                 replaced(server, network)
 
 
+# ----------------------------------------------------------------------------
+# 8  Command line
+#
+# Each command does what its help says, and its errors name the way out.
+# ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        pytest.param("", "command", id="no command"),
+        pytest.param("open host 22", "open", id="unknown command"),
+        pytest.param("--frobnicate knock host 22", "--frobnicate", id="unknown option"),
+        pytest.param("knock", "HOST", id="no host"),
+        pytest.param("knock host", "PORT", id="neither port nor resource"),
+        pytest.param("revoke host", "--resource", id="neither port nor resource to revoke"),
+        pytest.param("knock host 22 -r BC5D8077", "", id="port and resource"),
+        pytest.param("knock -r BC5D8077 host 22", "", id="resource and port"),
+        pytest.param("knock host 22 23 -r BC5D8077", "", id="two ports and resource"),
+        pytest.param("knock host 0", "65535", id="port 0"),
+        pytest.param("knock host 65536", "65535", id="port 65536"),
+        pytest.param("knock host abc", "65535", id="port abc"),
+        pytest.param("knock host 22 -P 0", "65535", id="server port 0"),
+        pytest.param("knock host 22 -P 65536", "65535", id="server port 65536"),
+        pytest.param("knock host -r xyz", "hex", id="bad resource"),
+        pytest.param("knock host -r 123456789", "hex", id="resource of 9 digits"),
+        pytest.param("knock host 22 -u root", "hex", id="bad user"),
+        pytest.param("gen-key -u root", "hex", id="bad user for a key"),
+        pytest.param("--seccomp on knock host 22", "kill", id="bad seccomp"),
+        pytest.param("-c", "", id="option without value"),
+        pytest.param("server -n 0", "1", id="no connections"),
+        pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
+        pytest.param("revoke host 22 -- ls", "revoke takes no COMMAND", id="COMMAND of revoke"),
+        pytest.param("knock host 22 --", "COMMAND is missing", id="no COMMAND behind --"),
+        pytest.param("connect host 22 23", "one PORT", id="two ports to connect to"),
+        pytest.param("connect host", "PORT", id="no port to connect to"),
+        pytest.param("status 5", "'5' is one word too many", id="word too many"),
+        pytest.param("client-conf", "-u/--user", id="whose client file"),
+        pytest.param("knock host 22 -x", "'-x'", id="unknown letter"),
+        pytest.param("knock host 22 -4x", "'-x'", id="unknown letter behind a known one"),
+        pytest.param("knock host 22 --quiet=1", "-q/--quiet takes no value", id="value of a flag"),
+        pytest.param("knock host 22 -u", "-u/--user needs its ID", id="no value at the end"),
+        pytest.param("knock host 22 -u --quiet", "-u/--user needs its ID", id="no value"),
+        pytest.param("revoke host 22 --keep", "--keep", id="nothing to keep"),
+        pytest.param("connect host 22 -q", "-q", id="always quiet"),
+        pytest.param("completion tcsh", "bash, zsh, fish", id="unknown shell"),
+    ],
+)
+def test_usage_error(conf: Path, words: str, complaint: str) -> None:
+    """Each wrong command line is status 2, what is wrong, and what is right."""
+    done = program(*([] if words == "-c" else ["-c", conf]), *words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    first, second = done.stderr.splitlines()
+    assert first.startswith("letmein: error: ") and complaint in first + second
+    starts = "usage: letmein |did you mean|'letmein .*--help' |expected: |for example: "
+    assert re.match(f"  ({starts})", second)
+
+
+@pytest.mark.parametrize(
+    "words, suggestion",
+    [
+        ("kock server 22", "there is no command 'kock'\n  did you mean knock? "),
+        ("knock --quite server 22", "there is no option '--quite'\n  did you mean --quiet? "),
+        ("knock server 22 -ualice", "-u/--user: 'alice' is not valid\n  expected: 1 to 8 hex"),
+        ("knock server ssh", "PORT: 'ssh' is not valid\n  expected: a number from 1 to 65535"),
+        ("service upstart", "KIND: 'upstart' is not valid\n  expected: one of: systemd, "),
+        ("revoke host 22 --keep", "no option '--keep'\n  'letmein revoke --help' lists all"),
+        ("--rundir /x status", "in front of a command\n  put it behind the command: letmein"),
+        ("-v knock server 22", "-v prints the version; it does not go with knock\n  did you mean"),
+        ("", "a command is missing\n  for example: letmein knock server 22; 'letmein --help'"),
+        ("help kock", "there is no command 'kock'\n  did you mean knock? "),
+        ("network-process", "there is no command 'network-process'\n"),
+        ("knock server", "\n  usage: letmein knock [OPTION...] HOST (PORT... | -r ID...)"),
+    ],
+)
+def test_a_usage_error_says_what_to_do(words: str, suggestion: str) -> None:
+    """It names the option, and what may have been meant; its usage is that of the one command."""
+    done = program(*words.split())
+    assert done.returncode == 2 and suggestion in done.stderr, done.stderr
+
+
+HIDDEN = {"--dns", "--dns-crypt", "--no-systemd"}  # of the Rust programs; they do nothing
+
+
+@pytest.mark.parametrize("command", (letmein.LETMEIN, *letmein.COMMANDS), ids=lambda c: c.name)
+def test_help(command: letmein.Command) -> None:
+    """It explains each option and argument, has examples, and fits 80 columns. `help COMMAND` is
+    the same, wherever its options are."""
+    done = program("help", *filter(None, [command.name]))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == program(*filter(None, [command.name]), "-h").stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    options = [*command.arguments, *letmein.options_of(command)]
+    assert {name for o in options if not o.text for name in o.names} <= HIDDEN
+    for option in options:
+        if option.text:
+            names = ", ".join(option.names)
+            assert re.search(rf"^  {names}( {option.metavar or '.*'})?\s+\S", done.stdout, re.M)
+            assert option.metavar != "N" and option.text[0].islower() and option.text[-1] != "."
+    assert command.about in done.stdout
+    assert f"\nExamples:\n{command.examples}\n" in done.stdout
+
+
+def test_examples_are_right() -> None:
+    """Each example of --help is a command line that we take."""
+    for command in (letmein.LETMEIN, *letmein.COMMANDS):
+        found = re.findall(r"^  letmein (.*?)(?:   .*| [>|].*)?$", command.examples, re.M)
+        assert found or command.name in ("connect", "completion")
+        for words in found:
+            assert letmein.parse_words(words.split()).about
+
+
+def test_help_on_a_terminal() -> None:
+    """It is as wide as the terminal, but not wider than people read."""
+    ours, theirs = os.openpty()
+    widths = []
+    for columns in (40, 90, 300):
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        process = subprocess.Popen([sys.executable, LETMEIN, "help", "knock"], stdout=theirs)
+        text = ""
+        while "close it\r\n" not in text:
+            text += os.read(ours, 65536).decode()
+        assert process.wait(LIMIT_S) == 0
+        options = text.partition("Options:")[2].partition("Examples:")[0]
+        widths.append(max(map(len, options.split("\r\n"))))
+    assert widths[0] <= 52 < 80 < widths[1] <= 90 < widths[2] <= 100
+    os.close(ours)
+    os.close(theirs)
+
+
+COMPLETED = {  # by the words so far what the last one may become
+    "letmein kn": "knock",
+    "letmein -c file knock server --server-port-": "--server-port-tcp --server-port-udp",
+    "letmein service ope": "openwrt",
+    "letmein status --j": "--json",
+    "letmein revoke --kee": "",
+}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion(shell: str) -> None:
+    """The shell itself, where it is installed, completes commands, options and values."""
+    if not shutil.which(shell):
+        return
+    script = program("completion", shell).stdout
+    for typed, wanted in COMPLETED.items():
+        ask = f"complete -C {shlex.quote(typed)} | cut -f 1"
+        if shell == "bash":
+            ask = f"COMP_WORDS=({typed}) COMP_CWORD={typed.count(' ')}; _letmein; "
+            ask += "printf '%s\\n' ${COMPREPLY[@]}"
+        words = [shell, "-c", f"{script}\n{ask}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
+        assert sorted(done.stdout.split()) == wanted.split(), (typed, done)
+
+
+@pytest.mark.parametrize("option", ["-v", "--version"])
+def test_version(option: str) -> None:
+    """-v and --version print the version."""
+    done = program(option)
+    assert done.returncode == 0 and letmein.VERSION in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[KEYS]\n1 = broken\n", "not a configuration", "[GENERAL\n"])
+def test_gen_key(tmp_path: Path, text: str) -> None:
+    """A key for any user, whatever the file says, and never the same twice."""
+    path = tmp_path / "letmein.conf"
+    path.write_text(text)
+    path.chmod(0o600)
+    lines = [
+        program("-c", path, "gen-key").stdout,
+        program("-c", path, "gen-key", "-u", "2a").stdout,
+    ]
+    assert re.fullmatch("00000000 = [0-9A-F]{64}\n", lines[0])
+    assert re.fullmatch("0000002A = [0-9A-F]{64}\n", lines[1])
+    assert set(parse("[KEYS]\n" + "".join(lines), server=False).keys) == {0, 42}
+    assert lines[0][11:] != lines[1][11:]
+
+
+def test_gen_key_takes_the_next_free_user(tmp_path: Path) -> None:
+    """Its lines can be added to letmeind.conf one after the other, and the client is told which
+    default-user it needs; a user who is named is replaced, and that is said."""
+    path = tmp_path / "letmeind.conf"
+    path.write_text("[KEYS]\n")
+    path.chmod(0o600)
+    errors = []
+    for _ in range(3):
+        done = program("-c", path, "gen-key")
+        path.write_text(path.read_text() + done.stdout)
+        errors.append(done.stderr)
+    assert set(parse(path.read_text(), server=False).keys) == {0, 1, 2}
+    assert f"user 00000000 has a key in {path}, so this one is for user 00000002" in errors[2]
+    assert ["default-user = 00000002" in text for text in errors] == [False, False, True]
+    done = program("-c", path, "gen-key", "-u", "1")
+    assert done.stdout.startswith("00000001 = ")
+    assert f"user 00000001 has a key in {path}: this line replaces that one" in done.stderr
+
+
+def test_gen_key_says_where_the_line_belongs() -> None:
+    """On standard error: standard output is the line alone."""
+    done = program("gen-key", "-u", "7")
+    assert len(done.stdout.splitlines()) == 1
+    assert "letmeind.conf" in done.stderr and "client-conf" in done.stderr
+
+
+def test_gen_key_for_the_default_user(tmp_path: Path) -> None:
+    """Without -u the key is for the file's default-user."""
+    path = tmp_path / "letmein.conf"
+    path.write_text("[CLIENT]\ndefault-user = 7\n")
+    path.chmod(0o600)
+    done = program("-c", path, "gen-key")
+    assert done.stdout.startswith("00000007 = ") and done.returncode == 0
+
+
+class TestGenKey:
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_cryptography(self, tmp_path: Path, is_there: bool) -> None:
+        """Keys come from that package if it is installed."""
+        names = ["cryptography", "hazmat", "primitives", "ciphers", "aead"]
+        for count in range(1, len(names) + 1):
+            (tmp_path / "/".join(names[:count])).mkdir()
+            (tmp_path / "/".join(names[:count]) / "__init__.py").touch()
+        fake = """
+            class AESGCM:
+                @classmethod
+                def generate_key(cls, bit_length):
+                    assert bit_length == 256
+                    return bytes(range(32))
+        """
+        text = textwrap.dedent(fake) if is_there else "raise ImportError"
+        (tmp_path / "/".join(names) / "__init__.py").write_text(text, encoding="utf-8")
+        words = [sys.executable, str(LETMEIN), "-c", f"{tmp_path}/none", "gen-key", "-u", "2a"]
+        said = [
+            subprocess.run(
+                words, env={**unmeasured(), "PYTHONPATH": str(tmp_path)}, check=True,
+                stdout=subprocess.PIPE, encoding="utf-8",
+            ).stdout
+            for _ in range(2)
+        ]  # fmt: skip
+        known = f"0000002A = {bytes(range(32)).hex().upper()}\n"
+        assert (said == [known] * 2) == is_there
+        assert (said[0] != said[1]) == (not is_there)
+        assert all(re.fullmatch("0000002A = [0-9A-F]{64}\n", line) for line in said)
+
+
+def test_client_conf(tmp_path: Path) -> None:
+    """It is a file that the client reads, with what this user may have on the server, and no more;
+    nothing but the file goes to standard output."""
+    path = tmp_path / "letmeind.conf"
+    lines = ["22 = port: 22 / timeout: 60", "23 = port: 23 / tcp, udp / users: 2",
+             "40 = jump / input: DOOR / input-match: saddr", "58 = port: 5900"]
+    path.write_text("\n".join([
+        "[GENERAL]", "port = 5900 / udp", "[KEYS]", f"1 = {KEY.hex()}", f"2 = {OTHER_KEY.hex()}",
+        "[RESOURCES]", *lines, server_text("NFTABLES"),
+    ]))  # fmt: skip
+    path.chmod(0o600)
+    done = program("-c", path, "client-conf", "-u", "1", "--host", "server.example")
+    assert done.returncode == 0, done
+    config = parse(done.stdout, server=False)
+    assert not config.warnings
+    assert (config.port, config.protocols, config.default_user) == (5900, ("udp",), 1)
+    assert config.keys == {1: KEY}
+    assert [(r.identifier, r.port, r.timeout) for r in config.resources.values()] == [
+        (0x22, 22, 60), (0x40, 0, 600),
+    ]  # fmt: skip
+    assert "letmein knock server.example 22" in done.stdout
+    with path.open("a") as file:
+        file.write("[USERS]\n1 = timeout: 90 / not-after: 9999-12-31\n")
+    limited = program("-c", path, "client-conf", "-u", "1", "--host", "server.example").stdout
+    resources = parse(limited, server=False).resources.values()
+    assert [each.timeout for each in resources] == [60, 90]
+    assert "up to the end of 9999-12-31 (UTC)" in limited
+    for host in ("a\n[KEYS]", "a b", "a\x1b[2J", ""):
+        done = program("-c", path, "client-conf", "-u", "1", "--host", host)
+        assert (done.returncode, done.stdout) == (2, ""), "it would write lines of its own"
+    done = program("-c", path, "client-conf", "-u", "9")
+    assert done.returncode == 1 and not done.stdout
+    assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
+
+
+def test_no_client_file(tmp_path: Path) -> None:
+    """Whoever has none is told where it was looked for, and who can make one."""
+    done = program("-c", tmp_path / "missing.conf", "knock", "host", "22")
+    assert done.returncode == 1
+    assert f"no configuration file, and so no key: {tmp_path}/missing.conf" in done.stderr
+    assert "client-conf" in done.stderr and "check the path" in done.stderr
+    said = failure(program("-c", tmp_path, "knock", "host", "22"))
+    assert f"{tmp_path}: cannot be read: Is a directory\n  name a letmein.conf that you" in said
+
+
+@pytest.mark.parametrize("command", [["knock", "127.0.0.1", "22"], ["server"], ["status"]])
+def test_configuration_that_cannot_be_used(tmp_path: Path, command: list[str]) -> None:
+    """Each command names the bad line, and not the key."""
+    path = tmp_path / "bad.conf"
+    path.write_text(server_text("KEYS", f"1 = {KEY_TEXT[:-1]}"))
+    path.chmod(0o600)
+    text = failure(program("-c", path, *command))
+    assert f"{path}:2: [KEYS] 1: " in text and "64 hex digits" in text and KEY_TEXT[:16] not in text
+
+
+@pytest.mark.parametrize("command", ["server", "status"])
+def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
+    """The server's commands name a file that is missing."""
+    assert "no such file" in failure(program(command, "-c", tmp_path / "absent.conf")).lower()
+
+
+class TestCounters:
+    """What `status` tells of the server itself."""
+
+    def test_what_is_counted(self, lab: Lab) -> None:
+        """`status` has each refusal by its reason, and says when no server runs."""
+        lab.load()
+        conf = server_conf(general="control-error-policy = always\ncontrol-timeout = 60")
+        with Server(lab, conf, "-N", "2") as server:
+            before = counted(server)
+            assert before["process"] == server.process.pid
+            assert before["leases"] == 0
+            assert before["refused"] == {}
+            for source in (CLIENT_4, CLIENT_6):
+                assert handshake(lab, source=source) == COMEIN
+            assert handshake(lab, operation=REVOKE, protocol="udp") == COMEIN
+            for protocol in ("tcp", "udp"):
+                refused_knock(lab, protocol, OTHER_4)
+                refused_knock(lab, protocol, OTHER_4, user=9)
+            refused_knock(lab, "udp", OTHER_4, user=9, resource=0x23)
+            assert handshake(lab, 0x27) == GOAWAY
+            # Nobody else is late, however busy the machine is.
+            with Peer(lab, source=OTHER_4) as peer:
+                reconfigure(server, conf.replace("control-timeout = 60", "control-timeout = 0.1"))
+                assert peer.rest() == b"", "it is late"
+            reconfigure(server, conf)
+            idle = [Peer(lab) for _ in range(3)]
+            assert idle[0].rest() == b"", "it is evicted"
+            for peer in idle[1:]:
+                peer.socket.close()
+            with Peer(lab, source="10.77.6.1") as peer:
+                peer.send(b"GET / HTTP/1.1\r\n" * 4)
+                assert peer.rest() == b""
+            with Peer(lab, "udp") as peer:
+                peer.send(b"GET / HTTP/1.1\r\n" * 4)
+                peer.send(b"?")
+            lab.load()
+            server.wait_for("healed")
+            expected = {
+                "granted": 2, "revoked": 1, "refused": 5, "failed": 1, "healed": 1,
+                "late": 1, "evicted": 1, "garbage": 3,
+            }
+
+            def all_counted() -> bool:
+                found = counted(server)["counts"]
+                return all(found.get(name) == number for name, number in expected.items())
+
+            # The network process tells what it has counted every second or so.
+            eventually(all_counted, f"{expected} are not counted")
+            after = counted(server)
+            assert after["refused"] == {"wrong key": 2, "unknown user": 3}
+            assert after["leases"] == 1
+            arguments = ("status", "--rundir", server.rundir, "-c", server.path)
+            text = lab.command(*arguments).out
+            for name, number in {**expected, **after["refused"]}.items():
+                assert f"{name} {number}" in text
+            server.stop()
+            assert counted(server) is None
+            said = f"No server for table inet filter runs in {server.rundir}"
+            assert said in lab.command(*arguments).out
+
+    def test_who_may_ask(self, lab: Lab) -> None:
+        """The administrator, and nobody else: the counters tell of attacks, and who holds what."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            path = status_socket(server)
+            assert path.stat().st_mode & 0o077 == 0
+            if lab.real_root:
+                server.rundir.chmod(0o755)
+                connect = (
+                    "import os, socket, sys; peer = socket.socket(socket.AF_UNIX);"
+                    "os.setgroups([]); os.setuid(int(sys.argv[2])); peer.connect(sys.argv[1])"
+                )
+                for account, good in (("root", True), ("nobody", False)):
+                    number = str(pwd.getpwnam(account).pw_uid)
+                    program = (sys.executable, "-I", "-c", connect)
+                    result = lab.command(path, number, program=program)
+                    assert (result.status == 0) == good, result
+                    assert good or "PermissionError" in result.err, result
+                follow = (
+                    "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import letmein;"
+                    "os.setgroups([]); os.setuid(65534); sys.exit(letmein.main(sys.argv[1:]))"
+                )
+                words = ("status", "--follow", "-c", lab.file(server_conf(), mode=0o644))
+                program = (sys.executable, "-I", "-c", follow)
+                said = lab.command(
+                    LETMEIN.parent, *words, "--rundir", server.rundir, program=program
+                )
+                said.assert_error("cannot read table inet filter: only root may", "as root")
+            server.stop()
+            assert not path.exists()
+
+    def test_a_successor(self, lab: Lab) -> None:
+        """What a killed server left behind is in nobody's way."""
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab) == COMEIN
+            server.kill()
+            assert status_socket(server).exists()
+            assert counted(server) is None
+            with Server(lab, server_conf(), "--rundir", str(server.rundir)) as successor:
+                assert counted(server)["process"] == successor.process.pid
+                assert counted(server)["counts"].get("granted", 0) == 0
+
+    def test_readers_that_do_not_read(self, lab: Lab) -> None:
+        """200 of them keep nobody out, and do not hold up the stop."""
+        lab.load()
+        with Server(lab, server_conf()) as server, contextlib.ExitStack() as stack:
+            path = str(status_socket(server))
+            readers = []
+            for _ in range(200):
+                readers.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                # How long connect() may wait for its turn, and recv() for what comes: socket(7).
+                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    limit = struct.pack("ll", int(LIMIT_S), 0)
+                    readers[-1].setsockopt(socket.SOL_SOCKET, option, limit)
+                readers[-1].connect(path)
+            assert handshake(lab) == COMEIN
+            assert handshake(lab, protocol="udp", source=CLIENT_6) == COMEIN
+            assert counted(server)["counts"]["granted"] == 2
+            for reader in readers[::2]:
+                with reader.makefile("rb") as file:
+                    assert json.loads(file.read())["process"] == server.process.pid
+            server.stop()
+
+
+class TestFollow:
+    """`letmein status --follow`: whoever reads it can bring another device to the same state."""
+
+    def test_each_change(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """All that happens to a lease is told, once, with its reason and all fields."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded) as following:
+            knock_all(lab, (CLIENT_6, 0x23, 2), (CLIENT_6, 0x23, 2), (CLIENT_4, 0x40, 1))
+            event = following.wait_for("renewed", address=CLIENT_6)
+            assert abs(event.pop("time") - time.time()) < LIMIT_S
+            assert event == {
+                "event": "renewed", "reason": "", "address": CLIENT_6, "ip_version": 6,
+                "protocols": ["tcp", "udp"], "port": 23, "resource": "00000023", "chains": [],
+                "user": "00000002", "seconds_left": 600,
+            }  # fmt: skip
+            event = following.wait_for("opened", resource="00000040")
+            assert (event["chains"], event["port"], event["protocols"]) == (["DOOR"], None, [])
+            following.assert_agrees(guarded)
+            handshake(lab, 0x40, REVOKE)
+            following.wait_for("closed", reason="revoked", resource="00000040")
+            nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
+            following.wait_for("closed", reason="by hand", resource="00000022")
+            knock_all(lab, (CLIENT_4, 0x25, 1))
+            following.wait_for("closed", reason="expired", resource="00000025")
+            reconfigure(guarded, watched.conf(nftables="max-nr-rules = 4"))
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            following.wait_for("closed", reason="replaced", resource="00000023")
+            reconfigure(guarded, watched.conf(RESOURCES.replace("22 = port: 22", "")))
+            following.wait_for("closed", reason="configuration", resource="00000022")
+            following.assert_agrees(guarded)
+            names = [event["event"] for event in following.events]
+            assert (names.count("snapshot"), names.count("opened")) == (1, 4)
+            assert (names.count("renewed"), names.count("closed")) == (1, 5)
+
+    def test_what_others_change(self, lab: Lab, guarded: Server) -> None:
+        """What somebody has added to the kernel's sets by hand, a reader does not keep."""
+        with Following(guarded) as following:
+            forged = f"{OTHER_4} . tcp . 22 timeout 60s {comment()}"
+            nft_do(f"add element inet filter letmein-4 {{ {forged} }}")
+            following.wait_for("snapshot", 2)
+            following.assert_agrees(guarded)
+
+    def test_the_server_is_killed(self, lab: Lab, guarded: Server) -> None:
+        """A reader learns what ends while no server runs, and goes on with the next one. If it is
+        there before that has adopted leases, it reads them again: some may not be adopted."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x25, 1))
+        with Following(guarded) as following:
+            guarded.kill()
+            following.wait_for("snapshot", 2)
+            eventually(lambda: (CLIENT_4, "00000025") not in following.held, "it is not told")
+            assert {row.address for row in set().union(*following.held.values())} == {
+                CLIENT_4, CLIENT_6, OTHER_6
+            }  # fmt: skip
+            conf = guarded.path.read_text(encoding="utf-8").replace("\n2 = ", "\n3 = ")
+            count = sum(event["event"] == "snapshot" for event in following.events)
+            adopting = "self.firewall.is_adopting"
+            waits = f"while ({adopting} or not self.followers.peers) and"
+            program = altered(lab, (f"while {adopting} and", waits))
+            arguments = ("--rundir", str(guarded.rundir))
+            with Server(lab, conf, *arguments, program=program) as successor:
+                following.wait_for("snapshot", count + 2)
+                eventually(lambda: len(following.held) == 3, f"{following.held}")
+                knock_all(lab, (OTHER_4, 0x22, 1))
+                following.wait_for("opened", address=OTHER_4)
+                following.assert_agrees(successor)
+                successor.stop()
+            eventually(lambda: not following.held, "it believes in leases of a server that stopped")
+
+    def test_64_followers(self, lab: Lab) -> None:
+        """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
+        one that dies is forgotten, and the 65th is told why it gets nothing. Nobody waits for
+        them."""
+        lab.load()
+        program = adjusted(lab, "letmein.FOLLOWER_BUFFER = 1 << 12")
+        with contextlib.ExitStack() as stack, Server(lab, server_conf(), program=program) as server:
+            (path,) = server.rundir.glob("*.follow")
+            peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(63)]
+            for peer in peers:
+                peer.settimeout(LIMIT_S)
+                peer.connect(str(path))
+                assert json.loads(peer.recv(1000)) == {"event": "following"}
+            following = stack.enter_context(Following(server))
+            words = ("status", "--follow", "--rundir", server.rundir, "-c", server.path)
+            lab.command(*words).assert_error("64 followers")
+            peers.pop().close()
+            stack.enter_context(Following(server))
+
+            def knock_once() -> bool:
+                """Whether all of them were cut off."""
+                assert handshake(lab) == COMEIN
+                for peer in peers[::2]:
+                    peer.recv(1)
+                return len(inodes(server.process.pid)) <= before - len(peers)
+
+            before = len(inodes(server.process.pid))
+            eventually(knock_once, "a reader that does not read is not cut off")
+            assert all(peer.recv(1) for peer in peers), "what was sent before can still be read"
+            following.assert_agrees(server)
+
+    def test_an_idle_server(self, lab: Lab, guarded: Server) -> None:
+        """Nobody wakes up while nothing happens, however many follow."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded), Following(guarded):
+
+            def sleeps() -> bool:
+                before = proc_status(guarded.process.pid)["voluntary_ctxt_switches"]
+                time.sleep(1.5)
+                return proc_status(guarded.process.pid)["voluntary_ctxt_switches"] == before
+
+            eventually(sleeps, "it wakes up")
+
+    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
+        """With the reader of its output the program ends, before there is more to write."""
+        words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
+        follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
+        result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
+        assert result.out.endswith("nobody holds a lease\n") and "error" not in result.err
+
+
+# The table that OpenWrt's fw4 makes, in short: how it begins anew, where it includes files of
+# others, and a zone that rejects.
+FW4 = """
+table inet fw4
+flush table inet fw4
+table inet fw4 {
+    include "ROOT/etc/nftables.d/*.nft"
+    chain input {
+        type filter hook input priority filter; policy drop;
+        iifname "lo" accept
+        include "ROOT/usr/share/nftables.d/chain-pre/input/letmein.nft"
+        ct state vmap { established : accept, related : accept }
+        iifname "lan" jump input_wan
+        jump handle_reject
+    }
+    chain handle_reject { meta l4proto tcp reject with tcp reset; reject; }
+    chain input_wan { meta l4proto ipv6-icmp accept; jump reject_from_wan; }
+    chain reject_from_wan { iifname "lan" counter jump handle_reject; }
+}
+"""
+
+# A shell that knows OpenWrt's words, and says what it hears: what sources the file that is $1.
+PROCD = """
+for word in procd_open_instance procd_set_param procd_close_instance procd_send_signal; do
+    eval "$word() { echo $word \\"\\$@\\"; }"
+done
+. "$1"
+echo "START $START USE_PROCD $USE_PROCD"
+start_service
+reload_service
+"""
+
+# A parent that opens the control port's sockets, as systemd does: sd_listen_fds(3). $1 is the file
+# for their inodes; the rest is the server.
+ACTIVATE = """
+import os, socket, sys
+for number, kind in enumerate((socket.SOCK_STREAM, socket.SOCK_DGRAM)):
+    control = socket.socket(socket.AF_INET6, kind)
+    control.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    control.bind(("::", 5800))
+    if kind == socket.SOCK_STREAM:
+        control.listen()
+    os.dup2(control.detach(), 30 + number)
+with open(sys.argv[1], "w") as file:
+    for number in range(2):
+        os.dup2(30 + number, 3 + number)
+        print(os.fstat(3 + number).st_ino, file=file)
+os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class TestService:
+    """The files that start the server with the system."""
+
+    def test_systemd_starts_this_copy(self, lab: Lab) -> None:
+        """The unit starts this copy with these options, and lets it see what it needs."""
+        conf = lab.file(server_conf())
+        for words, path, account in (
+            ((), Path("/etc/letmeind.conf"), "letmeind"),
+            (("-c", conf, "--user", "nobody"), conf, "nobody"),
+        ):
+            unit = unit_settings(service(lab, "systemd", *words))
+            (command,) = unit["ExecStart"]
+            expected = [sys.executable, "-I", str(LETMEIN), "server", "-c", str(path)]
+            assert shlex.split(command)[:8] == [*expected, "--user", account]
+            # What that command needs can be seen in there.
+            seen = [Path(place.lstrip("-")) for place in shlex.split(unit["BindReadOnlyPaths"][0])]
+            for needed in (LETMEIN, path, Path(sys.executable), Path(NFT), Path(os.__file__)):
+                assert any(place in needed.parents for place in seen), (needed, seen)
+        included = lab.file(server_conf(general="include = /srv/*/keys.d/*.conf"))
+        (seen_there,) = unit_settings(service(lab, "systemd", "-c", included))["BindReadOnlyPaths"]
+        assert "/srv" in shlex.split(seen_there)
+        # Its command line is one that the server takes.
+        (*_, option, rundir) = shlex.split(command)
+        assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
+
+    def test_systemd_takes_it(self, lab: Lab) -> None:
+        """systemd finds no fault with the unit, and gives it an exposure of 2.6 at most."""
+        program = shutil.which("systemd-analyze")
+        if program is None:
+            pytest.skip("systemd-analyze is not in PATH")
+        if "--offline" not in run(program, "--help"):
+            pytest.skip("this systemd-analyze cannot judge a file (systemd 250)")
+        unit = lab.file(service(lab, "systemd"), "letmeind.service")
+        socket_unit = lab.file(service(lab, "systemd-socket"), "letmeind.socket")
+        result = lab.command("verify", unit, socket_unit, program=(program,))
+        assert (result.status, result.err) == (0, ""), result
+        said = run(program, "security", "--offline=true", "--no-pager", unit)
+        found = re.search(r"exposure level for letmeind.service: ([0-9.]+)", said)
+        assert found and float(found[1]) <= 2.6, said
+
+    @pytest.mark.parametrize("number", ["", "x", "-1", "16"])
+    def test_a_wrong_number_of_sockets(self, lab: Lab, number: str) -> None:
+        """The error names the variable that says so."""
+        lab.load()
+        shell = ("sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={number} exec "$@"', "sh")
+        words = ("server", "-c", lab.file(server_conf()), "--user", "none")
+        result = lab.command(*words, program=(*shell, sys.executable, lab.installed))
+        result.assert_error("LISTEN_FDS in the environment", "from 0 to 15 sockets")
+
+    def test_a_systemd_that_reads_nothing(self, lab: Lab) -> None:
+        """Nobody takes its word that it is ready: it serves all the same, and takes a SIGHUP."""
+        lab.load()
+        path = str(lab.directory / "notify")
+        unix = (socket.AF_UNIX, socket.SOCK_DGRAM)
+        with socket.socket(*unix) as busy, socket.socket(*unix) as sender:
+            busy.bind(path)
+            sender.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"no room", path)
+            with Server(lab, server_conf(), env={**environment(), "NOTIFY_SOCKET": path}) as server:
+                assert handshake(lab) == COMEIN
+                reconfigure(server, server_conf())
+                assert handshake(lab, 0x23) == COMEIN
+
+    def test_the_rights_are_enough(self, lab: Lab) -> None:
+        """The server does all its work with the capabilities of the unit alone."""
+        if not lab.real_root:
+            pytest.skip("the network process becomes another user: that takes real root")
+        (names,) = unit_settings(service(lab, "systemd"))["CapabilityBoundingSet"]
+        rights = ",".join(f"+{name[4:].lower()}" for name in names.split())
+        program = ("setpriv", f"--bounding-set=-all,{rights}", "--inh-caps=-all", "--no-new-privs",
+                   sys.executable, LETMEIN, "server")
+        lab.load()
+        with Server(lab, server_conf(), program=program, account="nobody") as server:
+            assert handshake(lab) == COMEIN
+            lab.load()
+            server.wait_for("healed")
+            assert lab.reaches(22, CLIENT_4)
+            network = server.network_process()
+            for process in (server.process.pid, network):
+                status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+                (bounds,) = re.findall(r"^CapBnd:\s+(\w+)$", status, re.M)
+                assert bin(int(bounds, 16)).count("1") == len(names.split()), status
+                assert re.search(r"^NoNewPrivs:\s+1$", status, re.M), status
+            # Who is another user, and does not end by itself.
+            os.kill(network, signal.SIGSTOP)
+            replaced(server, network, "stopped")
+            reconfigure(server, server_conf(port="5900 / tcp, udp"))
+            reconfigure(server, server_conf())
+            assert handshake(lab, 0x23, protocol="udp", source=CLIENT_6) == COMEIN
+
+    def test_sockets_of_systemd(self, lab: Lab) -> None:
+        """The server serves the sockets that it is given."""
+        lab.load()
+        file = lab.file("")
+        program = (sys.executable, "-c", ACTIVATE, file, sys.executable, LETMEIN, "server")
+        with Server(lab, server_conf(), program=program) as server:
+            for protocol, source in (("tcp", CLIENT_4), ("udp", CLIENT_6)):
+                assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+            assert set(file.read_text().split()) <= inodes(server.process.pid)
+
+    def test_two_sockets_of_one_name(self, lab: Lab) -> None:
+        """One for IPv4 and one for IPv6, as BindIPv6Only=ipv6-only has them: both are served, also
+        after a reload and by the next network process."""
+        lab.load()
+        sockets = [f"{kind} {address}" for kind in ("tcp", "udp") for address in ("0.0.0.0", "::")]
+        with Server(lab, server_conf(), program=activated(*sockets)) as server:
+            reconfigure(server, server_conf())
+            for _ in range(2):
+                for protocol, source in KNOCKERS:
+                    assert handshake(lab, 0x23, protocol=protocol, source=source) == COMEIN
+                lost = len(server.events("network-process-lost"))
+                os.kill(server.network_process(), signal.SIGKILL)
+                server.wait_for("network-process-lost", lost + 1)
+                eventually(lambda: server_is_back(server), "no new network process")
+
+    def test_a_socket_that_was_shut(self, lab: Lab) -> None:
+        """What a network process that was taken over has done to systemd's listening socket is
+        undone for the next one."""
+        lab.load()
+        attack = with_attack(lab, ATTACKS_ON_THE_MONITOR["shut control sockets"])
+        program = activated("tcp ::", program=attack)
+        conf = server_conf(port="5800 / tcp")
+        with confined(lab, conf, seccomp="off", program=program) as server:
+            assert handshake(lab, source=CLIENT_6) == COMEIN
+            os.kill(server.network_process(), signal.SIGUSR1)
+            server.wait_for("network-process-lost")
+            assert handshake(lab, 0x23, source=CLIENT_6) == COMEIN
+
+    @pytest.mark.parametrize(
+        "given", ["unix", "unix listening", "tcp :: 5805", "udp-lite ::", "file", "pipe", "closed"]
+    )
+    def test_what_is_no_control_socket(self, lab: Lab, given: str) -> None:
+        """Whatever else systemd gives is refused by its number, and not served."""
+        lab.load()
+        program = (*activated("tcp ::", given), "--user", "none", "--rundir", lab.directory)
+        result = lab.command("-c", lab.file(server_conf()), program=program)
+        result.assert_error("descriptor 4, which is no socket for a control port", "ListenStream")
+
+    def test_a_socket_of_another_port(self, lab: Lab) -> None:
+        """It is refused by name."""
+        lab.load()
+        program = (*activated("tcp ::", "tcp :: 5801"), "--user", "none")
+        conf = lab.file(server_conf())
+        result = lab.command("-c", conf, "--rundir", lab.directory, program=program)
+        result.assert_error("a socket for 5801/tcp, which is no control port")
+
+    @pytest.mark.parametrize("command", ["server", "status"])
+    def test_its_server_is_found(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        """Without --rundir, where the unit's server runs, and where none runs."""
+        monkeypatch.setattr(os.path, "isdir", "/run/letmeind".__eq__)
+        assert letmein.parse_words([command]).rundir == "/run/letmeind"
+        monkeypatch.setattr(os.path, "isdir", "/run".__eq__)
+        assert letmein.parse_words([command]).rundir == "/run"
+
+    def test_no_unit_that_shows_all_of_the_disk(self, lab: Lab) -> None:
+        """A configuration file in / would make that directory visible to the service."""
+        words = ["-c", "/letmeind.conf", "service", "systemd"]
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("/letmeind.conf lies in /", "move it into a directory")
+        assert not result.out
+        conf = lab.file(server_conf(general="include = /*.keys"))
+        result = lab.command("service", "systemd", "-c", conf, program=(sys.executable, LETMEIN))
+        result.assert_error(f"what include in {conf} names lies in /", "move it into a directory")
+
+    @pytest.mark.parametrize("name", ["50%", "$HOME", "a:b", "it's", 'a"b', "a\\b", "a\nb"])
+    def test_no_unit_with_a_path_that_systemd_reads_otherwise(self, lab: Lab, name: str) -> None:
+        """systemd would start another command, or show the service another directory."""
+        path = lab.directory / name / "letmeind.conf"
+        words = ("-c", path, "service", "systemd")
+        result = lab.command(*words, program=(sys.executable, LETMEIN))
+        result.assert_error("systemd reads ", "take a path without")
+        assert not result.out
+
+    def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
+        """procd starts this copy, again if it ends, and reloads it."""
+        conf = lab.file(server_conf())
+        script = lab.file(service(lab, "openwrt", "-c", conf), "letmeind.init")
+        assert script.read_text().startswith("#!/bin/sh /etc/rc.common\n")
+        said = run("sh", "-eu", "-c", PROCD, "sh", script).splitlines()
+        command = [sys.executable, "-I", LETMEIN, "server", "-c", conf, "--user", "letmeind"]
+        assert said == [
+            "START 95 USE_PROCD 1",
+            "procd_open_instance",
+            " ".join(map(str, ("procd_set_param command", *command))),
+            "procd_set_param respawn 3600 5 0",
+            "procd_set_param stderr 1",
+            "procd_close_instance",
+            "procd_send_signal letmeind * HUP",
+        ]
+
+    def test_in_the_firewall_of_openwrt(self, lab: Lab) -> None:
+        """The commands in the script put us into fw4's table, however that is made anew."""
+        root = Path(tempfile.mkdtemp(dir=lab.directory))
+        (root / "etc/nftables.d").mkdir(parents=True)
+        commands = re.findall(r"^#     (.*)$", service(lab, "openwrt"), re.M)
+        assert len(commands) == 3
+        for command in commands:
+            for place in ("/etc/", "/usr/"):
+                command = command.replace(f" {place}", f" {root}{place}")
+                command = command.replace(f">{place}", f">{root}{place}")
+            run("sh", "-eu", "-c", command)
+        fw4 = FW4.replace("ROOT", str(root))
+        lab.load(fw4)
+        with Server(lab, server_conf().replace("table = filter", "table = fw4")) as server:
+            told = [warning["reason"] for warning in server.events("warning")]
+            assert all("[RESOURCES]" in reason or reason == LOUD for reason in told), told
+            for source in (CLIENT_4, CLIENT_6):
+                assert not lab.reaches(22, source)
+                lab.letmein("knock", server_for(source), "22").assert_good()
+            for turn, before in enumerate(("", "", "delete table inet fw4", "flush ruleset"), 1):
+                nft_do(before, fw4)
+                server.wait_for("healed", turn, leases="2")
+                for source in (CLIENT_4, CLIENT_6):
+                    eventually(functools.partial(lab.reaches, 22, source), "not healed")
+                assert not lab.reaches(22, OTHER_4)
+                assert handshake(lab, 0x23, protocol="udp") == COMEIN
+                assert handshake(lab, 0x23, REVOKE, protocol="udp") == COMEIN
+            # fw4 is stopped for a while: the server waits, and makes no table of its own.
+            nft_do("delete table inet fw4")
+            server.wait_for("cannot-heal")
+            assert "fw4" not in lab.ruleset()
+            nft_do(fw4)
+            server.wait_for("healed", 5, leases="2")
+            assert lab.reaches(22, CLIENT_6)
+
+
+# ----------------------------------------------------------------------------
+# 9  The whole: the wire
+#
+# A server answers each fault as its policy says, and a recorded or relayed message gains nothing.
+# ----------------------------------------------------------------------------
+
+OWN_IDS, NO_IDS = (1, 0x22), (ANYBODY, ANYBODY)
+
+
+class Fault(NamedTuple):
+    """A conversation that goes wrong: what the peer sends, and what may answer it."""
+
+    name: str
+    speak: Callable[[Peer], None]
+    proved: int
+    ids: tuple[int, int] = OWN_IDS
+
+
+def named(faults: Iterable[Fault]) -> list[Any]:
+    return [pytest.param(fault, id=fault.name) for fault in faults]
+
+
+GOOD_KNOCK = message(KNOCK, 0x22)
+
+COMMON_FAULTS = [
+    Fault("wrong magic", says(b"\x3b\x1b\xb7\x18" + GOOD_KNOCK[4:]), DROPPED),
+    Fault("operation 6", says(message(6, 0x22)), DROPPED),
+    Fault("operation 2**31", says(message(1 << 31, 0x22)), DROPPED),
+    Fault("CHALLENGE first", says(message(CHALLENGE, 0x22)), DROPPED),
+    Fault("COMEIN first", says(message(COMEIN, 0x22)), DROPPED),
+    Fault("GOAWAY first", says(message(GOAWAY, 0x22)), DROPPED),
+    Fault("unknown user", says(message(KNOCK, 0x22, 9)), NO_AUTH, (9, 0x22)),
+    Fault("wrong key", says(message(KNOCK, 0x22, key=KEYS[2])), NO_AUTH),
+    Fault("wrong key, REVOKE", says(message(REVOKE, 0x22, key=KEYS[2])), NO_AUTH),
+    Fault("changed salt", says(flipped(GOOD_KNOCK, 20)), NO_AUTH),
+    Fault("KNOCK made REVOKE", says(GOOD_KNOCK[:7] + b"\5" + GOOD_KNOCK[8:]), NO_AUTH),
+    Fault("unknown resource", says(message(KNOCK, 0x99)), BASIC_AUTH, (1, 0x99)),
+    Fault("other user's resource", says(message(KNOCK, 0x26, 2)), BASIC_AUTH, (2, 0x26)),
+    Fault("control port", says(message(KNOCK, 0x58)), BASIC_AUTH, (1, 0x58)),
+]
+
+TCP_FAULTS = [
+    *COMMON_FAULTS,
+    Fault("RESPONSE first", says(message(RESPONSE, 0x22)), NO_AUTH, NO_IDS),
+    Fault("half-closed at once", ends(), DROPPED),
+    Fault("half-closed in the KNOCK", ends(GOOD_KNOCK[:20]), DROPPED),
+    Fault("half-closed after the KNOCK", ends(GOOD_KNOCK), DROPPED),
+    Fault("KNOCK twice", two_knocks, BASIC_AUTH),
+    Fault(
+        "wrong magic in the RESPONSE",
+        after_challenge(lambda token: b"X" + message(RESPONSE, 0x22, token=token)[1:]),
+        DROPPED,
+    ),
+    Fault(
+        "other user in the RESPONSE",
+        after_challenge(lambda token: message(RESPONSE, 0x22, 2, token)),
+        BASIC_AUTH,
+        (2, 0x22),
+    ),
+    Fault(
+        "other resource in the RESPONSE",
+        after_challenge(lambda token: message(RESPONSE, 0x23, 1, token)),
+        BASIC_AUTH,
+        (1, 0x23),
+    ),
+    Fault(
+        "RESPONSE to no token", after_challenge(lambda token: message(RESPONSE, 0x22)), BASIC_AUTH
+    ),
+    Fault(
+        "wrong RESPONSE",
+        after_challenge(lambda token: flipped(message(RESPONSE, 0x22, token=token), 55)),
+        BASIC_AUTH,
+    ),
+    Fault(
+        "RESPONSE with a wrong key",
+        after_challenge(lambda token: message(RESPONSE, 0x22, token=token, key=KEYS[2])),
+        BASIC_AUTH,
+    ),
+]
+SLOWLY_S = 4.0  # to say a KNOCK
+
+# What never becomes a message. The last one takes time to say.
+TCP_WAITS = [
+    says(),
+    says(GOOD_KNOCK[:55]),
+    byte_57,
+    after_challenge(lambda token: b""),
+    after_challenge(lambda token: message(RESPONSE, 0x22, token=token)[:55]),
+    slowly(GOOD_KNOCK, SLOWLY_S / 56),
+]
+
+# A server that keeps no state cannot know whom a RESPONSE follows: it speaks under `always` only.
+UDP_FAULTS = [
+    *COMMON_FAULTS,
+    Fault("RESPONSE first", says(message(RESPONSE, 0x22)), NO_AUTH),
+    Fault("55 bytes", says(GOOD_KNOCK[:55]), DROPPED),
+    Fault("57 bytes", says(GOOD_KNOCK + b"\0"), DROPPED),
+    Fault("112 bytes", says(GOOD_KNOCK * 2), DROPPED),
+    Fault("1 byte", says(b"\x3b"), DROPPED),
+    Fault(
+        "other user in the RESPONSE",
+        after_challenge(lambda token: message(RESPONSE, 0x22, 2, token)),
+        NO_AUTH,
+        (2, 0x22),
+    ),
+    Fault(
+        "other resource in the RESPONSE",
+        after_challenge(lambda token: message(RESPONSE, 0x23, 1, token)),
+        NO_AUTH,
+        (1, 0x23),
+    ),
+    Fault(
+        "wrong RESPONSE",
+        after_challenge(lambda token: flipped(message(RESPONSE, 0x22, token=token), 55)),
+        NO_AUTH,
+    ),
+]
+
+
+class Strict(NamedTuple):
+    """A server and the proof that its error policy asks for."""
+
+    server: Server
+    policy: int
+
+
+WIRE_RESOURCES = """
+22 = port: 22
+23 = port: 23
+26 = port: 26 / users: 1
+27 = port: 27 / timeout: 0
+58 = port: 5800
+"""
+
+
+@pytest.fixture(scope="class", params=list(POLICIES))
+def shared_strict(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Shared, int]]:
+    general = f"control-error-policy = {request.param}\ncontrol-timeout = 5"
+    shared = Shared(lab, server_conf(WIRE_RESOURCES, general=general), "-n", "20")
+    yield shared, POLICIES[request.param]
+    shared.stop()
+
+
+@pytest.fixture
+def strict(shared_strict: tuple[Shared, int]) -> Iterator[Strict]:
+    """A server with each of the error policies."""
+    shared, policy = shared_strict
+    yield Strict(shared.get(), policy)
+    shared.renew()
+
+
+class TestWire:
+    @pytest.mark.parametrize("fault", named(TCP_FAULTS))
+    def test_tcp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
+        """Each fault over TCP is answered as the policy says, and the next client is served."""
+        with Peer(lab) as peer:
+            fault.speak(peer)
+            said = peer.rest()
+        if strict.policy <= fault.proved < DROPPED:
+            assert Reply.parse(said) == (GOAWAY, *fault.ids, ZEROS)
+        else:
+            assert said == b""
+        assert_serves(lab, strict.server, "tcp")
+
+    @pytest.mark.parametrize("fault", named(UDP_FAULTS))
+    def test_udp(self, lab: Lab, strict: Strict, fault: Fault) -> None:
+        """Each fault over UDP is answered as the policy says, and the next client is served."""
+        with Peer(lab, "udp") as peer:
+            fault.speak(peer)
+            # What the fault is answered with comes before the answer to this.
+            peer.send(message(KNOCK, 0x23))
+            replies = [peer.receive()]
+            while replies[-1].operation != CHALLENGE:
+                replies.append(peer.receive())
+        said = replies[:-1]
+        if strict.policy <= fault.proved < DROPPED:
+            assert [reply.operation for reply in said] == [GOAWAY]
+            assert said[0].auth == ZEROS
+            if fault.proved == NO_AUTH and "RESPONSE" in fault.name:
+                assert said[0][1:3] in (fault.ids, NO_IDS, OWN_IDS)
+            else:
+                assert said[0][1:3] == fault.ids
+        else:
+            assert said == []
+        assert_serves(lab, strict.server, "udp")
+
+    def test_too_slow(self, lab: Lab, strict: Strict) -> None:
+        """The control-timeout of 0.4 s is for the whole of a handshake, not for each byte."""
+        patient = strict.server.path.read_text(encoding="utf-8")
+        hurried = patient.replace("control-timeout = 5\n", "control-timeout = 0.4\n")
+        assert hurried != patient
+        # Who waits for a challenge gets it in time.
+        started = time.monotonic()
+        peers = [Peer(lab) for _ in TCP_WAITS]
+        for peer, speak in zip(peers, TCP_WAITS[:-1]):
+            speak(peer)
+        reconfigure(strict.server, hurried)
+        TCP_WAITS[-1](peers[-1])
+        for peer in peers:
+            with peer:
+                assert peer.rest() == b""
+        assert 0.4 <= time.monotonic() - started < SLOWLY_S
+        # An honest client is not to be late as well, however busy the machine is.
+        reconfigure(strict.server, patient)
+        assert_serves(lab, strict.server, "tcp")
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+    def test_an_error_after_full_authentication(
+        self, lab: Lab, strict: Strict, protocol: str
+    ) -> None:
+        """A change that fails is GOAWAY under every policy."""
+        assert handshake(lab, 0x27, protocol=protocol) == GOAWAY
+        strict.server.wait_for("failed", proto=protocol, resource="00000027")
+        assert_serves(lab, strict.server)
+
+    def test_one_byte_at_a_time_in_time(self, lab: Lab, strict: Strict) -> None:
+        """Messages may come byte by byte."""
+        with Peer(lab) as peer:
+            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            slowly(message(KNOCK, 0x22), 0)(peer)
+            reply = peer.receive()
+            assert reply.operation == CHALLENGE
+            slowly(message(RESPONSE, 0x22, token=reply.auth), 0)(peer)
+            assert peer.receive().operation == COMEIN
+            assert peer.rest() == b""
+        assert lab.reaches(22, CLIENT_4)
+        assert handshake(lab, 0x22, REVOKE) == COMEIN
+        assert_serves(lab, strict.server)
+
+    def test_a_replayed_response_over_tcp(self, lab: Lab, strict: Strict) -> None:
+        """A recorded handshake opens nothing: its token is not good twice."""
+        knock = message(KNOCK, 0x22)
+        with Peer(lab) as peer:
+            peer.send(knock)
+            first = peer.receive().auth
+            response = message(RESPONSE, 0x22, token=first)
+            peer.send(response)
+            assert peer.receive().operation == COMEIN
+        assert handshake(lab, 0x22, REVOKE) == COMEIN
+        with Peer(lab) as peer:
+            peer.send(knock)
+            assert peer.receive().auth != first
+            peer.send(response)
+            said = peer.rest()
+        if strict.policy <= BASIC_AUTH:
+            assert Reply.parse(said) == (GOAWAY, *OWN_IDS, ZEROS)
+        else:
+            assert said == b""
+        assert_serves(lab, strict.server)
+
+    def test_a_response_of_another_peer_over_udp(self, lab: Lab, strict: Strict) -> None:
+        """A token is for one address and port, so nobody else can use its RESPONSE."""
+        with Peer(lab, "udp") as peer:
+            response = message(RESPONSE, 0x22, token=peer.challenge(0x22))
+        for source in (OTHER_4, CLIENT_4):
+            with Peer(lab, "udp", source) as thief:
+                thief.send(response)
+                thief.challenge(0x22) if strict.policy else thief.receive()
+        assert_serves(lab, strict.server)
+
+    def test_repeats_over_udp_are_answered_alike(self, lab: Lab, strict: Strict) -> None:
+        """A repeat gets the same answer, and opens nothing again that was revoked."""
+        server = strict.server
+
+        def try_it(source: str) -> bool:
+            with Peer(lab, "udp", source) as peer:
+                knock = message(KNOCK, 0x23)
+                tokens = set()
+                for _ in range(3):
+                    peer.send(knock)
+                    reply = peer.receive()
+                    assert reply[:3] == (CHALLENGE, 1, 0x23)
+                    tokens.add(reply.auth)
+                response = message(RESPONSE, 0x23, token=reply.auth)
+                comeins = set()
+                for _ in range(3):
+                    peer.send(response)
+                    comeins.add(peer.receive())
+                assert comeins == {(COMEIN, 1, 0x23, ZEROS)}
+                # What was revoked meanwhile is not opened again by a repeat.
+                assert handshake(lab, 0x23, REVOKE, source=source) == COMEIN
+                peer.send(response)
+                peer.receive()
+                assert lab.elements() == []
+            server.wait_for("revoked", peer=source)
+            assert len(server.events("granted", peer=source)) == 1
+            return len(tokens) == 1
+
+        # The token changes from time to time, though hardly twice within so short a time.
+        assert any(try_it(f"10.77.5.{number}") for number in range(1, 4))
+        assert_serves(lab, strict.server)
+
+    def test_more_connections_at_once_than_an_address_may_have(
+        self, lab: Lab, strict: Strict
+    ) -> None:
+        """Some are pushed out while they speak, and the network process lives on."""
+        for _ in range(5):
+            with contextlib.ExitStack() as stack:
+                peers = [stack.enter_context(Peer(lab)) for _ in range(40)]
+                for peer in peers:
+                    with contextlib.suppress(ConnectionError):
+                        peer.send(b"\x3b")
+        assert_serves(lab, strict.server)
+        assert not strict.server.events("network-process-lost")
+
+    def test_a_port_may_knock_again_over_udp(self, lab: Lab, strict: Strict) -> None:
+        """A source port may be used for one knock after the other."""
+        with Peer(lab, "udp") as peer:
+            for _ in range(3):
+                peer.send(message(KNOCK, 0x23))
+                peer.send(message(RESPONSE, 0x23, token=peer.receive().auth))
+                assert peer.receive()[:3] == (COMEIN, 1, 0x23)
+                assert len(lab.elements()) == 1
+                assert handshake(lab, 0x23, REVOKE) == COMEIN
+                assert lab.elements() == []
+        assert_serves(lab, strict.server)
+
+    def test_a_late_repeat_of_a_revoke_over_udp(self, lab: Lab, strict: Strict) -> None:
+        """It does not shut what was opened since."""
+        with Peer(lab, "udp") as peer:
+            response = message(RESPONSE, 0x23, token=peer.challenge(0x23, operation=REVOKE))
+            peer.send(response)
+            assert peer.receive().operation == COMEIN
+            assert handshake(lab, 0x23) == COMEIN
+            peer.send(response)
+            assert peer.receive().operation == COMEIN
+            assert lab.reaches(23, CLIENT_4)
+        assert handshake(lab, 0x23, REVOKE) == COMEIN
+
+    def test_reset_connections(self, lab: Lab, strict: Strict) -> None:
+        """Connections that are reset at any stage harm nobody."""
+        for count in (0, 20, 56):
+            peer = Peer(lab)
+            peer.send(message(KNOCK, 0x22)[:count])
+            if count == 56:
+                peer.receive()
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.socket.close()
+        assert_serves(lab, strict.server)
+
+    def test_half_closed_after_the_response(self, lab: Lab, strict: Strict) -> None:
+        """A client that has said all it has to say still gets its answer."""
+        with Peer(lab) as peer:
+            peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22)))
+            peer.socket.shutdown(socket.SHUT_WR)
+            assert peer.receive().operation == COMEIN
+        assert handshake(lab, 0x22, REVOKE) == COMEIN
+
+    def test_connections_that_say_nothing(self, lab: Lab, strict: Strict) -> None:
+        """They can take all slots (-n 20), and yet lock nobody out."""
+        idle = [Peer(lab, source=f"10.77.3.{number}") for number in range(1, 41)]
+        try:
+            assert handshake(lab, 0x22) == COMEIN
+        finally:
+            for peer in idle:
+                peer.socket.close()
+        assert handshake(lab, 0x22, REVOKE) == COMEIN
+        assert_serves(lab, strict.server)
+
+    def test_anything(self, lab: Lab, strict: Strict) -> None:
+        """No bytes without a proof get more than CHALLENGE and GOAWAY."""
+        real = st.builds(
+            message,
+            st.integers(0, 7),
+            st.sampled_from([0x22, 0x26, 0x27, 0x99, ANYBODY]),
+            st.sampled_from([0, 1, 2, ANYBODY]),
+            st.binary(min_size=32, max_size=32),
+        )
+        cut = st.builds(lambda data, end: data[:end], real, st.integers(0, 55))
+        bent = st.builds(flipped, real, st.integers(0, 55))
+        parts = st.lists(real | cut | bent | st.binary(max_size=130), max_size=5)
+
+        @settings(
+            max_examples=25,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(parts, st.sampled_from(["tcp", "udp"]))
+        def speak(parts: list[bytes], protocol: str) -> None:
+            with Peer(lab, protocol) as peer:
+                replies = []
+                with contextlib.suppress(ConnectionError):
+                    says(*parts)(peer)
+                if protocol == "tcp":
+                    with contextlib.suppress(OSError):
+                        peer.socket.shutdown(socket.SHUT_WR)
+                    said = peer.rest()
+                    assert len(said) % 56 == 0
+                    replies += [Reply.parse(said[at : at + 56]) for at in range(0, len(said), 56)]
+                else:
+                    peer.send(message(KNOCK, 0x23))
+                    while not replies or replies[-1].resource != 0x23:
+                        replies.append(peer.receive())
+            assert {reply.operation for reply in replies} <= {CHALLENGE, GOAWAY}
+
+        speak()
+        assert_serves(lab, strict.server)
+
+
 class TestThreats:
     """The threat model: what it admits, and that its table is of this file."""
 
@@ -12087,9 +9444,13 @@ class TestThreats:
             assert len(server.events("granted")) == len(lab.elements()) == 1
 
     def test_the_table_names_tests_of_this_file(self) -> None:
+        """Each test that the threat model, or the table at the top of this file, names is here."""
         text = document_section("Threat model")
         names = re.findall(r"`((?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+)`", text)
         assert len(names) > 20
+        assert __doc__
+        names += re.findall(r"(?:Test[A-Z]\w+\.)?test_\w+|Test[A-Z]\w+", __doc__)
+        assert len(names) > 60
         for name in names:
             place: Any = sys.modules[__name__]
             for part in name.split("."):
@@ -12098,258 +9459,240 @@ class TestThreats:
 
 
 # ----------------------------------------------------------------------------
-# The documents: what they say is so, and their commands do what they say
+# 10  The whole: floods
+#
+# Whoever has a key gets in while others attack, and the server is afterwards as it was.
 # ----------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """A fenced block. Args: language; host, where it runs when the tests follow the document, ""
-    for nowhere; text."""
+class TestMany:
+    def test_2000_knocks(self, lab: Lab) -> None:
+        """Each takes a third of the processor's time that an nft takes, or less; and all of them
+        less than 44 MB."""
+        count = 2000
+        first = ipaddress.IPv4Address("10.77.8.0")
+        addresses = [str(first + number) for number in range(count)]
+        lab.load(
+            more="add table ip measure { set s { type ipv4_addr . inet_proto . inet_service;"
+            " flags timeout; counter; }; }"
+        )
 
-    language: str
-    host: str
-    text: str
+        def one_by_one(number: int) -> float:
+            """What one knock would cost if each ran nft, in seconds of the processor's time."""
+            used = children_s()
+            for address in addresses[:number]:
+                text = f"add element ip measure s {{ {address} . tcp . 22 timeout 600s }}\n"
+                subprocess.run([NFT, "-f", "-"], input=text.encode(), check=True)
+            return (children_s() - used) / number
 
-
-DOCUMENTS = ("README.md", "MANUAL.md", "RECIPES.md")
-
-
-@functools.lru_cache(None)
-def documents() -> str:
-    """The text of all of them."""
-    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in DOCUMENTS)
-
-
-def prose(text: str) -> str:
-    """What is in no fenced block."""
-    return re.sub("(?ms)^```.*?^```$", "", text)
-
-
-def document_section(title: str) -> str:
-    """A section of a document, with those below it."""
-    lines = documents().splitlines(keepends=True)
-    (start,) = (at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {title}\n", line))
-    level = len(lines[start].split()[0])
-    is_code = False
-    for end in range(start + 1, len(lines)):
-        is_code ^= lines[end].startswith("```")
-        if not is_code and re.match(rf"#{{1,{level}}} ", lines[end]):
-            return "".join(lines[start:end])
-    return "".join(lines[start:])
-
-
-def fenced(language: str, text: str | None = None) -> list[Block]:
-    """The blocks in this language, of a section's text or of all documents."""
-    text = documents() if text is None else text
-    fences = re.findall(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
-    return [Block(*fence) for fence in fences if fence[0] == language]
+        conf = server_conf(nftables="max-nr-rules = 5000")
+        with Server(lab, conf, env=unmeasured()) as server:
+            pids = (server.process.pid, server.network_process())
+            before, used = one_by_one(150), sum(map(used_s, pids))
+            good = storm(lab, addresses, 32, KNOCK)
+            each, after = (sum(map(used_s, pids)) - used) / count, one_by_one(150)
+            single = (before + after) / 2
+            memory = sum(map(resident_kb, pids))
+            print(f"{each * 1000:.2f} ms a knock, {single * 1000:.2f} an nft, {memory} kB", end=" ")
+            assert good == count
+            assert len(lab.elements()) == count
+            assert lab.reaches(22, addresses[0])
+            assert lab.reaches(22, addresses[-1])
+            assert not lab.reaches(22, str(first + count))
+            # Straight from the file: Python keeps the syntax tree of a script, some 9 MB of this.
+            assert memory < (44 if SECCOMP == "off" else 52) * 1024  # pyseccomp has its own
+            assert each <= single / 3
 
 
-# What a command may stand behind, in a shell, an ssh_config or a wg-quick file.
-COMES_BEFORE = {"|", "&&", "||", ";", "do", "=", "sudo", "exec", "ProxyCommand", "root@server"}
-COMES_BEFORE.add("HOST")  # xargs -I HOST
+@pytest.fixture(scope="class")
+def attacker(lab: Lab) -> Iterator[Attacker]:
+    made = Attacker(lab)
+    yield made
+    made.close()
 
 
-def letmein_words(text: str) -> list[list[str]]:
-    """The words behind `letmein`, `letmein.py` or `letmeind`, of all such commands in a text."""
-    text = text.replace("\\\n", " ").replace("%h", "host").replace("%p", "22")
-    text = re.sub('exec "(.*?)"', r"exec \1 ;", text)
-    commands = []
-    for line in text.splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
+class TestFloods:
+    """Who has a key gets in while others attack, and the server is afterwards as it was. (At what
+    rates, and how fast, is measured by .ci/bench: here it is whether, at a rate that any
+    machine can take.)"""
+
+    @pytest.mark.parametrize(
+        "kind, protocol, source, rate, delay",
+        [
+            pytest.param("idle", "tcp", "many", 300, 0, id="idle"),
+            pytest.param("replay", "tcp", "many", 300, 0, id="replay-tcp"),
+            pytest.param("replay", "udp", "many", 300, 0, id="replay-udp"),
+            pytest.param("random", "tcp", "many", 300, 0, id="random-tcp"),
+            pytest.param("random", "udp", "many", 300, 0, id="random-udp"),
+            pytest.param("slow", "tcp", "one", 300, 0, id="slow"),
+            pytest.param("reset", "tcp", "many", 300, 0, id="reset"),
+            pytest.param("idle", "tcp", "own", 20, 0, id="idle-own"),
+            pytest.param("replay", "udp", "own", 20, 0, id="replay-udp-own"),
+            pytest.param("replay", "tcp", "many", 300, 0.05, id="replay-tcp-far"),
+            pytest.param("key", "tcp", "many", 300, 0, id="key-tcp"),
+            pytest.param("key", "udp", "many", 300, 0, id="key-udp"),
+            pytest.param("key", "tcp", "one", 300, 0, id="key-tcp-one"),
+            pytest.param("key", "udp", "one", 300, 0, id="key-udp-one"),
+        ],
+    )
+    def test_a_knock_succeeds(
+        self, attacker: Attacker, kind: str, protocol: str, source: str, rate: float, delay: float
+    ) -> None:
+        """Five knocks succeed under each flood; memory, descriptors and leases are as they were."""
+        outcome = flood_case(attacker, kind, protocol, source, rate, 1, delay)
+        print(outcome, end=" ")
+        assert outcome.arrived >= rate / 4, outcome  # or it was no flood
+        assert outcome.failed == []
+        assert outcome.knocks == 5
+        assert outcome.lost == 0
+        assert outcome.faults == []
+        assert outcome.memory_peak < 10 * 1024
+        assert outcome.memory_after < 10 * 1024
+        assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+# ----------------------------------------------------------------------------
+# 11  The whole: the reference
+#
+# Our client and server work with those of the reference implementation.
+# ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="class", params=[reference_client, reference_server])
+def mixed(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Result]]:
+    """Runs a client: the reference's client on our server, or ours on the reference's."""
+    with request.param(lab) as call:
+        yield call
+
+
+class TestReference:
+    """A client on the other implementation's server."""
+
+    @pytest.mark.parametrize("port, open_to, control, source, other", KNOCKS)
+    def test_open_and_revoke(
+        self,
+        lab: Lab,
+        mixed: Callable[..., Result],
+        source: str,
+        other: str,
+        control: str,
+        port: int,
+        open_to: str,
+    ) -> None:
+        """Over each protocol and IP version, for each kind of port."""
+        def seen(address: str) -> list[str]:
+            return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
+
+        assert seen(source) == []
+        for word, expected in (("knock", open_to.split()), ("revoke", [])):
+            result = mixed(word, control, server_for(source), str(port))
+            assert result.status == 0, result
+            assert seen(source) == expected
+            assert seen(other) == []
+
+    @pytest.mark.parametrize("source, other", [(CLIENT_4, OTHER_4), (CLIENT_6, OTHER_6)])
+    @pytest.mark.parametrize("resource", ["32", "33"])
+    def test_jump_and_revoke(
+        self, lab: Lab, mixed: Callable[..., Result], source: str, other: str, resource: str
+    ) -> None:
+        """For its holder alone, or for all."""
+        for word in ("knock", "revoke"):
+            result = mixed(word, "-r", resource, server_for(source))
+            assert result.status == 0, result
+            assert lab.reaches(8080, source) == (word == "knock")
+            assert lab.reaches(8080, other) == (word == "knock" and resource == "33")
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_a_name_with_both_families(
+        self, lab: Lab, mixed: Callable[..., Result], control: str
+    ) -> None:
+        """A name is knocked over IPv4 and IPv6."""
+        for word in ("knock", "revoke"):
+            result = mixed(word, control, "both.test", "22")
+            assert result.status == 0, result
+            assert lab.reaches(22, CLIENT_4) == (word == "knock")
+            assert lab.reaches(22, CLIENT_6) == (word == "knock")
+
+    @pytest.mark.parametrize("control", ["-T", "-U"])
+    def test_a_resource_of_another_user(
+        self, lab: Lab, mixed: Callable[..., Result], control: str
+    ) -> None:
+        """Only its users open a resource."""
+        result = mixed("knock", control, "-u", "2", "-r", "26", SERVER_4)
+        assert result.status != 0, result
+        assert not lab.reaches(26, CLIENT_4)
+        for word in ("knock", "revoke"):
+            assert mixed(word, control, "-u", "1", "-r", "26", SERVER_4).status == 0
+            assert lab.reaches(26, CLIENT_4) == (word == "knock")
+
+    def test_an_unknown_resource(self, lab: Lab, mixed: Callable[..., Result]) -> None:
+        """It is an error, and opens nothing."""
+        result = mixed("knock", "-u", "2", "-r", "99", SERVER_4)
+        assert result.status != 0, result
+        assert not lab.reaches(22, CLIENT_4)
+
+
+# ----------------------------------------------------------------------------
+# 12  The whole: anything
+#
+# Server, kernel, `status` and a model agree after any sequence of events. `make soak` runs more.
+# ----------------------------------------------------------------------------
+
+NUMBERS = st.integers(0, 3)
+KNOWN = st.sampled_from(list(RANDOM_RESOURCES))
+USERS = st.sampled_from([1, 1, 2])
+
+STEPS = st.one_of(
+    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
+    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
+    st.tuples(st.just("knock"), NUMBERS, KNOWN, USERS),
+    st.tuples(st.just("revoke"), NUMBERS, KNOWN, USERS),
+    st.tuples(st.sampled_from(["reload", "flush", "restore", "plant", "expire", "faulty_reload"])),
+    st.tuples(st.sampled_from(["bad_sighup", "restart", "network"])),
+    st.tuples(st.just("sighup"), st.integers(0, len(VARIANTS) - 1)),
+    st.tuples(st.sampled_from(["by_hand", "sigkill"]), NUMBERS),
+    st.tuples(st.just("fault"), NUMBERS, KNOWN, st.sampled_from([KNOCK, REVOKE]), st.booleans()),
+)
+
+
+@pytest.fixture(scope="class")
+def world(lab: Lab, meanings: None) -> Iterator[World]:
+    made = World(lab)
+    yield made
+    if made.server is not None:
+        made.server.stop()
+
+
+class TestAnything:
+    @settings(
+        max_examples=SOAK or 30,
+        derandomize=not SOAK,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(steps=st.lists(STEPS, min_size=8, max_size=8))
+    def test_anything(self, world: World, steps: Iterable[tuple[Any, ...]]) -> None:
+        """Model, status and kernel are one after every step."""
+        done: list[tuple[Any, ...]] = []
         try:
-            words = [";", *lexer]
-        except ValueError:  # a quotation over several lines
-            continue
-        for before, (at, word) in zip(words, enumerate(words[1:], 1)):
-            name = os.path.basename(word) if "init.d" not in word else ""
-            if name in ("letmein", "letmein.py", "letmeind") and before in COMES_BEFORE:
-                rest = words[at + 1 :]
-                ends = (n for n, more in enumerate(rest) if re.fullmatch("[|&;<>()]+", more))
-                rest = rest[: next(ends, None)]
-                commands.append([*(["server"] if name == "letmeind" else []), *rest])
-    return commands
+            world.reset()
+            for step in steps:
+                done.append(step)
+                getattr(world, step[0])(*step[1:])
+                world.compare(done)
+        except BaseException:
+            print(done)
+            world.drop()
+            raise
 
 
-def assert_parses(words: list[str], where: str) -> None:
-    """The real parser takes these words."""
-    try:
-        letmein.parse_words(words)
-    except SystemExit as end:  # --version and --help end as a success
-        assert end.code in (0, None), (where, words)
-
-
-@functools.lru_cache(None)
-def helps() -> dict[str, str]:
-    """What --help prints, by command; "" for the whole program."""
-    text = program("--help").stdout
-    commands = re.findall(r"(?m)^ {2,4}([a-z-]+)(?: \(close\))? {2,}", text)
-    assert len(commands) > 7
-    return {"": text, **{name: program(name, "--help").stdout for name in commands}}
-
-
-# Options for scripts that other programs of these names run, and that help does not name.
-HIDDEN_OPTIONS = {"--dns", "--dns-crypt", "--no-systemd"}
-
-
-def option_names() -> set[str]:
-    """All options of all commands."""
-    lines = re.findall(r"(?m)^ +-.*", "\n".join(helps().values()))
-    return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
-
-
-LOGGERS = {"log", "self", "often", "log_peer", "_tell_ready"}  # whose first argument is an event
-
-
-def log_events() -> set[str]:
-    """The names of all events that the program may log, as its source has them."""
-    events: set[str] = set()
-    functions = [
-        node for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    ]  # fmt: skip
-    for function in functions:
-        texts: dict[str, set[str]] = collections.defaultdict(set)  # by the variable that has them
-        for node in ast.walk(function):
-            if isinstance(node, ast.Assign):
-                names, value = node.targets, node.value
-            elif isinstance(node, ast.For):
-                names, value = [node.target], node.iter
-            else:
-                continue
-            keys = {key for n in ast.walk(value) if isinstance(n, ast.Dict) for key in n.keys}
-            found = {
-                n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and n not in keys
-            }
-            for name in (n for target in names for n in ast.walk(target)):
-                if isinstance(name, ast.Name):
-                    texts[name.id] |= {text for text in found if isinstance(text, str)}
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
-            called = getattr(call.func, "attr", getattr(call.func, "id", ""))
-            for node in ast.walk(call.args[0]) if call.args and called in LOGGERS else ():
-                if isinstance(node, ast.Constant):
-                    events.add(str(node.value))
-                elif isinstance(node, ast.Name):
-                    events |= texts[node.id]
-    return {event for event in events if re.fullmatch(r"[a-z]+(-[a-z]+)*", event)}
-
-
-# A host to follow a document on: its /etc, /usr and /run are copies that nobody keeps. $1 is a
-# directory.
-DOCUMENT_HOST = """
-mount -t tmpfs none "$1"
-for place in etc usr; do
-    mkdir -p "$1/$place/upper" "$1/$place/work"
-    options="lowerdir=/$place,upperdir=$1/$place/upper,workdir=$1/$place/work"
-    mount -t overlay -o "$options" none "/$place"
-done
-mount -t tmpfs none /run
-mkdir -m 755 /run/letmeind
-echo '10.1.0.1 server' >/etc/hosts
-touch /etc/nftables.conf
-echo ready
-exec cat
-"""
-
-# The programs there that are not the real ones. HOME is a directory.
-DOCUMENT_PROGRAMS = {
-    "apt-get": "",
-    "sudo": 'exec "$@"',
-    "python3": f'exec {sys.executable} "$@"',
-    "journalctl": "cat HOME/log",
-    "systemd-run": 'shift 2; echo "$@" >HOME/net',
-    # What the user adds: a refusal, so that a closed port is known as soon as an open one.
-    "editor": 'sed -i "s/jump LETMEIN-INPUT/&; reject/" "$1"',
-    "systemctl": r"""
-case "$*" in
-"enable nftables" | daemon-reload) ;;
-"enable --now letmeind" | "restart letmeind")
-    [ ! -e HOME/pid ] || kill "$(cat HOME/pid)"
-    while [ -e HOME/pid ] && kill -0 "$(cat HOME/pid)" 2>/dev/null; do sleep 0.05; done
-    unit=/usr/local/lib/systemd/system/letmeind.service
-    : >HOME/log
-    $(sed -n "s/^ExecStart=//p" $unit) >/dev/null 2>HOME/log &
-    echo $! >HOME/pid
-    until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done ;;
-"reload letmeind")
-    kill -HUP "$(cat HOME/pid)"
-    until grep -q event=reloaded HOME/log; do kill -0 "$(cat HOME/pid)" && sleep 0.05; done ;;
-"stop reopen.timer") rm HOME/net ;;
-*) echo "systemctl $*?" >&2; exit 1 ;;
-esac""",
-}
-
-
-OPENWRT_PROGRAMS = {
-    "opkg": "",
-    "logread": "cat HOME/log",
-    "fw4": '[ "$1" != reload ] || nft -f HOME/fw4.nft',
-}
-OPENWRT_FUNCTIONS = """
-user_exists() { getent passwd "$1" >/dev/null; }
-group_add_next() { echo 999; }
-user_add() { useradd "$1"; }
-"""
-OPENWRT_RC = """
-procd_open_instance() { :; }
-procd_close_instance() { :; }
-procd_set_param() { [ "$1" != command ] || { shift; command=$*; }; }
-. "$1"
-[ "$2" = start ] || exit 0
-start_service
-$command >/dev/null 2>HOME/log &
-echo $! >HOME/pid
-until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done
-"""
-
-
-class DocumentHost:
-    """A host to follow a document on, on the caller's network. Args: programs, more of those that
-    are not the real ones."""
-
-    def __init__(self, lab: Lab, **programs: str) -> None:
-        self.home = Path(tempfile.mkdtemp(dir=lab.directory))
-        if not lab.real_root:
-            pytest.skip("a user namespace has no other root's files")
-        for name in ("disk", "programs"):
-            (self.home / name).mkdir()
-        for name, text in {**DOCUMENT_PROGRAMS, **programs}.items():
-            text = text.replace("HOME", str(self.home))
-            program = self.home / "programs" / name
-            program.write_text(f"#!/bin/sh -e\n{text}\n", encoding="utf-8")
-            program.chmod(0o755)
-        self.process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-ec", DOCUMENT_HOST, "sh", self.home / "disk"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
-        )  # fmt: skip
-        lab.processes.append(self.process)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-        path = f"{self.home}/programs:/usr/local/sbin:/usr/local/bin:{os.environ['PATH']}:/usr/sbin"
-        self.enter = [
-            *("nsenter", "--mount", "--net", f"--target={self.process.pid}", "--wd=" + str(HERE)),
-            *("env", "-i", f"PATH={path}", f"HOME={self.home}"),
-        ]
-
-    def run(self, script: str) -> str:
-        """Run a block as its user would, in a clone; returns what it prints."""
-        done = subprocess.run(
-            [*self.enter, "sh", "-ec", script],
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=LIMIT_S,
-        )  # fmt: skip
-        assert done.returncode == 0, (script, done.stdout, done.stderr, self.log())
-        return done.stdout
-
-    def log(self) -> str:
-        log = self.home / "log"
-        return log.read_text(encoding="utf-8") if log.exists() else ""
-
-    def close(self) -> None:
-        with contextlib.suppress(AssertionError):
-            self.run(f'[ ! -e {self.home}/pid ] || kill "$(cat {self.home}/pid)"')
-        self.process.kill()
-        self.process.wait()
+# ----------------------------------------------------------------------------
+# 13  The whole: documents
+#
+# What the documents and messages say is so, and the documents' commands and recipes work.
+# ----------------------------------------------------------------------------
 
 
 class TestDocuments:
@@ -12617,6 +9960,7 @@ class TestDocuments:
             assert any(re.match(pattern, word) for pattern in patterns), word
 
     def test_version(self) -> None:
+        """The documents name the version that this is."""
         assert f"Version {letmein.VERSION}," in documents()
 
     def test_lines(self) -> None:
@@ -12626,1830 +9970,180 @@ class TestDocuments:
         assert not [line for line in lines if len(line) > 100 and line[0] != "|"]
 
 
-# ----------------------------------------------------------------------------
-# A client's whole way: connect, COMMAND, lossy paths, words, files, other systems
-# ----------------------------------------------------------------------------
-
-HOLD_RESOURCES = """
-22 = port: 22
-23 = port: 23
-26 = port: 26 / users: USERS
-90 = port: 9000
-91 = port: 9001 / timeout: 2
-"""
-HOLD_CONF = client_conf(resources=HOLD_RESOURCES.replace("USERS", "1"))  # but the server:
-HOLD_SERVER = server_conf(HOLD_RESOURCES.replace("USERS", "2"))
-PATIENT_CONF = client_conf(timeout=5 * LIMIT_S, resources=HOLD_RESOURCES.replace("USERS", "1"))
-ENDINGS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"]
+FOLLOWER = "--follow\0--json"  # of which command line it is a part
+IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
 
 
-UNMEASURED = {"COVERAGE_PROCESS_START": ""}
+class TestRecipes:
+    """The recipes for other devices: they end up as `status` says, whatever is killed."""
 
-
-class Running:
-    """A program on the client's host, of which a test holds standard input and output. Args:
-    words, of the command line of letmein.py, or of another script, or of a whole one with
-    program=().
-    """
-
-    def __init__(
-        self,
-        lab: Lab,
-        *words: str | Path,
-        conf: str = HOLD_CONF,
-        script: Path = LETMEIN,
-        program: Sequence[str | Path] | None = None,
-        env: Mapping[str, str] | None = None,
+    def exercise(
+        self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
     ) -> None:
-        if program is None:
-            program = (sys.executable, script, "-c", lab.file(conf))
-            program = (*program, "--seccomp", seccomp_for(words))
-        with lab.client():
-            self.process = subprocess.Popen(
-                [str(word) for word in (*program, *words)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**environment(), **(env or {})},
-            )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.started = time.monotonic()
-
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.end()
-
-    def say(self, data: bytes) -> None:
-        self.stdin.write(data)
-        self.stdin.flush()
-
-    def end_input(self) -> None:
-        self.stdin.close()
-        self.process.stdin = None
-
-    def hear(self, size: int) -> bytes:
-        """So many bytes, or all until the end."""
-        return self.stdout.read(size)
-
-    def end(self, number: int = 0) -> Result:
-        """Wait for its end, after a signal if one is given. What it said goes with it."""
-        if number:
-            self.process.send_signal(number)
-        out, err = b"", b""
-        if not self.stdout.closed:
-            out, err = self.process.communicate(timeout=LIMIT_S)
-        took = time.monotonic() - self.started
-        return Result(self.process.returncode, out.decode(), err.decode(), took)
-
-
-def patched(
-    lab: Lab, code: str, *words: str, conf: str = HOLD_CONF, script: Path = LETMEIN
-) -> list[str | Path]:
-    """A command line that runs letmein.py as a program, in a Python that ran this code before."""
-    lines = f"import runpy\n{textwrap.dedent(code)}\n" + (
-        "import sys; sys.argv = sys.argv[1:]"
-        "\nsys.path[0] = ''; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    return [sys.executable, lab.file(lines), script, "-c", lab.file(conf), *words]
-
-
-def assert_no_traceback(result: Result) -> None:
-    """But for one from the interpreter's own start, until our first statement is done."""
-    text = LETMEIN.read_text(encoding="utf-8")
-    first = text[: text.index("\nimport contextlib\n")].count("\n")
-    lines = re.findall(r'letmein.py", line ([0-9]+)', result.err)
-    assert all(int(line) <= first for line in lines), result
-
-
-class Service:
-    """A TCP service on the server's host: each connection goes to a function, in a thread."""
-
-    def __init__(self, port: int, serve: Callable[[socket.socket], object]) -> None:
-        self.listener = socket.create_server(
-            ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64
-        )
-        self.serve = serve
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.listener.accept()
-                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
-
-    def _run(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            self.serve(connection)
-
-    def __enter__(self) -> Service:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-
-def echo(connection: socket.socket) -> None:
-    while data := connection.recv(1 << 16):
-        connection.sendall(data)
-
-
-def shut_soon(lab: Lab) -> None:
-    """All leases end long before their time."""
-    eventually(lambda: not lab.elements(), "a port stays open")
-
-
-@pytest.fixture(scope="class")
-def shared_hold(lab: Lab) -> Iterator[Shared]:
-    shared = Shared(lab, HOLD_SERVER)
-    yield shared
-    shared.stop()
-
-
-@pytest.fixture
-def hold(shared_hold: Shared) -> Iterator[Server]:
-    """A server with HOLD_RESOURCES, with nothing open."""
-    yield shared_hold.get()
-    shared_hold.renew()
-
-
-class Sshd:
-    """A real sshd on the server's host, and the way to log in to it through the firewall."""
-
-    def __init__(self, lab: Lab) -> None:
-        for name in ("sshd", "ssh", "ssh-keygen"):
-            if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
-                pytest.skip(f"{name} is not installed")
-        if not lab.real_root:
-            pytest.skip("sshd takes real root")
-        self.lab = lab
-        directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        for name in ("host", "user"):
-            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name)
-        conf = directory / "sshd_config"
-        conf.write_text(
-            f"Port 9000\nPidFile none\nHostKey {directory}/host\nUsePAM no\nStrictModes no\n"
-            f"AuthorizedKeysFile {directory}/user.pub\nPermitRootLogin yes\n",
-            encoding="utf-8",
-        )
-        # sshd wants to find this directory.
-        script = f"mount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -Def {conf}"
-        self.process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script], stderr=subprocess.PIPE, encoding="utf-8"
-        )
-        lab.processes.append(self.process)
-        assert self.process.stderr is not None
-        while "listening" not in (line := self.process.stderr.readline()):
-            assert line, "sshd does not start"
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-        options = f"-F none -i {directory}/user -p 9000 -l root -o BatchMode=yes -o LogLevel=ERROR"
-        self.command = [
-            "ssh", *options.split(), "-o", f"UserKnownHostsFile={directory}/known",
-            "-o", "StrictHostKeyChecking=accept-new",
-        ]  # fmt: skip
-        self.proxy = f"{sys.executable} {lab.patient} -c {lab.file(HOLD_CONF)} connect %h %p"
-
-    def log_in(self, *words: str, host: str = SERVER_4) -> Running:
-        """ssh to the server by `letmein connect`, to run this."""
-        proxy = f"ProxyCommand={self.proxy}"
-        return Running(self.lab, *self.command, "-o", proxy, host, *words, program=())
-
-
-@pytest.fixture(scope="class")
-def sshd(lab: Lab) -> Iterator[Sshd]:
-    made = Sshd(lab)
-    yield made
-    made.process.kill()
-    made.process.wait()  # or its port is still taken when the next test wants it
-
-
-def child_of(process: subprocess.Popen[bytes]) -> int:
-    """The pid of its only child."""
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    (child,) = path.read_text(encoding="ascii").split()
-    return int(child)
-
-
-@pytest.mark.usefixtures("hold")
-class TestSsh:
-    """`ssh -o ProxyCommand='letmein connect %h %p'`."""
-
-    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test"])
-    def test_a_command(self, lab: Lab, sshd: Sshd, host: str) -> None:
-        with sshd.log_in("echo $((6*7)); exit 5", host=host) as ssh:
-            assert ssh.end()[:3] == (5, "42\n", "")
-        shut_soon(lab)
-        assert not lab.reaches(9000, CLIENT_4)
-
-    def test_20_mb_in_each_direction(self, lab: Lab, sshd: Sshd) -> None:
-        data = os.urandom(20_000_000)
-        path = lab.directory / "copied"
-        with sshd.log_in(f"cat >{path}") as ssh:
-            ssh.say(data)
-            assert ssh.end()[:3] == (0, "", "")
-        assert path.read_bytes() == data
-        with sshd.log_in(f"cat {path}") as ssh:
-            assert ssh.hear(-1) == data
-            assert ssh.process.wait(LIMIT_S) == 0
-        path.unlink()
-        shut_soon(lab)
-
-    @pytest.mark.parametrize("whom", ["ssh", "letmein"])
-    @pytest.mark.parametrize("name", [*ENDINGS, "SIGKILL"])
-    def test_a_signal_in_the_middle(self, lab: Lab, sshd: Sshd, whom: str, name: str) -> None:
-        """(Nothing of ours can be done when SIGKILL ends our client: the kernel's timeout does.)"""
-        with sshd.log_in("echo here; sleep 60") as ssh:
-            assert ssh.hear(5) == b"here\n"
-            pid = ssh.process.pid if whom == "ssh" else child_of(ssh.process)
-            assert len(lab.elements()) == 1
-            os.kill(pid, getattr(signal, name))
-            assert ssh.end().status != 0
-        if (whom, name) != ("letmein", "SIGKILL"):
-            shut_soon(lab)
-
-    @pytest.mark.parametrize("first", [0, 1])
-    def test_two_at_once(self, lab: Lab, sshd: Sshd, first: int) -> None:
-        with sshd.log_in("cat") as one, sshd.log_in("cat") as other:
-            sessions = [one, other]
-            for ssh in sessions:
-                ssh.say(b"here\n")
-                assert ssh.hear(5) == b"here\n"
-            assert sessions[first].end()[:3] == (0, "", "")
-            shut_soon(lab)
-            sessions[1 - first].say(b"still here\n")
-            assert sessions[1 - first].end()[:3] == (0, "still here\n", "")
-        assert lab.elements() == []
-
-
-def shell(redirection: str, *words: str | Path, conf: str = HOLD_CONF, lab: Lab) -> list[str]:
-    """A command line by which a shell starts our client with some redirection."""
-    options = ["-c", lab.file(conf), "--seccomp", seccomp_for(words)]
-    program = [sys.executable, LETMEIN, *options, *words]
-    return ["sh", "-c", f"{shlex.join(map(str, program))} {redirection}"]
-
-
-class Heard:
-    """What a service has heard on its connections; it says `greeting` first."""
-
-    def __init__(self, greeting: bytes = b"") -> None:
-        self.greeting = greeting
-        self.data = b""
-        self.ended = threading.Event()
-
-    def __call__(self, connection: socket.socket) -> None:
-        if self.greeting:
-            connection.sendall(self.greeting)
-        connection.settimeout(LIMIT_S)
-        while data := connection.recv(1 << 16):
-            self.data += data
-        self.ended.set()
-
-
-@pytest.mark.usefixtures("hold")
-class TestConnect:
-    """`connect HOST PORT`, without ssh."""
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
-    def test_any_bytes_there_and_back(self, lab: Lab, host: str, control: str) -> None:
-        data = bytes(range(256)) * 8000
-
-        def give() -> None:
-            client.say(data)
-            client.end_input()
-
-        script = LETMEIN if "dead" in host else lab.patient
-        words = ["connect", control, host, "9000"]
-        with Service(9000, echo), Running(lab, *words, script=script) as client:
-            threading.Thread(target=give).start()
-            assert client.hear(-1) == data
-            assert client.end()[:3] == (0, "", "")
-            assert lab.elements() == []
-
-    def test_input_ends_first(self, lab: Lab) -> None:
-        """The service hears the end, and can answer still."""
-
-        def count(connection: socket.socket) -> None:
-            heard = Heard()
-            heard(connection)
-            time.sleep(0.3)
-            connection.sendall(b"%d" % len(heard.data))
-
-        with Service(9000, count), Running(lab, "connect", SERVER_4, "9000") as client:
-            client.say(bytes(100_000))
-            client.end_input()
-            assert client.hear(-1) == b"100000"
-            assert client.process.wait(LIMIT_S) == 0
-
-    def test_output_ends_first(self, lab: Lab) -> None:
-        """Who reads our output hears the end, and what still comes in is carried."""
-        heard = Heard(b"that is all")
-
-        def half(connection: socket.socket) -> None:
-            connection.sendall(heard.greeting)
-            connection.shutdown(socket.SHUT_WR)
-            heard.greeting = b""
-            heard(connection)
-
-        with Service(9000, half), Running(lab, "connect", SERVER_4, "9000") as client:
-            assert client.hear(-1) == b"that is all"
-            assert client.process.poll() is None
-            client.say(b"one more thing")
-            client.end_input()
-            assert client.process.wait(LIMIT_S) == 0
-            assert heard.ended.wait(LIMIT_S)
-        assert heard.data == b"one more thing"
-
-    def test_nobody_reads_our_output(self, lab: Lab) -> None:
-        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
-            client.stdout.close()
-            client.say(b"here")
-            assert client.process.wait(LIMIT_S) == 0
-            assert lab.elements() == []
-
-    def test_the_service_breaks_off(self, lab: Lab) -> None:
-        def reset(connection: socket.socket) -> None:
-            connection.recv(4)
-            linger = struct.pack("ii", 1, 0)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-        with Service(9000, reset), Running(lab, "connect", SERVER_4, "9000") as client:
-            client.say(b"here")
-            # Though our input has not ended.
-            assert client.process.wait(LIMIT_S) == 1
-            assert lab.elements() == []
-            client.end_input()
-            client.end().assert_error("the connection broke: Connection reset by peer")
-
-    def test_non_blocking_pipes(self, lab: Lab) -> None:
-        """All bytes arrive, in both directions, though our parent has set O_NONBLOCK."""
-        script = "import os, sys; [os.set_blocking(number, False) for number in (0, 1)]"
-        script += "; os.execv(sys.argv[1], sys.argv[1:])"
-        words: list[str | Path] = [sys.executable, LETMEIN, "-c", lab.file(HOLD_CONF)]
-        words = [*python(script), *words, "connect", SERVER_4, "9000"]
-        data = os.urandom(2_000_000)
-
-        def give() -> None:
-            time.sleep(0.5)  # there is nothing to read at first
-            client.say(data)
-            client.end_input()
-
-        with Service(9000, echo), Running(lab, *words, program=()) as client:
-            giver = threading.Thread(target=give)
-            giver.start()
-            assert client.hear(4) == data[:4]
-            time.sleep(0.5)  # the output is full meanwhile
-            assert client.hear(-1) == data[4:]
-            giver.join(LIMIT_S)
-            assert client.end()[:3] == (0, "", "")
-            assert lab.elements() == []
-
-    @pytest.mark.parametrize(
-        "redirection, problem",
-        [
-            (">/dev/full", "cannot write standard output: No space left on device"),
-            ("0>/dev/null", "cannot read standard input: Bad file descriptor"),
-        ],
-    )
-    def test_a_stream_that_fails(self, lab: Lab, redirection: str, problem: str) -> None:
-        """What is not carried is an error, and the door closes."""
-        words = shell(redirection, "connect", SERVER_4, "9000", lab=lab)
-        greet = Heard(b"greeting")
-        with Service(9000, greet), Running(lab, *words, program=()) as client:
-            assert client.process.wait(LIMIT_S) == 1
-            assert problem in client.end().err
-            assert lab.elements() == []
-
-    def test_a_peer_that_vanished(self, lab: Lab) -> None:
-        """Its connection ends, and with it the lease, though the server grants each renewal."""
-        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9001")
-        with Service(9001, echo), Running(lab, *words, program=()) as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            with lab.client():
-                run(NFT, "-f", "-", text=VANISH)
-            try:
-                assert client.process.wait(LIMIT_S) == 1
-                client.end().assert_error("the connection broke: Connection timed out")
-                assert lab.elements() == []
-            finally:
-                with lab.client():
-                    run(NFT, "flush", "ruleset")
-
-    def test_a_peer_that_stops_reading_for_a_while(self, lab: Lab) -> None:
-        """It is alive, so its connection goes on, and no byte is lost."""
-        data = os.urandom(20_000_000)
-        heard = Heard()
-
-        def late(connection: socket.socket) -> None:
-            time.sleep(4)
-            heard(connection)
-
-        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
-        with Service(9000, late), Running(lab, *words, program=()) as client:
-            client.say(data)
-            client.end_input()
-            assert client.end()[:3] == (0, "", "")
-            assert heard.ended.wait(LIMIT_S)
-        assert heard.data == data
-
-    def test_a_parent_that_ignores_the_end_of_the_output(self, lab: Lab) -> None:
-        """The service has closed its connection, and our input goes on: the door does not."""
-        words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9000")
-        greet = Service(9000, lambda connection: connection.sendall(b"bye"))
-        patience = Path("/proc/sys/net/ipv4/tcp_fin_timeout")
-        before = patience.read_text(encoding="ascii")
+        """Args: state, the addresses that the device lets in, with what is open for them."""
+
+        def agree_with(server: Server) -> None:
+            def is_equal() -> bool:
+                return state() == {f"{row.address} {row.opens}" for row in status(server)}
+
+            eventually(is_equal, f"{state()} is not what `status` says")
+
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x23, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        assert handshake(lab, operation=REVOKE) == COMEIN
+        knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        for word in (FOLLOWER, ""):
+            for recipe in recipes:
+                recipe.kill(word)
+            assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x22, 1))
+            agree_with(server)
+            assert handshake(lab, 0x22, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x23, 1))
+            agree_with(server)
+        knock_all(lab, (CLIENT_4, 0x25, 1))
+        server.kill()
+        eventually(lambda: len(status(server)) == 4, "its 3 seconds do not end")
+        agree_with(server)
+        conf = server.path.read_text(encoding="utf-8")
+        with Server(lab, conf, "--rundir", str(server.rundir)) as successor:
+            knock_all(lab, (OTHER_6, 0x22, 1), (CLIENT_4, 0x25, 1))
+            agree_with(successor)
+            assert handshake(lab, 0x22, REVOKE, source=OTHER_6) == COMEIN
+            agree_with(successor)
+        eventually(lambda: not state(), "the server has stopped, and something is open still")
+
+    def test_ipset(self, lab: Lab) -> None:
+        """An ipset with timeouts, and an iptables firewall that lets in who is in it."""
         try:
-            patience.write_text("1", encoding="ascii")
-            with greet, Running(lab, *words, program=()) as client:
-                assert client.hear(-1) == b"bye"
-                assert client.process.wait(LIMIT_S) == 0
-                assert lab.elements() == []
-        finally:
-            patience.write_text(before, encoding="ascii")
+            run("ipset", "create", "letmein-probe", "hash:ip")
+            run("ipset", "destroy", "letmein-probe")
+        except (OSError, AssertionError) as error:
+            pytest.skip(f"ipset does not work here: {error}")
+
+        def state() -> set[str]:
+            listing = run("ipset", "-output", "save", "list")
+            found = re.findall(r"(?m)^add letmein[46] (\S+?),(\w+):(\d+) timeout [1-9]", listing)
+            return {f"{address} {protocol}/{port}" for address, protocol, port in found}
 
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_renewed_for_the_connections_own_address(
-        self, lab: Lab, hold: Server, control: str
-    ) -> None:
-        """A machine that has moved renews nothing from its new address, and says so."""
-        moving = "10.1.0.4"
-        with lab.client():
-            run("ip", "addr", "add", f"{moving}/24", "dev", "wan")
-            run("ip", "route", "add", f"{SERVER_4}/32", "dev", "wan", "src", moving)
-        try:
-            words = ["connect", control, SERVER_4, "9001"]
-            with Service(9001, echo), Running(lab, *words) as client:
-                client.say(b"here")
-                assert client.hear(4) == b"here"
-                with lab.client():  # other connections come from CLIENT_4 now
-                    run("ip", "route", "del", f"{SERVER_4}/32")
-                before = len(hold.events("granted", peer=CLIENT_4))
-                count = len(hold.events("granted", peer=moving))
-                hold.wait_for("granted", count + 2, peer=moving)
-                with lab.client():
-                    run("ip", "addr", "del", f"{moving}/24", "dev", "wan")
-                assert client.process.stderr is not None
-                lines = [client.process.stderr.readline().decode() for _ in range(2)]
-                told = lines[0].partition(f"cannot renew port 9001 on {SERVER_4}: ")[2]
-                # A renewal that was under way just then gets no answer.
-                lost = f"this machine no longer has the address {moving}"
-                assert told.startswith((lost, "no answer on its control port")), lines
-                eventually(lambda: lab.elements() == [], "the lease does not end")
-                result = client.end(signal.SIGTERM)
-                assert (result.status, result.out) == (128 + signal.SIGTERM, "")
-                assert "Traceback" not in result.err
-                assert len(hold.events("granted", peer=CLIENT_4)) == before
-        finally:
-            with lab.client():
-                run("ip", "route", "del", f"{SERVER_4}/32", check=False)
-                run("ip", "addr", "del", f"{moving}/24", "dev", "wan", check=False)
-
-    @pytest.mark.parametrize("name", ENDINGS)
-    def test_a_signal(self, lab: Lab, name: str) -> None:
-        number = getattr(signal, name)
-        with Service(9000, echo), Running(lab, "connect", SERVER_4, "9000") as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            assert client.end(number)[:3] == (128 + number, "", "")
-            assert lab.elements() == []
-
-    def test_a_signal_just_before_signals_are_ignored(self, lab: Lab) -> None:
-        """Such as that by which ssh ends who carries its connection."""
-        patch = """
-            import os, signal
-            set_handler = signal.signal
-            def new_signal(number, handler):
-                if handler == signal.SIG_IGN:
-                    signal.signal = set_handler
-                    os.kill(os.getpid(), signal.SIGTERM)
-                set_handler(number, handler)
-            signal.signal = new_signal
-        """
-        words = patched(lab, patch, "connect", SERVER_4, "9000")
-        with Service(9000, echo), Running(lab, *words, program=()) as client:
-            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
-        assert lab.elements() == []
-
-    @pytest.mark.parametrize("words", [["connect", "9000"], ["knock", "9000"]])
-    def test_ctrl_c_at_any_moment(self, lab: Lab, words: list[str]) -> None:
-        with Service(9000, echo):
-            for step in range(30):
-                call = [words[0], "both.test", words[1]]
-                with Running(lab, *call, script=lab.patient, env=UNMEASURED) as client:
-                    time.sleep(0.03 + 0.01 * step)
-                    result = client.end(signal.SIGINT)
-                    assert_no_traceback(result)
-                    assert result.status in (-signal.SIGINT, 128 + signal.SIGINT, 0, 1)
-                if words[0] == "connect":
-                    assert lab.elements() == []
-
-    def test_a_lease_that_would_end_is_renewed(self, lab: Lab, hold: Server) -> None:
-        with Service(9001, echo), Running(lab, "connect", SERVER_4, "9001") as client:
-            for _ in range(5):
-                client.say(b"here")
-                assert client.hear(4) == b"here"
-                eventually(lambda: len(lab.elements()) == 1, "it is not renewed")
-                time.sleep(0.8)
-            assert client.end()[:3] == (0, "", "")
-            assert lab.elements() == []
-
-    def test_keep(self, lab: Lab) -> None:
-        with Service(9000, echo), Running(lab, "connect", "--keep", SERVER_4, "9000") as client:
-            assert client.end()[:3] == (0, "", "")
-        assert len(lab.elements()) == 1
-
-    def test_under_a_filter_of_system_calls(self, lab: Lab) -> None:
-        pytest.importorskip("pyseccomp")
-        words = ["--seccomp", "kill", "connect", "both.test", "9001"]
-        with Service(9001, echo), Running(
-            lab, *words, script=lab.patient, env=UNMEASURED
-        ) as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            time.sleep(1.5)  # so that it knocks again
-            assert client.end()[:3] == (0, "", "")
-            assert lab.elements() == []
-
-    def test_another_resource_opens_the_port(self, lab: Lab) -> None:
-        with Service(9001, echo), Running(
-            lab, "connect", "-r", "90", "-r", "91", SERVER_4, "9001"
-        ) as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            assert len(lab.elements()) == 2
-            assert client.end()[:3] == (0, "", "")
-            assert lab.elements() == []
-
-    @pytest.mark.parametrize(
-        "redirection, heard",
-        [(">&-", b"in"), ("2>&-", b"in"), ("<&-", b""), ("<&- >&- 2>&-", b"")],
-    )
-    def test_closed_streams(self, lab: Lab, redirection: str, heard: bytes) -> None:
-        """The connection does not get the number of one, and no warning gets into the output."""
-        service = Heard(b"greeting")
-        conf = f"{HOLD_CONF}\n[UNKNOWN]\n"
-        words = shell(redirection, "connect", SERVER_4, "9000", conf=conf, lab=lab)
-        with Service(9000, service), Running(lab, *words, program=()) as client:
-            with contextlib.suppress(BrokenPipeError):  # its input may be closed by now
-                client.say(b"in")
-            result = client.end()
-            assert service.ended.wait(LIMIT_S)
-        assert service.data == heard
-        assert result.out in ("", "greeting")
-        assert ("warning" in result.err) == ("2>" not in redirection)
-        shut_soon(lab)
-
-
-VANISH = """
-table ip vanish {
-    chain prerouting {
-        type filter hook prerouting priority raw
-        tcp sport 9001 drop
-    }
-}
-"""
-# For patched(): what the kernel waits for on its own takes a second, not a minute.
-IMPATIENT_SOCKETS = """
-    import socket
-    class Socket(socket.socket):
-        def setsockopt(self, level, name, value):
-            super().setsockopt(level, name, 1 if level == socket.IPPROTO_TCP else value)
-    socket.socket = Socket
-"""
-
-
-class Door:
-    """A server in this process without a firewall behind it, over TCP and UDP, so that a test
-    says how it behaves. Args: delays, by protocol and IP version (such as "tcp6"), of each
-    answer; granted, called with KNOCK or REVOKE and the address asked, before a COMEIN."""
-
-    def __init__(
-        self,
-        delays: Mapping[str, float] | None = None,
-        granted: Callable[[int, str], object] = lambda operation, where: None,
-        udp_copies: int = 1,
-    ) -> None:
-        self.delays = delays or {}
-        self.granted = granted
-        self.udp_copies = udp_copies
-        self.grants: list[tuple[int, str]] = []  # KNOCK or REVOKE, and the address
-        self.sockets = []
-        for address, protocol in itertools.product((SERVER_4, SERVER_6), ("tcp", "udp")):
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-            listener = socket.socket(family, kind)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, 5800))
-            if protocol == "tcp":
-                listener.listen()
-            self.sockets.append(listener)
-            serve = self._serve_tcp if protocol == "tcp" else self._serve_udp
-            arguments = listener, address, self.delays.get(protocol + "46"[":" in address], 0)
-            threading.Thread(target=serve, args=arguments, daemon=True).start()
-
-    def __enter__(self) -> Door:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for listener in self.sockets:
-            with contextlib.suppress(OSError):  # a UDP socket wakes up, and says ENOTCONN
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-
-    def _answer(self, data: bytes, asked: dict[int, int], where: str) -> bytes:
-        """asked: KNOCK or REVOKE, by the user."""
-        operation, user, resource = struct.unpack(">III", data[4:16])
-        if operation in (KNOCK, REVOKE):
-            asked[user] = operation
-            return reply(CHALLENGE, user, resource, TOKEN)
-        assert data[24:] == hmac.digest(KEYS[user], data[4:24] + TOKEN, "sha3_256")
-        self.granted(asked[user], where)
-        self.grants.append((asked[user], where))
-        return reply(COMEIN, user, resource)
-
-    def _serve_tcp(self, listener: socket.socket, where: str, delay: float) -> None:
-        def talk(connection: socket.socket) -> None:
-            asked: dict[int, int] = {}
-            with connection, contextlib.suppress(OSError):
-                for _ in range(2):
-                    data = connection.recv(56, socket.MSG_WAITALL)
-                    if data:
-                        time.sleep(delay)
-                        connection.sendall(self._answer(data, asked, where))
-
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=talk, args=(connection,), daemon=True).start()
-
-    def _serve_udp(self, listener: socket.socket, where: str, delay: float) -> None:
-        asked: dict[object, dict[int, int]] = {}
-        with contextlib.suppress(OSError):
-            while True:
-                data, peer = listener.recvfrom(100)
-                if not data:  # the end, see __exit__()
-                    return
-                time.sleep(delay)
-                answer = self._answer(data, asked.setdefault(peer, {}), where)
-                for _ in range(self.udp_copies):
-                    listener.sendto(answer, peer)
-
-
-class HangsUp:
-    """A Service that hangs up on its first peers at some stage, and serves the others."""
-
-    def __init__(self, stage: str, count: int) -> None:
-        self.stage = stage
-        self.count = count
-        self.ports: list[int] = []  # of its peers
-
-    def __call__(self, connection: socket.socket) -> None:
-        self.ports.append(connection.getpeername()[1])
-        hangs_up = len(self.ports) <= self.count
-        for stage, answer in (
-            ("at once", b""),
-            ("after the KNOCK", reply(CHALLENGE, auth=TOKEN)),
-            ("after the RESPONSE", reply(COMEIN)),
-        ):
-            if answer:
-                connection.recv(56, socket.MSG_WAITALL)
-            if hangs_up and stage == self.stage:
-                return
-            connection.sendall(answer)
-
-
-@pytest.mark.usefixtures("no_firewall")
-class TestDoor:
-    """What the client makes of a server that is good, but slow, or in a bad place."""
-
-    def test_the_slow_address_is_closed_as_well(self, lab: Lab) -> None:
-        """Its knock came to an end while COMMAND ran already."""
-        place = Path(tempfile.mkdtemp(dir=lab.directory))
-
-        def granted(operation: int, where: str) -> None:
-            """COMMAND runs before IPv6 is open, and for a second more."""
-            if (operation, where) == (KNOCK, SERVER_6):
-                eventually((place / "runs").exists, "COMMAND does not run")
-                (place / "open").touch()
-
-        script = f"cd {place}; touch runs; until [ -e open ]; do sleep 0.05; done; sleep 1"
-        words = ["knock", "both.test", "22", "--", "sh", "-c", script]
-        with Door(granted=granted) as door:
-            result = lab.letmein(*words, conf=PATIENT_CONF)
-        assert result.status == 0, result
-        assert result.took < LIMIT_S, result
-        assert "opened port 22 on both.test (10.1.0.1)\n" in result.err
-        assert set(door.grants) == {(o, w) for o in (KNOCK, REVOKE) for w in (SERVER_4, SERVER_6)}
-
-    def test_the_slow_address_is_not_waited_for_long(self, lab: Lab) -> None:
-        done = threading.Event()
-
-        def granted(operation: int, where: str) -> None:
-            if where == SERVER_6:
-                done.wait(2 * LIMIT_S)
-
-        with Door(granted=granted) as door:
-            result = lab.letmein("knock", "both.test", "22", conf=PATIENT_CONF)
-            grants = door.grants.copy()
-            done.set()
-        assert result[:3] == (0, "opened port 22 on both.test (10.1.0.1)\n", "")
-        assert result.took < LIMIT_S
-        assert grants == [(KNOCK, SERVER_4)]
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_ctrl_c_while_the_server_opens(self, lab: Lab, control: str) -> None:
-        """It is closed after it was opened, and not before."""
-        opening = threading.Event()
-
-        def granted(operation: int, where: str) -> None:
-            if operation == KNOCK:
-                opening.set()
-                time.sleep(0.15)
-
-        words = ["connect", control, "both.test", "9000"]
-        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
-            assert opening.wait(LIMIT_S)
-            assert client.end(signal.SIGINT)[:3] == (128 + signal.SIGINT, "", "")
-            time.sleep(0.3)
-        for where in (SERVER_4, SERVER_6):
-            assert [operation for operation, at in door.grants if at == where][-1] == REVOKE
-
-    @pytest.mark.parametrize("words", [[], ["-q"], ["-4", "-6"]])
-    def test_a_server_that_refuses_one_address(self, lab: Lab, words: list[str]) -> None:
-        """It is a success, but the user is told of the other address; -4 -6 wants both."""
-
-        def talk(connection: socket.socket) -> None:
-            connection.recv(56, socket.MSG_WAITALL)
-            connection.sendall(reply(CHALLENGE, auth=TOKEN))
-            connection.recv(56, socket.MSG_WAITALL)
-            is_4 = connection.getsockname()[0].startswith("::ffff:")
-            connection.sendall(reply(GOAWAY if is_4 else COMEIN))
-
-        with Service(5800, talk):
-            result = lab.letmein("knock", *words, "both.test", "22", script=lab.patient)
-        told = f"cannot open port 22 on both.test ({SERVER_4}): the server rejected the request\n"
-        told += "  the key is right: event=failed in the server's log says what went wrong\n"
-        opened = f"opened port 22 on both.test ({SERVER_6})\n"
-        assert result[:3] == {
-            "": (0, opened, f"letmein: note: {told}"),
-            "-q": (0, "", ""),
-            "-4 -6": (1, "", f"letmein: error: {told}"),
-        }[" ".join(words)]
-
-    def test_datagrams_that_come_twice(self, lab: Lab) -> None:
-        """As of networks that mean it too well."""
-        with Door(udp_copies=2) as door:
-            result = lab.letmein("knock", "-U", SERVER_4, "22", conf=HOLD_CONF)
-        assert result[:3] == (0, f"opened port 22 on {SERVER_4} ({SERVER_4})\n", "")
-        assert door.grants == [(KNOCK, SERVER_4)]
-
-    @pytest.mark.parametrize("word", ["knock", "revoke"])
-    @pytest.mark.parametrize("stage", ["at once", "after the KNOCK", "after the RESPONSE"])
-    def test_a_server_that_hangs_up_sometimes(self, lab: Lab, word: str, stage: str) -> None:
-        """As one does at which many knock at once: the client tries again, from a new port."""
-        busy = HangsUp(stage, 3)
-        with Service(5800, busy):
-            result = lab.letmein("--verbose", word, "-T", SERVER_4, "22")
-        result.assert_good()
-        assert len(re.findall("the server hung up, another try in [0-9]+ ms", result.err)) == 3
-        assert len(busy.ports) == len(set(busy.ports)) == 4
-
-    def test_a_server_that_always_hangs_up(self, lab: Lab) -> None:
-        """A few tries are enough: it may be a wrong key, or no letmein at all."""
-        busy = HangsUp("after the KNOCK", 1000)
-        with Service(5800, busy):
-            result = lab.letmein("knock", "-T", SERVER_4, "22")
-        result.assert_error("closed the connection without an answer")
-        assert len(busy.ports) == 4
-        assert result.took < 4
-
-    @pytest.mark.parametrize(
-        "said", [reply(GOAWAY), b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["GOAWAY", "another service"]
-    )
-    def test_a_server_that_says_something_is_not_asked_again(self, lab: Lab, said: bytes) -> None:
-        with FakeServer("tcp", [None, said]) as fake:
-            lab.letmein("knock", "-T", SERVER_4, "22").assert_error(SERVER_4)
-        assert len(fake.heard) == 1
-
-    def test_what_failed_is_not_asked_to_close(self, lab: Lab) -> None:
-        """One error, and the time of one."""
-        conf = client_conf(timeout=3)
-        result = lab.letmein("knock", "dead.test", "22", "--", "echo", "run", conf=conf)
-        result.assert_error(
-            "(fd01::98, 10.1.0.98): no answer on its control port 5800/tcp within 3 s"
-        )
-        assert result.took < 6
-
-    @pytest.mark.parametrize("host", [SERVER_4, "both.test"])
-    @pytest.mark.parametrize("opens", [True, False])
-    def test_shut_out_between_knock_and_connect(self, lab: Lab, opens: bool, host: str) -> None:
-        """Somebody behind the same address has closed the port meanwhile: knock again, once."""
-        services: list[Service] = []
-        one_at_a_time = threading.Lock()
-
-        def granted(operation: int, where: str) -> None:
-            """The first knock does not open it, the second one does."""
-            with one_at_a_time:
-                is_second = operation == KNOCK and (KNOCK, where) in door.grants
-                if opens and is_second and not services:
-                    services.append(Service(9000, echo))
-
-        words = ["connect", host, "9000"]
-        with Door(granted=granted) as door, Running(lab, *words, script=lab.patient) as client:
-            client.say(b"here")
-            result = client.end()
-        for service in services:
-            service.__exit__()
-        if opens:
-            assert result[:3] == (0, "here", "")
-        else:
-            result.assert_error("but cannot connect to port 9000: Connection refused\n")
-        addresses = [SERVER_4] if host == SERVER_4 else [SERVER_4, SERVER_6]
-        for where in addresses:
-            assert [operation for operation, at in door.grants if at == where] == [
-                KNOCK, KNOCK, REVOKE,
-            ]  # fmt: skip
-
-    def test_a_firewall_that_drops_the_first_connection(self, lab: Lab) -> None:
-        """Shut means silence there, and a client is not to wait for its kernel's patience."""
-        lab.load("""
-            table inet filter {
-                chain input {
-                    type filter hook input priority 0
-                    tcp dport 9000 tcp flags syn counter meta mark 0 drop
-                }
-            }
-        """)
-
-        def granted(operation: int, where: str) -> None:
-            if operation == KNOCK and (KNOCK, where) in door.grants:
-                run(NFT, "flush", "chain", "inet", "filter", "input")
-
-        try:
-            words = ["connect", SERVER_4, "9000"]
-            with Service(9000, echo), Door(granted=granted) as door, Running(lab, *words) as client:
-                client.say(b"here")
-                result = client.end()
-        finally:
-            lab.load("")
-        assert result[:3] == (0, "here", "")
-        assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + LIMIT_S / 2  # not 2 minutes
-
-
-REACH = f"import socket; socket.create_connection(('{SERVER_4}', PORT)).recv(4)"
-
-
-def python(text: str) -> list[str]:
-    return [sys.executable, "-S", "-c", text]
-
-
-@pytest.mark.usefixtures("hold")
-class TestCommand:
-    """`knock HOST PORT... -- COMMAND`."""
-
-    @pytest.mark.parametrize(
-        "script, status",
-        [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill $$", 143)],
-    )
-    def test_its_exit_status_is_ours(self, lab: Lab, script: str, status: int) -> None:
-        words = ["knock", SERVER_4, "22", "--", "sh", "-c", f"echo heard; {script}"]
-        result = lab.letmein(*words, conf=HOLD_CONF)
-        where = f"port 22 on {SERVER_4} ({SERVER_4})"
-        said = f"letmein: opened {where}\n"
-        assert result[:3] == (status, "heard\n", said)
-        assert lab.elements() == []
-
-    def test_all_is_open_meanwhile(self, lab: Lab) -> None:
-        check = python("; ".join(REACH.replace("PORT", str(port)) for port in (22, 23)))
-        result = lab.letmein("knock", SERVER_4, "22", "23", "-q", "--", *check, conf=HOLD_CONF)
-        assert result[:3] == (0, "", "")
-        assert not lab.reaches(22, CLIENT_4)
-        assert not lab.reaches(23, CLIENT_4)
-
-    @pytest.mark.parametrize(
-        "words, status",
-        [
-            (["22"], 0),
-            (["22", "23"], 0),
-            (["-r", "22", "-r", "23"], 0),
-            (["22", "26", "23"], 1),
-            (["-r", "99", "-r", "22"], 1),
-        ],
-    )
-    def test_a_line_for_each(self, lab: Lab, words: list[str], status: int) -> None:
-        """Without COMMAND: what can be opened is, and it is success if all were."""
-        for word in ("knock", "revoke"):
-            result = lab.letmein(word, SERVER_4, *words, conf=HOLD_CONF)
-            assert result.status == status, result
-            assert result.err.count("error: ") == status
-            wanted = [f"{w} on {SERVER_4} ({SERVER_4})" for w in words if w in ("22", "23")]
-            assert [line.split(" ", 2)[2].lstrip("0") for line in result.out.splitlines()] == wanted
-            assert len(lab.elements()) == (len(wanted) if word == "knock" else 0)
-
-    @pytest.mark.parametrize("words", [["26", "22"], ["22", "26"], ["-r", "22", "-r", "99"]])
-    def test_not_run_if_one_fails(self, lab: Lab, words: list[str]) -> None:
-        command = ["--", "echo", "run"]
-        result = lab.letmein("knock", SERVER_4, *words, *command, conf=HOLD_CONF)
-        assert (result.status, result.out) == (1, "")
-        assert result.err.count("error") == 1
-        assert result.err.count("opened ") == 1
-        assert lab.elements() == []
-
-    @pytest.mark.parametrize(
-        "text, mode, status, problem",
-        [
-            (None, 0, 127, "not found"),
-            ("#!/no/such/interpreter\n", 0o755, 127, "not found"),
-            ("#!/bin/sh\n", 0o644, 126, "Permission denied"),
-            ("no program\n", 0o755, 126, "Exec format error"),
-        ],
-    )
-    def test_a_command_that_cannot_be_run(
-        self, lab: Lab, text: str | None, mode: int, status: int, problem: str
-    ) -> None:
-        """A shell's exit status, one error in words, and the port is closed again."""
-        path = "no-such-thing" if text is None else lab.file(text, mode=mode)
-        result = lab.letmein("knock", "-q", SERVER_4, "22", "--", path, conf=HOLD_CONF)
-        said = f"letmein: error: cannot run '{path}': {problem}\n"
-        assert (result.status, result.out) == (status, "")
-        assert result.err.startswith(said)
-        assert "Errno" not in result.err
-        assert lab.elements() == []
-
-    def test_keep(self, lab: Lab) -> None:
-        result = lab.letmein("knock", "--keep", SERVER_4, "22", "--", "true", conf=HOLD_CONF)
-        assert result.status == 0, result
-        assert "closed" not in result.err
-        assert lab.reaches(22, CLIENT_4)
-
-    def test_a_lease_that_would_end_is_renewed(self, lab: Lab) -> None:
-        check = f"import time; time.sleep(4.5); {REACH.replace('PORT', '22')}"
-        conf = HOLD_CONF.replace("port: 22", "port: 22 / timeout: 3")
-        words = ["knock", "-q", SERVER_4, "9001", "22", "--"]
-        result = lab.letmein(*words, *python(check), conf=conf)
-        assert result[:3] == (0, "", "")
-        assert lab.elements() == []
-
-    @pytest.mark.parametrize("name", ENDINGS)
-    def test_a_signal_ends_command_too(self, lab: Lab, name: str) -> None:
-        words = ["-q", "knock", SERVER_4, "22", "--", "sh", "-c", "echo $$; exec sleep 60"]
-        number = getattr(signal, name)
-        with Running(lab, *words[1:3], "-q", *words[3:]) as client:
-            pid = int(client.stdout.readline())
-            assert len(lab.elements()) == 1
-            assert client.end(number)[:3] == (128 + number, "", "")
-        assert not Path(f"/proc/{pid}").exists()
-        assert lab.elements() == []
-
-    def test_a_command_that_takes_a_signal_well(self, lab: Lab) -> None:
-        """It ends when it wants to, and what it opened stays until then."""
-        script = "trap 'echo caught' TERM; echo here; while ! read line; do :; done; exit 3"
-        with Running(lab, "knock", "-q", SERVER_4, "22", "--", "sh", "-c", script) as client:
-            assert client.hear(5) == b"here\n"
-            client.process.terminate()
-            assert client.hear(7) == b"caught\n"
-            assert len(lab.elements()) == 1
-            client.say(b"go\n")
-            assert client.end()[:3] == (3, "", "")
-        assert lab.elements() == []
-
-    def test_a_signal_at_any_moment(self, lab: Lab) -> None:
-        """Nothing stays open, and COMMAND does not stay behind."""
-        mark = f"60.{os.getpid()}"
-        for step in range(25):
-            words = ["knock", SERVER_4, "22", "--", "sleep", mark]
-            with Running(lab, *words, script=lab.patient, env=UNMEASURED) as client:
-                time.sleep(0.04 + step * 0.02)
-                name = ENDINGS[step % len(ENDINGS)]
-                result = client.end(getattr(signal, name))
-                assert_no_traceback(result)
-                assert result.status in (-getattr(signal, name), 128 + getattr(signal, name), 1)
-            assert lab.elements() == []
-            assert run("pgrep", "-f", f"^sleep {mark}$", check=False) == ""
-
-    @pytest.mark.parametrize("where", ["before", "after", "in a callback"])
-    def test_a_signal_while_command_starts(self, lab: Lab, where: str) -> None:
-        """It ends all, also where Python loses the exception: in a callback of its own."""
-        patch = f"""
-            import os, signal, subprocess, threading
-            class Popen(subprocess.Popen):
-                def __init__(self, command):
-                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "before" else None
-                    super().__init__(command)
-                    os.kill(os.getpid(), signal.SIGTERM) if {where!r} == "after" else None
-            subprocess.Popen = Popen
-            class Callback:
-                def __del__(self):
-                    os.kill(os.getpid(), signal.SIGTERM)
-            class Thread(threading.Thread):
-                def start(self):
-                    Callback() if {where!r} == "in a callback" else None
-                    super().start()
-            threading.Thread = Thread
-        """
-        seconds = f"60.{os.getpid()}"
-        words = patched(lab, patch, "knock", "-q", SERVER_4, "22", "--", "sleep", seconds)
-        with Running(lab, *words, program=()) as client:
-            assert client.end()[:3] == (128 + signal.SIGTERM, "", "")
-        assert lab.elements() == []
-        assert run("pgrep", "-f", f"^sleep {seconds}$", check=False) == ""
-
-    def test_not_under_a_filter_of_system_calls(self, lab: Lab) -> None:
-        words = ["--seccomp", "kill", "knock", SERVER_4, "22", "--", "echo", "run"]
-        result = lab.letmein(*words, conf=HOLD_CONF)
-        result.assert_error("COMMAND would run with the filter", "use connect, or --seccomp off")
-        assert lab.elements() == []
-
-
-REJECTED = "compare user, key and resource with the server's file; its log says which is wrong"
-SILENT = "compare user and key with the server's file: it may not answer wrong ones"
-SILENT_UDP = "see whether the server runs; compare user and key: over UDP it ignores wrong ones"
-DROPPED_ON_THE_WAY = (
-    "see whether the server runs, and has this control port: its firewall drops all others"
-)
-NOBODY_THERE = "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"
-UNUSABLE = "use another of its addresses if there is one: servers refuse link-local clients"
-NO_PORT = "add port 80, or name a resource with -r ID"
-NO_SERVICE = "see whether the service runs on the server, and listens on this address"
-REFUSED = "the server rejected the request"
-CLOSED = "the server closed the connection without an answer"
-FAILURES = {  # by the command line the error and its hint, word for word
-    "knock SERVER -r 99": (f"cannot open resource 00000099 on SERVER: {REFUSED}", REJECTED),
-    "knock SERVER 26": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
-    "knock SERVER 26 -U": (f"cannot open port 26 on SERVER: {REFUSED}", REJECTED),
-    "knock SERVER -r 98 -r 99": (
-        f"cannot open resource 00000098 and resource 00000099 on SERVER: {REFUSED}", REJECTED,
-    ),
-    "revoke SERVER -r 99": (f"cannot close resource 00000099 on SERVER: {REFUSED}", REJECTED),
-    "knock SERVER 22 -u 2": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
-    "knock SERVER 22 -u 3": (f"cannot open port 22 on SERVER: {CLOSED}", SILENT),
-    "knock SERVER 22 -U -u 3": (
-        "cannot open port 22 on SERVER: no answer on its control port 5800/udp within 0.4 s",
-        SILENT_UDP,
-    ),
-    "knock 10.1.0.99 22 23 26": (
-        "cannot open port 22, port 23 and port 26 on 10.1.0.99:"
-        " no answer on its control port 5800/tcp within 0.4 s", DROPPED_ON_THE_WAY,
-    ),
-    "knock dead.test 22 -U": (
-        "cannot open port 22 on dead.test (fd01::98, 10.1.0.98):"
-        " no answer on its control port 5800/udp within 0.4 s", SILENT_UDP,
-    ),
-    "revoke fd01::99 22": (
-        "cannot close port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
-        DROPPED_ON_THE_WAY,
-    ),
-    "knock SERVER 22 -P 5801": (
-        "cannot open port 22 on SERVER: nothing listens on its control port 5801/tcp",
-        NOBODY_THERE,
-    ),
-    "knock SERVER 22 -P 5801 -U": (
-        "cannot open port 22 on SERVER: nothing listens on its control port 5801/udp",
-        NOBODY_THERE,
-    ),
-    "knock 10.9.9.9 22": (
-        "cannot open port 22 on 10.9.9.9: this machine has no route to it",
-        "see whether this machine is online and has IPv4",
-    ),
-    "knock 10.5.0.1 22": (
-        "cannot open port 22 on 10.5.0.1: this machine does not let letmein send to control port"
-        " 5800/tcp (Permission denied)",
-        "allow it in this machine's own firewall, or in the sandbox that letmein runs in",
-    ),
-    "knock 10.6.0.1 22": (
-        "cannot open port 22 on 10.6.0.1: the host is down, or a firewall rejects its control port"
-        " 5800/tcp (No route to host)",
-        "see whether the host is up, and whether you may reach it from this network",
-    ),
-    "knock fe80::1 22": (
-        "cannot open port 22 on fe80::1: a link-local address needs a zone, such as fe80::1%eth0",
-        UNUSABLE,
-    ),
-    "knock [fd01::99] 22": (
-        "cannot open port 22 on fd01::99: no answer on its control port 5800/tcp within 0.4 s",
-        DROPPED_ON_THE_WAY,
-    ),
-    "knock no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
-    "connect no.invalid 22": ("cannot find the address of 'no.invalid': NO_NAME", ""),
-    "knock b\xfccher.invalid 22": (
-        r"cannot find the address of 'b\xfccher.invalid': NO_NAME", "",
-    ),
-    "knock both..test 22": ("cannot find the address of 'both..test': NO_NAME", ""),
-    "knock v4dead.test.not 22 -4 -6": (
-        "'v4dead.test.not' has no IPv6 address", "leave out -6",
-    ),
-    "knock v4dead.test.not 22 -6": ("'v4dead.test.not' has no IPv6 address", "leave out -6"),
-    "knock fd01::1 22 -4": ("'fd01::1' has no IPv4 address", "leave out -4"),
-    "knock SERVER 80": (
-        "CONF: [RESOURCES] has no port 80 for user 00000001",
-        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
-    ),
-    "knock SERVER 26 -u 2": (
-        "CONF: [RESOURCES] has no port 26 for user 00000002",
-        "it has: 22, 23, 9000, 9001; add port 26, or name a resource with -r ID",
-    ),
-    "connect SERVER 80": (
-        "CONF: [RESOURCES] has no port 80 for user 00000001",
-        f"it has: 22, 23, 26, 9000, 9001; {NO_PORT}",
-    ),
-    "knock SERVER 22 -u 9": (
-        "CONF: [KEYS] has no key for user 00000009",
-        "copy the user's line from the server's [KEYS], or name another user with -u ID",
-    ),
-    "knock -q SERVER 22 -- no-such-thing": (
-        "cannot run 'no-such-thing': not found",
-        "check its name, PATH and, if it is a script, the program that its first line names",
-    ),
-    "knock -q SERVER 22 -- /etc": (
-        "cannot run '/etc': Permission denied",
-        "make it executable: chmod +x; a script begins with a line such as #!/bin/sh",
-    ),
-    "connect SERVER 9000": (
-        "opened port 9000 on SERVER, but cannot connect to port 9000: Connection refused",
-        NO_SERVICE,
-    ),
-    "connect SERVER 9000 -r 22": (
-        "opened port 22 on SERVER, but cannot connect to port 9000: Connection refused",
-        "name a resource that opens port 9000, or connect to port 22",
-    ),
-}  # fmt: skip
-NOT_RUN = {"knock -q SERVER 22 -- no-such-thing": 127, "knock -q SERVER 22 -- /etc": 126}
-NAME_ERRORS = {  # they differ between systems, and with the network
-    "Name or service not known", "Temporary failure in name resolution",
-    "No address associated with hostname", "this is not a host name",
-}  # fmt: skip
-
-
-@pytest.mark.usefixtures("hold")
-class TestWords:
-    """What people read when it does not work, and how little when it does."""
-
-    @pytest.mark.parametrize("words", FAILURES)
-    def test_a_failure_in_two_lines(self, lab: Lab, words: str) -> None:
-        problem, hint = FAILURES[words]
-        wrong = "".join(f"{user} = {os.urandom(32).hex()}\n" for user in (2, 3))
-        # Patience ends soon where silence is what the client gets, and nowhere else.
-        patience = 0.4 if "no answer" in problem else 5
-        conf = client_conf(timeout=patience, resources=HOLD_RESOURCES.replace("USERS", "1"))
-        path = lab.file(conf.replace(f"2 = {KEYS[2].hex()}\n", wrong))
-        with lab.client():
-            options = ["--seccomp", seccomp_for(words.split())]
-            result = lab.command("-c", path, *options, *words.replace("SERVER", SERVER_4).split())
-        for reason in NAME_ERRORS:
-            if words.split()[1] in ("no.invalid", "b\xfccher.invalid", "both..test"):
-                err = re.sub(f": {reason}\n  (check|see) .*\n", ": NO_NAME\n", result.err)
-                result = result._replace(err=err)
-        wanted = f"letmein: error: {problem}\n" + (f"  {hint}\n" if hint else "")
-        wanted = wanted.replace("SERVER", SERVER_4).replace("CONF", str(path))
-        assert result[:3] == (NOT_RUN.get(words, 1), "", wanted)
-        assert lab.elements() == []
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_success(self, lab: Lab, control: str) -> None:
-        words = [control, "both.test", "22"]
-        for word, done in (("knock", "opened"), ("revoke", "closed")):
-            result = lab.letmein(word, *words, conf=HOLD_CONF, script=lab.patient)
-            first, second = sorted([SERVER_4, SERVER_6])
-            orders = [f"({first}, {second})", f"({second}, {first})"]
-            assert result.out in [f"{done} port 22 on both.test {order}\n" for order in orders]
-            assert (result.status, result.err) == (0, "")
-            assert lab.letmein(word, "-q", *words, conf=HOLD_CONF)[:3] == (0, "", "")
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_verbose(self, lab: Lab, control: str) -> None:
-        """It tells each step, in order, with the time since the start, and no key."""
-        words = ["--verbose", "knock", control, "v6dead.test", "22"]
-        result = lab.letmein(*words, conf=HOLD_CONF)
-        assert result.status == 0
-        lines = re.findall(r"(?m)^letmein: (\d+) ms  (.*)$", result.err)
-        assert len(lines) == len(result.err.splitlines())
-        assert [int(time) for time, _ in lines] == sorted(int(time) for time, _ in lines)
-        protocol = "tcp" if control == "-T" else "udp"
-        connecting = ["connecting", f"connected from {CLIENT_4}"] if control == "-T" else []
-        shaken = [
-            "sending KNOCK for resource 00000022", "received CHALLENGE",
-            "sending RESPONSE for resource 00000022", "received COMEIN",
-        ]  # fmt: skip
-        steps = [line for _, line in lines if "fd01::99)" not in line]
-        assert steps[0].startswith("read /") and steps[0].endswith(": the key of user 00000001")
-        assert steps[1:] == [
-            f"server: fd01::99 and {SERVER_4}, control port 5800/{protocol}",
-            *[f"v6dead.test ({SERVER_4}): {step}" for step in connecting + shaken],
-            "port 22 is open to this machine for 600 s, unless the server's file says otherwise",
-        ]
-        waited = f"v6dead.test (fd01::99): no answer within {letmein.OTHER_ADDRESS_S} s more"
-        assert waited in [line for _, line in lines]
-        assert KEYS[1].hex() not in result.err.lower()
-
-    @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
-    def test_nobody_reads_our_errors(self, lab: Lab, redirection: str) -> None:
-        """What is done is the same: COMMAND runs, and all is closed."""
-        path = lab.directory / "ran"
-        words = ["knock", SERVER_4, "22", "23", "--", "sh", "-c", f"sleep 0.5; echo >>{path}"]
-        with lab.client():
-            lab.command(program=shell(redirection, *words, lab=lab))
-        eventually(path.exists, "COMMAND ran")
-        shut_soon(lab)
-        path.unlink()
-
-    @pytest.mark.parametrize("word", ["knock", "revoke"])
-    def test_nobody_reads_our_output(self, lab: Lab, word: str) -> None:
-        """All is done, but it is no success."""
-        gone = "trap '' PIPE; while echo; do :; done 2>/dev/null"  # whoever might have read
-        for end, unbuffered in itertools.product(("| true", ">/dev/full"), ("", "1")):
-            words = shell("", word, SERVER_4, "22", "23", lab=lab)[2]
-            script = f"{{ {gone}; {words}; }} {end}; echo ${{PIPESTATUS[0]}}"
-            env = {"PYTHONUNBUFFERED": unbuffered}
-            with Running(lab, "bash", "-c", script, program=(), env=env) as client:
-                result = client.end()
-            assert result.out == "1\n", result
-            assert result.err in ("", "letmein: error: [Errno 28] No space left on device\n")
-            assert len(lab.elements()) == (2 if word == "knock" else 0)
-
-    def test_closed_output(self, lab: Lab) -> None:
-        for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
-            with lab.client():
-                words = shell(redirection, "knock", SERVER_4, "22", lab=lab)
-                result = lab.command(program=words)
-            assert (result.status, result.err) == (0, "")
-            words = shell(redirection, "knock", SERVER_4, lab=lab)
-            assert lab.command(program=words).status == 2
-
-    @pytest.mark.parametrize("timeout, status", [("0", 1), ("4294967295", 0), ("1e7", 0)])
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_any_control_timeout(
-        self, lab: Lab, timeout: str, status: int, control: str
-    ) -> None:
-        conf = HOLD_CONF.replace("control-timeout = 5", f"control-timeout = {timeout}")
-        target = "10.1.0.99" if status else SERVER_4
-        result = lab.letmein("knock", control, target, "22", conf=conf)
-        assert result.status == status
-        assert "10.1.0.99: no answer" in result.err or not status
-
-    @pytest.mark.parametrize("timeout", ["0", "0.001", "4294967295"])
-    def test_any_timeout_of_a_lease(self, lab: Lab, timeout: str) -> None:
-        conf = HOLD_CONF.replace("port: 22", f"port: 22 / timeout: {timeout}")
-        result = lab.letmein("knock", "-q", SERVER_4, "22", "--", "sleep", "1.2", conf=conf)
-        assert result[:3] == (0, "", "")
-
-    @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
-    @pytest.mark.parametrize("name", ["b\xfccher.test", "\u4f8b.test"])
-    def test_a_name_in_any_alphabet(self, lab: Lab, name: str, encoding: str) -> None:
-        words = ["knock", name, "22"]
-        with Running(lab, *words, env={"PYTHONIOENCODING": encoding}) as client:
-            out = client.hear(-1)
-            assert client.process.wait(LIMIT_S) == 0
-        said = name.encode(encoding, "backslashreplace")
-        assert out == b"opened port 22 on %s (10.1.0.1)\n" % said
-
-
-LOSSY = """
-table ip lossy {
-    chain prerouting {
-        type filter hook prerouting priority raw
-        udp dport 5800 numgen random mod 100 < 30 drop
-        udp sport 5800 numgen random mod 100 < 30 drop
-    }
-}
-"""
-LOSSY_KNOCKS = int(os.environ.get("LOSSY_KNOCKS", "5"))
-
-
-class TestRenewal:
-    @pytest.mark.parametrize("words", [["knock", "-q"], ["connect"]])
-    def test_a_renewal_that_fails_is_tried_again_soon(self, lab: Lab, words: list[str]) -> None:
-        """Before the lease ends: one that is lost shuts no door."""
-        resources = "92 = port: 9002 / timeout: 8"
-        refuse = """
-            table inet refuse {
-                counter refused { }
-                chain input {
-                    type filter hook input priority -1
-                    tcp dport 5800 counter name refused reject with tcp reset
-                }
-            }
-        """
-        words = [words[0], "--verbose", *words[1:], SERVER_4, "9002"]
-        words += ["--", "cat"] if words[0] == "knock" else []
         lab.load()
-        conf = client_conf(resources=resources)
-        with Server(lab, server_conf(resources)) as server, Service(9002, echo):
-            with Running(lab, *words, conf=conf) as client:
-                client.say(b"here")
-                assert client.hear(4) == b"here"
-                server.wait_for("granted")
-                run(NFT, "-f", "-", text=refuse)
-                eventually(lambda: lab.counters()["refused"] > 0, "nothing is renewed")
-                run(NFT, "delete", "table", "inet", "refuse")
-                while len(server.events("granted")) < 2:
-                    assert lab.elements() != []
-                    time.sleep(0.1)
-                assert time.monotonic() - client.started < 7.5
-                result = client.end()
-            assert (result.status, lab.elements()) == (0, [])
-            told = "not renewed yet: port 9002 on 10.1.0.1: nothing listens on its control port"
-            assert told in result.err
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
+            eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
+            for rule in document_block(IPTABLES_RULE).strip().splitlines():
+                run(*rule.split())
+            run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
+            run("ipset", "flush", "letmein4")
+            recipe.kill("letmein-ipset\0")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
+            self.exercise(lab, server, [recipe], state)
+            run("iptables", "-F", "INPUT")
+        run("ipset", "destroy")
 
+    def test_own_command(self, lab: Lab) -> None:
+        """A command on open and on close: here one that keeps a file for each lease."""
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-hook") as recipe:
+            place = recipe.directory / "device"
+            place.mkdir()
+            act = 'case $1 in open) touch "$2 $3";; close) rm -f "$2 $3";; esac'
+            recipe.file("letmein-command", f'#!/bin/sh -e\ncd "{place}"\n{act}\n')
 
-class TestOffice:
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    def test_forty_clients_at_once(self, lab: Lab, hold: Server, control: str) -> None:
-        """All behind one address, of which a server serves eight at a time over TCP."""
-        words = ["knock", control, SERVER_4, "22"]
+            def state() -> set[str]:
+                held = [path.name.split() for path in place.iterdir()]
+                return {
+                    f"{address} {opens}"
+                    for address, resource in held
+                    for opens in OPENS[int(resource, 16)]
+                }
+
+            self.exercise(lab, server, [recipe], state)
+
+    def test_fleet(self, lab: Lab) -> None:
+        """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
+        lab.load()
+        sets = document_block("table inet filter {")
         with contextlib.ExitStack() as stack:
-            clients = [
-                stack.enter_context(Running(lab, *words, env=UNMEASURED)) for _ in range(40)
-            ]
-            results = [client.end() for client in clients]
-        assert {(result.status, result.err) for result in results} == {(0, "")}
+            server = stack.enter_context(Server(lab, server_conf()))
+            hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
+            recipes = []
+            for host in hosts:
+                stack.callback(host.close)
+                names = ("letmein-nft", "letmein-fleet")
+                recipe = Recipe(lab, server, *names, command=f"letmein-fleet {host.address}")
+                ssh = shlex.join([shutil.which("ssh") or "ssh", *host.sshd.command[1:]])
+                recipe.file("ssh", f'#!/bin/sh\nexec {ssh} "$@"\n')
+                recipes.append(stack.enter_context(recipe))
+            assert not any(host.reachable() for host in hosts)
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            for host in hosts:
+                eventually(host.reachable, f"{host.address} stays shut")
+            with lab.inside(hosts[0].namespace):
+                run(NFT, "flush set inet filter letmein4")
+            recipes[0].kill("BatchMode")  # ssh
+            eventually(hosts[0].reachable, "its set stays empty")
+
+            def state() -> set[str]:
+                states = [host.state() for host in hosts]
+                return states[0] if states == states[:1] * 3 else {"they differ"}
+
+            self.exercise(lab, server, recipes, state)
+            assert not any(host.reachable() for host in hosts)
 
 
-@pytest.fixture
-def lossy(lab: Lab) -> Iterator[None]:
-    """30 of 100 datagrams to and from the control port get lost, each way."""
-    with lab.client():
-        run(NFT, "-f", "-", text=LOSSY)
-    yield
-    with lab.client():
-        run(NFT, "flush", "ruleset")
-
-
-def knock_lossily(lab: Lab, knocks: int) -> list[float]:
-    """How long each knock took, infinite for one that failed."""
-    times = []
-    for _ in range(knocks):
-        result = lab.letmein("knock", "-U", SERVER_4, "22", conf=PATIENT_CONF)
-        times.append(result.took if result.status == 0 else float("inf"))
-    print(" ".join(f"{took:.2f}" for took in sorted(times)))
-    return times
-
-
-@pytest.mark.usefixtures("lossy")
-class TestLossyPath:
-    """Over UDP. (TCP sees to lost packets by itself.) One knock of 2,000 is so unlucky that none of
-    its tries gets through in 5 s, and of a million in 10 s."""
-
-    def test_our_server(self, lab: Lab) -> None:
-        lab.load(more=LOSSY)
-        with Server(lab, HOLD_SERVER):
-            times = knock_lossily(lab, LOSSY_KNOCKS)
-            assert max(times) < 10
-            run(NFT, "delete", "table", "ip", "lossy")
-
-    def test_revoke(self, lab: Lab) -> None:
-        lab.load(more=LOSSY)
-        with Server(lab, HOLD_SERVER):
-            for word in ("knock", "revoke"):
-                lab.letmein(word, "-U", SERVER_4, "22", conf=PATIENT_CONF).assert_good()
-            run(NFT, "delete", "table", "ip", "lossy")
-
-    def test_the_reference_server(self, lab: Lab) -> None:
-        programs = reference("letmeinfwd", "letmeind")
-        if not lab.real_root:
-            pytest.skip("letmeind runs as an account of its own: that takes real root")
-        if REFERENCE_ACCOUNT not in {account.pw_name for account in pwd.getpwall()}:
-            pytest.skip(f"letmeind's account {REFERENCE_ACCOUNT} does not exist")
-        lab.load(more=LOSSY)
-        with ReferenceServer(lab, programs, server_conf("22 = port: 22", general="")):
-            times = knock_lossily(lab, LOSSY_KNOCKS)
-            assert sum(took < 10 for took in times) >= LOSSY_KNOCKS * 13 // 15
-
-
-class TestClientLimits:
-    """What a system gives may run out: that is an error in words, and soon."""
-
-    def test_descriptors_above_1023(self, lab: Lab, hold: Server) -> None:
-        """Our parent has left us many open files."""
-        many = """
-            import os, resource
-            resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))
-            many = [os.dup(0) for _ in range(1100)]
-        """
-        words = patched(lab, many, "knock", "-U", "both.test", "22")
-        with Running(lab, *words, program=()) as client:
-            result = client.end()
-        assert (result.status, result.err) == (0, "")
-
-    def test_a_long_time_without_an_answer(self, lab: Lab) -> None:
-        """Over UDP the handshakes that are waited for do not grow without limit."""
-        often = ("UDP_REPEAT_S = 0.4 ", "UDP_REPEAT_S = 0.002 ")
-        program = ("prlimit", "--nofile=64", "--", *altered(lab, often)[:2])
-        path = lab.file(client_conf(timeout=1))
-        with lab.client():
-            words = ("-c", path, "knock", "-U", "10.1.0.99", "22")
-            result = lab.command(*words, program=program)
-        result.assert_error("10.1.0.99: no answer on its control port 5800/udp within 1 s")
-
-    @pytest.mark.parametrize("words", [["knock", "-U"], ["revoke", "-U"]])
-    def test_a_thread_that_dies(self, lab: Lab, words: list[str]) -> None:
-        """Whatever it died of is told, and nobody waits for it."""
-        bomb = """
-            import selectors
-            def broken():
-                raise ValueError("boom")
-            selectors.DefaultSelector = broken
-        """
-        words = [str(word) for word in patched(lab, bomb, *words, "both.test", "22")]
-        with Running(lab, *words, program=()) as client:
-            assert client.process.wait(LIMIT_S) == 1
-            client.end().assert_error("ValueError('boom')", "a bug in letmein")
-
-    @pytest.mark.parametrize("word", ["knock", "connect"])
-    def test_no_more_threads(self, lab: Lab, hold: Server, word: str) -> None:
-        """A knock takes none; `connect` needs them, says so, and closes the port again."""
-        limit = """
-            import threading
-            def start(thread):
-                raise RuntimeError("can't start new thread")
-            threading.Thread.start = start
-        """
-        words = patched(lab, limit, word, "both.test", "9000")
-        with Service(9000, echo), Running(lab, *words, program=()) as client:
-            assert client.process.wait(LIMIT_S) == (word == "connect")
-            result = client.end()
-        if word == "connect":
-            result.assert_error("cannot start a thread: can't start new thread")
-        assert len(lab.elements()) == (0 if word == "connect" else 2)
-
-
-class TestDeadAddress:
-    """Of a name with two addresses, one leads nowhere."""
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize("host, option", [("v6dead.test", "-4"), ("v4dead.test", "-6")])
-    def test_costs_little(
-        self, lab: Lab, hold: Server, host: str, option: str, control: str
-    ) -> None:
-        dead = "fd01::99" if option == "-4" else "10.1.0.99"
-        times: dict[str, list[float]] = {"": [], option: []}
-        extra = float("inf")
-        # A busy machine takes its own time, but hardly five times: a deadline takes 5 s.
-        while extra >= 1 and len(times[option]) < 5:
-            for words, took in times.items():
-                options = [words] if words else []
-                knock = ("--verbose", "knock", *options, control, host, "22")
-                result = lab.letmein(*knock, conf=HOLD_CONF)
-                result.assert_good()
-                waited = f"({dead}): no answer within {letmein.OTHER_ADDRESS_S} s more\n"
-                assert (waited in result.err) == (words == "")
-                took.append(result.took)
-            extra = min(times[""]) - min(times[option])
-        print(f"{extra:.3f} s more")
-        assert extra < 1  # a dead address would cost 5 s
-
-    @pytest.fixture
-    def far(self, lab: Lab) -> Iterator[None]:
-        """Addresses of the server that a system tries last: the others are more like its own."""
-        addresses = "10.1.0.130/32", "fd01::8000:0:0:1/128"
-        for address in addresses:
-            run("ip", "addr", "add", address, "dev", "lan", *["nodad"][: ":" in address])
-        yield
-        for address in addresses:
-            run("ip", "addr", "del", address, "dev", "lan")
-
-    @pytest.mark.usefixtures("far")
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize(
-        "host, options, open_to",
-        [
-            ("several.test", [], [CLIENT_4]),
-            ("several.test", ["-4"], [CLIENT_4]),
-            ("several6.test", ["-6"], [CLIENT_6]),
-            ("several.both.test", [], [CLIENT_4, CLIENT_6]),
-            ("several.both.test", ["-4", "-6"], [CLIENT_4, CLIENT_6]),
-        ],
-    )
-    def test_several_of_one_family(
-        self,
-        lab: Lab,
-        hold: Server,
-        host: str,
-        options: list[str],
-        open_to: list[str],
-        control: str,
-    ) -> None:
-        """The first refuses, the second is silent, the third is enough, in each family wanted."""
-        result = lab.letmein("knock", *options, control, host, "22", conf=HOLD_CONF)
-        result.assert_good()
-        assert result.took < 4
-        for source in (CLIENT_4, CLIENT_6):
-            assert lab.reaches(22, source) == (source in open_to)
-        lab.letmein("revoke", *options, control, host, "22", conf=HOLD_CONF).assert_good()
-        assert lab.elements() == []
-
-    @pytest.mark.usefixtures("far")
-    @pytest.mark.parametrize("host", ["several.test", "several6.test", "several.both.test"])
-    def test_connect_to_one_that_was_opened(self, lab: Lab, hold: Server, host: str) -> None:
-        """Nobody waits for those that lead nowhere."""
-        with Service(9000, echo), Running(lab, "connect", host, "9000") as client:
-            client.say(b"here")
-            assert client.end()[:3] == (0, "here", "")
-        assert lab.elements() == []
-
-    def test_a_crowd(self, lab: Lab, hold: Server) -> None:
-        """Eight are knocked at the most, and one family leaves room for the other."""
-        words = ["--verbose", "knock", "crowd.test", "22"]
-        result = lab.letmein(*words, conf=HOLD_CONF)
-        result.assert_good()
-        (line,) = re.findall("(?m)^letmein: .* ms  server: (.*),", result.err)
-        assert len(line.split(" and ")) == 8
-        assert lab.reaches(22, CLIENT_4)
-
-    def test_what_a_server_says_is_told_first(self, lab: Lab, hold: Server) -> None:
-        """And not that another address is silent."""
-        conf = HOLD_CONF.replace("control-timeout = 5", "control-timeout = 0.5")
-        result = lab.letmein("knock", "v6dead.test", "-r", "99", conf=conf)
-        result.assert_error(f"on v6dead.test ({SERVER_4}): the server rejected the request")
-
-    def test_both_are_demanded(self, lab: Lab, hold: Server) -> None:
-        """-4 and -6: what one address has opened does not stay open without the other."""
-        conf = client_conf(timeout=1.5)  # enough for the one that lives
-        words = ["-4", "-6", "v6dead.test", "22"]
-        result = lab.letmein("knock", *words, "--", "echo", "run", conf=conf)
-        assert (result.status, result.out) == (1, "")
-        assert "(fd01::99): no answer" in result.err
-        assert lab.elements() == []
-
-
-class TestConfigurationPlaces:
-    """Which file the client reads. (The places in /opt and /etc are others here.)"""
-
-    @pytest.fixture
-    def homes(self, lab: Lab) -> Path:
-        directory = Path(tempfile.mkdtemp(dir=lab.directory))
-        for place in ("xdg/letmein", "home/.config/letmein", "opt/letmein/etc", "etc"):
-            (directory / place).mkdir(parents=True)
-        return directory
-
-    def write(self, directory: Path, place: str, mode: int = 0o600) -> Path:
-        """A file of which an error tells that it was the one."""
-        path = directory / place / "letmein.conf"
-        path.write_text("[CLIENT]\ndefault-user = BAD0\n", encoding="utf-8")
-        path.chmod(mode)
-        return path
-
-    def run(self, directory: Path, *words: str | Path, xdg: str | None = "xdg") -> str:
-        """What the client says of a knock with the files there are."""
-        env = {name: text for name, text in unmeasured().items() if name != "XDG_CONFIG_HOME"}
-        env["HOME"] = str(directory / "home")
-        if xdg is not None:
-            env["XDG_CONFIG_HOME"] = str(directory / xdg) if xdg else ""
-        script = (
-            "import sys, letmein; letmein.CONFIG_PLACES = sys.argv[1:3]; sys.argv[1:3] = [];"
-            "sys.exit(letmein.main())"
-        )
-        places = [str(directory / place) for place in ("opt/letmein/etc", "etc")]
-        done = subprocess.run(
-            [sys.executable, "-c", script, *places, *map(str, words), "knock", "::1", "22"],
-            capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=env, cwd=HERE,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (1, "")
-        return done.stderr
-
-    def test_their_order(self, homes: Path) -> None:
-        """From the last to the first, each wins over all before it."""
-        places = [
-            ("etc", "xdg"), ("opt/letmein/etc", "xdg"), ("home/.config/letmein", None),
-            ("home/.config/letmein", ""), ("xdg/letmein", "xdg"),
-        ]  # fmt: skip
-        for place, xdg in places:
-            path = self.write(homes, place)
-            problem = f"letmein: error: {path}: [KEYS] has no key for user 0000BAD0\n"
-            assert problem in self.run(homes, xdg=xdg)
-        other = self.write(homes, "home")
-        assert f"{other}: [KEYS]" in self.run(homes, "-c", other)
-
-    def test_none_is_there(self, homes: Path) -> None:
-        said = self.run(homes)
-        assert f"no configuration file, and so no key: {homes}/xdg/letmein/letmein.conf, " in said
-
-    def test_verbose_says_which(self, lab: Lab, homes: Path) -> None:
-        path = homes / "xdg/letmein/letmein.conf"
-        path.write_text(client_conf(timeout=0.1), encoding="utf-8")
-        path.chmod(0o600)
-        assert f" ms  read {path}: " in self.run(homes, "--verbose")
-
-    @pytest.mark.parametrize("mode", [0o600, 0o604, 0o640, 0o620])
-    def test_others_may_read_it(self, homes: Path, mode: int) -> None:
-        path = self.write(homes, "xdg/letmein", mode)
-        rights = f"{path}: mode {mode:o} lets other users of this machine read or change it"
-        rights += f"; chmod 600 {path}"
-        assert (f"letmein: warning: {rights}\n" in self.run(homes)) == (mode != 0o600)
-
-
-class TestGenKey:
-    @pytest.mark.parametrize("is_there", [True, False])
-    def test_cryptography(self, tmp_path: Path, is_there: bool) -> None:
-        """Keys come from that package if it is installed."""
-        names = ["cryptography", "hazmat", "primitives", "ciphers", "aead"]
-        for count in range(1, len(names) + 1):
-            (tmp_path / "/".join(names[:count])).mkdir()
-            (tmp_path / "/".join(names[:count]) / "__init__.py").touch()
-        fake = """
-            class AESGCM:
-                @classmethod
-                def generate_key(cls, bit_length):
-                    assert bit_length == 256
-                    return bytes(range(32))
-        """
-        text = textwrap.dedent(fake) if is_there else "raise ImportError"
-        (tmp_path / "/".join(names) / "__init__.py").write_text(text, encoding="utf-8")
-        words = [sys.executable, PROGRAM, "-c", f"{tmp_path}/none", "gen-key", "-u", "2a"]
-        said = [
-            subprocess.run(
-                words, env={**unmeasured(), "PYTHONPATH": str(tmp_path)}, check=True,
-                stdout=subprocess.PIPE, encoding="utf-8",
-            ).stdout
-            for _ in range(2)
-        ]  # fmt: skip
-        known = f"0000002A = {bytes(range(32)).hex().upper()}\n"
-        assert (said == [known] * 2) == is_there
-        assert (said[0] != said[1]) == (not is_there)
-        assert all(re.fullmatch("0000002A = [0-9A-F]{64}\n", line) for line in said)
-
-
-# What Windows or macOS lacks (or both), and what the OpenWrt package python3-light does. In
-# such a Python our client has to work; in OpenWrt's the server, too.
-ELSEWHERE = """
-    import os, select, selectors, shutil, signal, socket, subprocess, sys
-    for name in (
-        "crypt curses fcntl grp nis pty pwd readline resource spwd syslog termios tty _curses"
-    ).split():
-        sys.modules[name] = None
-    socket.socket.recvmsg = socket.socket.sendmsg = property()
-    for module, names in {
-        os: "chroot confstr fork forkpty get_blocking getegid geteuid getgid getgroups getloadavg"
-        " getresuid getuid initgroups memfd_create mkfifo nice openpty pidfd_open pipe2"
-        " posix_fadvise posix_spawn posix_spawnp pread prlimit sched_getaffinity sendfile"
-        " set_blocking setgid setgroups setresuid setsid setuid splice statvfs sysconf uname",
-        select: "PIPE_BUF epoll poll",
-        selectors: "EpollSelector PollSelector",
-        signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 SIGUSR2 pthread_kill"
-        " pthread_sigmask setitimer sigwait",
-        socket: "AF_NETLINK AF_PACKET AF_UNIX CMSG_LEN CMSG_SPACE IPV6_PKTINFO IPV6_RECVPKTINFO"
-        " MSG_DONTWAIT MSG_NOSIGNAL SCM_RIGHTS SOCK_CLOEXEC SOCK_NONBLOCK SO_BINDTODEVICE"
-        " SO_REUSEPORT recv_fds send_fds",
-    }.items():
-        for name in names.split():
-            if hasattr(module, name):
-                delattr(module, name)
-    selectors.DefaultSelector = selectors.SelectSelector
-    os.name = "nt"
-"""
-PYTHON3_LIGHT = """
-    import sys
-    for name in (
-        "asyncio bz2 cgi concurrent ctypes curses dbm decimal distutils email encodings.idna"
-        " ensurepip http idlelib lib2to3 logging lzma multiprocessing pydoc readline sqlite3 ssl"
-        " stringprep turtle unicodedata unittest urllib uuid venv xml xmlrpc _asyncio _ctypes"
-        " _decimal _hashlib _multiprocessing _sqlite3 _ssl _uuid"
-    ).split():
-        sys.modules[name] = None
-"""
-CLIENT_ELSEWHERE = {"Windows and macOS": ELSEWHERE, "python3-light": PYTHON3_LIGHT}
-
-
-@pytest.mark.parametrize("system", CLIENT_ELSEWHERE)
-@pytest.mark.usefixtures("hold")
-class TestElsewhere:
-    """The client in a Python that lacks what other systems' Pythons lack."""
-
-    @pytest.mark.parametrize("control", ["-T", "-U"])
-    @pytest.mark.parametrize("host", [SERVER_4, SERVER_6, "both.test", "v6dead.test"])
-    def test_knock_and_revoke(self, lab: Lab, system: str, host: str, control: str) -> None:
-        script = LETMEIN if "dead" in host else lab.patient
-        for word, done in (("knock", "opened"), ("revoke", "closed")):
-            code = CLIENT_ELSEWHERE[system]
-            words = patched(lab, code, word, control, host, "22", script=script)
-            with Running(lab, *words, program=()) as client:
-                result = client.end()
-            assert (result.status, result.err) == (0, "")
-            assert result.out.startswith(f"{done} port 22 on {host} (")
-            assert bool(lab.elements()) == (word == "knock")
-
-    def test_connect(self, lab: Lab, system: str) -> None:
-        call = ["connect", "both.test", "9001"]
-        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
-        with Service(9001, echo), Running(lab, *words, program=()) as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            time.sleep(1.2)  # so that it knocks again
-            assert client.end()[:3] == (0, "", "")
-        assert lab.elements() == []
-
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-    def test_a_signal(self, lab: Lab, system: str, name: str) -> None:
-        call = ["connect", "both.test", "9000"]
-        words = patched(lab, CLIENT_ELSEWHERE[system], *call, script=lab.patient)
-        number = getattr(signal, name)
-        with Service(9000, echo), Running(lab, *words, program=()) as client:
-            client.say(b"here")
-            assert client.hear(4) == b"here"
-            assert client.end(number)[:3] == (128 + number, "", "")
-        assert lab.elements() == []
-
-    def test_command(self, lab: Lab, system: str) -> None:
-        command = ["-q", "both.test", "22", "--", "sh", "-c", "echo here; exit 7"]
-        words = patched(lab, CLIENT_ELSEWHERE[system], "knock", *command, script=lab.patient)
-        with Running(lab, *words, program=()) as client:
-            assert client.end()[:3] == (7, "here\n", "")
-        assert lab.elements() == []
-
-    def test_errors(self, lab: Lab, system: str) -> None:
-        for word, problem in (
-            ("no.invalid", "cannot find the address of 'no.invalid': "),
-            ("b\xfccher.invalid", r"cannot find the address of 'b\xfccher.invalid': "),
-            ("dead.test", "cannot open port 22 on dead.test (fd01::98, 10.1.0.98): no answer"),
-        ):
-            conf = client_conf(timeout=0.2)
-            words = patched(lab, CLIENT_ELSEWHERE[system], "knock", word, "22", conf=conf)
-            with Running(lab, *words, program=()) as client:
-                client.end().assert_error(f"letmein: error: {problem}")
-
-    def test_gen_key(self, lab: Lab, system: str) -> None:
-        words = patched(lab, CLIENT_ELSEWHERE[system], "gen-key")
-        with Running(lab, *words, program=()) as client:
-            assert re.fullmatch("00000003 = [0-9A-F]{64}\n", client.end().out)
-
-
-def test_header_for_script_runners() -> None:
-    """What `uv run letmein.py` reads: inline script metadata, as PyPA's specification has it."""
-    text = LETMEIN.read_text(encoding="utf-8")
-    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
-    assert block is not None
-    assert block["content"] == '# requires-python = ">=3.9"\n'
-    assert block.start() < text.index("import")
-
-
-class TestLightServer:
-    @pytest.mark.skipif(SECCOMP != "off", reason="there is no pyseccomp without ctypes")
-    def test_both_processes_without_what_openwrt_leaves_out(self, lab: Lab) -> None:
+class TestFail2ban:
+    def test_the_filter_of_the_documents(self, lab: Lab) -> None:
+        """It bans those who speak the protocol without a key, over TCP: nobody can forge them."""
+        program = shutil.which("fail2ban-regex")
+        if program is None:
+            pytest.skip("fail2ban-regex is not in PATH")
+        banned = {CLIENT_4, CLIENT_6, OTHER_4}
         lab.load()
-        block = textwrap.dedent(PYTHON3_LIGHT)
-        python = lab.file(
-            f"#!/bin/sh\ncode=$3; shift 3\nexec {sys.executable} -I -c '{block}'\"$code\" \"$@\"\n",
-            mode=0o755,
-        )
-        words = patched(lab, f"{block}\nsys.executable = {str(python)!r}", "")[:3]
-        with Server(lab, HOLD_SERVER, program=[*words, "server"]) as server:
-            for control, source in itertools.product(("-T", "-U"), (SERVER_4, SERVER_6)):
-                for word in ("knock", "revoke"):
-                    lab.letmein(word, control, source, "22", conf=HOLD_CONF).assert_good()
-                    assert bool(lab.elements()) == (word == "knock")
-            server.process.send_signal(signal.SIGHUP)
-            server.wait_for("reloaded")
-            result = lab.command("status", "-c", server.path, "--rundir", server.rundir)
-            assert "Nobody holds a lease.\nServer: pid " in result.out
+        with Server(lab, ANSWERS_ALL) as server:
+            refused_knock(lab, "tcp", CLIENT_4)
+            refused_knock(lab, "tcp", CLIENT_6, user=9)
+            with Peer(lab, source=OTHER_4) as peer:
+                peer.send(message(RESPONSE, 0x22, token=peer.challenge(0x22), key=KEYS[2]))
+                assert peer.receive().operation == GOAWAY
+            with Peer(lab, source="10.77.6.1") as peer:
+                peer.send(message(KNOCK, 0x99))
+                assert peer.receive().operation == GOAWAY
+            refused_knock(lab, "udp", OTHER_6)
+            for source in ("10.77.6.2", "fd77::2"):
+                assert handshake(lab, source=source) == COMEIN
+                assert handshake(lab, source=source, operation=REVOKE) == COMEIN
+                assert handshake(lab, 0x27, source=source) == GOAWAY
+            for number in range(11):
+                refused_knock(lab, "udp", "fd77::3", resource=number)
+            server.stop()
+        for event in ("refused", "granted", "revoked", "failed", "summary", "stopped"):
+            assert server.events(event), event
+        rules = lab.file(document_block("# /etc/fail2ban/filter.d/letmein.conf"), "filter.conf")
+        # As a file, as the journal's reader puts it together, and as syslog writes it.
+        bare = [line.partition(" ")[2] if line[0] == "2" else line for line in server.lines]
+        for prefix, lines in (
+            ("", server.lines),
+            ("", bare),
+            ("host letmein.py[123]: ", bare),
+            ("Nov 21 11:56:26 host letmeind[123]: ", bare),
+        ):
+            log = lab.file("".join(f"{prefix}{line}\n" for line in lines))
+            result = lab.command("--out", "ip", log, rules, program=(program,))
+            assert result.status == 0, result
+            assert sorted(result.out.split()) == sorted(banned), (prefix, result)
 
 
-class TestNames:
-    """What a host may be called, and where."""
-
-    def test_an_address_with_a_zone(self, lab: Lab, hold: Server) -> None:
-        """The client reaches it, and the server refuses it: a lease for it would be for everybody
-        who takes that address on any other link."""
-        said = run("ip", "-6", "addr", "show", "dev", "lan", "scope", "link")
-        (address,) = re.findall("inet6 (fe80:[0-9a-f:]+)/", said)
-        host = f"{address}%wan"
-        for control in ("-T", "-U"):
-            result = lab.letmein("knock", control, host, "22", conf=HOLD_CONF)
-            result.assert_error(host, "rejected")
-            hold.wait_for("failed", proto="tcp" if control == "-T" else "udp")
-            assert "link-local" in hold.events("failed")[-1]["reason"]
-            assert lab.elements() == []
-
-    def test_no_ipv6(self, lab: Lab, hold: Server) -> None:
-        """An IPv6 address that a name has costs nothing where no packet can go there."""
-        with lab.without_ipv6():
-            for host in (SERVER_4, "both.test", "v6dead.test"):
-                call = ("--verbose", "knock", host, "22")
-                result = lab.letmein(*call, conf=PATIENT_CONF, script=lab.patient)
-                result.assert_good()
-                assert "no answer" not in result.err, "it was waited for"
-                assert result.took < LIMIT_S
-            lab.letmein("knock", SERVER_6, "22").assert_error("has no IPv6 address to", SERVER_6)
-            words = ["connect", "both.test", "9000"]
-            with Service(9000, echo), Running(lab, *words) as client:
-                client.say(b"here")
-                assert client.end()[:3] == (0, "here", "")
-
-    def test_no_localhost(self, lab: Lab, hold: Server) -> None:
-        """/etc/hosts does not even have that name, and is no concern of ours."""
-        hosts = Path("/etc/hosts")
-        before = hosts.read_text(encoding="ascii")
-        try:
-            hosts.write_text(before.replace("127.0.0.1 localhost\n", ""), encoding="ascii")
-            for host in (SERVER_4, SERVER_6, "both.test"):
-                lab.letmein("knock", host, "22", conf=HOLD_CONF).assert_good()
-        finally:
-            hosts.write_text(before, encoding="ascii")
+def test_every_message_keeps_the_rules() -> None:
+    """Short, plain, in ASCII; and each error has a hint."""
+    found = Sayings().found
+    for _, problem, hint in letmein.CAUSES.values():
+        found += [Said("CAUSES", "problem", problem), Said("CAUSES", "hint", hint)]
+    assert len([said for said in found if said.kind == "hint"]) > 50
+    wrong = {f"{said.function}: {said.text!r}: {objection(said)}" for said in found}
+    wrong = {line for line in wrong if not line.endswith(": ")}
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_a_room_uses_only_those_above_it() -> None:
@@ -14478,32 +10172,373 @@ def test_a_room_uses_only_those_above_it() -> None:
     assert list(too_early(compile(text, "", "exec"))) == []
 
 
-# What a knock imports beyond a bare Python: ours, and what those need.
-KNOCK_IMPORTS = """
-    collections contextlib errno functools hmac itertools letmein os re select selectors
-    socket struct sys threading time
-    __future__ array copyreg enum hashlib heapq keyword math operator reprlib
-    sre_compile sre_constants sre_parse types warnings
-"""
+# ----------------------------------------------------------------------------
+# 14  The whole: installation
+#
+# `make install`, the locked tools and the bare file give a program that runs.
+# ----------------------------------------------------------------------------
 
 
-class TestImports:
-    def test_a_knock_imports_no_more_than_it_needs(self, lab: Lab, hold: Server) -> None:
-        """Each module costs time between Enter and the open port."""
-        knock = """
-            sys.path.insert(0, sys.argv[1])
-            import letmein
-            assert letmein.main(["-c", sys.argv[2], "knock", "both.test", "22"]) == 0
-        """
-        seen = []
-        for code in ("", textwrap.dedent(knock)):
-            script = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+class TestInstall:
+    """`make install` and `make uninstall`."""
+
+    @staticmethod
+    def make(lab: Lab, *words: str, path: str = "") -> None:
+        if shutil.which("make") is None:
+            pytest.skip("make is not in PATH")
+        clean = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS", f"PATH={path}{os.environ['PATH']}")
+        python = f"PYTHON={sys.executable}"
+        result = lab.command(*words, python, program=(*clean, "make", "--silent", "-C", HERE))
+        said = 'installed letmein and letmeind; next: README.md, "Server in ten minutes"\n'
+        assert (result.status, result.out) == (0, said if words[0] == "install" else ""), result
+
+    @staticmethod
+    def tree(root: Path) -> dict[str, tuple[int, bytes]]:
+        """The files below a directory: mode and content."""
+        files = (path for path in root.rglob("*") if not path.is_dir())
+        return {
+            str(path.relative_to(root)): (path.stat().st_mode & 0o777, path.read_bytes())
+            for path in files
+        }
+
+    def test_into_a_package(self, lab: Lab, tmp_path: Path) -> None:
+        """Just the files that are named come, work from there, and go again."""
+        mine = tmp_path / "etc/letmeind.conf"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        before = self.tree(tmp_path)
+        self.make(lab, "install", f"DESTDIR={tmp_path}")
+        installed = self.tree(tmp_path)
+        pyc = f"usr/local/lib/letmein/__pycache__/letmein.{sys.implementation.cache_tag}.pyc"
+        assert installed.keys() - before.keys() == {
+            "usr/local/bin/letmein",
+            "usr/local/sbin/letmeind",
+            "usr/local/lib/letmein/letmein.py",
+            pyc,
+            "usr/local/lib/systemd/system/letmeind.service",
+            *(f"usr/local/share/doc/letmein/{name}" for name in DOCUMENTS),
+            "usr/local/share/doc/letmein/letmein.conf.example",
+            "usr/local/share/doc/letmein/letmeind.conf.example",
+            "usr/local/share/doc/letmein/nftables.conf",
+            "usr/local/share/man/man1/letmein.1",
+        }
+        modes = {name: mode for name, (mode, _) in installed.items() if name not in before}
+        assert {name for name, mode in modes.items() if mode != 0o644} == {
+            "usr/local/bin/letmein",
+            "usr/local/sbin/letmeind",
+        }
+        assert modes["usr/local/bin/letmein"] == modes["usr/local/sbin/letmeind"] == 0o755
+        # Nothing in there knows where the package was made.
+        assert not any(str(tmp_path).encode() in content for _, content in installed.values())
+        _, unit = installed["usr/local/lib/systemd/system/letmeind.service"]
+        command = f"ExecStart={sys.executable} -I /usr/local/bin/letmein server -c /etc/"
+        assert command in unit.decode()
+        page = installed["usr/local/share/man/man1/letmein.1"][1].decode().replace("\\-", "-")
+        assert page.startswith(".TH LETMEIN 1\n")
+        assert all(f".SH {command.name.upper()}\n" in page for command in letmein.COMMANDS)
+        assert "\n\\&  -r, --resource ID " in page
+        # The same again changes nothing, and what is the owner's is never touched.
+        self.make(lab, "install", f"DESTDIR={tmp_path}")
+        assert self.tree(tmp_path) == installed
+        self.make(lab, "uninstall", f"DESTDIR={tmp_path}")
+        self.make(lab, "uninstall", f"DESTDIR={tmp_path}")
+        assert self.tree(tmp_path) == before
+
+    def test_the_account(self, lab: Lab, tmp_path: Path) -> None:
+        """It is made for this machine alone, once."""
+        told = tmp_path / "told"
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        for name, text in (
+            ("useradd", f'echo "$@" >>{told}'),
+            ("getent", f"[ -e {told} ]"),
+        ):
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        self.make(lab, "install", f"DESTDIR={tmp_path}/package", path=f"{programs}:")
+        assert not told.exists()
+        for _ in range(2):
+            self.make(lab, "install", f"PREFIX={tmp_path}/prefix", path=f"{programs}:")
+        assert told.read_text().split() == [
+            *("--system", "--no-create-home", "--shell", "/usr/sbin/nologin", "letmeind"),
+        ]
+
+    def test_it_runs(self, lab: Lab, tmp_path: Path) -> None:
+        """Client and server, from the bytecode that was installed."""
+        self.make(lab, "install", "DESTDIR=/", f"PREFIX={tmp_path}")
+        letmein_program, letmeind_program = tmp_path / "bin/letmein", tmp_path / "sbin/letmeind"
+        version = lab.command("--version", program=(letmein_program,))
+        assert (version.status, version.out) == (0, f"letmein.py {letmein.VERSION}\n")
+        verbose = (sys.executable, "-I", "-v", letmein_program)
+        loaded = lab.command("--version", program=verbose).err
+        assert re.search(rf"code object from .*{tmp_path}/lib/letmein/__pycache__/", loaded)
+        lab.load()
+        account = "nobody" if lab.real_root else "none"
+        with Server(lab, server_conf(), account=account, program=(letmeind_program,)) as server:
+            # The network process starts from the module's code as well, and does so again.
+            network = server.network_process()
+            os.kill(network, signal.SIGKILL)
+            replaced(server, network)
+            words = ("-c", lab.file(CLIENT_CONF), "knock", SERVER_4, "22")
             with lab.client():
-                done = subprocess.run(
-                    [sys.executable, "-I", "-c", script, HERE, lab.file(HOLD_CONF)],
-                    capture_output=True, encoding="utf-8", timeout=LIMIT_S, env=unmeasured(),
-                )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            seen.append({name.split(".")[0] for name in done.stderr.split()})
-        found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
-        assert found - set(KNOCK_IMPORTS.split()) == set()
+                lab.command(*words, program=(letmein_program,)).assert_good()
+            assert lab.reaches(22, CLIENT_4)
+
+
+    def test_ctrl_c_while_python_starts(self, lab: Lab, tmp_path: Path) -> None:
+        """It ends an installed program at any moment, without a traceback of Python's own."""
+        if lab.command("--block-signal=INT", "true", program=("env",)).status != 0:
+            pytest.skip("this env cannot block signals")
+        self.make(lab, "install", "DESTDIR=/", f"PREFIX={tmp_path}")
+        program = tmp_path / "bin/letmein"
+        took = min(lab.command("--version", program=(program,)).took for _ in range(5))
+        for step in range(60):
+            with Running(lab, "--version", program=(program,), env=UNMEASURED) as client:
+                time.sleep(took * step / 60)
+                result = client.end(signal.SIGINT)
+                assert (result.status, result.err) in ((-signal.SIGINT, ""), (0, ""))
+
+
+LOCKS = HERE / ".ci/lock"
+LOCKED_PYTHONS = [f"3.{minor}" for minor in range(9, 15)]
+
+LOCK_INPUTS = {  # what each lock was made from
+    **{python: "tools.in" for python in LOCKED_PYTHONS},
+    **{f"{python}-bench": "bench.in" for python in LOCKED_PYTHONS},
+    "uv": "uv.in",
+}
+
+
+class TestLock:
+    """The tools of `make`: what .ci/lock names, and nothing else."""
+
+    @staticmethod
+    def requirements(path: Path) -> list[str]:
+        """Of a lock or its input: one a line, without comments."""
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return [line for line in lines if line]
+
+    def locked(self, name: str) -> dict[str, str]:
+        """The version of each package in this lock."""
+        found = {}
+        for line in self.requirements(LOCKS / f"{name}.txt"):
+            package, _, version = line.split()[0].partition("==")
+            found[package] = version
+        return found
+
+    @staticmethod
+    def installed(site: str | Path) -> dict[str, str]:
+        """The version of each package there, but for those that a new venv has."""
+        found = {}
+        for package in importlib.metadata.distributions(path=[str(site)]):
+            name = re.sub("[-_.]+", "-", package.metadata["Name"]).lower()
+            if name not in ("pip", "setuptools"):
+                found[name] = package.version
+        return found
+
+    def test_what_runs_is_what_is_locked(self) -> None:
+        """The packages beside this Python are those of its lock: each of them, and no others."""
+        site = sysconfig.get_path("purelib")
+        hint = f"{site} is not what `make tools` installs from .ci/lock"
+        assert self.installed(site) == self.locked("{}.{}".format(*sys.version_info)), hint
+
+    def test_each_lock_has_its_input(self) -> None:
+        """No lock is missing, none is left over."""
+        assert {path.stem for path in LOCKS.glob("*.txt")} == LOCK_INPUTS.keys()
+        assert {path.name for path in LOCKS.glob("*.in")} == set(LOCK_INPUTS.values())
+
+    @pytest.mark.parametrize("name", LOCK_INPUTS)
+    def test_versions_and_hashes(self, name: str) -> None:
+        """Each requirement says which files will do; none says where they come from."""
+        path = LOCKS / f"{name}.txt"
+        requirements = self.requirements(path)
+        for line in requirements:
+            words = line.split()
+            assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", words[0]), line
+            assert len(words) > 1, line
+            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in words[1:]), line
+        assert len(requirements) == len(self.locked(name))
+        assert "://" not in path.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("name", LOCK_INPUTS)
+    def test_nothing_is_missing(self, name: str) -> None:
+        """What the input asks for is in the lock."""
+        lines = self.requirements(LOCKS / LOCK_INPUTS[name])
+        asked = {re.split("[^a-z0-9-]", line)[0] for line in lines}
+        assert asked
+        assert asked <= self.locked(name).keys()
+
+    @pytest.mark.parametrize("python", LOCKED_PYTHONS)
+    def test_the_same_everywhere(self, python: str) -> None:
+        """All Pythons have the versions that 3.9 can have: mypy reads them as Python 3.9."""
+        oldest, tools = self.locked("3.9").items(), self.locked(python)
+        assert tools.items() <= oldest
+        drawing = self.locked(f"{python}-bench")
+        assert {package: drawing.get(package, tools[package]) for package in tools} == tools
+
+    @staticmethod
+    def wheel(directory: Path, name: str, version: str) -> str:
+        """Write a package that needs `other`; returns the line of a lock for it."""
+        path = directory / f"{name}-{version}-py3-none-any.whl"
+        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        if name != "other":
+            metadata.append("Requires-Dist: other")
+        files = {
+            "METADATA": metadata,
+            "WHEEL": ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"],
+            "RECORD": [],
+        }
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, lines in files.items():
+                text = "".join(f"{line}\n" for line in lines)
+                archive.writestr(f"{name}-{version}.dist-info/{file}", text)
+        return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+    def test_make_installs_the_lock_alone(self, tmp_path: Path) -> None:
+        """Not what is newer, not what is needed besides, not what pip's settings add; once."""
+        name = "{}.{}".format(*sys.version_info)
+        index, tree = tmp_path / "index", tmp_path / "tree"
+        lock, venv = tree / f".ci/lock/{name}.txt", tree / f".venv/{name}"
+        index.mkdir()
+        lock.parent.mkdir(parents=True)
+        shutil.copy(HERE / "Makefile", tree)
+        older = self.wheel(index, "example", "1.0")
+        newer = self.wheel(index, "example", "2.0")
+        more = tmp_path / "more"
+        more.write_text(self.wheel(index, "other", "1.0"))
+        clean = ("env", "-u", "MAKEFLAGS", "-u", "MFLAGS")
+        settings = (
+            *("PIP_NO_INDEX=1", f"PIP_FIND_LINKS={index}"),
+            *(f"PIP_REQUIREMENT={more}", f"PIP_TARGET={tmp_path / 'elsewhere'}"),
+        )
+
+        def make_tools() -> tuple[bool, str]:
+            make = ("make", "--silent", "-C", tree, "tools", f"PYTHON={sys.executable}")
+            done = subprocess.run(
+                [*clean, *settings, *make], capture_output=True, encoding="utf-8", timeout=120
+            )
+            return done.returncode == 0, done.stdout + done.stderr
+
+        def installed() -> dict[str, str]:
+            return self.installed(venv / f"lib/python{name}/site-packages")
+
+        # No lock at all, and then files that are not those of the lock.
+        good, said = make_tools()
+        assert not good
+        assert said.startswith(f"There is no .ci/lock/{name}.txt")
+        assert "make test PYTHON=python3.13\n" in said
+        lock.write_text(newer.replace("2.0", "1.0"))
+        good, said = make_tools()
+        assert not good
+        assert "HASH" in said
+        assert installed() == {}
+        # What failed is done anew.
+        lock.write_text(older)
+        said = f"Installing into .venv/{name} what .ci/lock/{name}.txt says\n"
+        assert make_tools() == (True, said)
+        assert installed() == {"example": "1.0"}
+        # Then nothing is asked for, so it works without an index, until the lock changes.
+        index.rename(tmp_path / "offline")
+        assert make_tools() == (True, "")
+        (tmp_path / "offline").rename(index)
+        lock.write_text(newer)
+        assert make_tools()[0]
+        assert installed() == {"example": "2.0"}
+
+
+def test_header_for_script_runners() -> None:
+    """What `uv run letmein.py` reads: inline script metadata, as PyPA's specification has it."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    assert block is not None
+    assert block["content"] == '# requires-python = ">=3.9"\n'
+    assert block.start() < text.index("import")
+
+
+class TestLightServer:
+    @pytest.mark.skipif(SECCOMP != "off", reason="there is no pyseccomp without ctypes")
+    def test_both_processes_without_what_openwrt_leaves_out(self, lab: Lab) -> None:
+        """Client, server, reload and status work with python3-light."""
+        lab.load()
+        block = textwrap.dedent(PYTHON3_LIGHT)
+        python = lab.file(
+            f"#!/bin/sh\ncode=$3; shift 3\nexec {sys.executable} -I -c '{block}'\"$code\" \"$@\"\n",
+            mode=0o755,
+        )
+        words = patched(lab, f"{block}\nsys.executable = {str(python)!r}", "")[:3]
+        with Server(lab, HOLD_SERVER, program=[*words, "server"]) as server:
+            for control, source in itertools.product(("-T", "-U"), (SERVER_4, SERVER_6)):
+                for word in ("knock", "revoke"):
+                    lab.letmein(word, control, source, "22", conf=HOLD_CONF).assert_good()
+                    assert bool(lab.elements()) == (word == "knock")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("reloaded")
+            result = lab.command("status", "-c", server.path, "--rundir", server.rundir)
+            assert "Nobody holds a lease.\nServer: pid " in result.out
+
+
+# ----------------------------------------------------------------------------
+# 15  The whole: bench
+#
+# The table of .ci/bench tells who is better. What it measures, each run shows.
+# ----------------------------------------------------------------------------
+
+
+class TestBench:
+    """The table of .ci/bench tells who is better. What it measures, each run shows."""
+
+    @pytest.fixture(scope="class")
+    def bench(self) -> Any:
+        loader = importlib.machinery.SourceFileLoader("bench", str(HERE / ".ci/bench"))
+        spec = importlib.util.spec_from_loader("bench", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize(
+        "better, ours, others, verdict",
+        [
+            ("less", [10, 20, 30], [[40], [100]], "2 times better"),
+            ("less", [20], [[100], [5]], "4 times worse"),
+            ("more", [1000], [[10], [500]], "2 times better"),
+            ("more", [100], [[150], "- [1]"], "1.50 times worse"),
+            ("less", [100], [[102]], "the same"),
+            ("less", [0], [[100]], "better"),
+            ("less", [math.inf], [[100]], "worse"),
+            ("less", [100], [[math.inf]], "better"),
+            ("less", [100], ["- [1]"], ""),
+            ("", [100], [[200]], ""),
+        ],
+    )
+    def test_who_is_better(
+        self, bench: Any, better: str, ours: list[float], others: list[Any], verdict: str
+    ) -> None:
+        """By the medians, against the best of the others, if there is anything to compare."""
+        cells = dict(zip(bench.PROGRAMS, [ours, *others]))
+        assert bench.verdict(bench.Row("", "ms", better, cells)) == verdict
+
+    @pytest.mark.parametrize(
+        "cell, text",
+        [
+            ([3], "3"),
+            ([1.234, 5.678, 123.4], "5.68 (1.23 to 123)"),
+            ([1, 2, math.inf], "2 (1 to never; 2/3)"),
+            ("- [1]", "- [1]"),
+        ],
+    )
+    def test_a_figure(self, bench: Any, cell: Any, text: str) -> None:
+        """The median, the range, and how many of the knocks succeeded."""
+        assert bench.figure(cell) == text
+
+    def test_the_block_of_readme(self, bench: Any, tmp_path: Path) -> None:
+        """A new table replaces the old one, and nothing else."""
+        path = tmp_path / "README.md"
+        path.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nbehind\n", encoding="utf-8")
+        assert bench.replace_block(path, "new \\1")
+        text = path.read_text(encoding="utf-8")
+        assert text == "before\n<!-- bench -->\nnew \\1\n<!-- /bench -->\nbehind\n"
+        path.write_text("no markers", encoding="utf-8")
+        assert not bench.replace_block(path, "new")
+        assert path.read_text(encoding="utf-8") == "no markers"

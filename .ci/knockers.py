@@ -1,6 +1,6 @@
 """The port knockers that `.ci/bench` compares, each in a lab of its own.
 
-`knockers.py NAME` is one of bench's workers. It makes the hosts of test_letmein.py, and then takes
+`knockers.py NAME` is one of bench's workers. It makes the hosts of .ci/lab, and then takes
 requests: a line of JSON on standard input names a method of Knocker and its arguments, a line on
 standard output has the result. Each program has its own hosts and its own worker, so all of them
 are ready at the same time, and bench can ask them in turn.
@@ -37,10 +37,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import test_letmein as lab_tools
-from test_letmein import CLIENT_4, COMEIN, KNOCK, RESPONSE, REVOKE, SERVER_4, Attacker, Lab
+from lab import floods, hosts, servers, wire
+from lab.floods import Attacker
+from lab.hosts import CLIENT_4, SERVER_4, Lab
+from lab.wire import COMEIN, KNOCK, RESPONSE, REVOKE
 
 PORT = 22  # which a knock opens
 LEASE_S = 600
@@ -227,7 +227,7 @@ class Knocker:
                 if fields[0] != "Z":
                     children[int(fields[1])].append(int(path.parent.name))
         found = []
-        waiting = [pid for pid in self.parents() if lab_tools.alive(Path(f"/proc/{pid}"))]
+        waiting = [pid for pid in self.parents() if hosts.alive(Path(f"/proc/{pid}"))]
         while waiting:
             found.append(waiting.pop())
             waiting += children[found[-1]]
@@ -266,7 +266,7 @@ class Knocker:
     def begin(self, lease_s: int = LEASE_S) -> None:
         """A server without leases."""
         self.load_firewall()
-        lab_tools.forget_connections()
+        floods.forget_connections()
         self.start(lease_s)
         self.next_address = 0
 
@@ -276,7 +276,7 @@ class Knocker:
     def enter(self, host: str, protocol: str = "", how: str = "") -> float:
         """Seconds from Enter to the first accepted connection, or NEVER."""
         words = self.command(host, protocol, how)
-        environment = {**lab_tools.unmeasured(), "HOME": str(self.lab.directory)}
+        environment = {**hosts.unmeasured(), "HOME": str(self.lab.directory)}
         with self.lab.client():
             started = time.monotonic()
             client = subprocess.Popen(
@@ -315,7 +315,7 @@ class Knocker:
         self.lossy = lossy
         with self.lab.client():
             text = "table netdev loss\ndelete table netdev loss\n" + (LOSS if lossy else "")
-            lab_tools.run(lab_tools.NFT, "-f", "-", text=text)
+            hosts.run(hosts.NFT, "-f", "-", text=text)
 
     @functools.cached_property
     def far(self) -> contextlib.ExitStack:
@@ -454,8 +454,8 @@ class Knocker:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        lab_tools.eventually(
-            lambda: not any(lab_tools.alive(Path(f"/proc/{pid}")) for pid in pids),
+        hosts.eventually(
+            lambda: not any(hosts.alive(Path(f"/proc/{pid}")) for pid in pids),
             "a killed process lives on",
         )
 
@@ -467,8 +467,8 @@ class Knocker:
         message = self.recorded(kind)
         if kind == "random" and self.is_sniffer:
             kind = "replay"  # of recorded(): the lab's random messages are too short
-        sources = lab_tools.FLOOD_SOURCES[source]
-        plan = lab_tools.Flood(kind, protocol, sources, rate, seconds, 0.005, message.hex())
+        sources = floods.FLOOD_SOURCES[source]
+        plan = floods.Flood(kind, protocol, sources, rate, seconds, 0.005, message.hex())
         count = round(seconds / 0.2)
         clients = [CLIENT_4] * count if source == "own" else self.fresh(count)
         # Over UDP an attacker forges the client's address, over TCP it is a neighbour behind a NAT.
@@ -480,9 +480,9 @@ class Knocker:
 
         threads = []
         with self.attacker.start(host, "flood") as process:
-            lab_tools.tell(process, json.dumps(plan._asdict()))
-            assert lab_tools.hear(process) == "ready"
-            lab_tools.tell(process, "")
+            floods.tell(process, json.dumps(plan._asdict()))
+            assert floods.hear(process) == "ready"
+            floods.tell(process, "")
             started = time.monotonic()
             for number, client in enumerate(clients):
                 time.sleep(max(0.0, started + 0.1 + 0.2 * number - time.monotonic()))
@@ -490,7 +490,7 @@ class Knocker:
                 threads[-1].start()
             for thread in threads:
                 thread.join()
-            sent, _ = json.loads(lab_tools.hear(process))
+            sent, _ = json.loads(floods.hear(process))
         crashed = not self.pids()
         with contextlib.suppress(AssertionError, OSError):
             self.stop()
@@ -526,7 +526,7 @@ class Letmein(Knocker):
         self.lab.load()
 
     def conf(self, lease_s: int) -> str:
-        return lab_tools.server_conf(
+        return hosts.server_conf(
             resources=RESOURCES.format(lease_s=lease_s),
             general=self.general,
             nftables=f"max-nr-rules = {RULES_LIMIT}",
@@ -534,24 +534,24 @@ class Letmein(Knocker):
 
     @functools.cached_property
     def client_file(self) -> Path:
-        return self.lab.file(lab_tools.client_conf(resources=RESOURCES.format(lease_s=LEASE_S)))
+        return self.lab.file(hosts.client_conf(resources=RESOURCES.format(lease_s=LEASE_S)))
 
     def words(self, host: str, protocol: str) -> list[str]:
         option = {"tcp": ["-T"], "udp": ["-U"], "": []}[protocol]
         return ["-c", str(self.client_file), "knock", *option, host, str(PORT)]
 
     def knock(self, source: str, protocol: str = "") -> None:
-        answer = lab_tools.handshake(self.lab, protocol=protocol or "tcp", source=source)
+        answer = wire.handshake(self.lab, protocol=protocol or "tcp", source=source)
         assert answer == COMEIN
 
     def replay(self, source: str) -> None:
         knock = self.recorded("replay")
-        with lab_tools.Peer(self.lab) as client:
+        with wire.Peer(self.lab) as client:
             client.send(knock)
-            response = lab_tools.message(RESPONSE, 0x22, token=client.receive().auth)
+            response = wire.message(RESPONSE, 0x22, token=client.receive().auth)
             client.send(response)
             assert client.receive().operation == COMEIN
-        with lab_tools.Peer(self.lab, source=source) as attacker:
+        with wire.Peer(self.lab, source=source) as attacker:
             attacker.send(knock)
             attacker.receive()
             attacker.send(response)
@@ -559,26 +559,26 @@ class Letmein(Knocker):
 
     def close(self, source: str) -> None:
         with contextlib.suppress(OSError, AssertionError):
-            lab_tools.handshake(self.lab, operation=REVOKE, source=source)
+            wire.handshake(self.lab, operation=REVOKE, source=source)
 
     def rush_at(self, addresses: list[str], at_once: int, limit: float) -> Rushed:
-        done = lab_tools.rush(self.lab, [], addresses, at_once, KNOCK, limit)
+        done = floods.rush(self.lab, [], addresses, at_once, KNOCK, limit)
         return done.seconds, done.took
 
     def dump(self) -> tuple[str, str]:
-        ruleset = lab_tools.run(lab_tools.NFT, "list", "ruleset")
+        ruleset = hosts.run(hosts.NFT, "list", "ruleset")
         behind = "jump LETMEIN-INPUT\n"
         assert behind in ruleset
         return "flush ruleset\n" + ruleset.replace(behind, behind + "udp dport 9 accept\n"), ""
 
     def restore(self, ruleset: str) -> None:
-        lab_tools.run(lab_tools.NFT, "-f", "-", text=ruleset)
+        hosts.run(hosts.NFT, "-f", "-", text=ruleset)
 
     def recorded(self, kind: str) -> bytes:
-        return lab_tools.message(KNOCK, 0x22)
+        return wire.message(KNOCK, 0x22)
 
 
-class FileLoggedServer(lab_tools.Server):
+class FileLoggedServer(servers.Server):
     """A server whose log goes to a file as soon as it is ready: to read it takes time."""
 
     def _read(self) -> None:
@@ -606,12 +606,12 @@ class Ours(Letmein):
 
     def find(self) -> None:
         names = {account.pw_name for account in pwd.getpwall()}
-        wanted = lab_tools.REFERENCE_ACCOUNT  # which `make install` makes
+        wanted = servers.REFERENCE_ACCOUNT  # which `make install` makes
         self.account = wanted if wanted in names and os.geteuid() == 0 else "none"
 
     def version(self) -> str:
-        script = str(lab_tools.LETMEIN)
-        return lab_tools.run(PYTHON, script, "--version").strip().rpartition(" ")[2]
+        script = str(hosts.LETMEIN)
+        return hosts.run(PYTHON, script, "--version").strip().rpartition(" ")[2]
 
     def start(self, lease_s: int) -> None:
         account = self.account if self.lab.real_root else "none"
@@ -621,7 +621,7 @@ class Ours(Letmein):
             self.conf(lease_s),
             account=account,
             program=program,
-            env=lab_tools.unmeasured(),
+            env=hosts.unmeasured(),
         )
 
     def stop(self) -> None:
@@ -633,7 +633,7 @@ class Ours(Letmein):
     def command(self, host: str, protocol: str, how: str) -> list[str]:
         words = {
             "": [PYTHON, "-I", str(self.lab.installed)],
-            "file": [PYTHON, "-I", str(lab_tools.LETMEIN)],
+            "file": [PYTHON, "-I", str(hosts.LETMEIN)],
             "bare": [PYTHON, "-I", "-c", "pass"],
         }[how]
         return words if how == "bare" else [*words, *self.words(host, protocol)]
@@ -658,17 +658,17 @@ class Rust(Letmein):
         self.programs = {name: str(place / name) for name in ("letmein", "letmeind", "letmeinfwd")}
         for path in self.programs.values():
             program(path)
-        account = lab_tools.REFERENCE_ACCOUNT
+        account = servers.REFERENCE_ACCOUNT
         if os.geteuid() != 0:
             raise Missing("letmeind takes real root")
         if account not in {known.pw_name for known in pwd.getpwall()}:
             raise Missing(f"letmeind wants an account: useradd --system {account}")
 
     def version(self) -> str:
-        return lab_tools.run(self.programs["letmeind"], "--version").split()[-1]
+        return hosts.run(self.programs["letmeind"], "--version").split()[-1]
 
     def start(self, lease_s: int) -> None:
-        self.server = lab_tools.ReferenceServer(self.lab, self.programs, self.conf(lease_s))
+        self.server = servers.ReferenceServer(self.lab, self.programs, self.conf(lease_s))
 
     def stop(self) -> None:
         self.server.__exit__(None)
@@ -711,11 +711,11 @@ class Sniffer(Knocker):
         program(type(self).__name__.lower())
 
     def load_firewall(self) -> None:
-        lab_tools.run(lab_tools.NFT, "flush", "ruleset")
+        hosts.run(hosts.NFT, "flush", "ruleset")
         self.restore(IPTABLES_RULES)
 
     def restore(self, ruleset: str) -> None:
-        lab_tools.run(program("iptables-nft-restore"), text=ruleset)
+        hosts.run(program("iptables-nft-restore"), text=ruleset)
 
     def launch(self, words: Sequence[str], is_ready: Callable[[], bool]) -> None:
         with (self.lab.directory / "output").open("wb") as output:
@@ -723,13 +723,13 @@ class Sniffer(Knocker):
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         self.lab.processes.append(self.daemon)  # type: ignore[arg-type]
-        lab_tools.eventually(is_ready, f"{words[0]} does not start")
+        hosts.eventually(is_ready, f"{words[0]} does not start")
 
     def sniff(self, interface: str) -> None:
         self.stop()
         self.interface = interface
         if interface != "lan":  # knockd wants to see the address there
-            lab_tools.run("ip", "addr", "add", f"{SERVER_4}/32", "dev", interface)
+            hosts.run("ip", "addr", "add", f"{SERVER_4}/32", "dev", interface)
         self.start(LEASE_S)
 
     def output(self) -> str:
@@ -767,12 +767,12 @@ class Sniffer(Knocker):
         return {"both.test": "xn--bcher-kva.test"}.get(host, host)
 
     def close(self, source: str) -> None:
-        rules = lab_tools.run(program("iptables-nft-save"))
+        rules = hosts.run(program("iptables-nft-save"))
         kept = [line for line in rules.splitlines() if f"-s {source}/32" not in line]
         self.restore("\n".join(kept) + "\n")
 
     def dump(self) -> tuple[str, str]:
-        rules = lab_tools.run(program("iptables-nft-save"))
+        rules = hosts.run(program("iptables-nft-save"))
         found = re.search(r"-A \S+ -s 10\.77\..*\n", rules)
         assert found, rules
         last = "-A INPUT -p tcp -j REJECT"
@@ -786,7 +786,7 @@ class Sniffer(Knocker):
         lease = lease.replace("-A INPUT", "-I INPUT")
         copies = "".join(lease.replace(source, other) for other in others)
         words = [program("iptables-nft-restore"), "--noflush"]
-        lab_tools.run(*words, text=f"*filter\n{copies}COMMIT\n")
+        hosts.run(*words, text=f"*filter\n{copies}COMMIT\n")
 
     def rush_at(self, addresses: list[str], at_once: int, limit: float) -> Rushed:
         watch = RuleWatch()
@@ -829,7 +829,7 @@ class Fwknopd(Sniffer):
         self.fko = ctypes.CDLL(library)
 
     def version(self) -> str:
-        found = re.search(r"[\d.]+\d", lab_tools.run(program("fwknopd"), "--version"))
+        found = re.search(r"[\d.]+\d", hosts.run(program("fwknopd"), "--version"))
         return found[0] if found else "?"
 
     def start(self, lease_s: int) -> None:
@@ -900,7 +900,7 @@ class Knockd(Sniffer):
         program("knock")
 
     def version(self) -> str:
-        return lab_tools.run(program("knockd"), "-V").split()[1]
+        return hosts.run(program("knockd"), "-V").split()[1]
 
     def start(self, lease_s: int) -> None:
         rule = f"INPUT -s %IP% -p tcp --dport {PORT} -j ACCEPT"
