@@ -157,10 +157,12 @@ class NotedFirewall:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
         self.leases = letmein.Leases()
+        self.user = 0  # of the latest knock
         self.table = SimpleNamespace()
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
+        self.user = user
         return self.problem
 
     def revoke(self, address: str, resource: int) -> str:
