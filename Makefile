@@ -5,6 +5,7 @@
 PYTHON = python3
 PYTEST_ARGS =
 BENCH_ARGS =
+MUTANTS_ARGS =
 PREFIX = /usr/local
 DESTDIR =
 
@@ -17,7 +18,7 @@ ROOTLESS = $(if $(filter 0,$(shell id -u)),,env PYTEST_DEBUG_TEMPROOT=$(CURDIR)/
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench
+SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench .ci/mutants
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -31,8 +32,9 @@ help:
 	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
 	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
 	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
+	@echo 'make mutants whether a test notices each small mistake in what needs no kernel, some 15 minutes'
 	@echo 'make lint    ruff, and mypy --strict'
-	@echo 'make lock    newer tools: write .ci/lock anew, from its three .in files'
+	@echo 'make lock    newer tools: write .ci/lock anew, from its .in files'
 	@echo 'make clean   remove what these have made'
 	@echo 'make install, make uninstall    for this machine (PREFIX=/usr/local; DESTDIR=/tmp/package)'
 	@echo 'PYTHON=/path/to/python3.9 behind any of these: another Python than python3'
@@ -80,6 +82,10 @@ fuzz: tools
 
 bench: bench-tools
 	$(ROOTLESS) $(VENV)-bench/bin/python .ci/bench $(BENCH_ARGS)
+
+# MUTANTS_ARGS="'*[147]'" is a sample, of three mutants in ten: see .ci/mutants.
+mutants: mutants-tools
+	$(VENV)-mutants/bin/python .ci/mutants $(MUTANTS_ARGS)
 
 # Our files are checked for the oldest Python, whichever runs. The tools that they import are of
 # versions that work there (see `lock`), so mypy can read those as well.
@@ -138,8 +144,8 @@ uninstall:
 	rm -rf $(addprefix $(DESTDIR),$(MODULE) $(DOC) $(UNITS)/letmeind.service)
 	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind $(MAN)/letmein.1)
 
-.PHONY: help demo test matrix soak fuzz bench lint lock clean install uninstall \
-	packages test-packages tools bench-tools
+.PHONY: help demo test matrix soak fuzz bench mutants lint lock clean install uninstall \
+	packages test-packages tools bench-tools mutants-tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
@@ -161,12 +167,16 @@ tools: test-packages
 bench-tools: test-packages
 	@sh -ec "$$LOCKED_VENV" venv $(VERSION)-bench
 
+mutants-tools: test-packages
+	@sh -ec "$$LOCKED_VENV" venv $(VERSION)-mutants
+
 lock: test-packages
 	@sh -ec "$$LOCKED_VENV" venv uv
 	@sh -ec "$$WRITE_LOCKS"
 
-# All Pythons use the same versions, those that 3.9 can have; only what `make bench` draws with may be
-# newer. Who runs uv on which machine makes no difference. The lock of uv comes last: for next time.
+# All Pythons use the same versions, those that 3.9 can have; only what `make bench` draws with and
+# what `make mutants` runs may be newer. (mutmut needs Python 3.10.) Who runs uv on which machine makes
+# no difference. The lock of uv comes last: for next time.
 LOCK_PYTHONS = 3.9 3.10 3.11 3.12 3.13 3.14
 define WRITE_LOCKS
 lock() {
@@ -179,6 +189,7 @@ lock() {
 lock 3.9 tools 3.9
 for version in $(filter-out 3.9,$(LOCK_PYTHONS)); do
 	lock $$version tools $$version "-c .ci/lock/3.9.txt"
+	lock $$version mutants $$version-mutants "-c .ci/lock/$$version.txt"
 done
 for version in $(LOCK_PYTHONS); do
 	lock $$version bench $$version-bench "-c .ci/lock/$$version.txt"

@@ -6069,6 +6069,7 @@ LOCKED_PYTHONS = [f"3.{minor}" for minor in range(9, 15)]
 LOCK_INPUTS = {  # what each lock was made from
     **{python: "tools.in" for python in LOCKED_PYTHONS},
     **{f"{python}-bench": "bench.in" for python in LOCKED_PYTHONS},
+    **{f"{python}-mutants": "mutants.in" for python in LOCKED_PYTHONS[1:]},
     "uv": "uv.in",
 }
 
