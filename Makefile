@@ -18,7 +18,7 @@ ROOTLESS = $(if $(filter 0,$(shell id -u)),,env PYTEST_DEBUG_TEMPROOT=$(CURDIR)/
 # On Debian an ordinary user's PATH has no sbin, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench .ci/mutants
+SCRIPTS = $(wildcard *.py) .ci/demo .ci/bench .ci/knockers.py .ci/mutants
 
 # These are asked for when a recipe starts, and not before: Python may not be installed yet.
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -31,8 +31,8 @@ help:
 	@echo 'make matrix  make test for each Python: 3.9 to 3.13 of PATH, or PYTHONS="python3.9 ..."'
 	@echo 'make soak    500 random sequences of what can happen to a firewall, some 15 minutes'
 	@echo 'make fuzz    anything to every room for SECONDS=600, until something fails'
-	@echo 'make bench   floods and speed, as two tables, some 20 minutes (BENCH_ARGS=--help: parts of it)'
-	@echo 'make mutants whether a test notices each small mistake in what needs no kernel, some 15 minutes'
+	@echo 'make bench   letmein.py beside other port knockers, 8 minutes (BENCH_ARGS=--help: parts of it)'
+	@echo 'make mutants what could be wrong without a failing test, 15 minutes (MUTANTS_ARGS: a part)'
 	@echo 'make lint    ruff, and mypy --strict'
 	@echo 'make lock    newer tools: write .ci/lock anew, from its .in files'
 	@echo 'make clean   remove what these have made'
@@ -80,7 +80,8 @@ fuzz: tools
 			test_letmein.py -m hypothesis -k 'not TestAnything' --hypothesis-seed=$$seed || exit 1; \
 		[ $$(date +%s) -lt $$end ]; do :; done
 
-bench: bench-tools
+# Beside fwknop and knockd from Debian, and the Rust letmein if its programs are in PATH.
+bench: bench-tools bench-packages
 	$(ROOTLESS) $(VENV)-bench/bin/python .ci/bench $(BENCH_ARGS)
 
 # MUTANTS_ARGS="'*[147]'" is a sample, of three mutants in ten: see .ci/mutants.
@@ -96,7 +97,7 @@ lint: tools
 		--strict --scripts-are-modules $(SCRIPTS)
 
 clean:
-	rm -rf .venv .hypothesis __pycache__ .ci/__pycache__
+	rm -rf .venv .bench .hypothesis __pycache__ .ci/__pycache__
 
 # The module goes where Python keeps its bytecode, and two short programs import it from there: so a
 # knock need not compile it anew. The configuration in /etc is the owner's, and is not touched, nor is
@@ -145,7 +146,7 @@ uninstall:
 	rm -f $(addprefix $(DESTDIR),$(PREFIX)/bin/letmein $(PREFIX)/sbin/letmeind $(MAN)/letmein.1)
 
 .PHONY: help demo test matrix soak fuzz bench mutants lint lock clean install uninstall \
-	packages test-packages tools bench-tools mutants-tools
+	packages test-packages bench-packages tools bench-tools mutants-tools
 
 # `want PROGRAM PACKAGE` in a recipe below: that the program is there, or else the package is missing.
 WANT = missing=; want() { command -v "$$1" >/dev/null || missing="$$missing $$2"; }; \
@@ -160,6 +161,12 @@ test-packages:
 	$(PYTHON) -c 'import ctypes; ctypes.CDLL("libseccomp.so.2")' 2>/dev/null || \
 		missing="$$missing libseccomp2"; \
 	[ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing
+
+# Their daemons are not enabled: Debian's packages leave that to the administrator.
+bench-packages: test-packages
+	@$(WANT); want fwknopd fwknop-server; want fwknop fwknop-client; want knockd knockd; \
+	want iptables-nft iptables; \
+	[ -z "$$missing" ] || sh -c "$$INSTALL" install $$missing || echo 'Going on without these.'
 
 tools: test-packages
 	@sh -ec "$$LOCKED_VENV" venv $(VERSION)

@@ -29,6 +29,7 @@ import re
 import select
 import selectors
 import socket
+import stat
 import struct
 import sys
 import time
@@ -48,12 +49,10 @@ if TYPE_CHECKING:
     ControlSockets = dict[tuple[str, int], tuple[socket.socket, ...]]  # by protocol and port
     Handshake = Generator[bytes, bytes, None]  # of a client
     Say = Callable[[str], None]  # tells the user something
-    LeaseKey = tuple[str, int]  # the client's address, the resource
-    ElementName = tuple[str, bytes]  # of an nftables element: its set, its key
-    Change = tuple[int, int, bytes]  # of nftables: type, flags and attributes of a message
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
+    Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
     Target = tuple[int, tuple[Any, ...]]  # family and socket address, as of getaddrinfo()
 else:
@@ -68,6 +67,9 @@ else:
             return type(name, (namedtuple(name, fields, defaults=defaults),), body)
 
     NamedTuple = type.__new__(_Record, "NamedTuple", (), {})
+
+
+NEVER = float("inf")  # as a time
 
 
 class UserError(Exception):
@@ -166,11 +168,11 @@ class Log:
             self.counts["lines-lost"] += 1
 
     def often(self, event: str, **fields: str) -> None:
-        """Write a line of a kind that there may be many of, or sum it up: a peer was refused; or
-        what a user has got or lost, where a busy user must not hide another."""
+        """Write a line of a kind that there may be many of, or sum it up: a peer was refused, the
+        table healed; or what a user has got or lost, where a busy user must not hide another."""
         name = "-".join(filter(None, (event, fields.get("proto"))))
         kind, limit = (name, ""), LINES_LIMIT
-        if event not in ("refused", "failed"):
+        if event not in ("refused", "failed", "healed", "cannot-heal"):
             kind, limit = (name, fields["user"]), USER_LINES_LIMIT
         self.kinds[kind] += 1
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
@@ -214,12 +216,6 @@ class Backoff:
         return pause
 
 
-def in_batches(items: list[Item]) -> Iterator[list[Item]]:
-    """The items, as many at a time as one transaction takes."""
-    for start in range(0, len(items), ELEMENTS_PER_BATCH):
-        yield items[start : start + ELEMENTS_PER_BATCH]
-
-
 # ==== 1  Protocol ============================================================
 # Every message, in both directions, over TCP and UDP, is 56 bytes:
 #
@@ -245,7 +241,6 @@ MESSAGE = struct.Struct("!4sIII8s32s")
 MESSAGE_SIZE = MESSAGE.size  # 56 bytes
 KEY_SIZE = 32  # bytes
 LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
-NEVER = float("inf")  # as a time
 NO_TOKEN = bytes(32)
 ANYBODY = 0xFFFFFFFF  # user and resource of a GOAWAY to a peer that named none
 
@@ -506,7 +501,8 @@ class Tokens:
 # letmeind.conf (server) and letmein.conf (client): text in, a frozen Config out, or a ConfigError
 # that names file, line, option and what was expected. The text of a key gets into no message.
 
-CONFIG_SIZE_LIMIT = 4 << 20  # bytes
+CONFIG_SIZE_LIMIT = 4 << 20  # bytes; of all included files together, too
+INCLUDE_LIMIT = 1000  # files
 CONFIG_PLACES = ("/opt/letmein/etc", "/etc")  # the client looks into XDG_CONFIG_HOME first
 HOOKS = ("input", "forward", "output")
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -544,12 +540,6 @@ class Resource(NamedTuple):
         return len(self.protocols) + len(self.jumps)
 
     @property
-    def parts(self) -> int:
-        """The elements that make up one lease, as bits: PROTOCOL_PARTS, JUMP_PART."""
-        ports = sum(PROTOCOL_PARTS[PROTOCOL_NUMBERS[protocol]] for protocol in self.protocols)
-        return ports + (JUMP_PART if self.jumps else 0)
-
-    @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
         return digest((self.port, self.protocols, self.jumps))
@@ -560,8 +550,21 @@ class Resource(NamedTuple):
         return any(not match_saddr for _, _, match_saddr in self.jumps)
 
 
+class UserLimits(NamedTuple):
+    """What [USERS] says of a user: the longest lease in s, and when the last day of their key ends
+    (time.time())."""
+
+    timeout: float = NEVER
+    ends: float = NEVER
+
+    @property
+    def last_day(self) -> str:
+        """As it is written in the file; "" if there is none."""
+        return "" if self.ends == NEVER else time.strftime("%Y-%m-%d", time.gmtime(self.ends - 1))
+
+
 class Config(NamedTuple):
-    """One configuration file, read and checked. Times are in seconds."""
+    """A configuration file, read and checked, with what it includes. Times are in seconds."""
 
     path: str
     warnings: tuple[str, ...]
@@ -580,6 +583,8 @@ class Config(NamedTuple):
     table: str = ""
     timeout: float = 600.0  # of resources that have none of their own
     max_nr_rules: int = 100
+    include: str = ""  # of the server's file: a path, or a pattern as of glob(7)
+    limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     def fixed_options(self) -> dict[str, object]:
         """What a running server cannot change, by the names that the file has for it."""
@@ -594,12 +599,28 @@ class Config(NamedTuple):
             return "unknown resource"
         if found.users and user not in found.users:
             return "resource not allowed for this user"
+        if time.time() >= self.limits_of(user).ends:
+            return f"the user's last day was {self.limits_of(user).last_day}"
         if found.port == self.port:
             return f"port {found.port} is the control port"
         for hook, *_ in found.jumps:
             if hook not in self.chains:
                 return f"chain-{hook} is not set in [NFTABLES]"
         return ""
+
+
+    def limits_of(self, user: int) -> UserLimits:
+        """What limits a user, whatever they knock for."""
+        return self.limits.get(user, UserLimits())
+
+    def timeout_of(self, user: int, resource: Resource) -> float:
+        """For how long one knock opens a resource for this user, in s, but for their last day."""
+        return min(resource.timeout, self.limits_of(user).timeout)
+
+    def longest_lease(self, user: int, resource: Resource) -> float:
+        """For how long a knock of this user opens a resource now, in s."""
+        until_last_day = max(self.limits_of(user).ends - time.time(), 0.0)
+        return min(self.timeout_of(user, resource), until_last_day)
 
 
 @functools.lru_cache(1000)
@@ -792,6 +813,41 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     return Resource(identifier, 0, (), jumps, timeout, users)
 
 
+def parse_last_day(text: str) -> float:
+    """The end of a day in UTC, as time.time() has it."""
+    import datetime
+    expected = "a day as YYYY-MM-DD, such as 2027-01-31"
+    day = matched(text, "[0-9]{4}-[0-9]{2}-[0-9]{2}", expected)
+    try:
+        days = datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)
+    except ValueError:
+        raise Unfit(f"there is no {day} in the calendar", expected) from None
+    return float((days.days + 1) * UNITS_S["d"])
+
+
+def parse_user_timeout(text: str) -> float:
+    """As parse_duration(), but not 0."""
+    timeout = parse_duration(text)
+    if not timeout:
+        raise Unfit("with a timeout of 0 the user can open nothing", "more than 0 seconds")
+    return timeout
+
+
+LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
+
+
+def parse_user_limits(text: str) -> UserLimits:
+    """`timeout: 60 / not-after: 2027-01-31`, or one of them."""
+    values = {}
+    for item in text.split("/"):
+        key, _, value = (part.strip() for part in item.partition(":"))
+        if key not in LIMITS or key in values:
+            expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
+            raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
+        values[key] = LIMITS[key](value)
+    return UserLimits(values.get("timeout", NEVER), values.get("not-after", NEVER))
+
+
 class Setting(NamedTuple):
     """An option of the file: the field of Config that it sets, and how its value is read."""
 
@@ -806,6 +862,7 @@ OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
         "control-timeout": Setting("control_timeout", parse_duration),
         "control-error-policy": Setting("error_policy", parse_policy),
         "seccomp": Setting("seccomp", parse_seccomp),
+        "include": Setting("include", str.strip),
     },
     "CLIENT": {"default-user": Setting("default_user", parse_identifier)},
     "NFTABLES": {
@@ -818,7 +875,9 @@ OPTIONS: Mapping[str, Mapping[str, Setting]] = {  # by section and name
     },
     "KEYS": {},  # by user
     "RESOURCES": {},  # by id
+    "USERS": {},  # by user
 }
+INCLUDABLE = ("KEYS", "RESOURCES")
 REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
@@ -827,6 +886,11 @@ class Entry(NamedTuple):
 
     place: str
     value: str
+
+    @property
+    def line(self) -> str:
+        """The place without section and name."""
+        return self.place.partition(": [")[0]
 
 
 # What is not UTF-8 decodes to DC80 to DCFF. 1C to 1F are white space for Python alone.
@@ -908,41 +972,53 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     return values
 
 
-def parse_keys(entries: Mapping[str, Entry]) -> dict[int, bytes]:
-    """[KEYS], by user. Raises ConfigError."""
-    keys: dict[int, bytes] = {}
-    for name, entry in entries.items():
+def parse_by_user(
+    lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
+) -> dict[int, Item]:
+    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what
+    one gives a user. Raises ConfigError."""
+    values: dict[int, Item] = {}
+    lines_of: dict[int, str] = {}
+    for name, entry in lines:
         with blaming(entry.place):
             user = parse_identifier(name)
-            if user in keys:
-                raise Unfit(f"user {user:08X} has a key already", "each user once")
-            keys[user] = parse_key(entry.value)
-    return keys
+            if user in values:
+                where = lines_of[user]
+                raise Unfit(f"user {user:08X} has {what} already, at {where}", "each user once")
+            values[user] = parse(entry.value)
+            lines_of[user] = entry.line
+    return values
 
 
-def parse_resources(entries: Mapping[str, Entry], timeout: float) -> dict[int, Resource]:
-    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
+def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: lines, name and entry of each; timeout, of those that have none,
+    in s. Raises ConfigError."""
     resources: dict[int, Resource] = {}
+    lines_of: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
-    for name, entry in entries.items():
+    for name, entry in lines:
         with blaming(entry.place):
             resource = parse_resource(parse_identifier(name), entry.value, timeout)
             if resource.identifier in resources:
-                raise Unfit(f"resource {resource.identifier:08X} appears twice", "each id once")
+                where = lines_of[resource.identifier]
+                problem = f"resource {resource.identifier:08X} appears twice, first at {where}"
+                raise Unfit(problem, "each id once")
             if resource.port in owners:
                 owner = owners[resource.port]
-                raise Unfit(f"resource {owner:08X} has port {resource.port}", "each port once")
+                problem = f"resource {owner:08X} has port {resource.port}, at {lines_of[owner]}"
+                raise Unfit(problem, "each port once")
             resources[resource.identifier] = resource
+            lines_of[resource.identifier] = entry.line
             if resource.port:
                 owners[resource.port] = resource.identifier
     return resources
 
 
 def server_warnings(
-    config: Config, tables: Mapping[str, Entry], resources: Iterable[Entry]
+    config: Config, tables: Mapping[str, Entry], entries: Mapping[str, list[Entry]]
 ) -> list[str]:
-    """What a server can do with this, and its owner may not want. Args: the entries of [NFTABLES],
-    and those of config.resources, in their order."""
+    """What a server can do with this, and its owner may not want. Args: tables, [NFTABLES];
+    entries, by section, in the order of config.resources and config.limits."""
     warnings = []
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
@@ -954,31 +1030,51 @@ def server_warnings(
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         warnings.append(f"{config.path}: [KEYS] {text}")
-    for entry, resource in zip(resources, config.resources.values()):
-        somebody = min(resource.users, default=0)  # who may have it, if anybody can
-        objection = config.objection(somebody, resource.identifier)
+    for entry, resource in zip(entries["RESOURCES"], config.resources.values()):
+        users = resource.users or {-1}  # everybody: an id without limits
+        objections = [config.objection(user, resource.identifier) for user in users]
+        objection = objections[0] if all(objections) else ""
         if objection or not resource.timeout:
             text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
             warnings.append(entry.place + text)
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
                 warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+    for entry, user in zip(entries["USERS"], config.limits):
+        if user not in config.keys:
+            warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+        elif time.time() >= config.limits[user].ends:
+            warnings.append(f"{entry.place}this day is over: the user can open nothing any more")
     return warnings
 
 
-def parse_config(text: str, path: str, server: bool) -> Config:
-    """Read one configuration file's text; path is for messages alone. Raises ConfigError."""
+def parse_config(
+    text: str, path: str, server: bool, included: Callable[[str], Iterable[Sections]] | None = None
+) -> Config:
+    """Read one configuration file's text. Args: path, for messages alone; included, gives the
+    sections of the files that a value of `include` names. Raises ConfigError."""
     sections = parse_sections(text, path)
     warnings = unknown_names(sections)
     begins = {section: entries.pop("").place for section, entries in sections.items()}
     for section in OPTIONS:
         sections.setdefault(section, {})
+    lines = {section: list(sections[section].items()) for section in OPTIONS}
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
+    if not server and "include" in sections["GENERAL"]:
+        place = sections["GENERAL"]["include"].place
+        warnings.append(f"{place}is for the server's file, and ignored here")
     try:
         for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
             values.update(parse_settings(sections[section], OPTIONS[section]))
-        keys = parse_keys(sections["KEYS"])
-        resources = parse_resources(sections["RESOURCES"], values["timeout"])
+        if server and included and "include" in sections["GENERAL"]:
+            with blaming(sections["GENERAL"]["include"].place):
+                for each in included(values["include"]):
+                    for section in INCLUDABLE:
+                        lines[section] += each.get(section, {}).items()
+        keys = parse_by_user(lines["KEYS"], parse_key, "a key")
+        resources = parse_resources(lines["RESOURCES"], values["timeout"])
+        if server:
+            values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
         for option in REQUIRED if server else ():
             if option not in sections["NFTABLES"]:
                 place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
@@ -991,17 +1087,99 @@ def parse_config(text: str, path: str, server: bool) -> Config:
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        entries = sections["RESOURCES"].values()
+        entries = {section: [entry for _, entry in lines[section]] for section in OPTIONS}
         warnings += server_warnings(config, sections["NFTABLES"], entries)
     return config._replace(warnings=tuple(warnings))
 
 
+def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
+    Raises OSError, ConfigError."""
+
+    def open_at_once(path: str, flags: int) -> int:
+        """Without waiting for anybody to open the other end of a FIFO."""
+        return os.open(path, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=open_at_once if is_included else None) as file:
+        status = os.fstat(file.fileno())
+        if is_included and not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
+        data = file.read(CONFIG_SIZE_LIMIT + 1)
+    if len(data) > CONFIG_SIZE_LIMIT:
+        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
+    if os.name == "posix" and server and status.st_uid != 0:
+        warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
+    if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
+        mode = f"{status.st_mode & 0o777:o}"
+        what = f"mode {mode} lets other users of this machine read or change it"
+        warnings.append(f"{path}: {what}; chmod 600 {path}")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
+    return data.decode("utf-8", "surrogateescape")
+
+
+def find_included(pattern: str) -> list[str]:
+    """The paths that a value of `include` stands for, sorted. Raises Unfit."""
+    import glob
+    if not re.search("[*?[]", pattern):
+        return [pattern]
+    found = [path for path, _ in zip(glob.iglob(pattern), range(INCLUDE_LIMIT + 1))]
+    if len(found) > INCLUDE_LIMIT:
+        raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
+    return sorted(found)
+
+
+def include_directory(config: Config) -> str:
+    """What a server that sees only a part of the disk must see for `include`."""
+    directory = os.path.dirname(os.path.join(os.path.dirname(config.path), config.include))
+    while re.search("[*?[]", directory):
+        directory = os.path.dirname(directory)
+    return directory
+
+
+def check_directory(path: str, directory: str) -> None:
+    """See that nobody but root may put files into an included file's directory. Raises OSError,
+    ConfigError."""
+    status = os.stat(directory)
+    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        hint = f"chown root {directory}; chmod 755 {directory}"
+        raise ConfigError(f"{path}: others may write to the directory {directory}", hint)
+
+
+def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Sections]:
+    """The sections of each of these files. Raises Unfit, ConfigError."""
+    size = 0
+    for path in paths:
+        try:
+            for name in (path, os.path.realpath(path)):  # it may be a link
+                check_directory(path, os.path.dirname(name))
+            text = read_text(path, True, warnings, is_included=True)
+        except OSError as error:
+            hint = "include in [GENERAL] of letmeind.conf names it"
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
+        size += len(text)
+        if size > CONFIG_SIZE_LIMIT:
+            raise Unfit("the files are too large", f"at most {CONFIG_SIZE_LIMIT} bytes together")
+        sections = parse_sections(text, path)
+        for section, entries in sections.items():
+            if section not in INCLUDABLE:
+                hint = "expected: [KEYS] and [RESOURCES] alone"
+                raise ConfigError(f"{entries[''].place}is not for an included file", hint)
+            entries.pop("")
+        yield sections
+
+
 def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
+    warnings: list[str] = []
+
+    def included(pattern: str) -> Iterator[Sections]:
+        paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
+        if not paths:
+            warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
+        return read_included(paths, warnings)
+
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read(CONFIG_SIZE_LIMIT + 1)
+        config = parse_config(read_text(path, server, warnings), path, server, included)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
             return parse_config("", path, server)
@@ -1011,18 +1189,7 @@ def read_config(path: str, server: bool) -> Config:
         if isinstance(error, FileNotFoundError):
             hint = "write one, letmeind.conf.example is a start, or name one with --config"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
-    if len(data) > CONFIG_SIZE_LIMIT:
-        raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
-    data = data.removeprefix(b"\xef\xbb\xbf")  # the BOM, with which some editors begin a file
-    config = parse_config(data.decode("utf-8", "surrogateescape"), path, server)
-    warnings = list(config.warnings)
-    if os.name == "posix" and server and status.st_uid != 0:
-        warnings.append(f"{path}: owned by user {status.st_uid}, not root; chown root {path}")
-    if os.name == "posix" and status.st_mode & (0o026 if server else 0o066):
-        mode = f"{status.st_mode & 0o777:o}"
-        what = f"mode {mode} lets other users of this machine read or change it"
-        warnings.append(f"{path}: {what}; chmod 600 {path}")
-    return config._replace(warnings=tuple(warnings))
+    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 # ==== 3  Client ==============================================================
@@ -1894,36 +2061,40 @@ def catch_signals(handler: Any) -> None:
 # (nft takes 2 ms to start, and nft 1.0.6 reads all large sets of a table before it adds one
 # element: 5 s with a block list of 300,000 ranges.) What the kernel has is read the same way.
 #
+# On the way down: Leases, who holds what; what that is in nftables; Nft and Kernel, the two ways to
+# tell the kernel; checks of somebody's ruleset; Table, all that is ours in it; Look, which compares
+# and mends it; Firewall, which clients ask, and which knows when to look.
+#
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
-LISTING_LIMIT = 16 << 20  # bytes of what nft says
-SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
-TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
 SHORTEST_LEASE_S = 0.001  # the kernel takes 0 for "for ever": what is shorter is not installed
 LONGEST_LEASE_S = 99_999_999.0  # nft(8) prints no more
-VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
-IP = {4: "ip", 6: "ip6"}
-ETHER_TYPES = {4: 0x0800, 6: 0x86DD}
-PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
-OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
-COMMENT = re.compile(r"user=([0-9A-F]{8}) resource=([0-9A-F]{8}) boot=(\S{8}) proof=(\S{8})")
-LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
+EVERYBODY = "*"  # as the address of a gate
+ENDED = 0.0  # as the end of a lease that was ended
 GATE_COMMENT = "gate"
-PROTOCOL_PARTS, JUMP_PART = {6: 1, 17: 2}, 4  # the elements of a lease, as bits
-LATE_S = 0.1  # by how much the kernel may end a lease later than we do
-EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
-HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
-TROUBLE_PAUSE_S = 30.0  # at most while healing fails
-FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
-DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
-TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
-LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
-IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
+COMMENT = re.compile(
+    "user=(?P<user>[0-9A-F]{8}) resource=(?P<resource>[0-9A-F]{8})"
+    r" boot=(?P<boot>\S{8}) proof=(?P<proof>\S{8})"
+)
+ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
+
+
+def in_batches(items: list[Item]) -> Iterator[list[Item]]:
+    """The items, as many at a time as one transaction takes."""
+    for start in range(0, len(items), ELEMENTS_PER_BATCH):
+        yield items[start : start + ELEMENTS_PER_BATCH]
+
+
+class LeaseKey(NamedTuple):
+    """One address has one lease of a resource; two users behind it share that."""
+
+    address: str
+    resource: int
 
 
 class Lease(NamedTuple):
-    """That an address may use a resource, until ends (time.monotonic())."""
+    """That an address may use a resource, until ends (time.monotonic()). A gate is the same for
+    EVERYBODY: it has no user, and weighs nothing."""
 
     address: str
     resource: int
@@ -1934,8 +2105,11 @@ class Lease(NamedTuple):
 
     @property
     def key(self) -> LeaseKey:
-        """One address has one lease of a resource; two users behind it share that."""
-        return self.address, self.resource
+        return LeaseKey(self.address, self.resource)
+
+    def ended(self) -> Lease:
+        """The same lease, ended."""
+        return self._replace(ends=ENDED)
 
 
 @functools.lru_cache(10_000)
@@ -1944,6 +2118,30 @@ def lease_proof(key: bytes, boot: str, meaning: str) -> str:
     in the kernel, next to the lease: a keyed hash, of which nobody learns anything of the key."""
     import hmac
     return hmac.digest(key, f"lease {boot} {meaning}".encode(), "sha3_256").hex()[:8]
+
+
+def lease_comment(lease: Lease, boot: str) -> str:
+    """What stands at an element: it tells people, and a successor of this server, whose it is, when
+    it counts (boot) and what it means."""
+    if lease.address == EVERYBODY:
+        return GATE_COMMENT
+    ids = f"user={lease.user:08X} resource={lease.resource:08X}"
+    return f"{ids} boot={boot} proof={lease.proof}"
+
+
+def longest_time(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
+    """For how long a configuration gives a lease with this proof, in s; 0: not at all."""
+    if user not in config.keys or config.objection(user, resource):
+        return 0.0
+    found = config.resources[resource]
+    if lease_proof(config.keys[user], boot, found.meaning) != proof:
+        return 0.0
+    return config.longest_lease(user, found)
+
+
+def gate_of(resource: int, ends: float) -> Lease:
+    """The gate of a resource with a jump of all traffic."""
+    return Lease(EVERYBODY, resource, 0, "", 0, ends)
 
 
 class Leases:
@@ -1969,11 +2167,11 @@ class Leases:
         self.weights[lease.user] = self.weights.get(lease.user, 0) + lease.weight
         self.ending.setdefault(int(lease.ends), {})[lease.key] = None
 
-    def forget(self, key: LeaseKey) -> Lease | None:
-        """Note the end of a lease; returns it, if there was one."""
+    def forget(self, key: LeaseKey) -> None:
+        """Note the end of a lease, if there is one."""
         lease = self.by_key.pop(key, None)
         if lease is None:
-            return None
+            return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
         for index, name in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
@@ -1982,14 +2180,24 @@ class Leases:
                 del index[name]
         if not self.weights[lease.user]:
             del self.weights[lease.user]
-        return lease
 
-    def expire(self, now: float) -> None:
-        """Forget the leases that have ended: the kernel sends no word of it."""
+    def expire(self, now: float) -> list[Lease]:
+        """Forget the leases that have ended, and return them: the kernel sends no word of it."""
+        ended = []
         for second in [second for second in self.ending if second <= now]:
             for key in list(self.ending[second]):
                 if self.by_key[key].ends <= now:
+                    ended.append(self.by_key[key])
                     self.forget(key)
+        return ended
+
+    def last_ends(self, but: frozenset[LeaseKey] = frozenset()) -> dict[int, float]:
+        """By resource, when its last lease ends. Args: but, those that do not count."""
+        ends: dict[int, float] = {}
+        for key, lease in self.by_key.items():
+            if key not in but:
+                ends[key.resource] = max(ends.get(key.resource, ENDED), lease.ends)
+        return ends
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, if the weight of all may be limit: the oldest
@@ -2013,6 +2221,14 @@ class Leases:
                 weight -= oldest.weight
                 weights[user] -= oldest.weight
         return ended
+
+
+VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}  # IP versions, by table family
+IP = {4: "ip", 6: "ip6"}
+PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
+OUR_SET = re.compile(r"letmein-(?:[0-9A-F]{8}-)?(?:4|6|gate)")
+PORT_KEY = struct.Struct("!B3xH2x")  # protocol and port behind the address: fields of 4 bytes
+GATE_KEYS = {4: bytes.fromhex("0800"), 6: bytes.fromhex("86DD")}  # linux/if_ether.h
 
 
 class Ruleset(NamedTuple):
@@ -2067,28 +2283,49 @@ def ruleset_script(config: Config) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-PORT_KEY = struct.Struct("!B3xH2x")  # protocol and port behind the address: fields of 4 bytes
+class ElementName(NamedTuple):
+    """Where an element of a lease is: the set, and the key as the kernel has it."""
+
+    set_name: str
+    key: bytes
 
 
-def lease_elements(lease: Lease, resource: Resource) -> list[ElementName]:
-    """The elements that make up a lease, its gate apart: for each the set, and the key as the
-    kernel has it."""
+def lease_elements(lease: Lease, config: Config) -> list[ElementName]:
+    """The elements that make up a lease, or a gate."""
+    jump_set = f"letmein-{lease.resource:08X}"
+    if lease.address == EVERYBODY:
+        keys = [GATE_KEYS[version] for version in VERSIONS[config.family]]
+        return [ElementName(f"{jump_set}-gate", key) for key in keys]
     version, family = (6, socket.AF_INET6) if ":" in lease.address else (4, socket.AF_INET)
     address = socket.inet_pton(family, lease.address)
+    resource = config.resources[lease.resource]
     names = []
     for protocol in resource.protocols:
         key = address + PORT_KEY.pack(PROTOCOL_NUMBERS[protocol], resource.port)
-        names.append((f"letmein-{version}", key))
+        names.append(ElementName(f"letmein-{version}", key))
     if resource.jumps:
-        names.append((f"letmein-{resource.identifier:08X}-{version}", address))
+        names.append(ElementName(f"{jump_set}-{version}", address))
     return names
 
 
-def gate_elements(config: Config, resource: int) -> list[ElementName]:
-    """The elements of a resource's gate."""
-    name = f"letmein-{resource:08X}-gate"
-    versions = VERSIONS[config.family]
-    return [(name, struct.pack("!H", ETHER_TYPES[version])) for version in versions]
+def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
+    """What the key of an element says: the address ("" if it is none of ours), and protocol and
+    port, if they are in it."""
+    if name.set_name.endswith("-gate"):
+        address = EVERYBODY if name.key in GATE_KEYS.values() else ""
+        return address, None
+    size, family = (16, socket.AF_INET6) if name.set_name.endswith("-6") else (4, socket.AF_INET)
+    packed, place = name.key[:size], name.key[size:]
+    if len(packed) != size or len(place) not in (0, PORT_KEY.size):
+        return "", None
+    return socket.inet_ntop(family, packed), PORT_KEY.unpack(place) if place else None
+
+
+TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+LISTING_LIMIT = 16 << 20  # bytes of what nft says
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
+TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 
 
 def await_end(process: int, limit: float) -> int:
@@ -2162,12 +2399,17 @@ class Nft:
 
 
 # The kernel's nftables by netlink: linux/netlink.h, linux/netfilter/nfnetlink.h, nf_tables.h.
+# A message is a header of netlink, one of netfilter, and attributes, each a type and a value.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES, NFNL_SUBSYS_NFTABLES = 12, 7, 10
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
+NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
+# Types of messages; those of nftables name their subsystem.
 NLMSG_ERROR, NLMSG_DONE, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 2, 3, 16, 17
+GETTABLE, NEWCHAIN, GETCHAIN, GETRULE, GETSET, NEWSETELEM, GETSETELEM, DELSETELEM = (
+    NFNL_SUBSYS_NFTABLES << 8 | number for number in (1, 3, 4, 7, 10, 12, 13, 14)
+)
+# Types of attributes: of a table, chain, rule, set, list of elements, element, and what these hold.
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
-GETTABLE, GETCHAIN, GETRULE, GETSET = 1, 4, 7, 10
-NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_HANDLE, NFT_TABLE_F_OWNER = 1, 2, 4, 0x2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_USE = 1, 3, 4, 6
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_USERDATA = 1, 2, 3, 7
@@ -2177,14 +2419,19 @@ NFTA_ELEM_KEY, NFTA_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL = 1, 3, 0x2
 NFTA_ELEM_TIMEOUT, NFTA_ELEM_EXPIRATION, NFTA_ELEM_USERDATA = 4, 5, 6
 NFTA_ELEM_EXPR, NFTA_ELEM_EXPRESSIONS, NFTA_DATA_VALUE, NFTA_EXPR_DATA = 7, 11, 1, 2
 NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS = 1, 2
-NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}  # linux/netfilter.h
+COMMENT_TYPE = 0  # in user data, which is nft's own: libnftnl/udata.h
 NETLINK_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
-NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, resource id
+NETFILTER_HEADER = struct.Struct("!BBH")  # family, version, of a transaction: the subsystem
 ATTRIBUTE_HEADER = struct.Struct("=HH")  # length, type
 NOTIFICATION_BUFFER = 8 << 20  # bytes; enough for 10,000 elements in one transaction
-NOTIFICATIONS_PER_TURN = 1000
-ELEMENTS_PER_BATCH = 250  # some 40 KB: what anybody's socket may send at once
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+
+
+def set_receive_buffer(receiver: socket.socket, size: int) -> None:
+    """Let a socket hold up to size bytes, or as much as our rights allow; see socket(7)."""
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
 
 
 class Element(NamedTuple):
@@ -2206,6 +2453,14 @@ class Rule(NamedTuple):
     comment: str
 
 
+class Change(NamedTuple):
+    """A change of nftables that the kernel is asked for: what a message says."""
+
+    kind: int  # NEWSETELEM or DELSETELEM
+    flags: int
+    attributes: bytes
+
+
 def attribute(kind: int, value: bytes) -> bytes:
     """One attribute of a netlink message, padded to 4 bytes."""
     length = ATTRIBUTE_HEADER.size + len(value)
@@ -2218,7 +2473,15 @@ def nested(kind: int, *values: bytes) -> bytes:
 
 
 def text_attribute(kind: int, text: str) -> bytes:
+    """An attribute that is a text."""
     return attribute(kind, text.encode("ascii") + b"\0")
+
+
+def key_attribute(key: bytes) -> bytes:
+    """What names an element in a message; see Element."""
+    if not key:
+        return attribute(NFTA_ELEM_FLAGS, struct.pack("!I", NFT_SET_ELEM_CATCHALL))
+    return nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
 
 
 def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -2232,43 +2495,64 @@ def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
-def each_message(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """The netlink messages in what a socket has received: type, sequence number, port of the
-    sender (or of who made the change that is told of), and what is behind the header."""
+class Attributes(dict[int, bytes]):
+    """The attributes in a message, or in another attribute, by type."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(each_attribute(data))
+
+    def number(self, kind: int) -> int:
+        """A number; 0 if it is absent."""
+        return int.from_bytes(self.get(kind, b""), "big")
+
+    def text(self, kind: int) -> str:
+        """A name."""
+        return self.get(kind, b"").rstrip(b"\0").decode("utf-8", "replace")
+
+    def within(self, kind: int) -> Attributes:
+        """The attributes that one is made of; none if it is absent."""
+        return Attributes(self.get(kind, b""))
+
+    def comment(self, kind: int) -> str:
+        """The comment in an element's or a rule's user data: type, length, text (of libnftnl)."""
+        userdata, offset = self.get(kind, b""), 0
+        while offset + 2 <= len(userdata):
+            what, length = userdata[offset], userdata[offset + 1]
+            offset += 2
+            if what == COMMENT_TYPE:
+                text = userdata[offset : offset + length]
+                return text.rstrip(b"\0").decode("utf-8", "replace")
+            offset += length
+        return ""
+
+
+def each_message(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """The netlink messages in what a socket has received: type, flags, sequence number, port of
+    the sender (or of who made the change that is told of), and what is behind the header."""
     offset, end = 0, len(data) - NETLINK_HEADER.size
     while offset <= end:
-        length, kind, _, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
+        length, kind, flags, sequence, port = NETLINK_HEADER.unpack_from(data, offset)
         if length < NETLINK_HEADER.size:
             return
-        yield kind, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
+        yield kind, flags, sequence, port, data[offset + NETLINK_HEADER.size : offset + length]
         offset += (length + 3) & ~3
 
 
-def netlink_socket() -> socket.socket:
-    """A socket to talk to the kernel's nftables with."""
+def raise_error(body: bytes) -> None:
+    """Raise the OSError that a message of type NLMSG_ERROR or NLMSG_DONE tells of, if it does."""
+    (error,) = struct.unpack_from("=i", body)
+    if error:
+        raise OSError(-error, os.strerror(-error))
+
+
+def netlink_socket(groups: int = 0) -> socket.socket:
+    """A socket to talk to the kernel's nftables with. Args: groups, as bits, to listen to."""
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-    netlink.bind((0, 0))
+    if groups:
+        set_receive_buffer(netlink, NOTIFICATION_BUFFER)
+    netlink.bind((0, groups))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
-
-
-def key_attribute(key: bytes) -> bytes:
-    """What names an element in a message; see Element."""
-    if not key:
-        return attribute(NFTA_ELEM_FLAGS, struct.pack("!I", NFT_SET_ELEM_CATCHALL))
-    return nested(NFTA_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
-
-
-def comment_of(userdata: bytes) -> str:
-    """The comment in an element's or a rule's user data: type, length, text (as of libnftnl)."""
-    offset = 0
-    while offset + 2 <= len(userdata):
-        kind, length = userdata[offset], userdata[offset + 1]
-        if kind == 0:
-            text = userdata[offset + 2 : offset + 2 + length]
-            return text.rstrip(b"\0").decode("utf-8", "replace")
-        offset += 2 + length
-    return ""
 
 
 class Kernel:
@@ -2283,44 +2567,38 @@ class Kernel:
         # As long as we hold it nobody else has this port: so it marks changes as ours.
         self.port = self.socket.getsockname()[0]
 
-    def _message(self, kind: int, flags: int, body: bytes, batch: bool = False) -> bytes:
-        """One message of ours. Args: batch, for the two that enclose a transaction."""
-        self.sequence = (self.sequence + 1) & 0xFFFFFFFF
-        head = NETFILTER_HEADER.pack(self.family, 0, NFNL_SUBSYS_NFTABLES if batch else 0)
-        kind = kind if batch else NFNL_SUBSYS_NFTABLES << 8 | kind
-        length = NETLINK_HEADER.size + len(head) + len(body)
-        flags |= NLM_F_REQUEST
-        return NETLINK_HEADER.pack(length, kind, flags, self.sequence, 0) + head + body
+    # -- how it is asked
 
-    def _ask(self, kind: int, *attributes: bytes, dump: bool = False) -> list[bytes]:
+    def _message(self, kind: int, flags: int, attributes: bytes) -> bytes:
+        """One message of ours."""
+        self.sequence = (self.sequence + 1) & 0xFFFFFFFF
+        body = NETFILTER_HEADER.pack(self.family, 0, NFNL_SUBSYS_NFTABLES) + attributes
+        length = NETLINK_HEADER.size + len(body)
+        return NETLINK_HEADER.pack(length, kind, flags | NLM_F_REQUEST, self.sequence, 0) + body
+
+    def _ask(self, kind: int, *attributes: bytes, dump: bool = False) -> list[Attributes]:
         """Ask for one thing, or with dump for all such; returns the attributes of each."""
         flags = NLM_F_DUMP if dump else NLM_F_ACK
         self.socket.send(self._message(kind, flags, b"".join(attributes)))
-        found: list[bytes] = []
+        found: list[Attributes] = []
         while True:
-            for kind, sequence, _, body in each_message(self.socket.recv(1 << 17)):
+            for kind, _, sequence, _, body in each_message(self.socket.recv(1 << 17)):
                 if sequence != self.sequence:
                     continue  # of something that failed before
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
-                    self._raise_error(body)
+                    raise_error(body)
                     return found
-                found.append(body[NETFILTER_HEADER.size :])
+                found.append(Attributes(body[NETFILTER_HEADER.size :]))
 
-    @staticmethod
-    def _raise_error(body: bytes) -> None:
-        (error,) = struct.unpack_from("=i", body)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-
-    def change(self, messages: Iterable[Change]) -> None:
-        """Make changes, each (type, flags, attributes), in one transaction: all or none."""
-        begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"", batch=True)
-        bodies = [self._message(*message) for message in messages]
-        end = self._message(NFNL_MSG_BATCH_END, 0, b"", batch=True)
+    def change(self, changes: Iterable[Change]) -> None:
+        """Make changes in one transaction: all or none."""
+        begin = self._message(NFNL_MSG_BATCH_BEGIN, 0, b"")
+        messages = [self._message(*change) for change in changes]
+        end = self._message(NFNL_MSG_BATCH_END, 0, b"")
         # What goes well is not answered, what fails is.
-        self.socket.send(b"".join((begin, *bodies, end)))
-        for body in self._answers():
-            self._raise_error(body)
+        self.socket.send(b"".join((begin, *messages, end)))
+        for error in self._answers():
+            raise_error(error)
 
     def _answers(self) -> list[bytes]:
         """What has come, to the last one: the next question is to find nothing here."""
@@ -2334,106 +2612,95 @@ class Kernel:
                 if error.errno != errno.ENOBUFS:  # more than it holds: the first ones are there
                     raise
 
+    # -- table, chains, rules, sets
+
     def table_facts(self) -> tuple[int, int]:
         """The table's handle and its flags."""
-        (facts,) = self._ask(GETTABLE, text_attribute(NFTA_TABLE_NAME, self.table))
-        found = dict(each_attribute(facts))
-        flags = int.from_bytes(found.get(NFTA_TABLE_FLAGS, b""), "big")
-        return int.from_bytes(found[NFTA_TABLE_HANDLE], "big"), flags
+        (found,) = self._ask(GETTABLE, text_attribute(NFTA_TABLE_NAME, self.table))
+        return found.number(NFTA_TABLE_HANDLE), found.number(NFTA_TABLE_FLAGS)
 
     def base_chains(self) -> list[str]:
         """The names of the table's chains that have a hook."""
         names = []
-        for facts in self._ask(GETCHAIN, dump=True):
-            found = dict(each_attribute(facts))
-            is_here = found[NFTA_CHAIN_TABLE] == self.table.encode() + b"\0"
-            if is_here and NFTA_CHAIN_HOOK in found:
-                names.append(found[NFTA_CHAIN_NAME].rstrip(b"\0").decode("utf-8", "replace"))
+        for found in self._ask(GETCHAIN, dump=True):  # of all tables of the family
+            if found.text(NFTA_CHAIN_TABLE) == self.table and NFTA_CHAIN_HOOK in found:
+                names.append(found.text(NFTA_CHAIN_NAME))
         return names
 
     def jumps_to(self, chain: str) -> int:
         """How many rules, or elements of verdict maps, lead to a chain."""
         table = text_attribute(NFTA_CHAIN_TABLE, self.table)
-        (facts,) = self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))
-        uses = int.from_bytes(dict(each_attribute(facts))[NFTA_CHAIN_USE], "big")
-        return uses - len(self.rules(chain))  # the kernel counts its own rules as well
+        (found,) = self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))
+        # The kernel counts its own rules as well.
+        return found.number(NFTA_CHAIN_USE) - len(self.rules(chain))
 
     def rules(self, chain: str) -> list[Rule]:
         """The rules of a chain, in their order."""
         table = text_attribute(NFTA_RULE_TABLE, self.table)
         self._ask(GETCHAIN, table, text_attribute(NFTA_CHAIN_NAME, chain))  # an error if it is none
         rules = []
-        for facts in self._ask(GETRULE, table, text_attribute(NFTA_RULE_CHAIN, chain), dump=True):
-            found = dict(each_attribute(facts))
-            handle = int.from_bytes(found[NFTA_RULE_HANDLE], "big")
-            rules.append(Rule(chain, handle, comment_of(found.get(NFTA_RULE_USERDATA, b""))))
+        for found in self._ask(GETRULE, table, text_attribute(NFTA_RULE_CHAIN, chain), dump=True):
+            comment = found.comment(NFTA_RULE_USERDATA)
+            rules.append(Rule(chain, found.number(NFTA_RULE_HANDLE), comment))
         return rules
 
     def sets(self) -> dict[str, int]:
         """The sets of the table that have a name of ours, with their handles."""
         handles = {}
-        for facts in self._ask(GETSET, text_attribute(NFTA_SET_TABLE, self.table), dump=True):
-            found = dict(each_attribute(facts))
-            name = found[NFTA_SET_NAME].rstrip(b"\0").decode("utf-8", "replace")
+        for found in self._ask(GETSET, text_attribute(NFTA_SET_TABLE, self.table), dump=True):
+            name = found.text(NFTA_SET_NAME)
             if OUR_SET.fullmatch(name):
-                handles[name] = int.from_bytes(found[NFTA_SET_HANDLE], "big")
+                handles[name] = found.number(NFTA_SET_HANDLE)
         return handles
 
-    def _elements_of(self, name: str, elements: bytes = b"") -> bytes:
+    # -- elements
+
+    def _elements_of(self, set_name: str, elements: bytes = b"") -> bytes:
         """The attributes that say which set, and which elements of it."""
-        where = text_attribute(NFTA_LIST_TABLE, self.table) + text_attribute(NFTA_LIST_SET, name)
+        table = text_attribute(NFTA_LIST_TABLE, self.table)
+        where = table + text_attribute(NFTA_LIST_SET, set_name)
         return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
-    def elements(self, name: str) -> Iterator[Element]:
+    def elements(self, set_name: str) -> Iterator[Element]:
         """The elements of a set. The kernel gives some 200 at a time, and the more that went before
         the slower (1 s for 100,000). What is changed meanwhile may come twice, or be left out; and
         so may others, while the set grows."""
         asked = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
-            netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(name)))
+            netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
                 # With one piece the kernel prepares the next.
                 next_asked = time.monotonic()
-                for kind, _, _, body in each_message(netlink.recv(1 << 17)):
+                for kind, _, _, _, body in each_message(netlink.recv(1 << 17)):
                     if kind in (NLMSG_ERROR, NLMSG_DONE):
-                        self._raise_error(body)
+                        raise_error(body)
                         return
-                    for element in self._listed(body[NETFILTER_HEADER.size :]):
-                        yield self._element(element, asked)
+                    listed = Attributes(body[NETFILTER_HEADER.size :])
+                    for _, element in each_attribute(listed.get(NFTA_LIST_ELEMENTS, b"")):
+                        yield self._element(Attributes(element), asked)
                 asked = next_asked
 
     @staticmethod
-    def _listed(listing: bytes) -> Iterator[bytes]:
-        """The attributes of each element in one piece of a listing."""
-        for kind, elements in each_attribute(listing):
-            if kind == NFTA_LIST_ELEMENTS:
-                for _, facts in each_attribute(elements):
-                    yield facts
-
-    def has_element(self, name: str, key: bytes) -> bool:
-        """Whether a set has this element just now. Exact, unlike elements()."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(key))
-        try:
-            return bool(self._ask(GETSETELEM, self._elements_of(name, element)))
-        except FileNotFoundError:
-            return False
-
-    @staticmethod
-    def _element(facts: bytes, asked: float) -> Element:
-        found = dict(each_attribute(facts))
-        key = dict(each_attribute(found.get(NFTA_ELEM_KEY, b""))).get(NFTA_DATA_VALUE, b"")
+    def _element(found: Attributes, asked: float) -> Element:
+        key = found.within(NFTA_ELEM_KEY).get(NFTA_DATA_VALUE, b"")
         left = NEVER
         # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
-        if NFTA_ELEM_EXPIRATION in found:  # in ms
-            left = int.from_bytes(found[NFTA_ELEM_EXPIRATION], "big") / 1000
-        counter = found.get(NFTA_ELEM_EXPR, b"")
+        if NFTA_ELEM_EXPIRATION in found:
+            left = found.number(NFTA_ELEM_EXPIRATION) / 1000  # it is in ms
+        counter = found.within(NFTA_ELEM_EXPR)
         if NFTA_ELEM_EXPRESSIONS in found:
-            counter = dict(each_attribute(found[NFTA_ELEM_EXPRESSIONS])).get(1, b"")
-        counts = dict(each_attribute(dict(each_attribute(counter)).get(NFTA_EXPR_DATA, b"")))
-        packets = int.from_bytes(counts.get(NFTA_COUNTER_PACKETS, b""), "big")
-        octets = int.from_bytes(counts.get(NFTA_COUNTER_BYTES, b""), "big")
-        comment = comment_of(found.get(NFTA_ELEM_USERDATA, b""))
-        return Element(key, left, asked, comment, packets, octets)
+            counter = found.within(NFTA_ELEM_EXPRESSIONS).within(NFTA_LIST_ELEMENT)
+        counts = counter.within(NFTA_EXPR_DATA)
+        packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
+        return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
+
+    def has_element(self, name: ElementName) -> bool:
+        """Whether a set has this element just now. Exact, unlike elements()."""
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
+        try:
+            return bool(self._ask(GETSETELEM, self._elements_of(name.set_name, element)))
+        except FileNotFoundError:
+            return False
 
     def put(self, name: ElementName, left: float, comment: str, is_new: bool) -> Change:
         """The change that adds an element with so many seconds left, or restarts the time of one
@@ -2443,21 +2710,45 @@ class Kernel:
         text = comment.encode("ascii") + b"\0"
         element = nested(
             NFTA_LIST_ELEMENT,
-            key_attribute(name[1]),
+            key_attribute(name.key),
             # Both: a timeout alone does not restart the time of one that is there (Linux 6.12).
             attribute(NFTA_ELEM_TIMEOUT, time_left),
             attribute(NFTA_ELEM_EXPIRATION, time_left),
-            attribute(NFTA_ELEM_USERDATA, bytes((0, len(text))) + text),
+            attribute(NFTA_ELEM_USERDATA, bytes((COMMENT_TYPE, len(text))) + text),
         )
         flags = NLM_F_CREATE | (NLM_F_EXCL if is_new else 0)
-        return NEWSETELEM, flags, self._elements_of(name[0], element)
+        return Change(NEWSETELEM, flags, self._elements_of(name.set_name, element))
 
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not: the kernel objects if it
         is not, and it may just have expired. So it is added first."""
-        element = nested(NFTA_LIST_ELEMENT, key_attribute(name[1]))
+        element = nested(NFTA_LIST_ELEMENT, key_attribute(name.key))
         brief = self.put(name, 1.0, GATE_COMMENT, is_new=False)
-        return [brief, (DELSETELEM, 0, self._elements_of(name[0], element))]
+        return [brief, Change(DELSETELEM, 0, self._elements_of(name.set_name, element))]
+
+    # -- changes of others
+
+    def listen(self) -> socket.socket:
+        """A socket that receives what the kernel tells of each change of nftables."""
+        return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
+
+    def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
+        """Whether these notifications tell of a change, by another process, of something in our
+        table that has one of these names in its own, or of a chain that got a new name. (A run of
+        nft counts as another process: its id may have been somebody else's before, and will be
+        again.) The table's name is attribute 1 everywhere."""
+        table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
+        for kind, flags, _, port, body in each_message(data):
+            if port == self.port or body[:1] != bytes([self.family]) or table not in body:
+                continue
+            # The kernel tells of the new name alone, as of a new chain that nobody has created.
+            is_renamed = kind == NEWCHAIN and not flags & NLM_F_CREATE
+            if is_renamed or any(name in body for name in names):
+                return True
+        return False
+
+
+IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"))
 
 
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
@@ -2558,71 +2849,437 @@ def is_ours(rule: Rule) -> bool:
     return rule.comment.startswith("letmein ") or rule.comment.endswith("/LETMEIN")
 
 
-class Survey:
-    """What one look at the kernel's elements has found; see Firewall._look()."""
-
-    def __init__(self) -> None:
-        self.found: dict[LeaseKey, int] = {}  # of each lease: which of its elements, as bits
-        self.strange: list[ElementName] = []  # elements that nothing explains
-        self.wrong: set[LeaseKey] = set()  # leases of which an element is not as it should be
-        self.shortened: dict[LeaseKey, float] = {}  # by hand: their new ends
-        self.heirs: dict[LeaseKey, list[tuple[Lease, ElementName]]] = {}  # to be adopted, perhaps
-
-
-class Firewall:
-    """The leases, and the kernel's sets that hold them. Args: boot, 8 hex digits of the boot id;
-    log, takes event and fields."""
+class Table:
+    """Our part of the kernel's table: rules, sets, and in these the leases and their gates. It
+    decides nothing. Args: as for Firewall."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
+        self.config = config
         self.boot = boot
         self.log = log
+        self.kernel = Kernel(config.family, config.table)
         self.leases = Leases()
+        self.tell_change: Callable[..., None] = lambda *_: None  # as Monitor._tell_change()
+        self.gates = Leases()  # of EVERYBODY, until the last lease of their resource ends
+        self.handles: Handles = {}  # of the sets that hold all these
+        # Whether a new expiration restarts the time of an element that is there.
+        release = re.findall(r"\d+", os.uname().release)
+        self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
+
+    # -- rules and sets
+
+    def install(self) -> None:
+        """Put our rules and sets into the table. Raises UserError."""
+        script = ruleset_script(self.config)
+        try:
+            self._run(deletion_script(self.config, self._rules()) + script)
+        except UserError as error:
+            if "No such file" not in error.problem:
+                raise
+            # Somebody may have deleted one of these rules meanwhile.
+            self._run(deletion_script(self.config, self._rules()) + script)
+        self._delete_sets(self.read_handles().keys() - ruleset(self.config).sets.keys())
+
+    def inspect(self) -> tuple[str, Handles]:
+        """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
+        handles = self.read_handles()
+        wanted = ruleset(self.config)
+        tags = [rule.comment for rule in self._rules()]
+        if wanted.sets.keys() - handles.keys():
+            return "sets are missing", handles
+        if tags != [wanted.tag] * len(wanted.rules):
+            return "rules are missing", handles
+        return "", handles
+
+    def remove(self) -> None:
+        """Remove all that is ours, if the table is still there. Raises UserError if something
+        stays."""
+        with contextlib.suppress(OSError):
+            self.kernel.table_facts()
+            self._run(deletion_script(self.config, self._rules(even_if_incomplete=True)))
+            self._delete_sets(self.read_handles())
+
+    def read_handles(self) -> Handles:
+        """The handles of table and set of each of our sets. (The table's belongs to it: a new table
+        counts its sets from the start.) Raises UserError."""
+        try:
+            table, _ = self.kernel.table_facts()
+            return {name: (table, handle) for name, handle in self.kernel.sets().items()}
+        except OSError as error:
+            name = f"table {self.config.family} {self.config.table}"
+            raise UserError(f"cannot read {name}: {error.strerror}") from None
+
+    def _run(self, script: str) -> None:
+        if not script:
+            return
+        if self.config.debug:
+            self.log("nft", script=script)
+        self.nft.run(script)
+
+    def _rules(self, even_if_incomplete: bool = False) -> list[Rule]:
+        """Our rules, as the kernel has them. Raises UserError if it has not all of our chains."""
+        found = []
+        for hook, chain in self.config.chains.items():
+            try:
+                found += self.kernel.rules(chain)
+            except OSError as error:
+                if even_if_incomplete:
+                    continue
+                where = f"{self.config.family} {self.config.table} {chain}"
+                raise UserError(f"chain-{hook}: cannot read {where}: {error.strerror}") from None
+        return [rule for rule in found if is_ours(rule)]
+
+    def _delete_sets(self, names: Iterable[str]) -> None:
+        """A set that a foreign rule uses cannot be deleted, and would take a whole
+        transaction along: so each has its own, and that one is emptied."""
+        table = f"{self.config.family} {self.config.table}"
+        for name in names:
+            try:
+                self.nft.run(f"delete set {table} {name}\n")
+            except UserError as error:
+                self.nft.run(f"flush set {table} {name}\n")
+                self.log("set-stays", set=name, reason=error.problem)
+
+    # -- leases and gates
+
+    def find(self, key: LeaseKey) -> Lease | None:
+        """The lease, or gate, that has this key."""
+        return self._book(key).by_key.get(key)
+
+    def _book(self, key: LeaseKey) -> Leases:
+        return self.gates if key.address == EVERYBODY else self.leases
+
+    def expire(self) -> None:
+        """Forget what has ended by its time."""
+        now = time.monotonic()
+        for lease in self.leases.expire(now):
+            self.tell_change("closed", lease, "expired")
+        self.gates.expire(now)
+
+    def note(self, lease: Lease, reason: str) -> None:
+        """Note a lease, or that it was ended, and for what reason; and tell of that."""
+        book = self._book(lease.key)
+        is_known = lease.key in book.by_key
+        if lease.ends == ENDED:
+            book.forget(lease.key)
+            event = "closed" if is_known else ""
+        else:
+            book.keep(lease)
+            event = "renewed" if is_known else "opened"
+        if event and lease.address != EVERYBODY:
+            self.tell_change(event, lease, reason if event == "closed" else "")
+
+    def hold(
+        self, leases: list[Lease], replace: bool = False, reason: str = ""
+    ) -> set[LeaseKey]:
+        """Have the kernel hold these leases, or drop those that were ended, and move their gates,
+        in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
+        as for changes(); reason, why some were ended. Raises OSError, with nothing changed."""
+        leases = [*leases, *self._gates_with(leases)]
+        self.kernel.change(self.changes(leases, replace))
+        for lease in leases:
+            self.note(lease, reason)
+            if self.config.debug:
+                event = "ended" if lease.ends == ENDED else "kept"
+                left = f"{max(lease.ends - time.monotonic(), 0):.3f}"
+                self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
+        return {lease.key for lease in leases}
+
+    def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
+        """What makes the kernel hold these leases, or drop those that were ended. Args: replace,
+        what there may be of them already."""
+        now = time.monotonic()
+        changes: list[Change] = []
+        for lease in leases:
+            old = self.find(lease.key)
+            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
+            is_same = old is not None and old._replace(ends=lease.ends) == lease
+            restart = is_same and self.refreshes and not replace
+            is_dropped = lease.ends == ENDED or replace or (old is not None and not restart)
+            left, comment = lease.ends - now, lease_comment(lease, self.boot)
+            for name in lease_elements(lease, self.config):
+                if is_dropped:
+                    changes += self.kernel.delete(name)
+                if lease.ends != ENDED:
+                    changes.append(self.kernel.put(name, left, comment, is_new=not restart))
+        return changes
+
+    def _gates_with(self, leases: list[Lease]) -> list[Lease]:
+        """The gates as they are to be when these leases are noted, where that is a change."""
+        keys = frozenset(lease.key for lease in leases)
+        gates = []
+        for resource in {key.resource for key in keys}:
+            if not self.config.resources[resource].is_gate:
+                continue
+            gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
+            ends = max(lease.ends for lease in leases if lease.resource == resource)
+            if ends < gate.ends:
+                old = [self.find(key) for key in keys if key.resource == resource]
+                if not any(lease and lease.ends >= gate.ends for lease in old):
+                    continue  # the last lease stays: no need to look through all of them
+                ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
+            if ends != gate.ends:
+                gates.append(gate_of(resource, ends))
+        return gates
+
+    def note_gates(self) -> None:
+        """Note which gates should be open for the leases, and until when."""
+        self.gates = Leases()
+        for resource, ends in self.leases.last_ends().items():
+            if self.config.resources[resource].is_gate:
+                self.gates.keep(gate_of(resource, ends))
+
+    def log_revoked(self, lease: Lease, reason: str) -> None:
+        """Tell of a lease that ended otherwise than by its time or its client."""
+        self.log.often("revoked", peer=lease.address, **ids_of(lease), reason=reason)
+
+
+LATE_S = 0.1  # by how much the kernel may end a lease later than we do
+EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
+
+
+class Look:
+    """Compares the elements in the kernel's table with our leases, once, and mends what differs.
+    It works in steps, and others have their turn between them. The leases that they change are not
+    judged: the elements were read before.
+
+    Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
+
+    def __init__(self, table: Table, handles: Handles, is_adopting: bool) -> None:
+        self.table = table
+        self.config = table.config
+        self.is_adopting = is_adopting
+        self.handles = handles
+        # Made since the last look: what has gone with the old ones is nobody's wish.
+        self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
+        self.resource_of = {
+            (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
+            for resource in self.config.resources.values()
+            for protocol in resource.protocols
+        }
+        self.changed: set[LeaseKey] = set()  # leases that were changed since it began
+        self.found: set[ElementName] = set()  # parts of leases
+        self.strange: list[ElementName] = []  # parts of no lease
+        self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
+        self.missing: list[LeaseKey] = []  # leases to be put back
+        self.wrong: set[LeaseKey] = set()  # leases to be written anew
+
+    def steps(self) -> Iterator[None]:
+        """Compare, and mend. Raises UserError, OSError."""
+        sets = ruleset(self.config).sets
+        gates = [name for name in sets if name.endswith("-gate")]
+        for name in sets:
+            if name not in gates:
+                yield from self._read(name)
+        yield from self._adopt()
+        self.table.note_gates()
+        for name in gates:
+            yield from self._read(name)
+        yield from self._find_missing()
+        yield from self._mend()
+        self.table.handles = self.handles  # not before what was lost with the old ones is back
+
+    @property
+    def damage(self) -> str:
+        """What was wrong; "" if nothing was."""
+        if self.strange or self.wrong:
+            return "somebody has added or changed elements"
+        return "leases are missing" if self.missing else ""
+
+    def _read(self, set_name: str) -> Iterator[None]:
+        """Judge the elements of a set."""
+        for number, element in enumerate(self.table.kernel.elements(set_name)):
+            self._judge(ElementName(set_name, element.key), element)
+            if number % ELEMENTS_PER_BATCH == 0:
+                yield
+
+    def _judge(self, name: ElementName, element: Element) -> None:
+        """Note what one element means: it is part of a lease, or of one to be adopted, or strange.
+        When it ends is known to within the time that reading it took."""
+        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        key = self._holder(name)
+        if key in self.changed:
+            return
+        lease = self.table.find(key) if key else None
+        heir = self._heir(key, element, earliest) if key and not lease else None
+        if lease:
+            self.found.add(name)
+            is_right = element.comment == lease_comment(lease, self.table.boot)
+            if not is_right or earliest > lease.ends + LATE_S:
+                self.wrong.add(lease.key)
+            elif latest < lease.ends - EARLY_S:
+                self._shorten(lease, latest)
+        elif heir:
+            self.found.add(name)
+            known = self.heirs.get(heir.key, heir)
+            self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
+        elif earliest > time.monotonic() + EARLY_S:  # else a lease of ours may just have ended
+            self.strange.append(name)
+
+    def _holder(self, name: ElementName) -> LeaseKey | None:
+        """The lease, or gate, that an element is part of, if it can be that."""
+        address, place = read_key(name)
+        if not address:
+            return None
+        if place is None:
+            return LeaseKey(address, int(name.set_name[8:16], 16))
+        return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
+
+    def _shorten(self, lease: Lease, ends: float) -> None:
+        """Somebody has given an element less time: for a lease that counts, for a gate not."""
+        if lease.address == EVERYBODY:
+            self.wrong.add(lease.key)
+        else:
+            self.table.note(lease._replace(ends=ends), "")
+            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
+
+    def _heir(self, key: LeaseKey, element: Element, ends: float) -> Lease | None:
+        """The lease that an element stands for, if a server of this boot gave it (an administrator
+        may have saved the ruleset and loaded it again), and this configuration still does."""
+        comment = COMMENT.fullmatch(element.comment)
+        if not self.is_adopting or not comment or comment["boot"] != self.table.boot:
+            return None
+        user, resource = int(comment["user"], 16), int(comment["resource"], 16)
+        if key.address == EVERYBODY or key.resource != resource or element.left == NEVER:
+            return None
+        proof = comment["proof"]
+        if not longest_time(self.config, self.table.boot, user, resource, proof):
+            return None
+        return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
+
+    def _adopt(self) -> Iterator[None]:
+        """Take over the leases of which all elements are there, the oldest first."""
+        for some in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
+            yield
+            for heir in some:
+                if heir.key in self.changed:
+                    continue
+                names = lease_elements(heir, self.config)
+                if not self.found.issuperset(names):
+                    self.strange += self.found.intersection(names)
+                    continue
+                resource = self.config.resources[heir.resource]
+                latest = time.monotonic() + self.config.longest_lease(heir.user, resource)
+                if heir.ends > latest:
+                    self.wrong.add(heir.key)
+                self.table.leases.keep(heir._replace(ends=min(heir.ends, latest)))
+
+    def _find_missing(self) -> Iterator[None]:
+        """Note the leases and gates of which elements have gone together with their set. Where they
+        have gone alone, an administrator has revoked them."""
+        books = self.table.leases, self.table.gates
+        for some in in_batches([lease for book in books for lease in book.by_key.values()]):
+            yield
+            deleted = []
+            for lease in some:
+                names = lease_elements(lease, self.config)
+                if lease.key in self.changed or self.found.issuperset(names):
+                    continue
+                is_ending = lease.ends < time.monotonic() + EARLY_S
+                # A predecessor's gate may have been shut while nobody knew of its leases yet.
+                is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
+                renewed = self.renewed.intersection(name.set_name for name in names)
+                if renewed or is_gate_of_heirs:
+                    self.missing.append(lease.key)
+                elif not is_ending and not all(map(self.table.kernel.has_element, names)):
+                    deleted.append(lease)
+            self._end_by_hand(deleted)
+
+    def _end_by_hand(self, deleted: list[Lease]) -> None:
+        """An administrator has deleted an element of each of these: that ends all of a lease, and a
+        gate for all who hold it. Raises OSError if the sets have changed since the look began: then
+        the elements have gone with their set."""
+        if deleted and self.table.read_handles() != self.handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+        ended = {lease.key: lease for lease in deleted if lease.address != EVERYBODY}
+        shut = {gate.resource for gate in deleted if gate.address == EVERYBODY}
+        if shut:
+            holders = self.table.leases.by_key.values()
+            ended.update({lease.key: lease for lease in holders if lease.resource in shut})
+        for some in in_batches(list(ended.values())):
+            ended_leases = [lease.ended() for lease in some]
+            self.changed |= self.table.hold(ended_leases, reason="by hand")
+            for lease in some:
+                self.table.log_revoked(lease, "by hand")
+
+    def _mend(self) -> Iterator[None]:
+        """Put back what is missing, write anew what is wrong, remove what nothing explains."""
+        yield from self._write(self.missing, replace=False)
+        yield from self._write(list(self.wrong), replace=True)
+        kernel = self.table.kernel
+        for strange in in_batches(self.strange):
+            names = [name for name in strange if self._holder(name) not in self.changed]
+            kernel.change(change for name in names for change in kernel.delete(name))
+            yield
+
+    def _write(self, keys: list[LeaseKey], replace: bool) -> Iterator[None]:
+        """Have the kernel hold these leases. Those that were changed meanwhile are as they should
+        be."""
+        for some in in_batches(keys):
+            found = [self.table.find(key) for key in some if key not in self.changed]
+            leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
+            if leases:
+                self.table.kernel.change(self.table.changes(leases, replace))
+            yield
+
+
+HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+CALM_S = 10.0  # without damage, after which the next one is a new one
+TROUBLE_PAUSE_S = 30.0  # at most while healing fails
+FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
+DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
+LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
+NOTIFICATIONS_PER_TURN = 1000
+LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
+
+
+class Firewall:
+    """Gives and ends leases, and sees to it that the kernel's table holds them, whatever others do
+    to it. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
+        self.nft = nft
+        self.config = config
+        self.boot = boot
+        self.log = log
+        self.table = Table(nft, config, boot, log)
+        self.leases = self.table.leases
         self.installed = False  # whether there is something to remove in the end
-        self.sets: Handles = {}  # as known
         self.look_at = NEVER  # when to look whether the kernel has what it should
-        self.work: Generator[None, None, str] | None = None  # a look that is under way
-        self.changed: set[LeaseKey] = set()  # the leases that were changed since it began
+        self.work: Generator[None, None, str] | None = None  # what a look has yet to do
+        self.look: Look | None = None  # what it has found so far
         self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
+        self.calm_at = 0.0  # when a while without damage is over
         self.trouble = ""  # what keeps us from healing, once it was logged
         self.claim = ""  # of somebody else to our table or chains, once it was logged
         self.futile = 0  # how often in a row nft has changed nothing
         self.disturbed = 0  # how often in a row the kernel has objected to something
         self.is_contested = False  # whether healing has not lasted for a while, once it was logged
-        # Whether a new expiration restarts the time of an element that is there.
-        release = re.findall(r"\d+", os.uname().release)
-        self.refreshes = [int(number) for number in release[:2]] >= [6, 12]
-        self._configure(config)
-
-    def _configure(self, config: Config) -> None:
-        self.config = config
-        self.ports = {
-            (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
-            for resource in config.resources.values()
-            for protocol in resource.protocols
-        }
 
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
-        self.kernel = Kernel(self.config.family, self.config.table)
         self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        check_kernel(self.kernel, self.nft, self.config)
+        check_kernel(self.table.kernel, self.nft, self.config)
         self._warn_of_unreached_chains()
-        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        set_receive_buffer(netlink, NOTIFICATION_BUFFER)
-        netlink.setblocking(False)
-        netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
+        notifications = self.table.kernel.listen()
 
         def notified() -> None:
-            self._on_notification(netlink)
+            self._on_notification(notifications)
 
-        selector.register(netlink, selectors.EVENT_READ, notified)
-        self._install()
+        selector.register(notifications, selectors.EVENT_READ, notified)
+        self.installed = True
+        self.table.install()
         self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
         self.work = self._look()
+
+    def close(self) -> None:
+        """Remove all that was installed. Raises UserError if something stays."""
+        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
+        self.table.remove()
 
     # -- what clients ask for
 
@@ -2633,18 +3290,18 @@ class Firewall:
         objection = self._objection(address, found)
         if objection:
             return objection
-        now = time.monotonic()
-        self.leases.expire(now)
+        self.table.expire()
         proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
-        ends = now + min(found.timeout, LONGEST_LEASE_S)
+        longest = self.config.longest_lease(user, found)
+        ends = time.monotonic() + min(longest, LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
         room = self.config.max_nr_rules - len(self.config.protocols)
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
         ended = self.leases.make_room(lease, room)
-        problem = self._enforce([lease], ended, now)
+        problem = self._enforce([lease, *(other.ended() for other in ended)], "replaced")
         for other in [] if problem else ended:
-            self._log_end(other, "max-nr-rules is reached")
+            self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
     def _objection(self, address: str, resource: Resource) -> str:
@@ -2660,171 +3317,89 @@ class Firewall:
     def revoke(self, address: str, resource: int) -> str:
         """Close a resource for an address; that it is not open is a success. Returns "" or why the
         kernel does not do it."""
-        now = time.monotonic()
-        self.leases.expire(now)
-        lease = self.leases.by_key.get((address, resource))
+        self.table.expire()
+        lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
             return ""
         if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource, 0, "", 0, now)
-        return self._enforce([], [lease], now)
+            lease = Lease(address, resource, 0, "", 0, ENDED)
+        return self._enforce([lease.ended()], "revoked")
 
-    def _enforce(self, new: list[Lease], ended: list[Lease], now: float) -> str:
-        """Have the kernel hold new leases, and those that ended no more, in one transaction; then
-        note them. Returns "" or what is in the way, with nothing changed."""
+    def _enforce(self, leases: list[Lease], reason: str) -> str:
+        """Have the kernel hold these leases, or drop those that were ended, for that reason.
+        Returns "" or what is in the way, with nothing changed."""
         try:
             try:
-                self.kernel.change(self._changes(new, ended, now))
+                self._hold(leases, reason)
             except FileExistsError:  # an element that we did not know of
-                self.kernel.change(self._changes(new, ended, now, replace=True))
+                self._hold(leases, reason, replace=True)
             except OSError:
                 # The firewall was changed under us: put back what others need, and try again. Where
                 # nft does not help, do not run one for each knock.
                 if self.trouble:
                     return self.trouble
                 self.look_at = 0.0
-                self._install()
-                self.kernel.change(self._changes(new, ended, time.monotonic(), replace=True))
+                self.table.install()
+                self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
         except OSError as error:
             return f"the kernel does not take it: {error.strerror}"
-        for lease in ended:
-            self._forget(lease.key)
-        for lease in new:
-            self._keep(lease)
-        if self.config.debug:
-            self._log_changes(new, ended, now)
         return ""
 
-    def _log_changes(self, new: list[Lease], ended: list[Lease], now: float) -> None:
-        for event, leases in (("ended", ended), ("kept", new)):
-            for lease in leases:
-                left = f"{lease.ends - now:.3f}"
-                self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
+    def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
+        """As Table.hold(); and tell a look that is under way."""
+        changed = self.table.hold(leases, replace, reason)
+        if self.look is not None:
+            self.look.changed |= changed
 
-    def _changes(
-        self, new: list[Lease], ended: list[Lease], now: float, replace: bool = False
-    ) -> list[Change]:
-        """What to tell the kernel. Args: replace, what there may be of the new leases already."""
-        resources = self.config.resources
-        changes: list[Change] = []
-        for lease in ended:
-            for name in lease_elements(lease, resources[lease.resource]):
-                changes += self.kernel.delete(name)
-        for lease in new:
-            old = self.leases.by_key.get(lease.key)
-            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
-            is_same = old is not None and old._replace(ends=lease.ends) == lease
-            restart = is_same and self.refreshes and not replace
-            for name in lease_elements(lease, resources[lease.resource]):
-                if replace or (old and not restart):
-                    changes += self.kernel.delete(name)
-                left, comment = lease.ends - now, self._comment(lease)
-                changes.append(self.kernel.put(name, left, comment, is_new=not restart))
-        for resource, ends in self._gate_ends(new, ended).items():
-            changes += self._gate_changes(resource, ends, now)
-        return changes
-
-    def _gate_ends(self, new: list[Lease], ended: list[Lease]) -> dict[int, float]:
-        """Until when the gates of these leases' resources are to be open: as the longest lease."""
-        gone = {lease.key for lease in ended}
-        ends: dict[int, float] = {}
-        for resource in {lease.resource for lease in (*new, *ended)}:
-            if self.config.resources[resource].is_gate:
-                coming = {lease.key: lease.ends for lease in new if lease.resource == resource}
-                others = self.leases.by_key.items()
-                staying = [
-                    lease.ends
-                    for key, lease in others
-                    if lease.resource == resource and key not in gone and key not in coming
-                ]
-                ends[resource] = max([*coming.values(), *staying], default=0.0)
-        return ends
-
-    def _gate_changes(self, resource: int, ends: float, now: float) -> list[Change]:
-        changes: list[Change] = []
-        for name in gate_elements(self.config, resource):
-            changes += self.kernel.delete(name)
-            if ends > now:
-                changes.append(self.kernel.put(name, ends - now, GATE_COMMENT, is_new=True))
-        return changes
-
-    def _comment(self, lease: Lease) -> str:
-        """What stands at an element: it tells people, and a successor of this server, whose it is,
-        when it counts (boot) and what it means."""
-        ids = f"user={lease.user:08X} resource={lease.resource:08X}"
-        return f"{ids} boot={self.boot} proof={lease.proof}"
-
-    def _keep(self, lease: Lease) -> None:
-        self.leases.keep(lease)
-        if self.work is not None:
-            self.changed.add(lease.key)
-
-    def _forget(self, key: LeaseKey) -> None:
-        self.leases.forget(key)
-        if self.work is not None:
-            self.changed.add(key)
-
-    def _log_end(self, lease: Lease, reason: str) -> None:
-        """Tell of a lease that ended otherwise than by its time or its client."""
-        self.log.often("revoked", peer=lease.address, **ids_of(lease), reason=reason)
-
-    # -- what should be there
+    # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it would
         not give is revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        check_kernel(self.kernel, self.nft, config)
-        now = time.monotonic()
-        self.leases.expire(now)
-        ended, shortened = self._differences(config, now)
-        self.work = None  # a look under way is out of date
+        check_kernel(self.table.kernel, self.nft, config)
+        self.table.expire()
+        ended, shortened = self._differences(config)
+        self.work = self.look = None  # a look under way is out of date
         self.look_at = 0.0  # to say so and to try again if anything below fails
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(ended):
-                self.kernel.change(self._changes([], some, now))
+                self.table.hold([lease.ended() for lease in some], reason="configuration")
         for lease in ended:
-            self._forget(lease.key)
-            self._log_end(lease, "configuration")
-        self._configure(config)
+            self.table.note(lease.ended(), "configuration")
+            self.table.log_revoked(lease, "configuration")
+        self.config = self.table.config = config
         with contextlib.suppress(UserError, OSError):
-            if self._inspect()[0]:
-                self._install()
+            damage, _ = self.table.inspect()
+            if damage:
+                self.table.install()
             for some in in_batches(shortened):
-                self.kernel.change(self._changes(some, [], time.monotonic(), replace=True))
+                self.table.hold(some, replace=True)
         for lease in shortened:
-            self._keep(lease)
+            self.leases.keep(lease)
         self._warn_of_limit()
         self._warn_of_unreached_chains()
 
-    def _differences(self, config: Config, now: float) -> tuple[list[Lease], list[Lease]]:
+    def _differences(self, config: Config) -> tuple[list[Lease], list[Lease]]:
         """The leases that this configuration would not give, and those that it would give for less
         time, as they are to be."""
+        now = time.monotonic()
         terms: dict[tuple[int, int, str], float] = {}  # by user, resource, proof: the longest time
         ended, shortened = [], []
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
             if facts not in terms:
-                terms[facts] = self._longest_time(config, *facts)
+                terms[facts] = longest_time(config, self.boot, *facts)
             if not terms[facts]:
                 ended.append(lease)
             elif lease.ends > now + terms[facts]:
                 shortened.append(lease._replace(ends=now + terms[facts]))
         return ended, shortened
 
-    def _longest_time(self, config: Config, user: int, resource: int, proof: str) -> float:
-        """For how long a configuration gives a lease with this proof, in s; 0: not at all."""
-        if user not in config.keys or config.objection(user, resource):
-            return 0.0
-        found = config.resources[resource]
-        if lease_proof(config.keys[user], self.boot, found.meaning) != proof:
-            return 0.0
-        return found.timeout
-
     def _warn_of_unreached_chains(self) -> None:
         with contextlib.suppress(OSError):
-            for warning in unreached_chains(self.kernel, self.config):
+            for warning in unreached_chains(self.table.kernel, self.config):
                 self.log("warning", reason=warning)
 
     def _warn_of_limit(self) -> None:
@@ -2835,99 +3410,22 @@ class Firewall:
             reason = f"{limit}: until some end, a new lease takes the place of an old one"
             self.log("warning", reason=reason)
 
-    def _install(self) -> None:
-        """Put our rules and sets into the table. Raises UserError."""
-        self.installed = True
-        script = ruleset_script(self.config)
-        try:
-            self._run(deletion_script(self.config, self._rules()) + script)
-        except UserError as error:
-            if "No such file" not in error.problem:
-                raise
-            # Somebody may have deleted one of these rules meanwhile.
-            self._run(deletion_script(self.config, self._rules()) + script)
-        self._delete_sets(self._sets().keys() - ruleset(self.config).sets.keys())
+    # -- what others change
 
-    def _run(self, script: str) -> None:
-        if not script:
-            return
-        if self.config.debug:
-            self.log("nft", script=script)
-        self.nft.run(script)
-
-    def _rules(self) -> list[Rule]:
-        """Our rules, as the kernel has them. Raises UserError if it has no such chain."""
-        found = []
-        for hook, chain in self.config.chains.items():
-            try:
-                found += self.kernel.rules(chain)
-            except OSError as error:
-                where = f"{self.config.family} {self.config.table} {chain}"
-                raise UserError(f"chain-{hook}: cannot read {where}: {error.strerror}") from None
-        return [rule for rule in found if is_ours(rule)]
-
-    def _sets(self) -> dict[str, int]:
-        """Our sets and their handles, as the kernel has them. Raises UserError if it cannot say."""
-        try:
-            return self.kernel.sets()
-        except OSError as error:
-            table = f"table {self.config.family} {self.config.table}"
-            raise UserError(f"cannot read the sets of {table}: {error.strerror}") from None
-
-    def close(self) -> None:
-        """Remove all that was installed. Raises UserError if something stays."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
-        with contextlib.suppress(OSError):
-            self.kernel.table_facts()
-            self._run(deletion_script(self.config, self._rules_left()))
-            self._delete_sets(self._sets())
-
-    def _rules_left(self) -> list[Rule]:
-        """Our rules in those of our chains that are still there."""
-        left = []
-        for chain in self.config.chains.values():
-            with contextlib.suppress(OSError):
-                left += self.kernel.rules(chain)
-        return [rule for rule in left if is_ours(rule)]
-
-    def _delete_sets(self, names: Iterable[str]) -> None:
-        """A set that a foreign rule uses cannot be deleted, and would take a whole
-        transaction along: so each has its own, and that one is emptied."""
-        table = f"{self.config.family} {self.config.table}"
-        for name in names:
-            try:
-                self.nft.run(f"delete set {table} {name}\n")
-            except UserError as error:
-                self.nft.run(f"flush set {table} {name}\n")
-                self.log("set-stays", set=name, reason=error.problem)
-
-    # -- what is there
-
-    def _on_notification(self, netlink: socket.socket) -> None:
-        """Read what waits, and want a look if somebody else changed something of ours."""
+    def _on_notification(self, notifications: socket.socket) -> None:
+        """Read what waits, and want a look if somebody else has changed something of ours."""
+        chains = self.config.chains.values()
+        names = [b"letmein-", *(chain.encode() + b"\0" for chain in chains)]
         for _ in range(NOTIFICATIONS_PER_TURN):
             try:
-                data = netlink.recv(1 << 16)
+                data = notifications.recv(1 << 16)
             except BlockingIOError:
                 return
             except OSError:
                 data = b""  # ENOBUFS: the kernel has dropped some
-            if not data or self._is_foreign(data):
+            if not data or self.table.kernel.tells_of(data, names):
                 pause = HEAL_PAUSE_S[0] if self.trouble else self.pause.next
                 self.look_at = min(self.look_at, time.monotonic() + pause / 4)
-
-    def _is_foreign(self, data: bytes) -> bool:
-        """Whether these messages tell of a change by another process of our chains or sets: those
-        in our table, whose name is attribute 1 everywhere. (A run of nft counts as another process:
-        its id may have been somebody else's before, and will be again.)"""
-        names = [b"letmein-", *(chain.encode() + b"\0" for chain in self.config.chains.values())]
-        table = text_attribute(1, self.config.table)[: 5 + len(self.config.table)]
-        for _, _, port, body in each_message(data):
-            if port == self.kernel.port or body[:1] != bytes([self.kernel.family]):
-                continue
-            if table in body and any(name in body for name in names):
-                return True
-        return False
 
     @property
     def wakes_at(self) -> float:
@@ -2958,38 +3456,38 @@ class Firewall:
             self.disturbed += 1
             if self.disturbed >= DISTURBED_LIMIT:
                 trouble = f"the kernel does not take it: {error.strerror}"
-        self.work = None
-        self.changed.clear()
+        self.work = self.look = None
         if trouble and trouble != self.trouble:
-            self.log("cannot-heal", reason=trouble)
+            self.log.often("cannot-heal", reason=trouble)
         self._rest(damage, trouble)
 
     def _rest(self, damage: str, trouble: str) -> None:
-        """Look again after a pause, which grows as long as it helps nothing."""
-        if trouble != self.trouble or not (damage or trouble):
+        """Look again after a pause, which grows as long as it helps nothing. One good look in
+        between does not count: a second server may be slower than we are."""
+        now = time.monotonic()
+        is_calm = now > self.calm_at
+        if trouble != self.trouble or is_calm:
             self.pause.reset()
-        self.trouble = trouble
-        if damage or trouble:
-            pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
-            self.look_at = min(self.look_at, time.monotonic() + pause)
-            if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
-                self.is_contested = True
-                hint = "is there a second server for this table, with another --rundir?"
-                self.log("warning", reason="what is healed is changed again at once", hint=hint)
-        else:
+        if is_calm:
             self.is_contested = False
+        self.trouble = trouble
+        if not (damage or trouble):
+            return
+        self.calm_at = now + CALM_S
+        pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
+        self.look_at = min(self.look_at, now + pause)
+        if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
+            self.is_contested = True
+            hint = "is there a second server for this table, with another --rundir?"
+            self.log("warning", reason="what is healed is changed again at once", hint=hint)
 
     def _look(self) -> Generator[None, None, str]:
         """Make the kernel's part of our table what it should be, in pieces: others have their turn
-        between them. Returns what was wrong, or "". Raises UserError, OSError.
-
-        The leases are read as the kernel has them at one moment, and what is changed from then on
-        (self.changed) is not judged by that."""
-        self.changed.clear()
-        damage, handles = self._inspect()
+        between them. Returns what was wrong, or "". Raises UserError, OSError."""
+        damage, handles = self.table.inspect()
         if damage:
-            self._install()
-            remains, handles = self._inspect()
+            self.table.install()
+            remains, handles = self.table.inspect()
             if remains:  # perhaps somebody has changed the table again at once
                 self.futile += 1
                 if self.futile >= FUTILE_LIMIT:
@@ -2997,236 +3495,34 @@ class Firewall:
                 return damage
         self.futile = 0
         self._warn_of_claims()
-        renewed = {name for name, handle in handles.items() if self.sets.get(name) != handle}
-        survey = Survey()
-        for name in ruleset(self.config).sets:
-            if not name.endswith("-gate"):
-                yield from self._survey_set(survey, name)
-        adopted = yield from self._adopt(survey)
-        missing = yield from self._find_missing(survey, renewed, handles)
-        yield from self._mend(survey, missing)
-        gates_were_wrong = self._mend_gates(renewed, handles)
-        self.sets = handles  # not before what was lost with the old ones is back
-        if self.is_adopting:
-            # A listing may be incomplete if something was changed meanwhile.
-            if adopted and self.changed:
-                self.look_at = 0.0
-                return damage
+        look = self.look = Look(self.table, handles, self.is_adopting)
+        yield from look.steps()
+        if not self.is_adopting:
+            damage = damage or look.damage
+            if damage:
+                self.log.often("healed", reason=damage, leases=str(len(self.leases)))
+                self.table.tell_change("healed")
+        elif look.heirs and look.changed:
+            self.look_at = 0.0  # what is changed may have left others out of the listing
+        else:
             self.is_adopting = False
-            self._tell_adopted()
-            return damage
-        if survey.strange or survey.wrong or gates_were_wrong:
-            damage = damage or "somebody has added or changed elements"
-        if missing:
-            damage = damage or "leases are missing"
-        if damage:
-            self.log("healed", reason=damage, leases=len(self.leases))
+            if len(self.leases):
+                self.log("adopted", leases=len(self.leases))
+            self._warn_of_limit()
         return damage
-
-    def _tell_adopted(self) -> None:
-        if len(self.leases):
-            self.log("adopted", leases=len(self.leases))
-        self._warn_of_limit()
 
     def _warn_of_claims(self) -> None:
         """Say so, once, if somebody has made the table unfit for us: it works still, but neither
         SIGHUP nor a start will take it."""
         claim = hint = ""
         try:
-            check_table(self.kernel, self.config)
+            check_table(self.table.kernel, self.config)
         except UserError as error:
             claim, hint = error.problem, error.hint
         if claim not in ("", self.claim):
             reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
             self.log("warning", reason=reason, hint=hint)
         self.claim = claim
-
-    def _handles(self) -> Handles:
-        """The handles of table and set of each of our sets. (The table's belongs to it: a new table
-        counts its sets from the start.) Raises UserError."""
-        try:
-            table, _ = self.kernel.table_facts()
-        except OSError as error:
-            name = f"table {self.config.family} {self.config.table}"
-            raise UserError(f"cannot read {name}: {error.strerror}") from None
-        return {name: (table, handle) for name, handle in self._sets().items()}
-
-    def _inspect(self) -> tuple[str, Handles]:
-        """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
-        handles = self._handles()
-        wanted = ruleset(self.config)
-        tags = [rule.comment for rule in self._rules()]
-        if wanted.sets.keys() - handles.keys():
-            return "sets are missing", handles
-        if tags != [wanted.tag] * len(wanted.rules):
-            return "rules are missing", handles
-        return "", handles
-
-    def _survey_set(self, survey: Survey, name: str) -> Iterator[None]:
-        """Note what the elements of a set mean for our leases."""
-        for number, element in enumerate(self.kernel.elements(name)):
-            self._judge(survey, (name, element.key), element)
-            if number % ELEMENTS_PER_BATCH == 0:
-                yield
-
-    def _judge(self, survey: Survey, name: ElementName, element: Element) -> None:
-        """Note what one element means."""
-        ends = element.asked + element.left
-        key, part = self._holder(name)
-        if key in self.changed:
-            return
-        lease = self.leases.by_key.get(key) if key else None
-        if lease is not None:
-            survey.found[lease.key] = survey.found.get(lease.key, 0) | part
-            if element.comment != self._comment(lease) or ends > lease.ends + LATE_S:
-                survey.wrong.add(lease.key)
-            elif time.monotonic() + element.left < lease.ends - EARLY_S:
-                survey.shortened[lease.key] = time.monotonic() + element.left
-            return
-        heir = self._heir(key, element, ends) if key and self.is_adopting else None
-        if heir is not None:
-            survey.heirs.setdefault(heir.key, []).append((heir, name))
-        elif ends > time.monotonic() + EARLY_S:  # else a lease of ours may just have ended
-            survey.strange.append(name)
-
-    def _holder(self, name: ElementName) -> tuple[LeaseKey | None, int]:
-        """Whose lease an element is part of, if it can be one's, and which part, as a bit."""
-        set_name, key = name
-        size = 16 if set_name.endswith("-6") else 4
-        if len(key) not in (size, size + PORT_KEY.size):
-            return None, 0
-        address = socket.inet_ntop(socket.AF_INET6 if size == 16 else socket.AF_INET, key[:size])
-        if len(key) == size:
-            return (address, int(set_name[8:16], 16)), JUMP_PART
-        protocol, port = PORT_KEY.unpack(key[size:])
-        resource = self.ports.get((protocol, port))
-        return (None if resource is None else (address, resource)), PROTOCOL_PARTS.get(protocol, 0)
-
-    def _heir(self, key: LeaseKey, element: Element, ends: float) -> Lease | None:
-        """The lease that an element stands for, if a server of this boot gave it (an administrator
-        may have saved the ruleset and loaded it again), and this configuration still does."""
-        comment = COMMENT.fullmatch(element.comment)
-        if not comment or comment[3] != self.boot or element.left == NEVER:
-            return None
-        user, resource = int(comment[1], 16), int(comment[2], 16)
-        longest = self._longest_time(self.config, user, resource, comment[4])
-        if resource != key[1] or not longest:
-            return None
-        return Lease(*key, user, comment[4], self.config.resources[resource].weight, ends)
-
-    def _adopt(self, survey: Survey) -> Generator[None, None, int]:
-        """Take over the leases of which all elements are there, the oldest first. Returns how many
-        there were."""
-        now = time.monotonic()
-        by_end = sorted(survey.heirs.items(), key=lambda heir: heir[1][0][0].ends)
-        for number, (key, parts) in enumerate(by_end):
-            if number % ELEMENTS_PER_BATCH == 0:
-                yield
-            if key in self.changed:
-                continue
-            resource = self.config.resources[key[1]]
-            lease = min((lease for lease, _ in parts), key=lambda lease: lease.ends)
-            if {name for _, name in parts} != set(lease_elements(lease, resource)):
-                survey.strange += [name for _, name in parts]
-                continue
-            if lease.ends > now + resource.timeout:
-                lease = lease._replace(ends=now + resource.timeout)
-                survey.wrong.add(key)
-            survey.found[key] = resource.parts
-            self.leases.keep(lease)
-        return len(survey.heirs)
-
-    def _find_missing(
-        self, survey: Survey, renewed: set[str], handles: Handles
-    ) -> Generator[None, None, list[Lease]]:
-        """The leases of which elements have gone together with their set. One whose elements have
-        gone alone was revoked by an administrator."""
-        missing = []
-        for some in in_batches(list(self.leases.by_key.values())):
-            yield
-            deleted = []
-            for lease in some:
-                resource = self.config.resources[lease.resource]
-                is_whole = survey.found.get(lease.key) == resource.parts
-                if is_whole or lease.key in self.changed:
-                    continue
-                names = lease_elements(lease, resource)
-                is_ending = lease.ends < time.monotonic() + EARLY_S
-                if renewed.intersection(name for name, _ in names):
-                    missing.append(lease)
-                elif not is_ending and not all(self.kernel.has_element(*name) for name in names):
-                    deleted.append(lease)
-            self._end_by_hand(deleted, handles)
-        return missing
-
-    def _end_by_hand(self, leases: list[Lease], handles: Handles) -> None:
-        """An administrator has deleted an element of each of these leases: that ends all of it.
-        Args: handles, as they were when the look began. Raises OSError if they have changed: then
-        the elements have gone with their set."""
-        if leases and self._handles() != handles:
-            raise OSError(errno.ESTALE, "the sets were made anew")
-        for lease in leases:
-            self.kernel.change(self._changes([], [lease], time.monotonic()))
-            self._forget(lease.key)
-            self._log_end(lease, "by hand")
-
-    def _mend(self, survey: Survey, missing: list[Lease]) -> Iterator[None]:
-        """Put back what is missing, write anew what is wrong, remove what nothing explains."""
-        for key, ends in survey.shortened.items():
-            lease = self.leases.by_key.get(key)
-            if lease is not None and key not in self.changed:
-                self.leases.keep(lease._replace(ends=ends))
-                self.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-        yield from self._write([lease.key for lease in missing], replace=False)
-        yield from self._write(list(survey.wrong), replace=True)
-        for strange in in_batches(survey.strange):
-            names = [name for name in strange if self._holder(name)[0] not in self.changed]
-            self.kernel.change(change for name in names for change in self.kernel.delete(name))
-            yield
-
-    def _write(self, keys: list[LeaseKey], replace: bool) -> Iterator[None]:
-        """Have the kernel hold these leases. Those that were changed meanwhile are as they should
-        be."""
-        for some in in_batches(keys):
-            now = time.monotonic()
-            leases = [self.leases.by_key[key] for key in some if key in self.leases.by_key]
-            leases = [each for each in leases if each.key not in self.changed and each.ends > now]
-            if leases:
-                self.kernel.change(self._changes(leases, [], now, replace))
-            yield
-
-    def _mend_gates(self, renewed: set[str], handles: Handles) -> bool:
-        """Have each gate open until its last lease ends. Returns whether one was not so. Where
-        somebody shut one by hand, all who hold it have lost it."""
-        ends: dict[int, float] = {}
-        for lease in self.leases.by_key.values():
-            if self.config.resources[lease.resource].is_gate:
-                ends[lease.resource] = max(ends.get(lease.resource, 0.0), lease.ends)
-        is_wrong = False
-        for resource in self.config.resources.values():
-            if resource.is_gate:
-                is_wrong |= self._mend_gate(resource.identifier, ends, renewed, handles)
-        return is_wrong
-
-    def _mend_gate(
-        self, resource: int, ends: dict[int, float], renewed: set[str], handles: Handles
-    ) -> bool:
-        now = time.monotonic()
-        wanted = gate_elements(self.config, resource) if ends.get(resource, 0.0) > now else []
-        set_name = f"letmein-{resource:08X}-gate"
-        found = {(set_name, each.key): now + each.left for each in self.kernel.elements(set_name)}
-        lost = [name for name in wanted if name not in found]
-        if lost and set_name not in renewed and not self.is_adopting:
-            holders = [each for each in self.leases.by_key.values() if each.resource == resource]
-            self._end_by_hand(holders, handles)
-            return False
-        strange = [name for name in found.keys() - set(wanted) if found[name] > now + EARLY_S]
-        for name in strange:
-            self.kernel.change(self.kernel.delete(name))
-        off = [abs(found.get(name, NEVER) - ends[resource]) > EARLY_S for name in wanted]
-        if any(off):
-            self.kernel.change(self._gate_changes(resource, ends[resource], now))
-        return bool(strange) or any(off)
 
 
 # ==== 5  Monitor =============================================================
@@ -3258,6 +3554,10 @@ NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long i
 PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
 SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
+FOLLOWERS_LIMIT = 64  # of `status --follow`
+FOLLOWER_BUFFER = 1 << 20  # bytes that wait for a follower to read them, before it is cut off
+NEWS_LIMIT = 4096  # changes at once, before all followers have to read the leases anew
+NEWS_PAUSE_S = 0.05  # between two messages to followers
 BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
 NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
 LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
@@ -3288,10 +3588,10 @@ class Record(NamedTuple):
         return socket.inet_ntop(socket.AF_INET6, self.address)
 
 
-def terms(resource: Resource) -> dict[str, str]:
+def terms(resource: Resource, timeout: float) -> dict[str, str]:
     """What a resource opens, its port or the chains it jumps to, and for how long, as fields of a
     log line."""
-    seconds = f"{resource.timeout:.10g}"
+    seconds = f"{round(timeout, 3):.10g}"
     if resource.port:
         return {"port": f"{resource.port}/{'+'.join(resource.protocols)}", "seconds": seconds}
     return {"jump": ",".join(target for _, target, _ in resource.jumps), "seconds": seconds}
@@ -3299,10 +3599,15 @@ def terms(resource: Resource) -> dict[str, str]:
 
 def who_may(config: Config, resource: Resource) -> str:
     """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
-    users = sorted(resource.users & config.keys.keys()) if resource.users else list(config.keys)
-    if not users or not resource.timeout or config.objection(users[0], resource.identifier):
+
+    def may(user: int) -> bool:
+        return user in config.keys and not config.objection(user, resource.identifier)
+
+    if not resource.timeout:
         return "nobody"
-    return listed([f"{user:08X}" for user in users]) if resource.users else "all"
+    if not resource.users:
+        return "all" if any(map(may, config.keys)) else "nobody"
+    return listed([f"{user:08X}" for user in sorted(filter(may, resource.users))]) or "nobody"
 
 
 def listed(names: list[str]) -> str:
@@ -3411,13 +3716,6 @@ def activated_sockets() -> ControlSockets:
     return sockets
 
 
-def set_receive_buffer(receiver: socket.socket, size: int) -> None:
-    """Let a socket hold up to size bytes, or as much as our rights allow; see socket(7)."""
-    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-    with contextlib.suppress(PermissionError):  # it takes root in the first user namespace
-        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-
-
 def run_path(rundir: str, config: Config) -> str:
     """How the run directory's files of the server for this namespace's table begin."""
     namespace = os.stat("/proc/self/ns/net").st_ino
@@ -3495,6 +3793,89 @@ def ending(status: int) -> str:
     return f"status {status}"
 
 
+def json_line(document: Mapping[str, Any]) -> bytes:
+    """A document for other programs, as one line."""
+    import json
+    return json.dumps(document).encode() + b"\n"
+
+
+def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[str, Any]:
+    """A lease as `status --follow` tells of it; README documents the names."""
+    return {
+        "address": address,
+        "ip_version": 6 if ":" in address else 4,
+        "protocols": resource.protocols,
+        "port": resource.port or None,
+        "resource": f"{resource.identifier:08X}",
+        "chains": [target for _, target, _ in resource.jumps],
+        "user": f"{user:08X}",
+        "seconds_left": left,
+    }
+
+
+class Followers:
+    """Who runs `status --follow`: each gets one JSON object a line. A follower never holds us up:
+    one that does not read is cut off, and has to read the leases from the kernel again, which it
+    does at first, too. So all that it missed does not matter."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector = selector
+        # This loads json, while there are descriptors to read it.
+        self.greeting, self.refusal = (json_line({"event": e}) for e in ("following", "refused"))
+        self.peers: set[socket.socket] = set()
+        self.news: list[bytes] = []
+        self.send_at = NEVER  # time.monotonic()
+        self.sent_at = 0.0
+
+    def add(self, peer: socket.socket) -> None:
+        """Let a peer know that it will hear of all that changes from now on, or why not."""
+        if len(self.peers) >= FOLLOWERS_LIMIT:
+            with peer:
+                peer.send(self.refusal)
+            return
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FOLLOWER_BUFFER)
+        # They say nothing: what can be read is their end.
+        self.selector.register(peer, selectors.EVENT_READ, functools.partial(self.drop, peer))
+        self.peers.add(peer)
+        self._send(peer, self.greeting)
+
+    def drop(self, peer: socket.socket) -> None:
+        """Cut a follower off."""
+        if peer in self.peers:  # one turn may have two reasons
+            self.peers.remove(peer)
+            self.selector.unregister(peer)
+            peer.close()
+
+    def drop_all(self) -> None:
+        """Have all followers read the leases anew."""
+        for peer in list(self.peers):
+            self.drop(peer)
+        self.news.clear()
+
+    def tell(self, change: Mapping[str, Any]) -> None:
+        """Tell all followers soon, together with what else changes: 64 messages for each knock
+        would take longer than the knock."""
+        if len(self.news) >= NEWS_LIMIT:
+            self.drop_all()
+        else:
+            self.news.append(json_line(change))
+            self.send_at = self.sent_at + NEWS_PAUSE_S
+
+    def send_news(self) -> None:
+        """Tell them now."""
+        data = b"".join(self.news)
+        self.news.clear()
+        self.sent_at, self.send_at = time.monotonic(), NEVER
+        for peer in list(self.peers):
+            self._send(peer, data)
+
+    def _send(self, peer: socket.socket, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            if peer.send(data) == len(data):
+                return
+        self.drop(peer)
+
+
 class Monitor:
     """The privileged process. Args: arguments, of the command line, and of them activated."""
 
@@ -3515,6 +3896,8 @@ class Monitor:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.selector = selectors.DefaultSelector()
+        self.followers = Followers(self.selector)
+        self.firewall.table.tell_change = self._tell_change
         self.ready = self.is_open = self.stopping = self.reload_wanted = False
 
         self.network = 0  # the network process, if there is one
@@ -3538,11 +3921,13 @@ class Monitor:
         try:
             while not (self.ready or self.stopping):
                 self._turn()
-            self._open_status()
+            self._open_socket("status", self._send_status)
+            self._open_socket("follow", self.followers.add)
             self.firewall.open(self.selector)
             self.is_open = True
             while self.firewall.is_adopting and not self.stopping:
                 self._turn()
+            self.followers.drop_all()  # they may have read leases that were not adopted
             self._tell_ready("ready")
             while not self.stopping:
                 if self.reload_wanted:
@@ -3554,8 +3939,9 @@ class Monitor:
             for group in (self.shared, *self.arguments.activated.values()):
                 for control in group:
                     close_control(control)
-            with contextlib.suppress(OSError):
-                os.unlink(run_path(self.arguments.rundir, self.config) + ".status")
+            for name in ("status", "follow"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{run_path(self.arguments.rundir, self.config)}.{name}")
             if self.firewall.installed:
                 self.firewall.close()
                 self.log.summary()
@@ -3583,14 +3969,15 @@ class Monitor:
         lines = [(each, who_may(self.config, each)) for each in resources]
         lines = [(each, users) for each, users in lines if users != "nobody"]
         for each, users in lines[:LISTED_LIMIT]:
-            self.log("resource", resource=f"{each.identifier:08X}", **terms(each), users=users)
+            opened = terms(each, each.timeout)
+            self.log("resource", resource=f"{each.identifier:08X}", **opened, users=users)
         if len(lines) > LISTED_LIMIT:
             self.log("more-resources", count=len(lines) - LISTED_LIMIT)
 
-    def _open_status(self) -> None:
-        """Serve `status`: whoever connects, which takes our rights, gets one JSON document."""
-        import json
-        path = run_path(self.arguments.rundir, self.config) + ".status"
+    def _open_socket(self, name: str, answer: Callable[[socket.socket], None]) -> None:
+        """Serve a socket of the run directory, to which only our rights let anybody connect. Args:
+        answer, is given each peer. Raises UserError."""
+        path = f"{run_path(self.arguments.rundir, self.config)}.{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -3609,13 +3996,13 @@ class Monitor:
 
         def serve() -> None:
             nonlocal spare
-            document = self._status()
             # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
             if spare >= 0:
                 os.close(spare)
-            with contextlib.suppress(OSError), listener.accept()[0] as peer:
+            with contextlib.suppress(OSError):
+                peer = listener.accept()[0]
                 peer.setblocking(False)
-                peer.send(json.dumps(document).encode())
+                answer(peer)
             try:
                 spare = os.open(os.devnull, os.O_RDONLY)
             except OSError:  # there are none at all: then it wakes us up, but not all the time
@@ -3623,6 +4010,30 @@ class Monitor:
                 time.sleep(SCARCE_PAUSE_S)
 
         self.selector.register(listener, selectors.EVENT_READ, serve)
+
+    def _send_status(self, peer: socket.socket) -> None:
+        """Answer `status` with one JSON document."""
+        with peer:
+            peer.send(json_line(self._status()))
+
+    def _tell_change(self, event: str, lease: Lease | None = None, reason: str = "") -> None:
+        """Tell followers what has become of a lease. Args: event, "opened", "renewed" or "closed",
+        or "healed" without a lease: others had changed what a follower may have read."""
+        if lease is None:
+            self.followers.drop_all()
+        elif self.followers.peers:
+            left = 0 if event == "closed" else int(lease.ends - time.monotonic()) + 1
+            found = self.firewall.config.resources[lease.resource]
+            facts = lease_facts(lease.address, lease.user, found, left)
+            self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
+
+    @property
+    def _expires_at(self) -> float:
+        """When to tell followers of the next leases that the kernel ends, those of a second at
+        once. Without followers nobody wants to know."""
+        if not self.followers.peers:
+            return NEVER
+        return min(self.firewall.leases.ending, default=NEVER) + 1
 
     def _status(self) -> dict[str, object]:
         """What the server tells of itself; README documents the names."""
@@ -3656,7 +4067,8 @@ class Monitor:
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        wait = min(self.firewall.wakes_at, self.start_at, self.log.sum_up_at) - time.monotonic()
+        wakes_at = (self.firewall.wakes_at, self.start_at, self.log.sum_up_at)
+        wait = min(*wakes_at, self.followers.send_at, self._expires_at) - time.monotonic()
         for key, _ in self.selector.select(max(wait, 0) if wait < NEVER else None):
             key.data()
         if time.monotonic() >= self.start_at:
@@ -3670,6 +4082,10 @@ class Monitor:
                     problem += f": {error.filename}"
                 self._lose_network(f"{problem}\n{hint}")
         self.firewall.advance()
+        if time.monotonic() >= self._expires_at:
+            self.firewall.table.expire()
+        if time.monotonic() >= self.followers.send_at:
+            self.followers.send_news()
         if time.monotonic() >= self.log.sum_up_at:
             self.log.summary()
 
@@ -3932,9 +4348,10 @@ class Monitor:
     def _terms(self, message: Message, record: Record) -> dict[str, str]:
         """What a peer gets, for the log; read before it has it."""
         resource = self.config.resources[message.resource]
-        held = self.firewall.leases.by_key.get((record.peer, message.resource))
+        longest = self.config.longest_lease(message.user, resource)
+        held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
         is_held = held is not None and held.ends > time.monotonic()
-        return {**terms(resource), **({"renewed": "yes"} if is_held else {})}
+        return {**terms(resource, longest), **({"renewed": "yes"} if is_held else {})}
 
     def _log_peer(self, event: str, message: Message, record: Record, **facts: str) -> None:
         """One line on what became of a peer's request."""
@@ -4350,6 +4767,7 @@ BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
 SOON_S = 60  # a lease that ends earlier is coloured
 WATCH_S = 1.0
+FOLLOW_PAUSE_S = 0.5  # before a server that has ended, or cut us off, is asked again
 HELP_COLUMN = 26  # where the text of --help begins
 HELP_WIDTHS = (80, 100)  # where standard output is no terminal; the widest
 
@@ -4386,6 +4804,92 @@ def watch_status(config: Config, rundir: str) -> None:
             show_status(config, rundir, as_json=False)
             time.sleep(WATCH_S)
     print()
+
+
+def follow_status(config: Config, rundir: str, as_json: bool) -> None:
+    """Print who holds what, then each change, for as long as somebody reads it. While no server
+    runs, the kernel is asked again and again. Raises UserError."""
+    known = None
+    while True:
+        check_rundir(rundir)
+        with contextlib.suppress(ConfigError):  # it may have changed, with the server
+            config = read_config(config.path, server=True)
+        with socket.socket(socket.AF_UNIX) as peer:
+            try:
+                peer.connect(run_path(rundir, config) + ".follow")
+            except (FileNotFoundError, ConnectionRefusedError):
+                change = snapshot(config)
+                found = [{**lease, "seconds_left": 0} for lease in change["leases"]]
+                if found != known:
+                    print_change(change, as_json)
+                known = found
+            else:
+                known = None
+                for change in changes_from(peer):
+                    is_greeting = change["event"] == "following"  # from now on it misses nothing
+                    print_change(snapshot(config) if is_greeting else change, as_json)
+        time.sleep(FOLLOW_PAUSE_S)
+
+
+def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
+    """What a server tells, until it ends or cuts us off. Raises BrokenPipeError if nobody reads
+    our output any more, UserError if the server has too many followers."""
+    import json
+    poll = select.poll()
+    poll.register(peer, select.POLLIN)
+    poll.register(1, 0)  # it tells of an output that was closed
+    rest = b""
+    while True:
+        if any(descriptor == 1 for descriptor, _ in poll.poll()):
+            raise BrokenPipeError
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = peer.recv(1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        for change in map(json.loads, lines):
+            if change["event"] == "refused":
+                hint = "end one of them: 'ps ax' shows who runs 'letmein status --follow'"
+                raise UserError(f"the server has {FOLLOWERS_LIMIT} followers already", hint)
+            yield change
+
+
+def snapshot(config: Config) -> dict[str, Any]:
+    """All leases as the kernel has them, as an event. Raises UserError."""
+    parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for part in list_leases(config):
+        # The rest is none of ours, or ends so soon that its end may have been told already.
+        if part["user"] and part["seconds_left"]:
+            holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
+            parts.setdefault(holder, []).append(part)
+    leases = []
+    for (address, identifier, user), some in parts.items():
+        protocols = tuple(sorted(part["protocol"] for part in some if part["protocol"]))
+        known = config.resources.get(identifier)
+        jumps = known.jumps if known else ()
+        resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
+        left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
+        leases.append(lease_facts(address, user, resource, left))
+    return {"event": "snapshot", "time": time.time(), "leases": leases}
+
+
+def print_change(change: dict[str, Any], as_json: bool) -> None:
+    """Print an event, for people one line for each lease."""
+    if as_json:
+        print(json_line(change).decode(), end="", flush=True)
+        return
+    clock = time.strftime("%H:%M:%S", time.localtime(change["time"]))
+    if change.get("leases") == []:
+        print(clock, "nobody holds a lease", sep="  ")
+    for lease in change.get("leases", [change]):
+        what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
+        if not lease["port"]:
+            what = f"{lease['resource']}: {', '.join(lease['chains'])}"
+        event = "open" if change is not lease else lease["event"]
+        end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
+        print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
+    sys.stdout.flush()
 
 
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
@@ -4512,28 +5016,22 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
         found: dict[ElementName, Element] = {}
         for name in sorted(kernel.sets()):
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-                found.update({(name, each.key): each for each in kernel.elements(name)})
+                for each in kernel.elements(name):
+                    found[ElementName(name, each.key)] = each
     except OSError as error:
         raise unreadable(config, error) from None
-    for (name, _), element in found.items():
-        if name.endswith("-gate"):
+    for place, element in found.items():
+        if place.set_name.endswith("-gate"):
             continue
-        size = 16 if name.endswith("-6") else 4
-        family = socket.AF_INET6 if size == 16 else socket.AF_INET
-        address = element.key.hex() or "*"  # for what is none of ours: as nft has it
-        protocol = port = None
-        if len(element.key) in (size, size + PORT_KEY.size):
-            address = socket.inet_ntop(family, element.key[:size])
-        if len(element.key) == size + PORT_KEY.size:
-            number, port = PORT_KEY.unpack(element.key[size:])
-            protocol = protocols.get(number, str(number))
+        address, opens = read_key(place)
+        protocol, port = opens or (None, None)
         comment = COMMENT.fullmatch(element.comment)
         leases.append({
-            "address": address,
-            "protocol": protocol,
+            "address": address or element.key.hex() or "*",  # what is none of ours as nft has it
+            "protocol": protocols.get(protocol, str(protocol)) if protocol is not None else None,
             "port": port,
-            "resource": comment[2] if comment else None,
-            "user": comment[1] if comment else None,
+            "resource": comment["resource"] if comment else None,
+            "user": comment["user"] if comment else None,
             "seconds_left": None if element.left == NEVER else int(element.left),
             "packets": element.packets,
             "bytes": element.octets,
@@ -4711,16 +5209,23 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
-        opened = terms(resource)
+        opened = terms(resource, resource.timeout)
         what = opened.get("port") or f"jump to {opened['jump']}"
         users = who_may(config, resource).replace(",", ", ")
         users = "everybody with a key" if users == "all" else users
         rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
-    return [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
+    lines = [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
+    if config.limits:
+        limits = [("USER", "SECONDS", "LAST DAY")]
+        for user, each in config.limits.items():
+            seconds = "any" if each.timeout == NEVER else f"{each.timeout:.10g}"
+            limits.append((f"{user:08X}", seconds, each.last_day or "none"))
+        lines += ["", *aligned(limits, "<><")]
+    return lines
 
 
-def resource_text(resource: Resource) -> str:
-    """A resource's value as it is written in a file, without its users."""
+def resource_text(resource: Resource, timeout: float) -> str:
+    """A resource's value as it is written in a file, without its users, with this timeout."""
     items = [f"port: {resource.port}", ", ".join(resource.protocols)]
     if resource.jumps:
         items = ["jump"]
@@ -4728,7 +5233,7 @@ def resource_text(resource: Resource) -> str:
         items.append(f"{hook}: {target}")
         if match_saddr:
             items.append(f"{hook}-match: saddr")
-    return " / ".join([*items, f"timeout: {resource.timeout:.10g}"])
+    return " / ".join([*items, f"timeout: {timeout:.10g}"])
 
 
 def client_file(config: Config, user: int, host: str) -> str:
@@ -4759,8 +5264,12 @@ def client_file(config: Config, user: int, host: str) -> str:
         "[KEYS]",
         f"{user:08X} = {config.keys[user].hex().upper()}",
         "[RESOURCES]",
-        *(f"{resource.identifier:08X} = {resource_text(resource)}" for resource in allowed),
     ]
+    for resource in allowed:
+        text = resource_text(resource, config.timeout_of(user, resource))
+        lines.append(f"{resource.identifier:08X} = {text}")
+    if last_day := config.limits_of(user).last_day:
+        lines.insert(1, f"# The server takes this key up to the end of {last_day} (UTC).")
     return "".join(line + "\n" for line in lines)
 
 
@@ -4840,6 +5349,8 @@ WantedBy=sockets.target
             hint = "move it into a directory: the service sees its files' directories, and no more"
             raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
         places.add(os.path.dirname(file))
+    with contextlib.suppress(ConfigError):
+        places.add(include_directory(read_config(path, server=True)))
     settings = """Type=notify KillMode=mixed Restart=on-failure RestartSec=3
         RestartForceExitStatus=SIGHUP UMask=0077 SyslogIdentifier=letmeind LockPersonality
         MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateMounts ProtectClock
@@ -5108,12 +5619,17 @@ Print a file that starts this copy of the program at boot:
         "Print who has opened what, for how long still, and what the server has counted.",
         """\
   letmein status --watch                   again each second, until Ctrl-C
+  letmein status --follow                  each change as it happens
   letmein status --json | jq .leases""",
         (),
         (
             RUNDIR,
             Option(("--json",), "json", "print one JSON document, for other programs"),
             Option(("--watch",), "watch", "print it again each second, until Ctrl-C"),
+            Option(
+                ("--follow",), "follow", "print it, then each change as it happens, until Ctrl-C;"
+                " with --json one JSON object a line",
+            ),
             SERVER_CONFIG,
         ),
     ),
@@ -5427,7 +5943,9 @@ def run_command(arguments: SimpleNamespace) -> int:
         print(client_file(config, arguments.user, host), end="")
         return 0
     if arguments.command == "status":
-        if arguments.watch:
+        if arguments.follow:
+            follow_status(config, arguments.rundir, arguments.json)
+        elif arguments.watch:
             watch_status(config, arguments.rundir)
         else:
             show_status(config, arguments.rundir, arguments.json)

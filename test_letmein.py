@@ -19,19 +19,24 @@ from __future__ import annotations
 
 import ast
 import atexit
+import bisect
 import collections
 import contextlib
 import ctypes
+import dis
 import fcntl
 import functools
 import gc
 import hashlib
 import hmac
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import platform
 import pwd
@@ -56,7 +61,7 @@ import time
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -1297,8 +1302,8 @@ class TestRules:
             assert lab.reaches(22, CLIENT_4)
 
     def test_check_tells_what_the_server_does(self, lab: Lab) -> None:
-        """Port, table, chain, sets, and who may have what; nft's script with --verbose alone; each
-        user without a key."""
+        """Port, table, chain, sets, and who may have what, with which limits; nft's script with
+        --verbose alone; each user without a key."""
         lab.load(more="add chain inet filter WEB")
         resources = "22 = port: 22\n30 = jump / input: WEB / input-match: saddr"
         resources += " / timeout: 60.5 / users: 2, 3"
@@ -1312,6 +1317,14 @@ class TestRules:
         path = lab.file(server_conf(resources.replace(", 3", "")))
         good = lab.command("server", "-c", path, *CHECK)
         assert good.out.endswith("\n\ngood: nothing was changed\n") and not good.err, good
+        limits = "[USERS]\n2 = not-after: 2020-01-01\n1 = timeout: 60 / not-after: 9999-12-31\n"
+        path = lab.file(server_conf(resources) + limits)
+        limited = lab.command("server", "-c", path, *CHECK)
+        assert "\n00000022  22/tcp           600  everybody with a key\n" in limited.out
+        assert "\n00000030  jump to WEB     60.5  nobody\n" in limited.out
+        assert "\n\nUSER      SECONDS  LAST DAY\n00000002      any  2020-01-01\n" in limited.out
+        assert "\n00000001       60  9999-12-31\n" in limited.out
+        assert "[USERS] 2: this day is over" in limited.err
         path = lab.file(server_conf(resources).replace(keys_text(), "[KEYS]"))
         nobody = lab.command("server", "-c", path, *CHECK)
         assert "[KEYS] no user has a key, so nobody can knock" in nobody.err, nobody
@@ -2976,7 +2989,10 @@ def reference_server(lab: Lab) -> Iterator[Callable[..., Result]]:
         return lab.letmein(*arguments, conf=REFERENCE_CLIENT, script=lab.patient)
 
     lab.load(JUMP_RULESET.format(family="inet"))
-    with ReferenceServer(lab, programs, server_conf(REFERENCE_RESOURCES, general="")):
+    # Options that are ours alone, it has to ignore.
+    conf = server_conf(REFERENCE_RESOURCES, general="include = /nowhere/*.conf")
+    conf += "[USERS]\n1 = timeout: 1 / not-after: 2020-02-29\n"
+    with ReferenceServer(lab, programs, conf):
         yield call
 
 
@@ -3291,11 +3307,16 @@ def knock_all(lab: Lab, *holders: tuple[str, int, int]) -> None:
         assert handshake(lab, resource, source=address, user=user) == COMEIN
 
 
-def looks(server: Server) -> int:
-    """How often the server has compared the kernel's table with its own."""
+def happened(server: Server, event: str) -> int:
+    """How often something has happened, also if the log has summed it up."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(str(status_socket(server)))
-        return int(json.load(peer.makefile("rb"))["counts"].get("looks", 0))
+        return int(json.load(peer.makefile("rb"))["counts"].get(event, 0))
+
+
+def looks(server: Server) -> int:
+    """How often the server has compared the kernel's table with its own."""
+    return happened(server, "looks")
 
 
 def quiet(server: Server) -> None:
@@ -3601,6 +3622,18 @@ class TestHeal:
         flush_and_reload(lab)
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_a_chain_that_is_renamed(self, lab: Lab, guarded: Server) -> None:
+        """The kernel tells of the new name alone, which is none of ours: it is seen at once, and
+        not when somebody changes something else."""
+        knock_all(lab, *HOLDERS)
+        quiet(guarded)
+        nft_do("rename chain inet filter LETMEIN-INPUT ANOTHER")
+        guarded.wait_for("cannot-heal")
+        nft_do("rename chain inet filter ANOTHER LETMEIN-INPUT")
+        quiet(guarded)
+        agree(lab, guarded, *HOLDERS)
+        assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
+
     def test_a_set_that_takes_no_leases(self, lab: Lab, guarded: Server) -> None:
         """Somebody has made ours anew, without its timeouts: that is said, and mended when the set
         is as it was."""
@@ -3724,7 +3757,7 @@ class TestHeal:
         key = socket.inet_aton("10.77.6.1") + letmein.PORT_KEY.pack(6, 22)
         element = letmein.nested(1, letmein.key_attribute(key), for_ever)
         where = table._elements_of("letmein-4", element)
-        table.change([(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
+        table.change([letmein.Change(letmein.NEWSETELEM, letmein.NLM_F_CREATE, where)])
         guarded.wait_for("healed", leases="1")
         agree(lab, guarded, holder)
         time.sleep(1.2)  # the look that must not be would come within 1 s
@@ -3775,9 +3808,12 @@ class TestHeal:
         last = "/proc/sys/kernel/ns_last_pid"
         command = f"echo {number - 1} >{last}; {NFT} -f {path} & echo $!; wait $!"
         for _ in range(50):
-            count = len(guarded.events("healed"))
+            count = happened(guarded, "healed")
             said = int(run("sh", "-ec", command))
-            guarded.wait_for("healed", count + 1, leases="5")
+            eventually(
+                lambda count=count: happened(guarded, "healed") > count,  # type: ignore[misc]
+                "not healed",
+            )
             if said == number:
                 break  # no other program has taken it first
         else:
@@ -3941,11 +3977,33 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.kernel.change(firewall._changes(many, [], time.monotonic(), replace=True))
+            firewall.table.kernel.change(firewall.table.changes(many, replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders, (OTHER_4, 0x22, 2))
+
+
+    def test_a_gate_opens_and_shuts_while_its_leases_are_adopted(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """Somebody who comes and goes then, before it is known who holds it, shuts it for nobody
+        else."""
+        settle(stepwise.firewall)
+        old = stepwise.firewall
+        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        with selectors.DefaultSelector() as selector:
+            successor.open(selector)
+            assert successor.work is not None
+            next(successor.work)
+            assert successor.knock(OTHER_4, 0x41, 2) == ""
+            assert successor.revoke(OTHER_4, 0x41) == ""
+            settle(successor)
+            for key in list(selector.get_map().values()):
+                assert isinstance(key.fileobj, socket.socket)
+                key.fileobj.close()
+        assert set(kernel().elements) == rows(*stepwise.holders)
+        assert len(kernel().gates) == 2
 
 
 class TestTenThousand:
@@ -4428,6 +4486,58 @@ class TestSighup:
         assert max(milliseconds_left(CLIENT_6)) <= 60
         knock_all(lab, HOLDERS[2])
         assert max(milliseconds_left(CLIENT_6)) > 890
+
+    def test_an_included_file(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """A reload reads included files, too; if one of them is gone, all stays as it was."""
+        directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        for user in (1, 2):
+            (directory / f"{user}.conf").write_text(f"[KEYS]\n{user} = {KEYS[user].hex()}\n")
+        general = f"include = {directory}/*.conf"
+        included = watched.conf(general=general).replace(keys_text(), "")
+        reconfigure(guarded, included)
+        knock_all(lab, (CLIENT_4, 0x22, 1), (OTHER_4, 0x22, 2))
+        (directory / "2.conf").rename(directory / "2.conf.off")
+        (directory / "1.conf.off").symlink_to("none")
+        reconfigure(guarded, included)
+        agree(lab, guarded, (CLIENT_4, 0x22, 1))
+        assert attempt(lab, user=2) == GOAWAY
+        (directory / "1.conf").rename(directory / "0.conf")
+        reconfigure(guarded, included.replace("/*.conf", "/1.conf"), good=False)
+        assert f"{directory}/1.conf: cannot be read" in guarded.log
+        (directory / "0.conf").rename(directory / "1.conf")
+        knock_all(lab, (CLIENT_6, 0x22, 1))
+        agree(lab, guarded, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1))
+
+    def test_user_limits(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """What a user may have at most counts for a knock and for leases that exist; after the last
+        day, these end, and a knock is refused with the reason."""
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = timeout: 30\n2 = timeout: 90")
+        assert max(milliseconds_left(f"{CLIENT_4} . tcp . 22")) <= 30
+        knock_all(lab, (CLIENT_6, 0x22, 1), (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert 20 < max(milliseconds_left(CLIENT_6)) <= 30
+        assert 50 < max(milliseconds_left(f"{CLIENT_4} . udp . 24")) <= 60
+        assert 80 < max(milliseconds_left(OTHER_4)) <= 90
+        reconfigure(guarded, watched.conf() + "[USERS]\n1 = not-after: 2020-01-01")
+        agree(lab, guarded, (CLIENT_4, 0x24, 2), (OTHER_4, 0x22, 2))
+        assert len(guarded.events("revoked", reason="configuration")) == 2
+        assert attempt(lab) == GOAWAY
+        guarded.wait_for("refused", reason="the user's last day was 2020-01-01")
+
+    def test_the_last_day_ends(self, lab: Lab) -> None:
+        """A lease ends with its user's last day, and the next knock is refused. (For this server it
+        ends 4 s after the file was read.)"""
+        lab.load()
+        change = ('float((days.days + 1) * UNITS_S["d"])', "time.time() + 4")
+        conf = server_conf() + "[USERS]\n1 = not-after: 2027-01-31"
+        with Server(lab, conf, program=altered(lab, change)) as server:
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            assert float(server.wait_for("granted")["seconds"]) <= 4
+            assert max(milliseconds_left(CLIENT_4)) <= 4
+            eventually(lambda: not lab.reaches(22, CLIENT_4), "port 22 stays open")
+            # The kernel may have ended the lease some milliseconds early.
+            eventually(lambda: attempt(lab) == GOAWAY, "the user still gets in")
+            assert "the user's last day was " in server.wait_for("refused")["reason"]
 
     def test_error_policy(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
         for policy, answer in (("always", GOAWAY), ("full-auth", None), ("basic-auth", None)):
@@ -5107,9 +5217,9 @@ class World:
 
     def plant(self) -> None:
         assert self.server is not None
-        count = len(self.server.events("healed"))
+        server, count = self.server, happened(self.server, "healed")
         nft_do(f"add element inet filter letmein-4 {{ 10.77.6.1 . tcp . 22 {comment()} }}")
-        self.server.wait_for("healed", count + 1)
+        eventually(lambda: happened(server, "healed") > count, "it is not removed")
 
     def by_hand(self, number: int) -> None:
         """Delete a lease that stands for some while yet from the kernel."""
@@ -5180,10 +5290,10 @@ class World:
     def faulty_reload(self) -> None:
         """The firewall is reloaded while nft fails; later it works again."""
         assert self.server is not None
-        count = len(self.server.events("cannot-heal"))
+        server, count = self.server, happened(self.server, "cannot-heal")
         self.nft.mode("fail")
         flush_and_reload(self.lab)
-        self.server.wait_for("cannot-heal", count + 1)
+        eventually(lambda: happened(server, "cannot-heal") > count, "nft has not failed")
         self.nft.mode("good")
 
     # -- the comparison ------------------------------------------------------
@@ -5320,8 +5430,8 @@ def counted(server: Server) -> dict[str, Any]:
 
 
 def status_socket(server: Server) -> Path:
-    """Where the server answers `status`: the only socket of its run directory."""
-    (found,) = [path for path in server.rundir.iterdir() if path.is_socket()]
+    """Where the server answers `status`."""
+    (found,) = server.rundir.glob("*.status")
     return found
 
 
@@ -5390,6 +5500,36 @@ class TestLogUnderAttack:
         assert (summary["refused-tcp"], summary["refused-udp"]) == ("4", "3")
         events = [line.partition("event=")[2].split()[0] for line in server.lines[-2:]]
         assert events == ["summary", "stopped"]
+
+    @pytest.mark.parametrize(
+        "event, change, change_back",
+        [
+            ("healed", "flush chain inet filter LETMEIN-INPUT", ""),
+            (
+                "cannot-heal",
+                "rename chain inet filter LETMEIN-INPUT ANOTHER",
+                "rename chain inet filter ANOTHER LETMEIN-INPUT",
+            ),
+        ],
+    )
+    def test_a_table_that_is_changed_all_the_time(
+        self, lab: Lab, event: str, change: str, change_back: str
+    ) -> None:
+        """A loop of reloads does not fill the disk, either."""
+        lab.load()
+        limits = ("\nLINES_LIMIT = 10 ", "\nLINES_LIMIT = 2 "), (SOON[0], "\nSUMMARY_S = 600.0\n")
+        with Server(lab, server_conf(), program=altered(lab, *limits)) as server:
+            for turn in range(1, 6):
+                nft_do(change)
+                eventually(
+                    lambda turn=turn: happened(server, event) == turn,  # type: ignore[misc]
+                    "it sees nothing",
+                )
+                nft_do(change_back)
+                quiet(server)
+            server.stop()
+        assert len(server.events(event)) == 2
+        assert [line[event] for line in server.events("summary")] == ["3"]
 
     @pytest.mark.parametrize("stream", ["", "8:1", "$(stat -L -c %d:%i /proc/self/fd/2)"])
     def test_nothing_from_the_wire_is_in_the_log_as_it_came(self, lab: Lab, stream: str) -> None:
@@ -5680,12 +5820,430 @@ class TestCounters:
             server.stop()
 
 
+class Following:
+    """`letmein status --follow --json`, and the rows that a reader of it believes in."""
+
+    def __init__(self, server: Server) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.held: dict[tuple[str, str], set[Row]] = {}
+        self.news = threading.Condition()
+        words = [sys.executable, server.lab.installed, "status", "--follow", "--json"]
+        words += ["-c", server.path, "--rundir", server.rundir]
+        self.process = subprocess.Popen(
+            [str(word) for word in words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment(),
+        )  # fmt: skip
+        server.lab.processes.append(self.process)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> Following:
+        self.wait_for("snapshot")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self.news:
+                event = json.loads(line)
+                self.events.append(event)
+                if event["event"] == "snapshot":
+                    self.held.clear()
+                for lease in event.get("leases", [event]):
+                    opens = [f"{name}/{lease['port']}" for name in lease["protocols"]] or [""]
+                    holder = (lease["address"], lease["resource"])
+                    self.held[holder] = {
+                        Row(lease["address"], each, lease["resource"], lease["user"])
+                        for each in (opens if event["event"] != "closed" else ())
+                    }
+                self.news.notify_all()
+
+    def wait_for(self, event: str, count: int = 1, **fields: object) -> dict[str, Any]:
+        """Wait for count such events; returns the last of them."""
+        wanted = {"event": event, **fields}
+
+        def found() -> list[dict[str, Any]]:
+            return [each for each in self.events if wanted.items() <= each.items()]
+
+        with self.news:
+            assert self.news.wait_for(lambda: len(found()) >= count, LIMIT_S), self.events
+            return found()[count - 1]
+
+    def assert_agrees(self, server: Server) -> None:
+        """It comes to believe what `status` says."""
+
+        def agrees() -> bool:
+            with self.news:
+                return set().union(*self.held.values()) == set(status(server))
+
+        eventually(agrees, f"{self.held} is not what `status` says")
+
+
+class TestFollow:
+    """`letmein status --follow`: whoever reads it can bring another device to the same state."""
+
+    def test_each_change(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """All that happens to a lease is told, once, with its reason and all fields."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded) as following:
+            knock_all(lab, (CLIENT_6, 0x23, 2), (CLIENT_6, 0x23, 2), (CLIENT_4, 0x40, 1))
+            event = following.wait_for("renewed", address=CLIENT_6)
+            assert abs(event.pop("time") - time.time()) < LIMIT_S
+            assert event == {
+                "event": "renewed", "reason": "", "address": CLIENT_6, "ip_version": 6,
+                "protocols": ["tcp", "udp"], "port": 23, "resource": "00000023", "chains": [],
+                "user": "00000002", "seconds_left": 600,
+            }  # fmt: skip
+            event = following.wait_for("opened", resource="00000040")
+            assert (event["chains"], event["port"], event["protocols"]) == (["DOOR"], None, [])
+            following.assert_agrees(guarded)
+            handshake(lab, 0x40, REVOKE)
+            following.wait_for("closed", reason="revoked", resource="00000040")
+            nft_do(f"delete element inet filter letmein-4 {{ {CLIENT_4} . tcp . 22 }}")
+            following.wait_for("closed", reason="by hand", resource="00000022")
+            knock_all(lab, (CLIENT_4, 0x25, 1))
+            following.wait_for("closed", reason="expired", resource="00000025")
+            reconfigure(guarded, watched.conf(nftables="max-nr-rules = 4"))
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            following.wait_for("closed", reason="replaced", resource="00000023")
+            reconfigure(guarded, watched.conf(RESOURCES.replace("22 = port: 22", "")))
+            following.wait_for("closed", reason="configuration", resource="00000022")
+            following.assert_agrees(guarded)
+            names = [event["event"] for event in following.events]
+            assert (names.count("snapshot"), names.count("opened")) == (1, 4)
+            assert (names.count("renewed"), names.count("closed")) == (1, 5)
+
+    def test_what_others_change(self, lab: Lab, guarded: Server) -> None:
+        """What somebody has added to the kernel's sets by hand, a reader does not keep."""
+        with Following(guarded) as following:
+            forged = f"{OTHER_4} . tcp . 22 timeout 60s {comment()}"
+            nft_do(f"add element inet filter letmein-4 {{ {forged} }}")
+            following.wait_for("snapshot", 2)
+            following.assert_agrees(guarded)
+
+    def test_the_server_is_killed(self, lab: Lab, guarded: Server) -> None:
+        """A reader learns what ends while no server runs, and goes on with the next one. If it is
+        there before that has adopted leases, it reads them again: some may not be adopted."""
+        knock_all(lab, *HOLDERS, (CLIENT_4, 0x25, 1))
+        with Following(guarded) as following:
+            guarded.kill()
+            following.wait_for("snapshot", 2)
+            eventually(lambda: (CLIENT_4, "00000025") not in following.held, "it is not told")
+            assert {row.address for row in set().union(*following.held.values())} == {
+                CLIENT_4, CLIENT_6, OTHER_6
+            }  # fmt: skip
+            conf = guarded.path.read_text(encoding="utf-8").replace("\n2 = ", "\n3 = ")
+            count = sum(event["event"] == "snapshot" for event in following.events)
+            adopting = "self.firewall.is_adopting"
+            waits = f"while ({adopting} or not self.followers.peers) and"
+            program = altered(lab, (f"while {adopting} and", waits))
+            arguments = ("--rundir", str(guarded.rundir))
+            with Server(lab, conf, *arguments, program=program) as successor:
+                following.wait_for("snapshot", count + 2)
+                eventually(lambda: len(following.held) == 3, f"{following.held}")
+                knock_all(lab, (OTHER_4, 0x22, 1))
+                following.wait_for("opened", address=OTHER_4)
+                following.assert_agrees(successor)
+                successor.stop()
+            eventually(lambda: not following.held, "it believes in leases of a server that stopped")
+
+    def test_64_followers(self, lab: Lab) -> None:
+        """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
+        one that dies is forgotten, and the 65th is told why it gets nothing. Nobody waits for
+        them."""
+        lab.load()
+        program = altered(lab, ("FOLLOWER_BUFFER = 1 << 20", "FOLLOWER_BUFFER = 1 << 12"))
+        with contextlib.ExitStack() as stack, Server(lab, server_conf(), program=program) as server:
+            (path,) = server.rundir.glob("*.follow")
+            peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(63)]
+            for peer in peers:
+                peer.settimeout(LIMIT_S)
+                peer.connect(str(path))
+                assert json.loads(peer.recv(1000)) == {"event": "following"}
+            following = stack.enter_context(Following(server))
+            words = ("status", "--follow", "--rundir", server.rundir, "-c", server.path)
+            lab.command(*words).assert_error("64 followers")
+            peers.pop().close()
+            stack.enter_context(Following(server))
+
+            def knock_once() -> bool:
+                """Whether all of them were cut off."""
+                assert handshake(lab) == COMEIN
+                for peer in peers[::2]:
+                    peer.recv(1)
+                return len(inodes(server.process.pid)) <= before - len(peers)
+
+            before = len(inodes(server.process.pid))
+            eventually(knock_once, "a reader that does not read is not cut off")
+            assert all(peer.recv(1) for peer in peers), "what was sent before can still be read"
+            following.assert_agrees(server)
+
+    def test_an_idle_server(self, lab: Lab, guarded: Server) -> None:
+        """Nobody wakes up while nothing happens, however many follow."""
+        knock_all(lab, (CLIENT_4, 0x22, 1))
+        with Following(guarded), Following(guarded):
+
+            def sleeps() -> bool:
+                before = proc_status(guarded.process.pid)["voluntary_ctxt_switches"]
+                time.sleep(1.5)
+                return proc_status(guarded.process.pid)["voluntary_ctxt_switches"] == before
+
+            eventually(sleeps, "it wakes up")
+
+    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
+        """With the reader of its output the program ends, before there is more to write."""
+        words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
+        follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
+        result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
+        assert result.out.endswith("nobody holds a lease\n") and "error" not in result.err
+
+
 def readme_block(first: str) -> str:
     """The example of the README whose first line this is."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"(?m)^    {re.escape(first)}\n(?:    .*\n|\n)*", text)
+    found = re.search(rf"(?ms)^```\w+\n({re.escape(first)}\n.*?)^```$", text)
     assert found, f"README.md has no example {first}"
-    return "".join(line[4:] or "\n" for line in found[0].splitlines(keepends=True))
+    return found[1]
+
+
+class Recipe:
+    """A recipe of the README that follows the leases, run as its service runs it: again and again.
+    Args: names, of its scripts, from blocks of the README; command, what the service starts."""
+
+    def __init__(self, lab: Lab, server: Server, *names: str, command: str = "") -> None:
+        self.server = server
+        self.process: subprocess.Popen[bytes] | None = None
+        self.directory = Path(tempfile.mkdtemp(dir=lab.directory))
+        words = (lab.installed, "-c", server.path, "status", "--rundir", server.rundir)
+        letmein_words = shlex.join(str(word) for word in (sys.executable, *words))
+        (pipeline,) = re.findall("(?m)^ExecStart=/bin/sh -c '(.*)'$", readme())
+        pipeline = pipeline.replace("letmein-ipset", names[0])
+        files = {
+            "letmein": f'#!/bin/sh\nshift\nexec {letmein_words} "$@"\n',
+            "service": f"while :; do setsid -w sh -c '{command or pipeline}'; sleep 0.1; done\n",
+        }
+        for name in names:
+            # The first line of a block and its last two put the script between into its place.
+            script = readme_block(f"cat >/usr/local/sbin/{name} <<'EOF'").partition("\n")[2]
+            script = script.partition("\nEOF\n")[0].replace("/usr/local/sbin", str(self.directory))
+            files[name] = script.replace("/var/lib", f"{self.directory}/lib") + "\n"
+        for name, text in files.items():
+            self.file(name, text)
+
+    def file(self, name: str, text: str) -> None:
+        """A program of the recipe."""
+        (self.directory / name).write_text(text, encoding="utf-8")
+        (self.directory / name).chmod(0o755)
+
+    def __enter__(self) -> Recipe:
+        path = f"{self.directory}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        self.process = subprocess.Popen(
+            ["sh", "service"], cwd=self.directory, env={**environment(), "PATH": path}
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.kill()
+
+    def parts(self) -> list[int]:
+        """All processes that work for it, but for the service."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path / "cwd") == str(self.directory):
+                    found.append(int(path.name))
+        return [pid for pid in found if self.process and pid != self.process.pid]
+
+    def kill(self, word: str = "") -> None:
+        """SIGKILL all parts of it, or those that have this in their command line."""
+        for pid in self.parts():
+            with contextlib.suppress(OSError):
+                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+FOLLOWER = "--follow\0--json"  # of which command line it is a part
+IPTABLES_RULE = "iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
+
+
+class FleetHost:
+    """A machine behind the gateway, the server's host, with a firewall and an sshd of its own."""
+
+    def __init__(self, lab: Lab, number: int, sets: str) -> None:
+        self.lab = lab
+        self.address = f"10.3.{number}.2"
+        call_libc("unshare", CLONE_NEWNET)
+        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        call_libc("setns", lab.server_ns, CLONE_NEWNET)
+        links = f"""
+            host ip link set lo up
+            host ip link add uplink type veth peer name fleet{number} netns {os.getpid()}
+            host ip addr add {self.address}/24 dev uplink
+            host ip link set uplink up
+            server ip addr add 10.3.{number}.1/24 dev fleet{number}
+            server ip link set fleet{number} up
+            host ip route add default via 10.3.{number}.1
+            client ip route add 10.3.{number}.0/24 via 10.1.0.1
+        """
+        namespaces = {"host": self.namespace, "server": lab.server_ns, "client": lab.client_ns}
+        run_all(namespaces, links)
+        drop = "type filter hook input priority filter; policy drop; iif lo accept;"
+        known = f"ct state established,related accept; ip saddr 10.3.{number}.1 accept;"
+        rest = "meta l4proto tcp reject with tcp reset;"
+        chain = f"chain input {{ {drop}{known}\\1 {rest} }}"
+        ruleset = re.sub(r"chain input \{((?:.|\n)*?)\}", chain, sets)
+        with lab.inside(self.namespace):
+            run(NFT, "-f", "-", text=ruleset)
+            self.listener = socket.create_server(("", 22))
+            self.sshd = Sshd(lab)
+
+    def close(self) -> None:
+        self.sshd.process.kill()
+        self.sshd.process.wait()
+        self.listener.close()
+        os.close(self.namespace)
+
+    def reachable(self) -> bool:
+        """Whether the client gets through to its port 22."""
+        with self.lab.socket("tcp", CLIENT_4) as probe:
+            return probe.connect_ex((self.address, 22)) == 0
+
+    def state(self) -> set[str]:
+        """What its two sets hold."""
+        with self.lab.inside(self.namespace):
+            listing = json.loads(run(NFT, "-j", "list", "ruleset"))["nftables"]
+        found = set()
+        for item in listing:
+            for wrapped in item.get("set", {}).get("elem", []):
+                address, protocol, port = wrapped["elem"]["val"]["concat"]
+                assert wrapped["elem"]["timeout"] > 0
+                found.add(f"{address} {protocol}/{port}")
+        return found
+
+
+class TestRecipes:
+    """What the README has for other devices: they end up as `status` says, whatever is killed."""
+
+    def exercise(
+        self, lab: Lab, server: Server, recipes: list[Recipe], state: Callable[[], set[str]]
+    ) -> None:
+        """Args: state, the addresses that the device lets in, with what is open for them."""
+
+        def agree_with(server: Server) -> None:
+            def is_equal() -> bool:
+                return state() == {f"{row.address} {row.opens}" for row in status(server)}
+
+            eventually(is_equal, f"{state()} is not what `status` says")
+
+        knock_all(lab, (CLIENT_4, 0x22, 1), (CLIENT_6, 0x23, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        assert handshake(lab, operation=REVOKE) == COMEIN
+        knock_all(lab, (CLIENT_4, 0x24, 1), (OTHER_4, 0x22, 2))
+        agree_with(server)
+        for word in (FOLLOWER, ""):
+            for recipe in recipes:
+                recipe.kill(word)
+            assert handshake(lab, 0x23, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x22, 1))
+            agree_with(server)
+            assert handshake(lab, 0x22, REVOKE, source=CLIENT_6) == COMEIN
+            knock_all(lab, (CLIENT_6, 0x23, 1))
+            agree_with(server)
+        knock_all(lab, (CLIENT_4, 0x25, 1))
+        server.kill()
+        eventually(lambda: len(status(server)) == 4, "its 3 seconds do not end")
+        agree_with(server)
+        conf = server.path.read_text(encoding="utf-8")
+        with Server(lab, conf, "--rundir", str(server.rundir)) as successor:
+            knock_all(lab, (OTHER_6, 0x22, 1), (CLIENT_4, 0x25, 1))
+            agree_with(successor)
+            assert handshake(lab, 0x22, REVOKE, source=OTHER_6) == COMEIN
+            agree_with(successor)
+        eventually(lambda: not state(), "the server has stopped, and something is open still")
+
+    def test_ipset(self, lab: Lab) -> None:
+        """An ipset with timeouts, and an iptables firewall that lets in who is in it."""
+        try:
+            run("ipset", "create", "letmein-probe", "hash:ip")
+            run("ipset", "destroy", "letmein-probe")
+        except (OSError, AssertionError) as error:
+            pytest.skip(f"ipset does not work here: {error}")
+
+        def state() -> set[str]:
+            listing = run("ipset", "-output", "save", "list")
+            found = re.findall(r"(?m)^add letmein[46] (\S+?),(\w+):(\d+) timeout [1-9]", listing)
+            return {f"{address} {protocol}/{port}" for address, protocol, port in found}
+
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-ipset") as recipe:
+            eventually(lambda: "letmein6\n" in run("ipset", "-name", "list"), "there are no sets")
+            for rule in readme_block(IPTABLES_RULE).strip().splitlines():
+                run(*rule.split())
+            run("iptables", "-A", "INPUT", "-s", "10.1.0.0/24", "-j", "REJECT")
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            eventually(lambda: lab.reaches(22, CLIENT_4), "iptables drops it")
+            run("ipset", "flush", "letmein4")
+            recipe.kill("letmein-ipset\0")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "the set stays empty")
+            self.exercise(lab, server, [recipe], state)
+            run("iptables", "-F", "INPUT")
+        run("ipset", "destroy")
+
+    def test_own_command(self, lab: Lab) -> None:
+        """A command on open and on close: here one that keeps a file for each lease."""
+        lab.load()
+        with Server(lab, server_conf()) as server, Recipe(lab, server, "letmein-hook") as recipe:
+            place = recipe.directory / "device"
+            place.mkdir()
+            act = 'case $1 in open) touch "$2 $3";; close) rm -f "$2 $3";; esac'
+            recipe.file("letmein-command", f'#!/bin/sh -e\ncd "{place}"\n{act}\n')
+
+            def state() -> set[str]:
+                held = [path.name.split() for path in place.iterdir()]
+                return {
+                    f"{address} {opens}"
+                    for address, resource in held
+                    for opens in OPENS[int(resource, 16)]
+                }
+
+            self.exercise(lab, server, [recipe], state)
+
+    def test_fleet(self, lab: Lab) -> None:
+        """The sets of three other machines, over ssh: one knock at the gateway opens them all."""
+        lab.load()
+        sets = readme_block("table inet filter {")
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server(lab, server_conf()))
+            hosts = [FleetHost(lab, number, sets) for number in (1, 2, 3)]
+            recipes = []
+            for host in hosts:
+                stack.callback(host.close)
+                names = ("letmein-nft", "letmein-fleet")
+                recipe = Recipe(lab, server, *names, command=f"letmein-fleet {host.address}")
+                ssh = shlex.join([shutil.which("ssh") or "ssh", *host.sshd.command[1:]])
+                recipe.file("ssh", f'#!/bin/sh\nexec {ssh} "$@"\n')
+                recipes.append(stack.enter_context(recipe))
+            assert not any(host.reachable() for host in hosts)
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            for host in hosts:
+                eventually(host.reachable, f"{host.address} stays shut")
+            with lab.inside(hosts[0].namespace):
+                run(NFT, "flush set inet filter letmein4")
+            recipes[0].kill("BatchMode")  # ssh
+            eventually(hosts[0].reachable, "its set stays empty")
+
+            def state() -> set[str]:
+                states = [host.state() for host in hosts]
+                return states[0] if states == states[:1] * 3 else {"they differ"}
+
+            self.exercise(lab, server, recipes, state)
+            assert not any(host.reachable() for host in hosts)
 
 
 class TestFail2ban:
@@ -5872,6 +6430,9 @@ class TestService:
             seen = [Path(place.lstrip("-")) for place in shlex.split(unit["BindReadOnlyPaths"][0])]
             for needed in (LETMEIN, path, Path(sys.executable), Path(NFT), Path(os.__file__)):
                 assert any(place in needed.parents for place in seen), (needed, seen)
+        included = lab.file(server_conf(general="include = /srv/*/keys.d/*.conf"))
+        (seen_there,) = unit_settings(service(lab, "systemd", "-c", included))["BindReadOnlyPaths"]
+        assert "/srv" in shlex.split(seen_there)
         # Its command line is one that the server takes.
         (*_, option, rundir) = shlex.split(command)
         assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
@@ -7748,6 +8309,56 @@ def test_rejected_file(text: str, start: str, hint: str, server: bool) -> None:
     assert hint in error.hint
 
 
+def test_user_limits() -> None:
+    """[USERS] limits the time of a lease and the last day of a key, which ends in UTC."""
+    lines = ["[RESOURCES]", "1 = port: 22 / timeout: 60", "2 = port: 23 / timeout: 5", "[USERS]"]
+    limits = ["1 = timeout: 9", "2 = not-after: 9999-12-31 / timeout: 7"]
+    limits.append("3 = not-after: 2020-02-29")
+    keys = [f"{user} = {user:064}" for user in (1, 2, 3, 4)]
+    text = "\n".join([*lines, *limits, "[KEYS]", *keys, server_text("NFTABLES")])
+    config = parse(text)
+    terms = {
+        user: [config.longest_lease(user, each) for each in config.resources.values()]
+        for user in config.keys
+    }
+    assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
+    assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
+    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
+    assert not any(config.objection(user, 1) for user in (1, 2, 4))
+    assert config.warnings == (
+        "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
+    )
+    (warning,) = parse(text.replace(keys[0], "")).warnings[:-1]
+    assert warning == "f.conf:5: [USERS] 1: user 00000001 has no key in [KEYS]"
+    assert parse("[USERS]\n1 = nonsense", server=False).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "line, problem, hint",
+    [
+        ("1 = not-after: 2027-02-31", "there is no 2027-02-31 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 0000-01-01", "there is no 0000-01-01 in the calendar", "YYYY-MM-DD"),
+        ("1 = not-after: 12027-01-31", "'12027-01-31' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-W01-1", "'2027-W01-1' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 20270131", "'20270131' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: \u0662027-01-31", "is not valid", "YYYY-MM-DD"),
+        ("1 = not-after: 2027-01-31T00:00", "'2027-01-31T00:00' is not valid", "YYYY-MM-DD"),
+        ("1 = not-after:", "'' is not valid", "YYYY-MM-DD"),
+        ("1 = timeout: 0", "with a timeout of 0 the user can open nothing", "more than 0"),
+        ("1 = timeout: -1", "'-1' is out of range", "4294967295"),
+        ("1 = timeout: 1 / timeout: 2", "'timeout' is unknown here, or appears twice", "not-after"),
+        ("1 = port: 22", "'port' is unknown here", "timeout: SECONDS / not-after"),
+        ("1 =", "'' is unknown here", "timeout: SECONDS"),
+        ("root = timeout: 5", "'root' is not valid", "hex digits"),
+        ("1 = timeout: 5\n01 =", "user 00000001 has limits already, at f.conf:2", "each user once"),
+    ],
+)
+def test_bad_user_limits(line: str, problem: str, hint: str) -> None:
+    error = rejection(server_text("USERS", *line.split("\n")))
+    assert error.problem.startswith("f.conf:") and "[USERS]" in error.problem
+    assert problem in error.problem and hint in error.hint
+
+
 def test_default_user_must_be_an_id() -> None:
     error = rejection("\n[CLIENT]\ndefault-user = root\n", server=False)
     assert error.problem.startswith("f.conf:3: [CLIENT] default-user: ") and "hex" in error.hint
@@ -7930,6 +8541,123 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "letmein.conf"
     path.write_text("[GENERAL]\nport = 5801\n", "utf-8-sig")
     assert letmein.read_config(str(path), False).port == 5801
+
+
+class Included(NamedTuple):
+    """What `include` meets: files of d/ by name, what make() does to d/, and what is said."""
+
+    files: dict[str, str]
+    said: str
+    pattern: str = "d/*.conf"
+    make: Callable[[Path], object] = lambda directory: None
+
+
+def fill(directory: Path, number: int, text: str) -> None:
+    for index in range(number):
+        (directory / f"{index:05}.conf").write_text(text)
+
+
+def add_secret(directory: Path, name: str) -> None:
+    """A link that leads to a file that whoever owns its directory can replace."""
+    directory.with_name("home").mkdir(0o777)
+    directory.with_name("home").chmod(0o777)
+    directory.with_name("home").joinpath(name).write_text("[KEYS]\n")
+    (directory / name).symlink_to(f"../home/{name}")
+
+
+KEY_2 = f"[KEYS]\n\n2 = {OTHER_KEY.hex()}\n"
+BAD_INCLUDES = {
+    "another section": Included({"a.conf": "[GENERAL]\n"}, "d/a.conf:1: [GENERAL] is not for an"),
+    "an error": Included({"a.conf": "[KEYS]\n2 = x\n"}, "d/a.conf:2: [KEYS] 2: this key has 1 "),
+    "an id twice": Included(
+        {"a.conf": KEY_2, "b.conf": KEY_2},
+        "d/b.conf:3: [KEYS] 2: user 00000002 has a key already, at HERE/d/a.conf:3\n",
+    ),
+    "an id of the main file": Included(
+        {"a.conf": KEY_2.replace("2 =", "01 =")},
+        "d/a.conf:3: [KEYS] 01: user 00000001 has a key already, at HERE/letmeind.conf:4\n",
+    ),
+    "a resource twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n01 = port: 2"},
+        "d/b.conf:2: [RESOURCES] 01: resource 00000001 appears twice, first at HERE/d/a.conf:2\n",
+    ),
+    "a port twice": Included(
+        {"a.conf": "[RESOURCES]\n1 = port: 1", "b.conf": "[RESOURCES]\n2 = port: 1"},
+        "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
+    ),
+    "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
+    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
+    "nothing": Included({}, ": cannot be read: Is a directory", ""),
+    "a FIFO": Included(
+        {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
+    ),
+    "a link that leads nowhere": Included(
+        {}, "d/a.conf: cannot be read: No such file", make=lambda d: (d / "a.conf").symlink_to("x")
+    ),
+    "a loop of links": Included(
+        {}, "d/a.conf: cannot be read: Too many levels",
+        make=lambda d: (d / "a.conf").symlink_to("a.conf"),
+    ),
+    "10,000 files": Included({}, "more than 1000 files match", make=lambda d: fill(d, 10_000, "")),
+    "large files": Included(
+        {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
+    ),
+    "a directory of others": Included(
+        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
+    ),
+    "a link into a directory of others": Included(
+        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def including(tmp_path: Path) -> Path:
+    """The directory d/ beside a letmeind.conf with a key for user 1 that ends in `include`."""
+    (tmp_path / "d").mkdir(0o755)
+    path = tmp_path / "letmeind.conf"
+    text = f"[KEYS]\n# a key\n\n1 = {KEY.hex()}\n{server_text('GENERAL', 'include = d/*.conf')}"
+    path.write_text(text)
+    path.chmod(0o600)
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("name", BAD_INCLUDES)
+def test_bad_include(including: Path, name: str) -> None:
+    """What cannot be included is one error that names file and line, and keeps nobody waiting."""
+    case, conf = BAD_INCLUDES[name], including.with_name("letmeind.conf")
+    conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
+    for file, text in case.files.items():
+        (including / file).write_text(text)
+    case.make(including)
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(conf), True)
+    said = f"{error.value.problem}\n{error.value.hint}"
+    assert case.said.replace("HERE", str(including.parent)) in said
+    assert said.count("\n") == 1 and error.value.hint
+
+
+def test_include(including: Path) -> None:
+    """Keys and resources come from all files that match, in the order of their names; what is
+    wrong with a file's owner or mode is told; a client ignores the option, and says so."""
+    conf = str(including.with_name("letmeind.conf"))
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert "no file matches" in warning
+    files = {"b": "[RESOURCES]\n3 = port: 3", "a": KEY_2 + "[RESOURCES]\n4 = port: 4"}
+    for name, text in files.items():
+        (including / f"{name}.conf").write_text(text)
+        (including / f"{name}.conf").chmod(0o600)
+    (including / "none.txt").write_text("?")
+    config = letmein.read_config(conf, True)
+    assert config.keys == {1: KEY, 2: OTHER_KEY}
+    assert list(config.resources) == [4, 3]
+    assert config.warnings == ()
+    (including / "a.conf").chmod(0o644)
+    (warning,) = letmein.read_config(conf, True).warnings
+    assert warning.startswith(f"{including}/a.conf: mode 644")
+    config = letmein.read_config(conf, False)
+    assert config.keys == {1: KEY}
+    assert ["include: is for the server" in each for each in config.warnings] == [True]
 
 
 @pytest.mark.parametrize("server", [True, False])
@@ -8285,6 +9013,12 @@ def test_client_conf(tmp_path: Path) -> None:
         (0x22, 22, 60), (0x40, 0, 600),
     ]  # fmt: skip
     assert "letmein knock server.example 22" in done.stdout
+    with path.open("a") as file:
+        file.write("[USERS]\n1 = timeout: 90 / not-after: 9999-12-31\n")
+    limited = program("-c", path, "client-conf", "-u", "1", "--host", "server.example").stdout
+    resources = parse(limited, server=False).resources.values()
+    assert [each.timeout for each in resources] == [60, 90]
+    assert "up to the end of 9999-12-31 (UTC)" in limited
     done = program("-c", path, "client-conf", "-u", "9")
     assert done.returncode == 1 and not done.stdout
     assert "no key for user 00000009" in done.stderr and "gen-key -u 9" in done.stderr
@@ -9621,7 +10355,7 @@ def test_nft_takes_all_that_is_ours(
 #
 # A third host, the attacker's, has a cable of its own to the server. Every address of two wide
 # prefixes is local there, and so is the client's IPv4 address, which it can thus forge. Floods
-# and the slow path are made by processes of their own, `test_letmein.py flood` and `relay`, for
+# and the slow path are made by processes of their own, see run_part(), for
 # what is measured here is the server and not who attacks it.
 #
 #     attacker's host                                            server's host
@@ -9759,7 +10493,7 @@ def flood_udp(plan: Flood) -> FloodSteps:
 
     def one() -> int:
         try:
-            return next(peers).send(next(messages)) // 56
+            return int(next(peers).send(next(messages)) > 0)
         except OSError:
             return 0
 
@@ -9906,7 +10640,7 @@ def flood_messages(plan: Flood) -> list[bytes]:
 
 
 def flood_process() -> None:
-    """`test_letmein.py flood`: standard input has the plan and then an empty line at which to
+    """`flood`: standard input has the plan and then an empty line at which to
     begin; standard output gets "ready", and at last how many, and how much of a CPU it took."""
     _, most = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
@@ -9923,7 +10657,7 @@ def flood_process() -> None:
 
 
 def relay_process(delay: float) -> None:
-    """`test_letmein.py relay`: pass frames on between the two ends of each cable, each of
+    """`relay`: pass frames on between the two ends of each cable, each of
     them this much later. Ends with its standard input."""
     sockets = {}
     for name in itertools.chain(*RELAY_CABLES.items()):
@@ -9960,14 +10694,26 @@ def relay_process(delay: float) -> None:
 
 
 def start_part(*arguments: str) -> subprocess.Popen[str]:
-    """Start a process of this file, which see below. It is told what to do line by line."""
+    """Start a process of this file, see run_part(). It is told what to do line by line. It imports
+    the file, for to compile that anew would take longer than most of what such a process does."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {Path(__file__).stem} as tests"
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        [sys.executable, "-c", f"{code}; tests.run_part()", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
         env=unmeasured(),
     )
+
+
+def run_part() -> None:
+    """What a process of start_part() does."""
+    if sys.argv[1] == "flood":
+        flood_process()
+    elif sys.argv[1] == "rush":
+        rush_process()
+    else:
+        relay_process(float(sys.argv[2]))
 
 
 def tell(process: subprocess.Popen[str], line: str) -> None:
@@ -10272,7 +11018,7 @@ class Rush(NamedTuple):
 
 
 def rush_process() -> None:
-    """`test_letmein.py rush`: as storm(), but it takes as little time for itself as it can. In:
+    """`rush`: as storm(), but it takes as little time for itself as it can. In:
     addresses, how many at a time, operation, limit in seconds; then a line at which to begin.
     Out: "ready", and then seconds, how long each good one took, seconds of CPU."""
     addresses, at_once, operation, limit = json.loads(sys.stdin.readline())
@@ -10397,6 +11143,65 @@ class TestFloods:
         assert outcome.memory_peak < 10 * 1024
         assert outcome.memory_after < 10 * 1024
         assert outcome.descriptors_after <= outcome.descriptors_before
+
+
+class TestBench:
+    """The table of .ci/bench tells who is better. What it measures, each run shows."""
+
+    @pytest.fixture(scope="class")
+    def bench(self) -> Any:
+        loader = importlib.machinery.SourceFileLoader("bench", str(HERE / ".ci/bench"))
+        spec = importlib.util.spec_from_loader("bench", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize(
+        "better, ours, others, verdict",
+        [
+            ("less", [10, 20, 30], [[40], [100]], "2 times better"),
+            ("less", [20], [[100], [5]], "4 times worse"),
+            ("more", [1000], [[10], [500]], "2 times better"),
+            ("more", [100], [[150], "- [1]"], "1.50 times worse"),
+            ("less", [100], [[102]], "the same"),
+            ("less", [0], [[100]], "better"),
+            ("less", [math.inf], [[100]], "worse"),
+            ("less", [100], [[math.inf]], "better"),
+            ("less", [100], ["- [1]"], ""),
+            ("", [100], [[200]], ""),
+        ],
+    )
+    def test_who_is_better(
+        self, bench: Any, better: str, ours: list[float], others: list[Any], verdict: str
+    ) -> None:
+        """By the medians, against the best of the others, if there is anything to compare."""
+        cells = dict(zip(bench.PROGRAMS, [ours, *others]))
+        assert bench.verdict(bench.Row("", "ms", better, cells)) == verdict
+
+    @pytest.mark.parametrize(
+        "cell, text",
+        [
+            ([3], "3"),
+            ([1.234, 5.678, 123.4], "5.68 (1.23 to 123)"),
+            ([1, 2, math.inf], "2 (1 to never; 2/3)"),
+            ("- [1]", "- [1]"),
+        ],
+    )
+    def test_a_figure(self, bench: Any, cell: Any, text: str) -> None:
+        """The median, the range, and how many of the knocks succeeded."""
+        assert bench.figure(cell) == text
+
+    def test_the_block_of_readme(self, bench: Any, tmp_path: Path) -> None:
+        """A new table replaces the old one, and nothing else."""
+        path = tmp_path / "README.md"
+        path.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nbehind\n", encoding="utf-8")
+        assert bench.replace_block(path, "new \\1")
+        text = path.read_text(encoding="utf-8")
+        assert text == "before\n<!-- bench -->\nnew \\1\n<!-- /bench -->\nbehind\n"
+        path.write_text("no markers", encoding="utf-8")
+        assert not bench.replace_block(path, "new")
+        assert path.read_text(encoding="utf-8") == "no markers"
 
 
 # ----------------------------------------------------------------------------
@@ -11143,6 +11948,521 @@ class TestThreats:
             for part in name.split("."):
                 place = getattr(place, part)
             assert callable(place), name
+
+
+# ----------------------------------------------------------------------------
+# The documents: what README says is so, and its commands do what it says
+# ----------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block of README. Args: language; host, where it runs when the tests follow README,
+    "" for nowhere; text; line, its number, for messages."""
+
+    language: str
+    host: str
+    text: str
+    line: int
+
+
+@functools.lru_cache(None)
+def readme() -> str:
+    return (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def readme_section(title: str) -> str:
+    """A section of README, with those below it."""
+    lines = readme().splitlines(keepends=True)
+    (start,) = (at for at, line in enumerate(lines) if re.fullmatch(rf"#+ {title}\n", line))
+    level = len(lines[start].split()[0])
+    is_code = False
+    for end in range(start + 1, len(lines)):
+        is_code ^= lines[end].startswith("```")
+        if not is_code and re.match(rf"#{{1,{level}}} ", lines[end]):
+            return "".join(lines[start:end])
+    return "".join(lines[start:])
+
+
+def readme_blocks(language: str, text: str | None = None) -> list[Block]:
+    """The blocks in this language, of a section's text or of all README."""
+    text = readme() if text is None else text
+    fences = re.finditer(r"(?ms)^```(\w+)(?: (\w+))?\n(.*?)^```$", text)
+    blocks = [
+        Block(fence[1], fence[2] or "", fence[3], text[: fence.start()].count("\n") + 1)
+        for fence in fences
+    ]
+    return [block for block in blocks if block.language == language]
+
+
+# What a command may stand behind, in a shell, an ssh_config or a wg-quick file.
+COMES_BEFORE = {"|", "&&", "||", ";", "do", "=", "sudo", "exec", "ProxyCommand", "root@server"}
+COMES_BEFORE.add("HOST")  # xargs -I HOST
+
+
+def letmein_words(text: str) -> list[list[str]]:
+    """The words behind `letmein`, `letmein.py` or `letmeind`, of all such commands in a text."""
+    text = text.replace("\\\n", " ").replace("%h", "host").replace("%p", "22")
+    text = re.sub('exec "(.*?)"', r"exec \1 ;", text)
+    commands = []
+    for line in text.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = [";", *lexer]
+        except ValueError:  # a quotation over several lines
+            continue
+        for before, (at, word) in zip(words, enumerate(words[1:], 1)):
+            name = os.path.basename(word) if "init.d" not in word else ""
+            if name in ("letmein", "letmein.py", "letmeind") and before in COMES_BEFORE:
+                rest = words[at + 1 :]
+                ends = (n for n, more in enumerate(rest) if re.fullmatch("[|&;<>()]+", more))
+                rest = rest[: next(ends, None)]
+                commands.append([*(["server"] if name == "letmeind" else []), *rest])
+    return commands
+
+
+def assert_parses(words: list[str], where: str) -> None:
+    """The real parser takes these words."""
+    try:
+        letmein.parse_words(words)
+    except SystemExit as end:  # --version and --help end as a success
+        assert end.code in (0, None), (where, words)
+
+
+@functools.lru_cache(None)
+def helps() -> dict[str, str]:
+    """What --help prints, by command; "" for the whole program."""
+    text = program("--help").stdout
+    commands = re.findall(r"(?m)^ {2,4}([a-z-]+)(?: \(close\))? {2,}", text)
+    assert len(commands) > 7
+    return {"": text, **{name: program(name, "--help").stdout for name in commands}}
+
+
+# Options for scripts that other programs of these names run, and that help does not name.
+HIDDEN_OPTIONS = {"--dns", "--dns-crypt", "--no-systemd"}
+
+
+def option_names() -> set[str]:
+    """All options of all commands."""
+    lines = re.findall(r"(?m)^ +-.*", "\n".join(helps().values()))
+    return HIDDEN_OPTIONS.union(*(re.findall(r"(?<![\w-])--?\w[a-z0-9-]*", x) for x in lines))
+
+
+LOGGERS = {"log", "self", "often", "_log_peer", "_tell_ready"}  # whose first argument is an event
+
+
+def log_events() -> set[str]:
+    """The names of all events that the program may log, as its source has them."""
+    events: set[str] = set()
+    functions = [
+        node for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]  # fmt: skip
+    for function in functions:
+        texts: dict[str, set[str]] = collections.defaultdict(set)  # by the variable that has them
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                names, value = node.targets, node.value
+            elif isinstance(node, ast.For):
+                names, value = [node.target], node.iter
+            else:
+                continue
+            keys = {key for n in ast.walk(value) if isinstance(n, ast.Dict) for key in n.keys}
+            found = {
+                n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and n not in keys
+            }
+            for name in (n for target in names for n in ast.walk(target)):
+                if isinstance(name, ast.Name):
+                    texts[name.id] |= {text for text in found if isinstance(text, str)}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            for node in ast.walk(call.args[0]) if call.args and called in LOGGERS else ():
+                if isinstance(node, ast.Constant):
+                    events.add(str(node.value))
+                elif isinstance(node, ast.Name):
+                    events |= texts[node.id]
+    return {event for event in events if re.fullmatch(r"[a-z]+(-[a-z]+)*", event)}
+
+
+# A host of README's: its /etc, /usr and /run are copies that nobody keeps. $1 is a directory.
+README_HOST = """
+mount -t tmpfs none "$1"
+for place in etc usr; do
+    mkdir -p "$1/$place/upper" "$1/$place/work"
+    options="lowerdir=/$place,upperdir=$1/$place/upper,workdir=$1/$place/work"
+    mount -t overlay -o "$options" none "/$place"
+done
+mount -t tmpfs none /run
+mkdir -m 755 /run/letmeind
+echo '10.1.0.1 server' >/etc/hosts
+touch /etc/nftables.conf
+echo ready
+exec cat
+"""
+
+# The programs there that are not the real ones. HOME is a directory.
+README_PROGRAMS = {
+    "apt-get": "",
+    "sudo": 'exec "$@"',
+    "python3": f'exec {sys.executable} "$@"',
+    "journalctl": "cat HOME/log",
+    "systemd-run": 'shift 2; echo "$@" >HOME/net',
+    # What the user adds: a refusal, so that a closed port is known as soon as an open one.
+    "editor": 'sed -i "s/jump LETMEIN-INPUT/&; reject/" "$1"',
+    "systemctl": r"""
+case "$*" in
+"enable nftables" | daemon-reload) ;;
+"enable --now letmeind" | "restart letmeind")
+    [ ! -e HOME/pid ] || kill "$(cat HOME/pid)"
+    while [ -e HOME/pid ] && kill -0 "$(cat HOME/pid)" 2>/dev/null; do sleep 0.05; done
+    unit=/usr/local/lib/systemd/system/letmeind.service
+    : >HOME/log
+    $(sed -n "s/^ExecStart=//p" $unit) >/dev/null 2>HOME/log &
+    echo $! >HOME/pid
+    until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done ;;
+"reload letmeind")
+    kill -HUP "$(cat HOME/pid)"
+    until grep -q event=reloaded HOME/log; do kill -0 "$(cat HOME/pid)" && sleep 0.05; done ;;
+"stop reopen.timer") rm HOME/net ;;
+*) echo "systemctl $*?" >&2; exit 1 ;;
+esac""",
+}
+
+
+OPENWRT_PROGRAMS = {
+    "opkg": "",
+    "logread": "cat HOME/log",
+    "fw4": '[ "$1" != reload ] || nft -f HOME/fw4.nft',
+}
+OPENWRT_FUNCTIONS = """
+user_exists() { getent passwd "$1" >/dev/null; }
+group_add_next() { echo 999; }
+user_add() { useradd "$1"; }
+"""
+OPENWRT_RC = """
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { [ "$1" != command ] || { shift; command=$*; }; }
+. "$1"
+[ "$2" = start ] || exit 0
+start_service
+$command >/dev/null 2>HOME/log &
+echo $! >HOME/pid
+until grep -q event=ready HOME/log; do kill -0 $! && sleep 0.05; done
+"""
+
+
+class ReadmeHost:
+    """A host to follow README on, on the network that the caller is on. Args: programs, more of
+    those that are not the real ones."""
+
+    def __init__(self, lab: Lab, **programs: str) -> None:
+        self.home = Path(tempfile.mkdtemp(dir=lab.directory))
+        if not lab.real_root:
+            pytest.skip("a user namespace has no other root's files")
+        for name in ("disk", "programs"):
+            (self.home / name).mkdir()
+        for name, text in {**README_PROGRAMS, **programs}.items():
+            text = text.replace("HOME", str(self.home))
+            program = self.home / "programs" / name
+            program.write_text(f"#!/bin/sh -e\n{text}\n", encoding="utf-8")
+            program.chmod(0o755)
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-ec", README_HOST, "sh", self.home / "disk"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        lab.processes.append(self.process)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+        path = f"{self.home}/programs:/usr/local/sbin:/usr/local/bin:{os.environ['PATH']}:/usr/sbin"
+        self.enter = [
+            *("nsenter", "--mount", "--net", f"--target={self.process.pid}", "--wd=" + str(HERE)),
+            *("env", "-i", f"PATH={path}", f"HOME={self.home}"),
+        ]
+
+    def run(self, script: str) -> str:
+        """Run a block as its user would, in a clone; returns what it prints."""
+        done = subprocess.run(
+            [*self.enter, "sh", "-ec", script],
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=LIMIT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, (script, done.stdout, done.stderr, self.log())
+        return done.stdout
+
+    def log(self) -> str:
+        log = self.home / "log"
+        return log.read_text(encoding="utf-8") if log.exists() else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self.run(f'[ ! -e {self.home}/pid ] || kill "$(cat {self.home}/pid)"')
+        self.process.kill()
+        self.process.wait()
+
+
+class TestReadme:
+    """What README says is so, and its commands do what it says."""
+
+    def test_server_in_ten_minutes(self, lab: Lab) -> None:
+        """Followed to the letter, it ends with a port 22 that only a knock opens; its safety net
+        opens it again, and deletes nothing."""
+        if shutil.which("make") is None:
+            pytest.skip("make is not in PATH")
+        lab.load("")
+        stack = contextlib.ExitStack()
+        server = ReadmeHost(lab)
+        stack.callback(server.close)
+        to_server = shlex.join(server.enter)
+        with lab.client():
+            client = ReadmeHost(lab, ssh=f'shift; {to_server} "$@"')
+        stack.callback(client.close)
+        hosts = {"server": server, "client": client}
+        blocks = [b for b in readme_blocks("sh", readme_section("Server in ten minutes")) if b.host]
+        said = {}
+        with stack:
+            for block in blocks:
+                said[block.text] = hosts[block.host].run(block.text)
+                if "systemd-run" in block.text:
+                    eventually(lambda: lab.reaches(22, CLIENT_4), "the lease is lost")
+                    assert not lab.reaches(22, OTHER_4)
+                    before = lab.ruleset()
+                    server.run((server.home / "net").read_text())
+                    assert lab.reaches(22, OTHER_4)
+                    assert set(before.splitlines()) <= set(lab.ruleset().splitlines())
+                    server.run("nft -f /etc/nftables.conf")
+                    eventually(lambda: not lab.reaches(22, OTHER_4), "the safety net stays")
+            assert not (server.home / "net").exists()
+            # What a command prints, where README says so behind it.
+            for text, out in said.items():
+                for comment in re.findall("(?m)^(?:letmein|journalctl) .*? # (.*)$", text):
+                    assert comment.partition(" (")[0] in out, (comment, out)
+            table = readme_blocks("text", readme_section("Server in ten minutes"))[0].text
+            out = said["letmein status\n"]
+            assert table.splitlines()[0].split() == out.splitlines()[0].split()
+            assert re.search(rf"(?m)^{CLIENT_4} +22/tcp +00000001 ", out)
+            assert not lab.reaches(22, CLIENT_4)  # the restart has ended the leases
+            client.run("letmein knock server 22")
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_openwrt(self, lab: Lab) -> None:
+        """Followed on a host with OpenWrt's words and fw4's table, it ends with a port that only
+        a knock opens, and that stays open when the firewall is made anew."""
+        lab.load("")
+        host = ReadmeHost(lab, **OPENWRT_PROGRAMS)
+        init = OPENWRT_RC.replace("HOME", str(host.home))
+        files = {"fw4.nft": FW4.replace("ROOT", ""), "rc.common": init}
+        for name, text in {**files, "functions.sh": OPENWRT_FUNCTIONS}.items():
+            (host.home / name).write_text(text, encoding="utf-8")
+        prepare, start, keep, forward = (b.text for b in readme_blocks("sh") if b.host == "openwrt")
+        _, conf, *_ = readme_blocks("sh", readme_section("Server in ten minutes"))
+        with contextlib.closing(host):
+            host.run(f"cd {host.home}; cp functions.sh /lib; cp rc.common /etc")
+            host.run("cp letmein.py /usr/sbin/; mkdir -p /etc/nftables.d /etc/init.d")
+            host.run(prepare)
+            ours = conf.text.replace("letmein gen", "letmein.py gen")
+            host.run(ours.replace("table = filter", "table = fw4"))
+            assert "event=ready" in host.run(start)
+            key = host.run("letmein.py client-conf -u 1")
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22", conf=key).assert_good()
+            host.run(keep)
+            host.run(forward)
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+            assert not lab.reaches(22, OTHER_4)
+            host.run("sed -i 's/^table/chain-forward = LETMEIN-FORWARD\\n&/' /etc/letmeind.conf")
+            host.run("letmein.py server --check")
+
+    def test_a_firewall_of_your_own(self, lab: Lab) -> None:
+        """The two commands for it are enough for a server, which has nothing to warn of."""
+        own = "table inet filter { chain input { type filter hook input priority 0; policy drop;"
+        lab.load(own + " ct state established accept; }; }")
+        (block,) = [b for b in readme_blocks("sh") if b.text.startswith("nft add chain")]
+        run("sh", "-ec", f"PATH=$PATH:/usr/sbin\n{block.text}")
+        check = ("server", "--check", "--user", "none")
+        assert lab.command("-c", lab.file(server_conf(resources="22 = port: 22")), *check).err == ""
+        with Server(lab, server_conf()):
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4)
+
+    def test_a_gate_in_front_of_iptables(self, lab: Lab) -> None:
+        """On a host whose iptables drops what it does not accept, the gate's table lets in those
+        who knocked, and nobody else."""
+        iptables = shutil.which("iptables-nft", path=f"{os.environ['PATH']}:/usr/sbin")
+        if iptables is None:
+            pytest.skip("iptables-nft is not in PATH")
+        (gate,) = [b for b in readme_blocks("nft") if "delete table inet gate" in b.text]
+        lab.load("")
+        run(iptables, "-P", "INPUT", "DROP")
+        for port in (22, 5800):
+            run(iptables, "-A", "INPUT", "-p", "tcp", "--dport", str(port), "-j", "ACCEPT")
+        run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+        with Server(lab, server_conf().replace("table = filter", "table = gate")) as server:
+            assert not lab.reaches(22, CLIENT_4)
+            lab.letmein("knock", SERVER_4, "22").assert_good()
+            assert lab.reaches(22, CLIENT_4) and not lab.reaches(22, OTHER_4)
+            run(NFT, "-f", "-", text=gate.text.replace("drop\n", "reject with tcp reset\n"))
+            server.wait_for("healed")
+            eventually(lambda: lab.reaches(22, CLIENT_4), "not healed")
+
+    def test_a_range_of_ports(self, lab: Lab) -> None:
+        """The jump for mosh opens its range to the address that knocked, and no more."""
+        text = readme_section("mosh: a range of ports")
+        (chain,), (line,) = readme_blocks("nft", text), re.findall("`([0-9]{8} = [^`]*)`", text)
+        rules = chain.text.replace("60000-61000", "24-25")
+        lab.load(more=f"table inet filter {{\n{rules}\n}}")
+        ((command, _, *words),) = letmein_words(readme_blocks("sh", text)[0].text)
+        with Server(lab, server_conf(f"22 = port: 22\n{line}")):
+            lab.letmein(command, SERVER_4, *words[: words.index("--")]).assert_good()
+            assert lab.reaches(22, CLIENT_4) and lab.reaches(25, CLIENT_4, "udp")
+            assert not lab.reaches(26, CLIENT_4, "udp") and not lab.reaches(25, OTHER_4, "udp")
+
+    def test_a_key_without_opening_anything(self, lab: Lab) -> None:
+        """`revoke` tries a key: it succeeds with the right one, fails with a wrong one, opens
+        nothing."""
+        (block,) = readme_blocks("sh", readme_section("Try a key without opening anything"))
+        ((command, _, port),) = letmein_words(block.text)
+        lab.load()
+        with Server(lab, server_conf()):
+            lab.letmein(command, SERVER_4, port).assert_good()
+            wrong = CLIENT_CONF.replace(KEYS[1].hex(), KEYS[2].hex())
+            lab.letmein(command, SERVER_4, port, conf=wrong).assert_error()
+            assert not lab.elements()
+
+    def test_commands(self) -> None:
+        """Each `letmein` command line parses, in blocks and in running text."""
+        blocks = [b for name in ("sh", "sshconfig", "ini") for b in readme_blocks(name)]
+        found = [(words, f"line {b.line}") for b in blocks for words in letmein_words(b.text)]
+        assert len(found) > 25
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        spans = re.findall(r"`([^`]*\bletmein(?:\.py|d)? [^`]*)`", prose.replace("\n", " "))
+        bare = [[name] for name in helps()]
+        for span in spans:
+            commands = letmein_words(span.replace("PORT", "22").replace(" ID", " 1"))
+            found += [(words, span) for words in commands if words not in bare]
+        for words, where in found:
+            assert_parses(words, where)
+
+    def test_configurations(self) -> None:
+        """Each configuration is one for both sides, without a warning, as the examples are."""
+        required = "[NFTABLES]\nfamily = inet\ntable = filter\nchain-input = LETMEIN-INPUT\n"
+        server, client = (HERE / f"{name}.conf.example" for name in ("letmeind", "letmein"))
+        texts = [b.text for b in readme_blocks("conf")]
+        spans = re.findall("`([0-9A-F]{8} = (?:port|jump)[^`]*)`", readme().replace("\n", " "))
+        chains = f"{required}chain-forward = F\nchain-output = O\n[RESOURCES]\n"
+        texts += [f"{chains}{span}\n" for span in spans]
+        assert len(texts) > 4
+        texts += re.findall("(?ms)^cat >/etc/letmeind.conf <<'END'\n(.*?)^END$", readme())
+        for text in texts:
+            keys = "".join(f"{user} = {KEYS[1].hex()}\n" for user in range(4))
+            text = text if "[KEYS]\n" in text else f"{text}\n[KEYS]\n"
+            text = text.replace("[KEYS]\n", f"[KEYS]\n{keys}")
+            if "[NFTABLES]" not in text:
+                text += required
+            elif "family" not in text:
+                text = text.replace("[NFTABLES]\n", required)
+            for side in (True,) if "[USERS]" in text else (False, True):
+                assert not letmein.parse_config(text, "README.md", side).warnings
+        for path in (server, client):
+            text = re.sub("# (.*) = PUT-THE-.*", rf"\1 = {KEYS[1].hex()}", path.read_text())
+            config = letmein.parse_config(text, path.name, path == server)
+            assert config.keys and not config.warnings
+
+    def test_rules(self, lab: Lab) -> None:
+        """nft takes each ruleset, in the table that it is for."""
+        rules = [(b.text, "filter") for b in readme_blocks("nft")]
+        assert len(rules) >= 3
+        for block in readme_blocks("sh"):
+            files = re.findall(r"(?ms)>>?/etc/nftables.d/\S+ <<'END'\n(.*?)^END$", block.text)
+            rules += [(text, "fw4") for text in files]
+        assert len({table for _, table in rules}) == 2
+        lab.load()
+        for text, table in rules:
+            if not text.startswith("table"):
+                text = f"table inet {table} {{\n{text}\n}}\n"
+            run(NFT, "-c", "-f", "-", text=text)
+
+    def test_ssh(self, lab: Lab) -> None:
+        """ssh takes each configuration for it."""
+        if shutil.which("ssh") is None:
+            pytest.skip("ssh is not in PATH")
+        blocks = readme_blocks("sshconfig")
+        assert len(blocks) >= 4
+        for block in blocks:
+            path = lab.file(block.text)
+            host = "nas" if "Host nas" in block.text else "server"
+            done = lab.command("-G", "-F", path, host, program=("env", "HOME=/nowhere", "ssh"))
+            assert done.status == 0, (block, done)
+            ours = r"proxycommand .*letmein(\.py)? connect|exec .letmein knock"
+            assert re.search(ours, done.out + block.text), done
+
+    def test_links(self) -> None:
+        """Each link within README leads to a heading, and the contents to each chapter."""
+        text = re.sub("(?ms)^```.*?^```$", "", readme())
+        headings = re.findall("(?m)^#{2,3} (.*)$", text)
+        words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+        anchors = {heading.replace(" ", "-") for heading in words}
+        assert len(anchors) == len(headings)
+        links = set(re.findall(r"\]\(#([^)]*)\)", text))
+        assert links <= anchors
+        contents = set(re.findall(r"\]\(#([^)]*)\)", readme_section("Contents")))
+        assert anchors - contents <= {"try-it", "contents"}
+
+    def test_options_of_the_command_line(self) -> None:
+        """The chapter has each command and each option that the parser has, and no other."""
+        text = readme_section("Command line")
+        cells = re.findall(r"(?m)^\| (`.*?`) \| ", text.replace("\\|", ""))
+        spans = " ".join(re.findall("`([^`]+)`", " ".join(cells)))
+        named = set(re.findall(r"(?<![\w-])--?[A-Za-z0-9][a-z0-9-]*", spans))
+        assert named == option_names()
+        for command in helps():
+            assert re.search(rf"\| `{command}", text), command
+
+    def test_options_of_the_files(self) -> None:
+        """The chapter has each option that the program knows, and no other, and so have the
+        examples, each those of its side."""
+        known = {(section, name) for section, names in letmein.OPTIONS.items() for name in names}
+        text = readme_section("Configuration files")
+        named = set()
+        for section, names in re.findall(r"(?m)^\| ([A-Z]+) \| (`.*?) \|", text):
+            named |= {(section, name) for name in re.findall("`([^`]+)`", names)}
+        assert named == known
+        for name, others in (("letmeind", {"CLIENT"}), ("letmein", {"NFTABLES", "include"})):
+            text = (HERE / f"{name}.conf.example").read_text(encoding="utf-8")
+            there = set(re.findall("(?m)^(?:# )?([a-z-]+) = ", text))
+            ours = {option for section, option in known if not others & {section, option}}
+            assert there == ours
+
+    def test_events_of_the_log(self) -> None:
+        """The chapter's table has each event that the program logs, and no other."""
+        rows = re.findall(r"(?m)^\| (`[^|]*) \|", readme_section("Log"))
+        named = {name for row in rows for name in re.findall("`([a-z-]+)`", row)}
+        assert len(named) > 15
+        assert named == log_events()
+
+    def test_words_of_the_client(self) -> None:
+        """What the client says, by the table of likely causes, is what it says."""
+        texts = set()
+        for node in ast.walk(ast.parse(LETMEIN.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                text = "".join(map(str, parts))
+            else:
+                text = re.sub("{.*?}", "{}", str(getattr(node, "value", "")))
+            texts |= {text, text.partition(": ")[2]}  # behind the place
+        texts = {text for text in texts if len(text.replace("{}", "")) > 12}
+        patterns = [re.escape(text).replace(r"\{\}", ".+") for text in texts]
+        words = re.findall(r"(?m)^\| `([^|]*)` \|", readme_section("When it does not work"))
+        assert len(words) >= 8
+        for word in words:
+            assert any(re.match(pattern, word) for pattern in patterns), word
+
+    def test_version(self) -> None:
+        assert f"Version {letmein.VERSION}," in readme()
+
+    def test_lines(self) -> None:
+        """Prose is at most 100 characters wide."""
+        prose = re.sub("(?ms)^```.*?^```$", "", readme())
+        assert not [line for line in prose.splitlines() if len(line) > 100 and line[0] != "|"]
 
 
 # ----------------------------------------------------------------------------
@@ -12960,6 +14280,32 @@ class TestNames:
             hosts.write_text(before, encoding="ascii")
 
 
+def test_a_room_uses_only_those_above_it() -> None:
+    """One goes down letmein.py once: no function needs what a later room defines."""
+    text = LETMEIN.read_text(encoding="utf-8")
+    banners = [n for n, line in enumerate(text.split("\n"), 1) if line.startswith("# ==== ")]
+    rooms: dict[str, int] = {}  # by name: where it is defined
+    for statement in ast.parse(text).body:
+        names = {getattr(statement, "name", "")}
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            found = filter(lambda node: isinstance(node, ast.Name), ast.walk(statement))
+            names = {node.id for node in found if isinstance(node.ctx, ast.Store)}  # type: ignore[attr-defined]
+        rooms.update(dict.fromkeys(names, bisect.bisect(banners, statement.lineno)))
+
+    def too_early(code: CodeType) -> Iterator[str]:
+        """What a function uses of later rooms. (Of a module's or class's body Python says so.)"""
+        room = bisect.bisect(banners, code.co_firstlineno)
+        for instruction in dis.get_instructions(code):
+            is_global = instruction.opname == "LOAD_GLOBAL"
+            if is_global and rooms.get(instruction.argval, 0) > room:
+                yield f"{code.co_name}, in room {room}: {instruction.argval}"
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                yield from too_early(inner)
+
+    assert list(too_early(compile(text, "", "exec"))) == []
+
+
 # What a knock imports beyond a bare Python: ours, and what those need.
 KNOCK_IMPORTS = """
     collections contextlib errno functools hmac itertools letmein os re select selectors
@@ -12989,12 +14335,3 @@ class TestImports:
             seen.append({name.split(".")[0] for name in done.stderr.split()})
         found = {name for name in seen[1] - seen[0] if name == "__future__" or name[0] != "_"}
         assert found - set(KNOCK_IMPORTS.split()) == set()
-
-
-if __name__ == "__main__":  # one of the processes of its own, see start_part()
-    if sys.argv[1] == "flood":
-        flood_process()
-    elif sys.argv[1] == "rush":
-        rush_process()
-    else:
-        relay_process(float(sys.argv[2]))
