@@ -7760,7 +7760,7 @@ def key_taken_away(server: Conversation) -> bytes:
     server.receive(FIRST)
     server.handshake = server.handshake._replace(key_of=lambda user: None)
     verdict = server.receive(sealed(RESPONSE, THE_TOKEN, letmein.NOBODYS_KEY))
-    assert verdict.reason and verdict.met is None
+    assert (verdict.reason, verdict.met) == ("wrong RESPONSE", None)
     return verdict.reply
 
 
@@ -7940,7 +7940,26 @@ def test_client_takes_only_what_is_due(operation: int, challenged: bool) -> None
         return
     with pytest.raises(letmein.ProtocolError) as error:
         client.send(plain(operation))
-    assert ("rejected" in str(error.value)) == (operation == GOAWAY)
+    if operation == GOAWAY:
+        assert str(error.value) == "the server rejected the request"
+        assert isinstance(error.value, letmein.Rejection)
+        assert error.value.is_challenged == challenged
+    else:
+        due = "COMEIN" if challenged else "CHALLENGE"
+        assert str(error.value) == f"{letmein.OPERATIONS[operation]} instead of {due}"
+
+
+def test_client_says_each_message() -> None:
+    """What --verbose prints of a handshake."""
+    said: list[str] = []
+    client = letmein.client_handshake(KNOCK, USER, RESOURCE, KEY, said.append, said.append)
+    next(client)
+    client.send(plain(CHALLENGE))
+    assert is_done(client, plain(COMEIN))
+    assert said == [
+        "sending KNOCK for resource BC5D8077", "received CHALLENGE",
+        "sending RESPONSE for resource BC5D8077", "received COMEIN",
+    ]  # fmt: skip
 
 
 @PROPERTY
@@ -7957,6 +7976,68 @@ def test_client_survives_any_server(sent: list[bytes]) -> None:
     assert not done or [data[:8] for data in sent[:2]] == [
         plain(CHALLENGE)[:8], plain(COMEIN)[:8],
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------ tokens
+
+WINDOW_S = letmein.TOKEN_WINDOW_S
+
+
+def test_a_token_is_good_once() -> None:
+    """The next request gets another one, and a repeated RESPONSE to the latest gets its answer."""
+    tokens = letmein.Tokens(bytes(32))
+    given = []
+    for operation in (COMEIN, GOAWAY, COMEIN):
+        given.append(tokens.new(b"facts", KNOCK, 1000))
+        for answer in (None, operation):
+            possible = tokens.challenges(b"facts", 1000, 5)
+            (challenge,) = [each for each in possible if each.token == given[-1]]
+            assert (challenge.asked, challenge.answer) == (KNOCK, answer)
+            if answer is None:
+                tokens.answer(challenge, operation)
+    possible = tokens.challenges(b"facts", 1000, 5)
+    assert {each.token for each in possible}.intersection(given) == {given[2]}
+    assert len(set(given)) == 3
+
+
+@pytest.mark.parametrize("given_at", [0.0, 1000.0, 1004.9])
+@pytest.mark.parametrize("patience, least", [(0, 0), (5, 5), (60, 60), (1000, 60)])
+def test_how_long_a_token_lives(given_at: float, patience: float, least: float) -> None:
+    """For patience, of which 60 s count, and up to two windows more."""
+    for age, is_alive in ((0, True), (least, True), (least + 2 * WINDOW_S, False)):
+        tokens = letmein.Tokens(bytes(32))
+        token = tokens.new(b"facts", KNOCK, given_at)
+        possible = tokens.challenges(b"facts", given_at + age, patience)
+        assert (token in [each.token for each in possible]) == is_alive
+
+
+@pytest.mark.parametrize(
+    "answered, patience, remembered, oldest",
+    [
+        pytest.param({198: 4}, 60, [198], 189, id="just not too many"),
+        pytest.param({198: 1, 199: 1, 200: 4}, 60, [200], 200, id="the oldest go"),
+        pytest.param({200: 5}, 60, [], 201, id="older than the latest two"),
+        pytest.param({201: 5, 202: 3}, 60, [201, 202], 189, id="the latest two stay"),
+        pytest.param({199: 1, 200: 1}, 5, [200], 200, id="out of time"),
+    ],
+)
+def test_answers_that_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+    answered: dict[int, int],
+    patience: float,
+    remembered: list[int],
+    oldest: int,
+) -> None:
+    """By window how many were given, with a limit of 4: some go, and with them all tokens of their
+    window and of those before."""
+    monkeypatch.setattr(letmein, "ANSWERS_LIMIT", 4)
+    tokens = letmein.Tokens(bytes(32))
+    for window, number in answered.items():
+        for name in range(number):
+            tokens.answer(letmein.Challenge(KNOCK, b"", window, bytes([name])), COMEIN)
+    possible = list(tokens.challenges(b"facts", 202 * WINDOW_S, patience))
+    assert list(tokens.answers) == remembered
+    assert sorted({each.window for each in possible}) == list(range(oldest, 203))
 
 
 # ----------------------------------------------------------- configuration
@@ -8716,6 +8797,238 @@ def test_file_owner(tmp_path: Path, server: bool) -> None:
     assert ["chown root" in warning for warning in warnings] == ([True] if server else [])
 
 
+# ------------------------------------------------- leases, and what they are in nftables
+
+LEASES = st.builds(
+    letmein.Lease,
+    address=st.sampled_from(["10.0.0.1", "10.0.0.2", "fd00::1"]),
+    resource=st.integers(1, 2),
+    user=st.integers(1, 3),
+    proof=st.just(""),
+    weight=st.integers(1, 3),
+    ends=st.integers(0, 8).map(lambda halves: halves / 2),
+)
+
+
+def assert_right_room(held: list[letmein.Lease], lease: letmein.Lease, limit: int) -> None:
+    """That what has to end for a lease is needed, and the longest unrenewed of who holds most."""
+    leases = letmein.Leases()
+    for each in held:
+        leases.keep(each)
+
+    def excess(left: list[letmein.Lease]) -> int:
+        return lease.weight + sum(each.weight for each in left) - max(limit, leases.weight)
+
+    left = [each for each in held if each.key != lease.key]
+    renewed = [each for each in held if each.key == lease.key]
+    for ended in leases.make_room(lease, limit):
+        assert excess(left) > 0
+        weights: collections.Counter[int] = collections.Counter()
+        for each in [*left, *renewed, lease]:
+            weights[each.user] += each.weight
+        assert weights[ended.user] == max(weights[each.user] for each in left)
+        assert ended == next(each for each in left if each.user == ended.user)
+        left.remove(ended)
+    assert excess(left) <= 0
+
+
+@examples(400)
+@given(
+    st.lists(st.tuples(st.sampled_from(["keep", "keep", "forget", "expire"]), LEASES), max_size=20),
+    LEASES,
+    st.integers(3, 12),
+)
+def test_leases_and_a_list(
+    steps: list[tuple[str, letmein.Lease]], new: letmein.Lease, limit: int
+) -> None:
+    """The table of leases knows the same as a list of them, and keeps nothing of those that ended."""
+    leases, held = letmein.Leases(), list[letmein.Lease]()
+    for step, lease in [*steps, ("expire", new._replace(ends=4.0))]:
+        if step == "expire":
+            ended = [each for each in held if each.ends <= lease.ends]
+            assert sorted(leases.expire(lease.ends)) == sorted(ended)
+            held = [each for each in held if each not in ended]
+        else:
+            held = [each for each in held if each.key != lease.key]
+            if step == "keep":
+                leases.keep(lease)
+                held.append(lease)
+            else:
+                leases.forget(lease.key)
+        assert len(leases) == len(held)
+        assert leases.by_key == {each.key: each for each in held}
+        assert leases.weight == sum(each.weight for each in held)
+        for but in (frozenset(), frozenset(each.key for each in held[:1])):
+            counted = [each for each in held if each.key not in but]
+            ends = {
+                resource: max(each.ends for each in counted if each.resource == resource)
+                for resource in {each.resource for each in counted}
+            }
+            assert leases.last_ends(but) == ends
+        assert_right_room(held, new, limit)
+    assert vars(leases) == vars(letmein.Leases())
+
+
+NFT_CONF = f"""
+[GENERAL]
+port = 5801 / tcp, udp
+[KEYS]
+1 = {KEYS[1].hex()}
+[RESOURCES]
+22 = port: 22 / tcp, udp
+40 = jump / input: T / input-match: saddr / forward: U / users: 1
+[NFTABLES]
+table = filter
+chain-input = I
+chain-forward = F
+"""
+
+
+@pytest.mark.parametrize("family, versions", [("inet", (4, 6)), ("ip", (4,)), ("ip6", (6,))])
+def test_what_nft_is_told(family: str, versions: tuple[int, ...]) -> None:
+    """Sets and rules for a port and for jumps, in each family, and how they are deleted."""
+    script = letmein.ruleset_script(parse(f"{NFT_CONF}family = {family}\n"))
+    tags = set(re.findall(r' comment "(letmein [0-9a-f]{8})"$', script, re.MULTILINE))
+    assert len(tags) == 1
+    table, address = f"{family} filter", {4: "ip saddr", 6: "ip6 saddr"}
+    sets = [(f"letmein-{n}", f"ipv{n}_addr . inet_proto . inet_service") for n in versions]
+    sets += [(f"letmein-00000040-{n}", f"ipv{n}_addr") for n in versions]
+    sets += [("letmein-00000040-gate", "ether_type")]
+    rules = [f"I {protocol} dport 5801 accept" for protocol in ("tcp", "udp")]
+    rules += [f"I {address[n]} . meta l4proto . th dport @letmein-{n} accept" for n in versions]
+    rules += [f"I {address[n]} @letmein-00000040-{n} jump T" for n in versions]
+    rules += ["F meta protocol @letmein-00000040-gate jump U"]
+    assert script.splitlines() == [
+        *(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}" for name, kind in sets),
+        *(f'add rule {table} {rule} comment "{tags.copy().pop()}"' for rule in rules),
+    ]
+    deleted = [letmein.Rule(chain, number, "") for chain, number in (("I", 7), ("F", 8))]
+    assert letmein.deletion_script(parse(f"{NFT_CONF}family = {family}\n"), deleted) == (
+        f"delete rule {table} I handle 7\ndelete rule {table} F handle 8\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "address, resource, elements",
+    [
+        ("10.0.0.1", 0x22, [("4", "0a000001 06000000 00160000"), ("4", "0a000001 11000000 00160000")]),
+        ("fd00::1", 0x22, [("6", f"fd{'00' * 14}01 06000000 00160000"),
+                           ("6", f"fd{'00' * 14}01 11000000 00160000")]),
+        ("10.0.0.1", 0x40, [("00000040-4", "0a000001")]),
+        ("fd00::1", 0x40, [("00000040-6", f"fd{'00' * 14}01")]),
+        (letmein.EVERYBODY, 0x40, [("00000040-gate", "0800"), ("00000040-gate", "86dd")]),
+    ],
+)  # fmt: skip
+def test_elements_of_a_lease(
+    address: str, resource: int, elements: list[tuple[str, str]]
+) -> None:
+    """Their sets and keys, which can be read again, and their comment."""
+    lease = letmein.Lease(address, resource, 0xA, "89abcdef", 1, 0.0)
+    names = letmein.lease_elements(lease, parse(f"{NFT_CONF}family = inet\n"))
+    assert names == [(f"letmein-{name}", bytes.fromhex(key)) for name, key in elements]
+    places = [letmein.read_key(name) for name in names]
+    ports = [(6, 22), (17, 22)] if resource == 0x22 else [None] * len(names)
+    assert places == [(address, port) for port in ports]
+    comment = letmein.lease_comment(lease, "01234567")
+    if address == letmein.EVERYBODY:
+        assert comment == "gate"
+    else:
+        assert comment == f"user=0000000A resource={resource:08X} boot=01234567 proof=89abcdef"
+        assert letmein.COMMENT.fullmatch(comment)
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("4", ""), ("4", "0a0000"), ("4", "0a000001 06"), ("4", "0a000001 06000000 00160000 00"),
+        ("6", "0a000001"), ("00000040-4", "0a0000"), ("00000040-gate", "0806"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_none_of_ours(name: str, key: str) -> None:
+    """Others may put anything into our sets."""
+    found = letmein.read_key(letmein.ElementName(f"letmein-{name}", bytes.fromhex(key)))
+    assert found == ("", None)
+
+
+VALUES = st.lists(st.tuples(st.integers(0, 0x3FFF), st.binary(max_size=9)), max_size=5)
+PARTS = st.lists(st.tuples(*[st.integers(0, 0xFFFF)] * 4, st.binary(max_size=9)), max_size=4)
+
+
+@PROPERTY
+@given(VALUES, PARTS, st.binary(max_size=40), st.integers(0, 40))
+def test_netlink_is_read_as_it_is_written(
+    values: list[tuple[int, bytes]],
+    messages: list[tuple[int, int, int, int, bytes]],
+    garbage: bytes,
+    size: int,
+) -> None:
+    """Attributes and messages: whole, cut off, and anything at all."""
+    data = b"".join(letmein.attribute(kind, value) for kind, value in values)
+    assert list(letmein.each_attribute(data)) == values
+    assert len(data) % 4 == 0
+    assert letmein.Attributes(letmein.nested(7, data)).within(7) == dict(values)
+    received = b""
+    for kind, flags, sequence, port, body in messages:
+        length = 16 + len(body)
+        received += struct.pack("=IHHII", length, kind, flags, sequence, port) + body
+        received += bytes(-length % 4)
+    assert list(letmein.each_message(received)) == messages
+    for read, whole, most in (
+        (letmein.each_attribute, data, len(values)),
+        (letmein.each_message, received, len(messages)),
+    ):
+        assert len(list(read(whole[:size]))) <= most
+        assert len(list(read(garbage))) <= len(garbage) // 4 + 1
+
+
+def test_values_in_netlink() -> None:
+    """Numbers, names, comments, keys and errors, also where there are none."""
+    others = bytes([1, 2]) + b"xx"  # type, length and value of what is no comment
+    written = [
+        letmein.attribute(1, bytes([0, 0, 1, 2])), letmein.text_attribute(2, "letmein-4"),
+        letmein.attribute(3, others + bytes([0, 5]) + b"gate\0"), letmein.attribute(4, others),
+        letmein.attribute(5, bytes([0, 9]) + b"ab\xff"), letmein.attribute(6, bytes([0])),
+    ]  # fmt: skip
+    found = letmein.Attributes(b"".join(written))
+    assert (found.number(1), found.number(9)) == (0x102, 0)
+    assert (found[2], found.text(2), found.text(9)) == (b"letmein-4\0", "letmein-4", "")
+    comments = ["gate", "", "ab\ufffd", "", ""]
+    assert [found.comment(kind) for kind in (3, 4, 5, 6, 9)] == comments
+    assert found.within(9) == {}
+    # linux/netfilter/nf_tables.h: NFTA_SET_ELEM_KEY 1, _FLAGS 3, NFTA_DATA_VALUE 1; 0x8000 nests.
+    assert letmein.key_attribute(b"\x08\0") == bytes.fromhex("0c000180 06000100 08000000")
+    assert letmein.key_attribute(b"") == bytes.fromhex("08000300 00000002")
+
+
+@pytest.mark.parametrize(
+    "comment, ours",
+    [("letmein 01234567", True), ("01234567/LETMEIN", True), ("letmeins", False), ("", False),
+     ("LETMEIN ", False), ("my letmein 1", False), ("/LETMEIN 1", False)],
+)  # fmt: skip
+def test_whose_rule_it_is(comment: str, ours: bool) -> None:
+    """Ours, or the Rust server's: these we delete."""
+    assert letmein.is_ours(letmein.Rule("I", 1, comment)) == ours
+
+
+@pytest.mark.parametrize(
+    "user, resource, changes, seconds",
+    [
+        (1, 0x22, {}, 600.0), (1, 0x40, {}, 600.0), (2, 0x22, {}, 0.0), (1, 0x23, {}, 0.0),
+        (1, 0x22, {"boot": "76543210"}, 0.0), (1, 0x22, {"meaning": 0x40}, 0.0),
+        (1, 0x22, {"key": KEYS[2]}, 0.0),
+    ],
+)  # fmt: skip
+def test_a_lease_is_taken_over_for_what_it_was_given_for(
+    user: int, resource: int, changes: dict[str, Any], seconds: float
+) -> None:
+    """By the same key, in the same boot, for a resource that means the same."""
+    config = parse(f"{NFT_CONF}family = inet\n")
+    meaning = config.resources[changes.get("meaning", resource if resource != 0x23 else 0x22)]
+    key, boot = changes.get("key", KEYS[1]), changes.get("boot", BOOT)
+    proof = letmein.lease_proof(key, boot, meaning.meaning)
+    assert letmein.longest_time(config, BOOT, user, resource, proof) == seconds
+
+
 # ------------------------------------------------------------ command line
 
 LONE_CONF = f"""
@@ -9337,9 +9650,11 @@ class NotedFirewall:
         self.changes: list[tuple[int, str, int]] = []
         self.problem = ""
         self.leases = letmein.Leases()
+        self.user = 0  # of the latest knock
 
     def knock(self, address: str, resource: int, user: int) -> str:
         self.changes.append((KNOCK, address, resource))
+        self.user = user
         return self.problem
 
     def revoke(self, address: str, resource: int) -> str:
@@ -9473,6 +9788,101 @@ def test_monitor_survives_any_network_process(
         assert len(lines) <= 2 * letmein.LINES_LIMIT
         for counter in (log.counts, log.refusals, log.kinds, log.left_out):
             assert len(counter) < 20, counter
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        (letmein.Record(9), "it sent a bad record"),
+        (letmein.Record(letmein.REQUEST, protocol=9), "it sent a bad record"),
+        (letmein.Record(letmein.REQUEST), "it sent a bad message"),
+        (letmein.Record(letmein.COUNTS, payload=struct.pack("!3I", 1, 2, 3) + bytes(44)), ""),
+    ],
+)
+def test_records_that_are_no_message(record: letmein.Record, reason: str) -> None:
+    """A bad one costs the network process its life; COUNTS are added up."""
+    with lone_monitor(monitor_text("always")) as monitor:
+        for _ in range(1 if reason else 2):
+            monitor.hand(letmein.RECORD.pack(*record))
+        reasons = [line["reason"] for line in monitor.log.lines]
+        counts = [monitor.log.counts[name] for name in ("evicted", "late", "garbage")]
+        assert (reasons, counts) == (([reason], [0, 0, 0]) if reason else ([], [2, 4, 6]))
+
+
+def test_one_refused_knock_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over UDP it comes again and again, from other ports. Two refusals are remembered here."""
+    clock = SimpleNamespace(strftime=time.strftime, time=time.time)
+    monkeypatch.setattr(letmein, "time", clock)
+    monkeypatch.setattr(letmein, "REPEATS_LIMIT", 2)
+    udp, tcp = letmein.UDP, letmein.TCP
+    steps = [  # when, from where, for which user and resource, and whether that is new
+        (0, udp, "10.0.0.1", 1000, 7, 1, True),
+        (0, udp, "10.0.0.1", 1001, 7, 1, False),
+        (1, udp, "10.0.0.2", 1000, 7, 1, True),
+        (letmein.REPEAT_S - 0.1, udp, "10.0.0.1", 1000, 7, 1, False),
+        (letmein.REPEAT_S, udp, "10.0.0.1", 1000, 7, 1, True),
+        (10.5, udp, "10.0.0.1", 1000, 8, 1, True),  # 10.0.0.2, the oldest, is forgotten
+        (10.6, udp, "10.0.0.1", 1000, 7, 1, False),
+        (10.6, udp, "10.0.0.2", 1000, 7, 1, True),
+        (10.7, udp, "10.0.0.1", 1000, 8, 2, True),
+        (10.8, tcp, "10.0.0.1", 1000, 8, 2, True),
+        (10.8, tcp, "10.0.0.1", 1000, 8, 2, True),
+    ]
+    clock.monotonic = lambda: 1000.0
+    with lone_monitor(monitor_text("always")) as monitor:
+        lines = []
+        for when, protocol, address, port, user, resource, is_new in steps:
+            clock.monotonic = lambda now=1000.0 + when: now
+            sender = From(protocol, 1, (address, port))
+            knock = sealed(KNOCK, user=user, resource=resource)
+            monitor.hand(letmein.RECORD.pack(*sender.record(letmein.REQUEST, knock)))
+            if is_new:
+                lines.append({
+                    "event": "refused", "peer": address, "reason": "unknown user",
+                    "proto": "tcp" if protocol == tcp else "udp",
+                    "user": f"{user:08X}", "resource": f"{resource:08X}",
+                })  # fmt: skip
+            assert monitor.log.lines == lines
+        assert monitor.log.counts["repeated"] == len(steps) - len(lines)
+        assert monitor.log.refusals == {"unknown user": len(lines)}
+
+
+GRANTED = {"port": "22/tcp", "seconds": "600"}
+
+
+@pytest.mark.parametrize(
+    "operation, problem, left, event, facts",
+    [
+        (KNOCK, "", None, "granted", GRANTED),
+        (KNOCK, "", 60, "granted", {**GRANTED, "renewed": "yes"}),
+        (KNOCK, "", -60, "granted", GRANTED),
+        (KNOCK, "full", None, "failed", {"reason": "full"}),
+        (REVOKE, "", 60, "revoked", {}),
+        (REVOKE, "no", 60, "failed", {"reason": "no"}),
+    ],
+)
+def test_what_becomes_of_a_handshake(
+    operation: int, problem: str, left: float | None, event: str, facts: dict[str, str]
+) -> None:
+    """The change of the firewall, in whose name, and its line in the log. Args: left, for how long
+    the peer has had a lease, in s."""
+    with lone_monitor(monitor_text("always")) as monitor:
+        firewall, sender = monitor.firewall, From(letmein.UDP, 1, ("10.0.0.1", 1000))
+        firewall.problem = problem
+        if left is not None:
+            ends = time.monotonic() + left
+            firewall.leases.keep(letmein.Lease("10.0.0.1", RESOURCE, 1, "", 1, ends))
+        token = NO_TOKEN
+        for said in (operation, RESPONSE):
+            record = sender.record(letmein.REQUEST, sealed(said, token))
+            (reply,) = monitor.hand(letmein.RECORD.pack(*record))
+            token = Message.decode(reply.payload).auth
+        assert Message.decode(reply.payload).operation == (GOAWAY if problem else COMEIN)
+        assert firewall.changes == [(operation, "10.0.0.1", RESOURCE)]
+        assert firewall.user == (USER if operation == KNOCK else 0)
+        ids = {"user": f"{USER:08X}", "resource": f"{RESOURCE:08X}"}
+        line = {"event": event, "peer": "10.0.0.1", "proto": "udp", **ids, **facts}
+        assert monitor.log.lines == [line]
 
 
 # ------------------------------------------------- the server, and its model
