@@ -7631,8 +7631,12 @@ def test_vector(
     ],
 )
 def test_no_message(wire: bytes) -> None:
-    with pytest.raises(letmein.ProtocolError):
+    with pytest.raises(letmein.ProtocolError) as error:
         Message.decode(wire)
+    said = "it speaks another protocol"
+    if len(wire) == 56 and wire[:4] == letmein.MAGIC:
+        said = f"unknown operation {int.from_bytes(wire[4:8], 'big')}"
+    assert str(error.value) == said
 
 
 @PROPERTY
@@ -7855,8 +7859,10 @@ def test_error_policy(
 @pytest.mark.parametrize("policy", letmein.POLICIES)
 def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
     replies = []
-    for message in (sealed(KNOCK, user=7), sealed(KNOCK, user=USER, key=OTHER_KEY)):
+    knocks = {"unknown user": sealed(KNOCK, user=7), "wrong key": sealed(KNOCK, key=OTHER_KEY)}
+    for reason, message in knocks.items():
         verdict = Conversation(policy).receive(message)
+        assert verdict.reason == reason, "in the log alone"
         replies.append((verdict.met, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
     assert replies[0] == replies[1]
 
@@ -8211,8 +8217,9 @@ def test_users_rights() -> None:
     text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
     config = parse(text)
     assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
-    assert config.objection(0xB, 1) and config.objection(0xA, 4), "another's, and unknown"
-    assert config.objection(0xA, 3), "the control port"
+    assert config.objection(0xB, 1) == "resource not allowed for this user"
+    assert config.objection(0xA, 4) == "unknown resource"
+    assert config.objection(0xA, 3) == "port 5800 is the control port"
 
 
 # section, line, what the hint names: each is wrong in line 2, in the option the line begins with
@@ -8595,7 +8602,7 @@ def test_no_message_holds_a_key(pasted: str, place: str, server: bool) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     path = str(tmp_path / "absent.conf")
     config = letmein.read_config(path, False)
-    assert (config.port, config.keys, config.warnings) == (5800, {}, ())
+    assert (config.path, config.port, config.keys, config.warnings) == (path, 5800, {}, ())
     with pytest.raises(letmein.ConfigError) as error:
         letmein.read_config(path, True)
     hint = "write one, letmeind.conf.example is a start, or name one with --config"
