@@ -106,7 +106,7 @@ MODULE = $(PREFIX)/lib/letmein
 UNITS = $(PREFIX)/lib/systemd/system
 DOC = $(PREFIX)/share/doc/letmein
 MAN = $(PREFIX)/share/man/man1
-DOCUMENTS = README.md letmein.conf.example letmeind.conf.example nftables.conf
+DOCUMENTS = README.md MANUAL.md RECIPES.md letmein.conf.example letmeind.conf.example nftables.conf
 # While Python starts, Ctrl-C makes it print a traceback. So it waits until the first line of ours,
 # where env can see to that (coreutils 8.32 and newer).
 BLOCK_CTRL_C = --block-signal=INT

@@ -1778,15 +1778,21 @@ class Hold:
         self.turn = threading.Lock()  # who has it may begin to knock
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
+        self.ended_by = 0  # a signal's number
 
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
 
         def stop(number: int, _: object) -> None:
+            self.ended_by = number
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
+        def on_lost_exception(_: object) -> None:
+            """It is that of stop(), see _obey(): no reason for a traceback."""
+
+        sys.unraisablehook = on_lost_exception
         catch_signals(stop)
         try:
             try:
@@ -1797,6 +1803,12 @@ class Hold:
                 catch_signals(signal.SIG_IGN)
         finally:  # of its own: a signal may have come before it was ignored
             self._close()
+
+    def _obey(self) -> None:
+        """End the program if a signal has come. Python loses an exception that is raised in a
+        callback of its own, as an import has them: then this one counts."""
+        if self.ended_by:
+            raise SystemExit(128 + self.ended_by)
 
     def _open(self) -> bool:
         client = self.client
@@ -1865,6 +1877,7 @@ class Hold:
         self._start_renewing()
         early: list[int] = []
         catch_signals(lambda number, _: early.append(number))
+        self._obey()
         command = self.client.arguments.to_run
         try:
             process = subprocess.Popen(command)
@@ -1894,6 +1907,7 @@ class Hold:
         self.client.local[where] = (address, 0, *scope)
         self._start_renewing()
         self.client.say("connected: carrying standard input and output")
+        self._obey()
         Carrier(peer).run()
         return 0
 
@@ -3800,7 +3814,7 @@ def json_line(document: Mapping[str, Any]) -> bytes:
 
 
 def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[str, Any]:
-    """A lease as `status --follow` tells of it; README documents the names."""
+    """A lease as `status --follow` tells of it; MANUAL.md documents the names."""
     return {
         "address": address,
         "ip_version": 6 if ":" in address else 4,
@@ -4036,7 +4050,7 @@ class Monitor:
         return min(self.firewall.leases.ending, default=NEVER) + 1
 
     def _status(self) -> dict[str, object]:
-        """What the server tells of itself; README documents the names."""
+        """What the server tells of itself; MANUAL.md documents the names."""
         config, leases = self.config, self.firewall.leases
         return {
             "process": os.getpid(),
