@@ -4893,7 +4893,8 @@ class TestTenThousand:
             assert len(status(server)) == count + 100
             assert lab.reaches(22, addresses[-1])
             assert took < 2.0
-            assert among_many < 1.5 * alone
+            # To go through all leases would take some 10 ms: that is what this is about.
+            assert among_many < 5 * alone
             assert handshake(lab, 0x22, REVOKE, source=addresses[7]) == COMEIN
             assert not lab.reaches(22, addresses[7])
             assert lab.reaches(22, addresses[8])
