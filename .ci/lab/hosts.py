@@ -606,7 +606,7 @@ class Lab:
             encoding="utf-8",
             timeout=LIMIT_S,
             # The tests of the command line measure the client; here it only takes time.
-            env=unmeasured(),
+            env=environment() if {"server", "status"}.intersection(arguments) else unmeasured(),
         )
         took = time.monotonic() - started
         return Result(done.returncode, done.stdout, done.stderr, took)
