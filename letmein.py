@@ -961,14 +961,20 @@ def blaming(place: str) -> Iterator[None]:
         raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
 
 
+def most_similar(word: str, known: Iterable[str]) -> str:
+    """The known word most like this one; "" if none is."""
+    import difflib
+    found = difflib.get_close_matches(word, list(known), 1)
+    return found[0] if found else ""
+
+
 def unknown_names(sections: Sections) -> list[str]:
     """A warning for each section and option that we do not know, in the file's order."""
     warnings = []
 
     def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
-        import difflib
-        similar = difflib.get_close_matches(name, names, 1)
-        question = f"; did you mean {similar[0]}?" if similar else ""
+        similar = most_similar(name, names)
+        question = f"; did you mean {similar}?" if similar else ""
         warnings.append(f"{entry.place}is unknown and ignored{question}")
 
     for section, entries in sections.items():
@@ -6120,10 +6126,9 @@ def completion(shell: str) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question that names the known word most like this one; "" if none is. Options are compared
     without their dashes, in which all are alike."""
-    import difflib
     names = {name.lstrip("-"): name for name in known}
-    found = difflib.get_close_matches(word.lstrip("-"), names, 1)
-    return "".join(f"did you mean {names[name]}? " for name in found)
+    similar = most_similar(word.lstrip("-"), names)
+    return f"did you mean {names[similar]}? " if similar else ""
 
 
 def find_command(word: str) -> Command:

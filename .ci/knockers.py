@@ -584,9 +584,7 @@ class FileLoggedServer(servers.Server):
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            with self.news:
-                self.lines.append(line.rstrip("\n"))
-                self.news.notify_all()
+            self._note(line)
             if "event=ready" in line:
                 break
         path = self.lab.directory / "log"

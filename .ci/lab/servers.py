@@ -112,12 +112,15 @@ class Server:
             self.wait()
             eventually(lambda: not alive(network), "the network process lives on")
 
+    def _note(self, line: str) -> None:
+        with self.news:
+            self.lines.append(line.rstrip("\n"))
+            self.news.notify_all()
+
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            with self.news:
-                self.lines.append(line.rstrip("\n"))
-                self.news.notify_all()
+            self._note(line)
         with self.news:
             self.ended = True
             self.news.notify_all()
