@@ -234,7 +234,10 @@ def things_of(pid: int) -> tuple[int, int]:
 
 def inodes(process: int) -> set[str]:
     """The sockets that a process has open."""
-    links = (os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir())
+    links = []
+    for path in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just been closed
+            links.append(os.readlink(path))
     return {link[8:-1] for link in links if link.startswith("socket:[")}
 
 
