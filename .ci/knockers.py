@@ -266,6 +266,8 @@ class Knocker:
     def begin(self, lease_s: int = LEASE_S) -> None:
         """A server without leases."""
         self.load_firewall()
+        # A minute of knocks would fill the server's table of connections.
+        hosts.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", 5)
         floods.forget_connections()
         self.start(lease_s)
         self.next_address = 0
@@ -501,7 +503,17 @@ class Knocker:
 # letmein.py and the Rust letmein
 # ----------------------------------------------------------------------------
 
-RESOURCES = f"22 = port: {PORT} / timeout: {{lease_s}}"
+# The last two are what the lab's "key" flood asks for.
+RESOURCES = f"""
+22 = port: {PORT} / timeout: {{lease_s}}
+23 = port: 23
+26 = port: 26 / users: 1
+"""
+BLOCK_LIST = """
+table inet filter {{
+    set blocked {{ type ipv4_addr; flags interval; elements = {{ {ranges} }}; }}
+}}
+"""
 
 
 class Letmein(Knocker):
@@ -517,6 +529,8 @@ class Letmein(Knocker):
         ("reset", "tcp", "many"),
         ("idle", "tcp", "own"),
         ("replay", "udp", "own"),
+        ("key", "tcp", "many"),
+        ("key", "udp", "many"),
     )
     protocols = ("tcp", "udp")
     refreshes = True
@@ -524,6 +538,16 @@ class Letmein(Knocker):
 
     def load_firewall(self) -> None:
         self.lab.load()
+
+    def add_ranges(self, count: int) -> None:
+        """Put somebody else's set beside our chain."""
+        first = ipaddress.IPv4Address("20.0.0.0")
+        ranges = ", ".join(f"{first + 8 * n}-{first + 8 * n + 5}" for n in range(count))
+        self.restore(BLOCK_LIST.format(ranges=ranges))
+
+    def knock_once(self) -> float:
+        """Seconds from a knock to its open port, or NEVER."""
+        return self.get_in(*self.fresh(1), PATIENCE_S)
 
     def conf(self, lease_s: int) -> str:
         return hosts.server_conf(
@@ -611,10 +635,12 @@ class Ours(Letmein):
         script = str(hosts.LETMEIN)
         return hosts.run(PYTHON, script, "--version").strip().rpartition(" ")[2]
 
-    def start(self, lease_s: int) -> None:
+    def start(
+        self, lease_s: int, server_type: type[servers.Server] = FileLoggedServer
+    ) -> None:
         account = self.account if self.lab.real_root else "none"
         program = (PYTHON, "-I", self.lab.installed, "server")
-        self.server = FileLoggedServer(
+        self.server = server_type(
             self.lab,
             self.conf(lease_s),
             account=account,
@@ -624,6 +650,57 @@ class Ours(Letmein):
 
     def stop(self) -> None:
         self.server.stop()
+
+    def costs(self, leases: int) -> dict[str, float]:
+        """What a server does that finds so many leases at its start: seconds of the processor's
+        time for each task, of the slowest knock meanwhile, and MB."""
+        self.prepare_packets(leases)
+        took: list[float] = []
+        self.start(LEASE_S, servers.Server)
+        monitor = self.server.process.pid
+
+        def used_since(before: float) -> float:
+            return hosts.cpu_seconds(monitor) - before
+
+        with self.knocking(took):
+            self.server.wait_for("adopted")
+            costs = {"adopt": used_since(0)}
+            before, others = hosts.cpu_seconds(monitor), hosts.children_s()
+            words = [PYTHON, "-I", str(self.lab.installed), "status"]
+            words += ["-c", str(self.server.path), "--rundir", str(self.server.rundir)]
+            hosts.run(*words)
+            costs["status"] = used_since(before) + hosts.children_s() - others
+            before = hosts.cpu_seconds(monitor)
+            self.load_firewall()
+            self.server.wait_for("healed")
+            costs["heal"] = used_since(before)
+        costs["memory"] = self.memory()
+        costs["slowest"] = 1000 * max(took)
+        self.stop()
+        return costs
+
+    @contextlib.contextmanager
+    def knocking(self, took: list[float]) -> Iterator[None]:
+        """Meanwhile somebody knocks from ever new addresses; notes how long each took to get in.
+        Right after a reload the control port is shut: then they try again, as a client does."""
+        ended = threading.Event()
+
+        def knock() -> None:
+            while not ended.wait(0.05):
+                source, started = self.fresh(1)[0], time.monotonic()
+                while self.get_in(source, PATIENCE_S) == NEVER:
+                    if time.monotonic() > started + PATIENCE_S:
+                        took.append(NEVER)
+                        return
+                took.append(time.monotonic() - started)
+
+        thread = threading.Thread(target=knock, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def parents(self) -> list[int]:
         return [self.server.process.pid]
