@@ -2033,6 +2033,8 @@ class Carrier:
         drop_output()
         while uploader.is_alive():
             uploader.join(GONE_CHECK_S)
+            if self.failure:
+                break
             number = self.peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number and self.sent > sent_before:
                 raise broken(OSError(number, os.strerror(number)))

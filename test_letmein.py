@@ -2268,6 +2268,28 @@ class TestConnect:
             assert problem in client.end().err
             assert lab.elements() == []
 
+    def test_a_stream_that_fails_while_the_peer_speaks(self, lab: Lab) -> None:
+        """That the connection is reset as well does not hide the error."""
+        slow = """
+            import socket, time
+            class Socket(socket.socket):
+                def shutdown(self, how):
+                    super().shutdown(how)
+                    time.sleep(0.5)  # so the reset is first
+            socket.socket = Socket
+        """
+        program = shlex.join(map(str, patched(lab, slow, "connect", SERVER_4, "9000")))
+
+        def reply(connection: socket.socket) -> None:
+            assert connection.recv(1) == b""
+            connection.sendall(b"too late")
+
+        words = ["sh", "-c", f"{program} 0>/dev/null"]
+        with Service(9000, reply), Running(lab, *words, program=()) as client:
+            assert client.process.wait(LIMIT_S) == 1
+            assert "cannot read standard input" in client.end().err
+            assert lab.elements() == []
+
     def test_a_peer_that_vanished(self, lab: Lab) -> None:
         """Its connection ends, and with it the lease, though the server grants each renewal."""
         words = patched(lab, IMPATIENT_SOCKETS, "connect", SERVER_4, "9001")
