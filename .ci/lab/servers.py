@@ -686,8 +686,9 @@ class Sshd:
             f"AuthorizedKeysFile {directory}/user.pub\nPermitRootLogin yes\n",
             encoding="utf-8",
         )
-        # sshd wants to find this directory.
-        script = f"mount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -Def {conf}"
+        # sshd wants to find this directory; and root's shell is not to say what its files make it.
+        mounts = "mount -t tmpfs none /run && mkdir /run/sshd && mount -t tmpfs none ~root"
+        script = f"{mounts} && exec /usr/sbin/sshd -Def {conf}"
         self.process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", script], stderr=subprocess.PIPE, encoding="utf-8"
         )
