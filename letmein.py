@@ -345,11 +345,11 @@ POLICIES = {"always": NO_AUTH, "basic-auth": BASIC_AUTH, "full-auth": FULL_AUTH}
 class Challenge(NamedTuple):
     """A token that may have been given to a peer, and what became of it."""
 
-    asked: int  # KNOCK or REVOKE
+    operation: int  # KNOCK or REVOKE
     token: bytes
     window: int  # the window of time it was given in; see Tokens
     base: bytes  # what Tokens has derived it from
-    answer: int | None = None  # COMEIN or GOAWAY, if its RESPONSE was answered before
+    outcome: int | None = None  # COMEIN or GOAWAY, if its RESPONSE was answered before
 
 
 class Verdict(NamedTuple):
@@ -357,7 +357,7 @@ class Verdict(NamedTuple):
 
     reply: bytes  # b"" for none
     reason: str = ""  # why it was refused
-    met: Challenge | None = None  # the challenge that this RESPONSE answers rightly
+    challenge: Challenge | None = None  # the challenge that this RESPONSE answers rightly
 
 
 # An unknown user's knock is checked against this, to take as long as one with a wrong key.
@@ -395,12 +395,13 @@ class ServerHandshake(NamedTuple):
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(user)
         for_proof = key or NOBODYS_KEY
-        met = next((each for each in challenges if message.proves(for_proof, each.token)), None)
-        if met is None or key is None:
+        met = (each for each in challenges if message.proves(for_proof, each.token))
+        challenge = next(met, None)
+        if challenge is None or key is None:
             return self.refuse(proved, user, resource, "wrong RESPONSE")
         if objection := self.objection(user, resource):
             return self.refuse(FULL_AUTH, user, resource, objection)
-        return Verdict(b"", met=met)
+        return Verdict(b"", challenge=challenge)
 
     def _refuse_operation(
         self, message: Message, proved: int, user: int, resource: int
@@ -420,17 +421,17 @@ class ServerHandshake(NamedTuple):
 
 TOKEN_WINDOW_S = 5.0
 TOKEN_LIMIT_S = 60.0  # the longest patience with a peer, whatever control-timeout is
-ANSWERS_LIMIT = 1 << 17  # answers remembered; some 200 bytes each
+SPENT_LIMIT = 1 << 17  # tokens remembered as spent; some 200 bytes each
 
 
-class Answers(NamedTuple):
-    """The RESPONSEs that have met challenges of the same base."""
+class Spent(NamedTuple):
+    """The challenges of the same base that a RESPONSE has met."""
 
-    met: int  # how many
-    latest: int  # how the last one was answered: COMEIN or GOAWAY
+    count: int
+    outcome: int  # how the latest RESPONSE was answered: COMEIN or GOAWAY
 
 
-NO_ANSWERS = Answers(0, GOAWAY)
+UNSPENT = Spent(0, GOAWAY)
 
 
 class Tokens:
@@ -439,23 +440,23 @@ class Tokens:
     what is configured for it). The server computes it anew from the same facts: the same KNOCK gets
     the same CHALLENGE, and a RESPONSE is checked against all tokens that its peer may have.
 
-    A token is good for one change of the firewall, so the server remembers which were met. The
+    A token is good for one change of the firewall, so the server remembers which were spent. The
     next request for the same facts gets another token, and a RESPONSE that comes twice gets its
-    answer again. Memory is bounded: above ANSWERS_LIMIT the oldest window is given up, and its
+    answer again. Memory is bounded: above SPENT_LIMIT the oldest window is given up, and its
     tokens with it. That costs nobody a knock who answers within the latest two windows.
 
     Args: secret, 32 bytes. Times are in seconds, by any clock that does not go back."""
 
     def __init__(self, secret: bytes) -> None:
         self.secret = secret
-        self.answers: dict[int, dict[bytes, Answers]] = {}  # by window and base
+        self.spent: dict[int, dict[bytes, Spent]] = {}  # by window and base
         self.oldest = 0  # the first window of which tokens are still good
 
-    def new(self, facts: bytes, asked: int, now: float) -> bytes:
+    def new(self, facts: bytes, operation: int, now: float) -> bytes:
         """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
         window = int(now / TOKEN_WINDOW_S)
-        base = self._base(facts, asked, window)
-        return self._token(base, self._answers(window, base).met)
+        base = self._base(facts, operation, window)
+        return self._token(base, self._spent(window, base).count)
 
     def challenges(self, facts: bytes, now: float, patience: float) -> Iterator[Challenge]:
         """All challenges that may have been given for these facts, newest first. A token lives
@@ -463,41 +464,43 @@ class Tokens:
         newest = int(now / TOKEN_WINDOW_S)
         self._forget(newest, newest - 1 - int(min(patience, TOKEN_LIMIT_S) / TOKEN_WINDOW_S))
         for window in range(newest, self.oldest - 1, -1):
-            for asked in (KNOCK, REVOKE):
-                base = self._base(facts, asked, window)
-                met, latest = self._answers(window, base)
-                yield Challenge(asked, self._token(base, met), window, base)
-                if met:
-                    yield Challenge(asked, self._token(base, met - 1), window, base, latest)
+            for operation in (KNOCK, REVOKE):
+                base = self._base(facts, operation, window)
+                count, outcome = self._spent(window, base)
+                yield Challenge(operation, self._token(base, count), window, base)
+                if count:
+                    latest = self._token(base, count - 1)
+                    yield Challenge(operation, latest, window, base, outcome)
 
-    def answer(self, challenge: Challenge, operation: int) -> None:
-        """Note that a challenge was met, and its RESPONSE answered with COMEIN or GOAWAY."""
-        met = self._answers(challenge.window, challenge.base).met + 1
-        self.answers.setdefault(challenge.window, {})[challenge.base] = Answers(met, operation)
+    def note_outcome(self, challenge: Challenge, outcome: int) -> None:
+        """Note that a challenge's token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
+        window, base = challenge.window, challenge.base
+        count = self._spent(window, base).count + 1
+        self.spent.setdefault(window, {})[base] = Spent(count, outcome)
 
-    def _base(self, facts: bytes, asked: int, window: int) -> bytes:
+    def _base(self, facts: bytes, operation: int, window: int) -> bytes:
         """What all tokens for these facts in this window are derived from; the first one itself."""
         import hmac
-        return hmac.digest(self.secret, struct.pack("!QI", window, asked) + facts, "sha3_256")
+        return hmac.digest(self.secret, struct.pack("!QI", window, operation) + facts, "sha3_256")
 
-    def _answers(self, window: int, base: bytes) -> Answers:
-        return self.answers.get(window, {}).get(base, NO_ANSWERS)
+    def _spent(self, window: int, base: bytes) -> Spent:
+        return self.spent.get(window, {}).get(base, UNSPENT)
 
-    def _token(self, base: bytes, met: int) -> bytes:
-        """The token that follows so many that were met."""
+    def _token(self, base: bytes, count: int) -> bytes:
+        """The token that follows so many that are spent."""
         import hmac
-        if not met:
+        if not count:
             return base
-        return hmac.digest(self.secret, base + struct.pack("!Q", met), "sha3_256")
+        return hmac.digest(self.secret, base + struct.pack("!Q", count), "sha3_256")
 
     def _forget(self, newest: int, oldest: int) -> None:
         """Give up the windows before oldest, and more of them while too much is remembered."""
         self.oldest = max(self.oldest, oldest)
-        remembered = sum(len(answers) for answers in self.answers.values())
-        for window in sorted(self.answers):
-            is_too_much = remembered > ANSWERS_LIMIT and window < newest - 1
+        remembered = sum(map(len, self.spent.values()))
+        for window in sorted(self.spent):
+            is_too_much = remembered > SPENT_LIMIT and window < newest - 1
             if window < self.oldest or is_too_much:
-                remembered -= len(self.answers.pop(window))
+                remembered -= len(self.spent.pop(window))
                 self.oldest = max(self.oldest, window + 1)
 
 
@@ -3621,7 +3624,7 @@ class Firewall:
 # that neither a key nor the layout of memory is inherited.
 #
 # The two speak in records of one fixed size, over one channel for each direction. The network
-# process says READY, REQUEST, ANSWER, COUNTS through a pipe, which carries bytes alone: a
+# process says READY, FIRST, SECOND, COUNTS through a pipe, which carries bytes alone: a
 # descriptor that came with them would be the monitor's to close, and that can take for ever. The
 # monitor says SETTINGS (with the control sockets), REPLY, LAST through the link, a SOCK_SEQPACKET
 # socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
@@ -3635,7 +3638,7 @@ class Firewall:
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
 RECORD = struct.Struct("!BBI16s26s56s")
-READY, REQUEST, ANSWER, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
+READY, FIRST, SECOND, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!d")  # control-timeout in s
 COUNTS_PAYLOAD = struct.Struct("!3I")  # how many peers the network process has closed by itself:
@@ -4200,7 +4203,7 @@ class NetworkChild:
         elif record.kind == COUNTS:
             counts = zip(COUNTED, COUNTS_PAYLOAD.unpack_from(record.payload))
             self.log.counts.update(dict(counts))
-        elif record.kind not in (REQUEST, ANSWER) or record.protocol not in (TCP, UDP):
+        elif record.kind not in (FIRST, SECOND) or record.protocol not in (TCP, UDP):
             self.lose("it sent a bad record")
         else:
             try:
@@ -4331,8 +4334,8 @@ class Judge:
     def take(self, record: Record, message: Message) -> None:
         """See to one message of a peer."""
         verdict = self._judge(record, message)
-        if verdict.met is not None:
-            answer = self._meet(verdict.met, record, message)
+        if verdict.challenge is not None:
+            answer = self._meet(verdict.challenge, record, message)
             self._end(record, unsigned(answer, message.user, message.resource))
         elif verdict.reason:
             self.log.refused(record, message, verdict.reason)
@@ -4346,12 +4349,12 @@ class Judge:
         facts = self._facts(record, message)
         handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
 
-        def new_token(asked: int) -> bytes:
-            return self.tokens.new(facts, asked, now)
+        def new_token(operation: int) -> bytes:
+            return self.tokens.new(facts, operation, now)
 
         # Over UDP nobody knows whether a peer has knocked before: the message must tell.
         is_udp_response = record.protocol == UDP and message.operation == RESPONSE
-        if record.kind == REQUEST and not is_udp_response:
+        if record.kind == FIRST and not is_udp_response:
             return handshake.on_request(message, new_token)
         # A TCP connection whose first message proved nothing has been closed.
         proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
@@ -4366,12 +4369,12 @@ class Judge:
         configured = (self.config.keys.get(user, NOBODYS_KEY), self.config.resources.get(resource))
         return repr((peer, user, resource, configured)).encode()
 
-    def _meet(self, met: Challenge, record: Record, message: Message) -> int:
+    def _meet(self, challenge: Challenge, record: Record, message: Message) -> int:
         """The peer has proved itself: do what it asked for, once. A RESPONSE that comes again
         changes nothing, and gets its answer again: COMEIN or GOAWAY."""
-        if met.answer is not None:
-            return met.answer
-        if met.asked == KNOCK:
+        if challenge.outcome is not None:
+            return challenge.outcome
+        if challenge.operation == KNOCK:
             problem = self._knock(record, message)
         else:
             problem = self.firewall.revoke(record.peer, message.resource)
@@ -4380,7 +4383,7 @@ class Judge:
         if problem:
             self.log.log_peer("failed", record, message, reason=problem)
         answer = GOAWAY if problem else COMEIN
-        self.tokens.answer(met, answer)
+        self.tokens.note_outcome(challenge, answer)
         return answer
 
     def _knock(self, record: Record, message: Message) -> str:
@@ -4586,7 +4589,7 @@ class Connection:
         self.number = number
         self.socket = peer
         self.since = time.monotonic()
-        self.record = Record(REQUEST, TCP, number, *split_name(name))  # for its next message
+        self.record = Record(FIRST, TCP, number, *split_name(name))  # for its next message
         # What counts as one peer: an IPv4 address, or the first 56 bits of an IPv6 address.
         address = self.record.address
         self.prefix = address if address.startswith(IPV4_MAPPED) else address[:7]
@@ -4735,8 +4738,8 @@ class Network:
         except ProtocolError:
             return self._close(connection, "garbage" if payload else "")
         record = connection.record._replace(payload=payload)
-        connection.record = record._replace(kind=ANSWER)
-        if record.kind == ANSWER:
+        connection.record = record._replace(kind=SECOND)
+        if record.kind == SECOND:
             self._leave(connection)
             self.answered[connection.number] = connection
         connection.is_owed = True
@@ -4770,7 +4773,7 @@ class Network:
             except OSError:
                 return
             local = extra[0][2] if extra else b""
-            self._send(Record(REQUEST, UDP, number, *split_name(name, local), payload=data))
+            self._send(Record(FIRST, UDP, number, *split_name(name, local), payload=data))
 
     def _answer(self, record: Record) -> None:
         """Send a datagram, from the address that the peer's came to."""
@@ -5485,8 +5488,9 @@ def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     default = 0
     with contextlib.suppress(ConfigError):  # one needs a key before there is a file
         default = read_config(client_path, server=False).default_user
-    with contextlib.suppress(ConfigError):  # nor is it to be complete: we need its keys alone
-        keys = read_config(server_path, server=False).keys
+    for is_complete in (False, True):  # only then it may include files with keys
+        with contextlib.suppress(ConfigError):
+            keys = read_config(server_path, server=is_complete).keys
     wanted = default if user is None else user
     new = wanted
     while user is None and new in keys:

@@ -261,7 +261,7 @@ def test_client_and_server_agree(operation: int, policy: str) -> None:
 
     verdict = server.receive(request.encode())
     challenge = Message.decode(verdict.reply)
-    assert (verdict.reason, verdict.met) == ("", None)
+    assert (verdict.reason, verdict.challenge) == ("", None)
     assert challenge[:3] == (CHALLENGE, USER, RESOURCE)
     assert challenge.auth == Conversation.TOKENS[operation]
 
@@ -282,7 +282,7 @@ FIRST = sealed(KNOCK)
 
 def firewall_failure(server: Conversation) -> bytes:
     server.receive(FIRST)
-    assert server.receive(sealed(RESPONSE, THE_TOKEN)).met is not None
+    assert server.receive(sealed(RESPONSE, THE_TOKEN)).challenge is not None
     return server.handshake.refuse(letmein.FULL_AUTH, USER, RESOURCE, "").reply
 
 
@@ -290,7 +290,7 @@ def right_taken_away(server: Conversation) -> bytes:
     server.receive(FIRST)
     server.rights[RESOURCE] = "taken away meanwhile"
     verdict = server.receive(sealed(RESPONSE, THE_TOKEN))
-    assert (verdict.reason, verdict.met) == ("taken away meanwhile", None)
+    assert (verdict.reason, verdict.challenge) == ("taken away meanwhile", None)
     return verdict.reply
 
 
@@ -298,7 +298,7 @@ def key_taken_away(server: Conversation) -> bytes:
     server.receive(FIRST)
     server.handshake = server.handshake._replace(key_of=lambda user: None)
     verdict = server.receive(sealed(RESPONSE, THE_TOKEN, letmein.NOBODYS_KEY))
-    assert (verdict.reason, verdict.met) == ("wrong RESPONSE", None)
+    assert (verdict.reason, verdict.challenge) == ("wrong RESPONSE", None)
     return verdict.reply
 
 
@@ -310,7 +310,7 @@ def speaks(*messages: bytes) -> Callable[[Conversation], bytes]:
             verdict = server.receive(data)
             assert not verdict.reason and Message.decode(verdict.reply).operation == CHALLENGE
         verdict = server.receive(messages[-1])
-        assert verdict.reason and verdict.met is None
+        assert verdict.reason and verdict.challenge is None
         return verdict.reply
 
     return talk
@@ -395,7 +395,7 @@ def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
     for reason, data in knocks.items():
         verdict = Conversation(policy).receive(data)
         assert verdict.reason == reason, "in the log alone"
-        replies.append((verdict.met, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
+        replies.append((verdict.challenge, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
     assert replies[0] == replies[1]
 
 
@@ -436,7 +436,7 @@ def test_nobody_gets_in_without_the_key(sent: list[bytes], policy: str) -> None:
         for server.ids in (None, (message.user, message.resource), (USER, RESOURCE)):
             verdict = server.receive(data)
             last = verdict.reply or last
-            assert verdict.met is None
+            assert verdict.challenge is None
             allowed = (GOAWAY,) if verdict.reason else (CHALLENGE,)
             assert not verdict.reply or Message.decode(verdict.reply).operation in allowed
 
@@ -531,9 +531,9 @@ def test_a_token_is_good_once() -> None:
         for answer in (None, operation):
             possible = tokens.challenges(b"facts", 1000, 5)
             (challenge,) = [each for each in possible if each.token == given[-1]]
-            assert (challenge.asked, challenge.answer) == (KNOCK, answer)
+            assert (challenge.operation, challenge.outcome) == (KNOCK, answer)
             if answer is None:
-                tokens.answer(challenge, operation)
+                tokens.note_outcome(challenge, operation)
     possible = tokens.challenges(b"facts", 1000, 5)
     assert {each.token for each in possible}.intersection(given) == {given[2]}
     assert len(set(given)) == 3
@@ -569,13 +569,13 @@ def test_answers_that_are_remembered(
 ) -> None:
     """By window how many were given, with a limit of 4: some go, and with them all tokens of their
     window and of those before."""
-    monkeypatch.setattr(letmein, "ANSWERS_LIMIT", 4)
+    monkeypatch.setattr(letmein, "SPENT_LIMIT", 4)
     tokens = letmein.Tokens(bytes(32))
     for window, number in answered.items():
         for name in range(number):
-            tokens.answer(letmein.Challenge(KNOCK, b"", window, bytes([name])), COMEIN)
+            tokens.note_outcome(letmein.Challenge(KNOCK, b"", window, bytes([name])), COMEIN)
     possible = list(tokens.challenges(b"facts", 202 * WINDOW_S, patience))
-    assert list(tokens.answers) == remembered
+    assert list(tokens.spent) == remembered
     assert sorted({each.window for each in possible}) == list(range(oldest, 203))
 
 
@@ -5709,7 +5709,7 @@ WAY = letmein.RECORD.size - 2 - 56
 WAYS = st.sampled_from([bytes(WAY), (bytes(4) + letmein.IPV4_MAPPED).ljust(WAY, b"\0")])
 
 ANY_RECORD = st.tuples(
-    st.sampled_from([letmein.REQUEST, letmein.ANSWER] * 4 + [*range(10), 255]),
+    st.sampled_from([letmein.FIRST, letmein.SECOND] * 4 + [*range(10), 255]),
     st.sampled_from([letmein.TCP, letmein.UDP] * 5 + [0, 255]),
     WAYS | st.binary(min_size=WAY, max_size=WAY),
     ANY_MESSAGE | st.just(b"echo"),
@@ -5736,7 +5736,7 @@ def test_monitor_survives_any_network_process(
             data = (bytes([kind, protocol]) + way + payload).ljust(size, b"\0")[:size]
             good = size == letmein.RECORD.size
             if kind not in (letmein.READY, letmein.COUNTS):
-                good = good and kind in (letmein.REQUEST, letmein.ANSWER)
+                good = good and kind in (letmein.FIRST, letmein.SECOND)
                 good = good and protocol in (letmein.TCP, letmein.UDP)
                 good = good and payload[:7] == letmein.MAGIC + bytes(3) and payload[7] < 6
             for _ in range(times):
@@ -5749,7 +5749,7 @@ def test_monitor_survives_any_network_process(
                     last = reply.payload
                     if any(last):
                         assert Message.decode(last).operation in (CHALLENGE, GOAWAY)
-                assert not monitor.firewall.changes and not monitor.judge.tokens.answers
+                assert not monitor.firewall.changes and not monitor.judge.tokens.spent
                 if monitor.network.link is None:
                     monitor.theirs.close()
                     monitor.writer.close()
@@ -5877,7 +5877,7 @@ class ServerModel(RuleBasedStateMachine):
             monotonic=lambda: self.now, strftime=time.strftime, time=time.time
         )
         self.patch.setattr(letmein, "time", clock)
-        self.patch.setattr(letmein, "ANSWERS_LIMIT", 4)
+        self.patch.setattr(letmein, "SPENT_LIMIT", 4)
         self.conf = Conf()
         self.shortest = self.conf.timeout
         self.monitor = LoneMonitor(parse(self.conf.text()))
@@ -5904,7 +5904,7 @@ class ServerModel(RuleBasedStateMachine):
         self, peer: From, operation: int, user: int, resource: int, right_key: bool
     ) -> None:
         key = (self.conf.key(user) if right_key else b"") or bytes(32)
-        self.send(peer, letmein.REQUEST, sealed(operation, NO_TOKEN, key, user, resource))
+        self.send(peer, letmein.FIRST, sealed(operation, NO_TOKEN, key, user, resource))
 
     @precondition(lambda self: self.challenges)
     @rule(pick=PICK, wrong=WRONG, peer=FROM, other=PICK)
@@ -5951,7 +5951,7 @@ class ServerModel(RuleBasedStateMachine):
 
     @rule(
         peer=FROM,
-        kind=st.sampled_from([letmein.REQUEST, letmein.ANSWER]),
+        kind=st.sampled_from([letmein.FIRST, letmein.SECOND]),
         operation=st.integers(0, 5),
         user=USERS_OF_MODEL,
         resource=RESOURCES_OF_MODEL,
@@ -5993,12 +5993,12 @@ class ServerModel(RuleBasedStateMachine):
 
     def answer(self, peer: From, data: bytes) -> None:
         """Send a RESPONSE as the network process would, which knows who has asked over TCP."""
-        self.send(peer, letmein.ANSWER if peer.protocol == letmein.TCP else letmein.REQUEST, data)
+        self.send(peer, letmein.SECOND if peer.protocol == letmein.TCP else letmein.FIRST, data)
 
     def send(self, peer: From, kind: int, data: bytes) -> None:
         message = Message.decode(data)
         udp = peer.protocol == letmein.UDP
-        if kind == letmein.ANSWER or (udp and message.operation == RESPONSE):
+        if kind == letmein.SECOND or (udp and message.operation == RESPONSE):
             self.expect_answer(Sent(peer, kind, data), message)
         else:
             self.expect_request(Sent(peer, kind, data), message)
@@ -6147,7 +6147,7 @@ def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
         monitor.network.is_ready = monitor.network.is_heard = False
         knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
-        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.REQUEST, payload=knock)))
+        monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.FIRST, payload=knock)))
         monitor.network._on_pipe()
         assert monitor.network.is_ready and monitor.said() == []
         monitor.network.is_heard = True
@@ -7266,8 +7266,8 @@ class TestUnreadLog:
     "record, reason",
     [
         (letmein.Record(9), "it sent a bad record"),
-        (letmein.Record(letmein.REQUEST, protocol=9), "it sent a bad record"),
-        (letmein.Record(letmein.REQUEST), "it sent a bad message"),
+        (letmein.Record(letmein.FIRST, protocol=9), "it sent a bad record"),
+        (letmein.Record(letmein.FIRST), "it sent a bad message"),
         (letmein.Record(letmein.COUNTS, payload=struct.pack("!3I", 1, 2, 3) + bytes(44)), ""),
     ],
 )
@@ -7307,7 +7307,7 @@ def test_one_refused_knock_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             clock.monotonic = lambda now=1000.0 + when: now
             sender = From(protocol, 1, (address, port))
             knock = sealed(KNOCK, user=user, resource=resource)
-            monitor.hand(letmein.RECORD.pack(*sender.record(letmein.REQUEST, knock)))
+            monitor.hand(letmein.RECORD.pack(*sender.record(letmein.FIRST, knock)))
             if is_new:
                 lines.append({
                     "event": "refused", "peer": address, "reason": "unknown user",
@@ -7346,7 +7346,7 @@ def test_what_becomes_of_a_handshake(
             firewall.leases.keep(letmein.Lease("10.0.0.1", RESOURCE, 1, "", 1, ends))
         token = NO_TOKEN
         for said in (operation, RESPONSE):
-            record = sender.record(letmein.REQUEST, sealed(said, token))
+            record = sender.record(letmein.FIRST, sealed(said, token))
             (reply,) = monitor.hand(letmein.RECORD.pack(*record))
             token = Message.decode(reply.payload).auth
         assert Message.decode(reply.payload).operation == (GOAWAY if problem else COMEIN)
@@ -7647,9 +7647,9 @@ BAD_RECORDS = {
     "kind 0": "self.say(0)",
     "REPLY": "self.say(REPLY)",
     "SETTINGS": "self.say(SETTINGS)",
-    "unknown protocol": "self.say(REQUEST, 41)",
-    "no message": "self.say(REQUEST, payload=bytes(56))",
-    "unknown operation": "self.say(REQUEST, payload=unsigned(6, 1, 0x22))",
+    "unknown protocol": "self.say(FIRST, 41)",
+    "no message": "self.say(FIRST, payload=bytes(56))",
+    "unknown operation": "self.say(FIRST, payload=unsigned(6, 1, 0x22))",
 }
 
 FLOOD = """
@@ -7663,13 +7663,13 @@ FLOODS = {
             operation, noise = numbers.randrange(6), numbers.randbytes(48)
             payload = MAGIC + operation.to_bytes(4, "big") + noise
             protocol = numbers.choice([TCP, UDP])
-            self.say(REQUEST, protocol, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.say(FIRST, protocol, payload, numbers.getrandbits(32), numbers.randbytes(16))
             self.hear()
 """,
     "answers": """
             operation, noise = numbers.randrange(6), numbers.randbytes(48)
             payload = MAGIC + operation.to_bytes(4, "big") + noise
-            self.say(ANSWER, TCP, payload, numbers.getrandbits(32), numbers.randbytes(16))
+            self.say(SECOND, TCP, payload, numbers.getrandbits(32), numbers.randbytes(16))
             self.hear()
 """,
     "replays": """
@@ -7686,7 +7686,7 @@ FLOODS = {
             near = IPV4_MAPPED + bytes([10, 77, 7, 7])
             local = bytes.fromhex("fe80") + bytes(13) + b"1"
             self.tell(RECORD.pack(*record._replace(
-                kind=numbers.choice([READY, REQUEST, REQUEST, ANSWER, ANSWER, COUNTS]),
+                kind=numbers.choice([READY, FIRST, FIRST, SECOND, SECOND, COUNTS]),
                 protocol=numbers.choice([TCP, UDP]),
                 connection=numbers.choice([record.connection, numbers.getrandbits(32)]),
                 address=numbers.choice([record.address, near, local, numbers.randbytes(16)]),
@@ -7697,7 +7697,7 @@ FLOODS = {
 }
 
 NOT_READING = """
-            self.say(REQUEST)
+            self.say(FIRST)
             select.select([], [self.pipe], [])
 """
 
@@ -7705,7 +7705,7 @@ NOT_READING = """
 # the link is full, it lets the monitor be told to stop.
 SLOW_READER = """
             while select.select([], [self.pipe], [], 0.3)[1]:
-                self.say(REQUEST)
+                self.say(FIRST)
             os.kill(MONITOR, signal.SIGTERM)
             while os.getppid() == MONITOR:
                 time.sleep(0.2)
@@ -7803,7 +7803,7 @@ ATTACKS_ON_THE_MONITOR = {
     "a shut link": """
         self.link.shutdown(socket.SHUT_RDWR)
         self.selector.unregister(self.link)
-        self.say(REQUEST)
+        self.say(FIRST)
 """,
     "half a datagram": """
         self.listeners[1].sendto(b"half", 0x8000, ("::ffff:10.1.0.2", 9))  # MSG_MORE
@@ -8253,7 +8253,7 @@ EVERY_RECORD = """
         ids = itertools.product(range(6), (0, 1, 2, 0xFFFFFFFF), (0, 0x22, 0x23, 0x26, 0x99))
         for operation, user, resource_id in ids:
             payload = unsigned(operation, user, resource_id, os.urandom(32))
-            for kind, protocol in itertools.product((REQUEST, ANSWER), (TCP, UDP)):
+            for kind, protocol in itertools.product((FIRST, SECOND), (TCP, UDP)):
                 self.say(kind, protocol, payload)
                 self.hear()
         for kind in (READY, COUNTS):

@@ -67,7 +67,7 @@ class Conversation:
 
 def met(verdict: letmein.Verdict) -> int | None:
     """What a verdict grants: KNOCK, REVOKE or nothing."""
-    return verdict.met.asked if verdict.met else None
+    return verdict.challenge.operation if verdict.challenge else None
 
 
 def sealed(

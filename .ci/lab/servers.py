@@ -364,8 +364,8 @@ class Hostile(Network):
         super().__init__(*arguments)
 
     def _send(self, record):
-        self.request = record if record.kind == REQUEST else self.request
-        self.answer = record if record.kind == ANSWER else self.answer
+        self.request = record if record.kind == FIRST else self.request
+        self.answer = record if record.kind == SECOND else self.answer
         super()._send(record)
 
     def say(self, kind, protocol=TCP, payload=unsigned(KNOCK, 1, 0x22), number=7, address=None):
