@@ -604,6 +604,11 @@ class Config(NamedTuple):
     include: str = ""  # of the server's file: a path, or a pattern as of glob(7)
     limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
+    @property
+    def table_name(self) -> str:
+        """The table with its family, as nft(8) has it."""
+        return f"{self.family} {self.table}"
+
     def fixed_options(self) -> dict[str, object]:
         """What a running server cannot change, by the option's name in the file."""
         chains = {f"chain-{hook}": self.chains.get(hook) for hook in HOOKS}
@@ -1059,7 +1064,7 @@ def server_warnings(config: Config, lines: Mapping[str, list[tuple[str, Entry]]]
         text = "control-error-policy: 'always' over UDP answers forged senders"
         warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
     if config.family != "inet" and config.table in IPTABLES_TABLES:
-        text = f"iptables uses {config.family} {config.table}, too, and what iptables-save makes of"
+        text = f"iptables uses {config.table_name}, too, and what iptables-save makes of"
         text += " our rules lets everybody in; give the table another name"
         warnings.append(dict(lines["NFTABLES"])["table"].place + text)
     if not config.keys:
@@ -2345,7 +2350,7 @@ def ruleset(config: Config) -> Ruleset:
 def ruleset_script(config: Config) -> str:
     """The nft script that adds our rules, and makes sets that are not there. It leaves alone what
     is in the sets, and all that is not ours."""
-    table, ours = f"{config.family} {config.table}", ruleset(config)
+    table, ours = config.table_name, ruleset(config)
     lines = []
     for name, kind in ours.sets.items():
         lines.append(f"add set {table} {name} {{ type {kind}; flags timeout; counter; }}")
@@ -2847,7 +2852,7 @@ def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
 
 def unreadable(config: Config, error: OSError) -> UserError:
     """The error of a table that cannot be read."""
-    table = f"table {config.family} {config.table}"
+    table = f"table {config.table_name}"
     if isinstance(error, FileNotFoundError):
         hint = "load your firewall first (nft -f FILE), or name one of these: nft list tables"
         return UserError(f"{config.path}: [NFTABLES] table: {table} does not exist", hint)
@@ -2859,7 +2864,7 @@ def unreadable(config: Config, error: OSError) -> UserError:
 def check_table(kernel: Kernel, config: Config) -> None:
     """See that table and chains are there, and that nobody else has a claim to them. Raises
     UserError."""
-    table = f"table {config.family} {config.table}"
+    table = f"table {config.table_name}"
     where = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
@@ -2899,7 +2904,7 @@ def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Ru
     try:
         return kernel.rules(chain)
     except OSError:
-        problem = f"table {config.family} {config.table} has no chain {chain}"
+        problem = f"table {config.table_name} has no chain {chain}"
         hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
         raise UserError(f"{config.path}: {option}: {problem}", hint) from None
 
@@ -2910,7 +2915,7 @@ def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
     rules = rules_of(kernel, config, option, chain)
     foreign = sum(not is_ours(rule) for rule in rules)
     if foreign:
-        where = f"{config.family} {config.table} {chain}"
+        where = f"{config.table_name} {chain}"
         problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
         hint = f"move them to another chain, and empty this one: nft flush chain {where}"
         raise UserError(problem, hint)
@@ -2925,7 +2930,7 @@ def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
             place = next((name for name in kernel.base_chains() if hook in name.lower()), hook)
             problem = f"nothing jumps to {chain}, so its rules have no effect"
             hint = "add the jump to your firewall's file, and for now"
-            command = f"nft insert rule {config.family} {config.table} {place} jump {chain}"
+            command = f"nft insert rule {config.table_name} {place} jump {chain}"
             warnings.append(f"{problem}; {hint}: {command}")
     return warnings
 
@@ -2986,12 +2991,12 @@ class Table:
             table, _ = self.kernel.table_facts()
             return {name: (table, handle) for name, handle in self.kernel.sets().items()}
         except OSError as error:
-            name = f"table {self.config.family} {self.config.table}"
+            name = f"table {self.config.table_name}"
             raise UserError(f"cannot read {name}: {error.strerror}") from None
 
     def _replace_rules(self, script: str, even_if_incomplete: bool = False) -> None:
         """Delete our rules and run an nft script, in one transaction. Raises UserError."""
-        table = f"{self.config.family} {self.config.table}"
+        table = self.config.table_name
         for is_last in (False, True):
             rules = self._rules(even_if_incomplete)
             lines = [f"delete rule {table} {rule.chain} handle {rule.handle}\n" for rule in rules]
@@ -3018,14 +3023,14 @@ class Table:
             except OSError as error:
                 if even_if_incomplete:
                     continue
-                where = f"{self.config.family} {self.config.table} {chain}"
+                where = f"{self.config.table_name} {chain}"
                 raise UserError(f"chain-{hook}: cannot read {where}: {error.strerror}") from None
         return [rule for rule in found if is_ours(rule)]
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """Delete sets. One that a foreign rule uses cannot be deleted, and fails its transaction:
         so each has its own, and that one is emptied. Raises UserError."""
-        table = f"{self.config.family} {self.config.table}"
+        table = self.config.table_name
         for name in names:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
@@ -3874,7 +3879,7 @@ def lock_table(rundir: str, config: Config) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         hint = f"stop that one first; it holds {path}"
-        problem = f"a server for the table {config.family} {config.table} runs already"
+        problem = f"a server for the table {config.table_name} runs already"
         raise UserError(problem, hint) from None
     except OSError as error:
         hint = "name a directory on a local disk with --rundir"
@@ -5109,7 +5114,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
     """What a running server tells of itself, or None and why there is nothing."""
     import json
-    table = f"table {config.family} {config.table}"
+    table = f"table {config.table_name}"
     try:
         with socket.socket(socket.AF_UNIX) as peer:
             peer.settimeout(STATUS_PATIENCE_S)
@@ -5399,7 +5404,7 @@ def server_facts(config: Config) -> list[str]:
         ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
         ("error policy", policies[config.error_policy]),
         ("seccomp", config.seccomp),
-        ("table", f"{config.family} {config.table}"),
+        ("table", config.table_name),
         ("chains", ", ".join(f"{chain} ({hook})" for hook, chain in config.chains.items())),
         ("sets", listed(list(ruleset(config).sets), ", ")),
         ("keys of", listed([f"{user:08X}" for user in config.keys], ", ") or "nobody"),
