@@ -3628,13 +3628,13 @@ class Firewall:
 # the control sockets for the network process, which it starts by executing this program anew, so
 # that neither a key nor the layout of memory is inherited.
 #
-# The two speak in records of one fixed size, over one channel for each direction. The network
-# process says READY, FIRST, SECOND, COUNTS through a pipe, which carries bytes alone: a
-# descriptor that came with them would be the monitor's to close, and that can take for ever. The
-# monitor says SETTINGS (with the control sockets), REPLY, LAST through the link, a SOCK_SEQPACKET
-# socketpair that is shut in the other direction. It trusts nothing in a record, and keeps nothing
-# of a peer that has not proved itself: a challenge's token is derived from a secret of this run and
-# from all that it must fit, and a RESPONSE is checked against what was possible.
+# They exchange fixed-size records over two one-way channels. The network process writes READY,
+# FIRST, SECOND and COUNTS to a pipe, which carries only bytes: a socket would let it send
+# descriptors, and closing a hostile descriptor can block the monitor for ever. The monitor writes
+# SETTINGS (with the control sockets), REPLY and LAST to the link, a SOCK_SEQPACKET socketpair that
+# is shut down in the other direction. It trusts nothing in a record, and keeps nothing of a peer
+# that has not proved itself: a challenge's token is derived from a secret of this run and from all
+# that it must fit, and a RESPONSE is checked against what was possible.
 #
 # On the way down: the records; the control port's sockets; the run directory; Followers and
 # RunSocket, for `status`; NetworkChild, its start, its channels and its end; Judge, which follows a
@@ -3668,8 +3668,17 @@ LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
 LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
 LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
 LISTED_LIMIT = 20  # resources that the log names at the start, and users of each
-REPEAT_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
-REPEATS_LIMIT = 100  # such knocks that are remembered
+SAME_REFUSAL_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
+REFUSALS_LIMIT = 100  # such refusals that are remembered
+PYTHON_HINT = "if an upgrade has replaced Python, restart the server with the new one"
+# The network process's program: the compiled form of this one, which only the same Python reads.
+NETWORK_PROGRAM = """
+import marshal, sys
+if sys.hexversion == {python}:
+    exec(marshal.load(open({file}, "rb")), {{"__name__": "__main__"}})
+else:
+    print("it found another Python\\n{hint}", end="")
+"""
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
@@ -3692,7 +3701,7 @@ class Record(NamedTuple):
         return socket.inet_ntop(socket.AF_INET6, self.address)
 
 
-def terms(resource: Resource, timeout: float) -> dict[str, str]:
+def lease_terms(resource: Resource, timeout: float) -> dict[str, str]:
     """What a resource opens, its port or the chains it jumps to, and for how long, as fields of a
     log line."""
     seconds = f"{round(timeout, 3):.10g}"
@@ -3725,7 +3734,7 @@ def log_resources(config: Config, log: Log) -> None:
     who = {resource: who_may(config, resource) for resource in config.resources.values()}
     open_to_some = [resource for resource in who if who[resource] != "nobody"]
     for resource in open_to_some[:LISTED_LIMIT]:
-        opens = terms(resource, resource.timeout)
+        opens = lease_terms(resource, resource.timeout)
         log("resource", resource=f"{resource.identifier:08X}", **opens, users=who[resource])
     if len(open_to_some) > LISTED_LIMIT:
         log("more-resources", count=len(open_to_some) - LISTED_LIMIT)
@@ -3843,7 +3852,7 @@ def activated_sockets() -> ControlSockets:
 
 
 def run_path(rundir: str, config: Config) -> str:
-    """How the run directory's files of the server for this namespace's table begin."""
+    """The common prefix of the run directory's files for this table in this network namespace."""
     namespace = os.stat("/proc/self/ns/net").st_ino
     return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
 
@@ -3888,9 +3897,9 @@ def lock_table(rundir: str, config: Config) -> int:
 
 
 def empty_directory(rundir: str) -> int:
-    """A directory that has been removed is empty and stays so, and nothing is left of it. It is the
-    root directory of every network process, made once: a disk that is full later keeps none of
-    them from starting. Returns its descriptor. Raises UserError."""
+    """Make a directory, open it and remove it: it stays empty and leaves nothing behind. Every
+    network process uses it as its root. Made once, it needs no free disk space later. Returns its
+    descriptor. Raises UserError."""
     path = f"{rundir}/letmeind-{os.urandom(8).hex()}"
     try:
         os.mkdir(path, 0o700)
@@ -4007,10 +4016,10 @@ class Followers:
 
 class RunSocket:
     """A socket in the run directory, to which only our rights let anybody connect. Args: path, of
-    which a predecessor may have left the file; answer, is given each peer. Raises UserError."""
+    which a predecessor may have left the file; on_peer, is given each peer. Raises UserError."""
 
-    def __init__(self, path: str, answer: Callable[[socket.socket], None]) -> None:
-        self.answer = answer
+    def __init__(self, path: str, on_peer: Callable[[socket.socket], None]) -> None:
+        self.on_peer = on_peer
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -4034,7 +4043,7 @@ class RunSocket:
         with contextlib.suppress(OSError):
             peer = self.listener.accept()[0]
             peer.setblocking(False)
-            self.answer(peer)
+            self.on_peer(peer)
         try:
             self.spare = os.open(os.devnull, os.O_RDONLY)
         except OSError:  # there are none at all: then it wakes us up, but not all the time
@@ -4059,42 +4068,42 @@ class NetworkChild:
     """The network process, as its parent has it: started, told the settings, listened to, replaced
     when it is lost. Neither it nor what it says is trusted: what is unexpected ends it.
 
-    Args: selector, waits for what it says; take, is given each message of a peer, with its record.
-    Raises UserError if the control port cannot be served."""
+    Args: selector, waits for what it says. Raises UserError if the control port cannot be served.
+    """
+
+    on_message: Callable[[Record, Message], None]  # is given each message of a peer; set later
 
     def __init__(
-        self, config: Config, options: ServerOptions, selector: selectors.BaseSelector, log: Log,
-        take: Callable[[Record, Message], None],
-    ) -> None:  # fmt: skip
+        self, config: Config, options: ServerOptions, selector: selectors.BaseSelector, log: Log
+    ) -> None:
         self.config = config
         self.options = options
         self.selector = selector
         self.log = log
-        self.take = take
         self.root = empty_directory(options.rundir)
         for controls in options.activated.values():
             for control in controls:
                 prepare_control(control)
+        # sockets: all that we have. shared: those of them that the running process was given.
+        # options.activated: those that systemd has opened, and we cannot open again.
         self.sockets = control_sockets(config, options.activated)
+        self.shared: list[socket.socket] = []
         for protocol, port in options.activated.keys() - self.sockets.keys():
             problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
             raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
         self.process = 0  # its id, while it runs
         self.link: socket.socket | None = None  # to it
         self.pipe = -1  # from it
-        self.shared: list[socket.socket] = []  # the control sockets that it was given
         self.is_ready = False  # whether one has started well: from then on a lost one is replaced
-        self.is_heard = False  # whether what comes behind READY is taken: it waits for the firewall
+        self.is_serving = False  # whether peers are served: until the firewall is open, they wait
         self.start_at = 0.0  # when to start it
         self.started_at = 0.0
         self.pause = Backoff(NETWORK_PAUSE_S)
 
     # -- start
 
-    def advance(self) -> None:
-        """Start it if it is time to. Raises UserError at our start."""
-        if time.monotonic() < self.start_at:
-            return
+    def start(self) -> None:
+        """Start it, or plan another attempt. Raises UserError at our start."""
         self.start_at = NEVER
         self.started_at = time.monotonic()
         try:
@@ -4102,27 +4111,29 @@ class NetworkChild:
         except UserError as error:
             return self.lose(error.problem)
         try:
-            self._start()
+            self._spawn()
         except OSError as error:
             hint = "a limit of descriptors, processes or memory is reached: end other programs"
             problem = f"the network process cannot be started: {error.strerror}"
             if error.filename:  # of posix_spawn()
-                hint = "if an upgrade has replaced Python, restart the server with the new one"
+                hint = PYTHON_HINT
                 problem += f": {error.filename}"
             self.lose(problem, hint)
 
-    def _start(self) -> None:
+    def _spawn(self) -> None:
         """Start it with its ends of the channels as standard input and output. Its program is the
-        compiled form of this one, even if the file has been replaced; that saves 6 MB, too. It
+        one that we run, even if the file has been replaced; not to compile it again saves 6 MB. It
         inherits that and the root directory, and nothing else. Raises OSError."""
         import marshal
         link, pipe = self._connect()
-        self._send_settings()  # before it may have gone, having said why
         with link, pipe, os.fdopen(os.memfd_create("letmein-program", 0), "w+b") as program:
+            self._send_settings()  # before it may have gone, having said why
+            if self.link is None:
+                return  # that failed, and lose() has planned the next start
             program.write(marshal.dumps(PROGRAM))
             program.seek(0)
-            code = f"marshal.load(open({program.fileno()}, 'rb'))"
-            start = f"import marshal; exec({code}, {{'__name__': '__main__'}})"
+            facts = {"python": sys.hexversion, "file": program.fileno(), "hint": PYTHON_HINT}
+            start = NETWORK_PROGRAM.format(**facts)
             limits = (str(self.options.connections), str(self.options.prefix_connections))
             words = (self.options.account, self.config.seccomp, *limits, str(self.root))
             command = [sys.executable, "-IB", "-c", start, NETWORK_COMMAND, *words]
@@ -4146,11 +4157,12 @@ class NetworkChild:
         self.link.shutdown(socket.SHUT_RD)  # it can send nothing: unix(7)
         link.setblocking(False)
         # O_DIRECT: what was written at once is read at once, pipe(2).
-        self.pipe, pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC | os.O_DIRECT)
+        self.pipe, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC | os.O_DIRECT)
+        pipe = os.fdopen(theirs, "wb", buffering=0)
         with contextlib.suppress(OSError):  # then it holds fewer records
             fcntl.fcntl(self.pipe, F_SETPIPE_SZ, PIPE_SIZE)
         self.selector.register(self.pipe, selectors.EVENT_READ, self._on_pipe)
-        return link, os.fdopen(pipe, "wb", buffering=0)
+        return link, pipe
 
     # -- what it is told
 
@@ -4189,13 +4201,13 @@ class NetworkChild:
     def _on_pipe(self) -> None:
         """Take what it has said, at most a batch's worth."""
         for _ in range(RECORDS_PER_TURN):
-            if self.pipe < 0 or (self.is_ready and not self.is_heard):
+            if self.pipe < 0 or (self.is_ready and not self.is_serving):
                 return
             try:
                 data = os.read(self.pipe, TEXT_LIMIT)
             except BlockingIOError:
                 return
-            if len(data) == RECORD.size:
+            if len(data) == RECORD.size and data[0] < ord(" "):  # a text begins with a letter
                 self._receive(Record(*RECORD.unpack(data)))
             else:
                 reason, _, hint = data.decode("utf-8", "replace").partition("\n")
@@ -4215,7 +4227,7 @@ class NetworkChild:
                 message = Message.decode(record.payload)
             except ProtocolError:
                 return self.lose("it sent a bad message")
-            self.take(record, message)
+            self.on_message(record, message)
 
     # -- its end
 
@@ -4230,7 +4242,7 @@ class NetworkChild:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
         import signal
         status = self._stop(0)
-        if status not in (0, -signal.SIGKILL):  # that one is ours
+        if status not in (0, -signal.SIGKILL):  # which is perhaps ours
             reason += f" ({ending(status)})"
         if status == -signal.SIGSYS:
             hint = "the filter of system calls did that; with seccomp = log the kernel says why"
@@ -4246,8 +4258,8 @@ class NetworkChild:
 
     def _replace_sockets(self) -> None:
         """Open the control sockets anew: if the network process was taken over, it may have made
-        them deaf. Those of systemd are not ours to open: they stay, with their options as at
-        first, but a filter or an interface that they were bound to stays as well."""
+        them deaf. systemd's sockets cannot be opened again: their options are reset, but an
+        attached filter or a bound interface remains."""
         activated = [control for group in self.options.activated.values() for control in group]
         for control in self.shared:
             if control not in activated:
@@ -4272,12 +4284,7 @@ class NetworkChild:
             os.close(self.pipe)
             self.pipe = -1
         process, self.process = self.process, 0
-        try:
-            return await_end(process, patience) if process else 0
-        except OSError:  # to wait for a time takes a descriptor
-            import signal
-            os.kill(process, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return await_end(process, patience) if process else 0
 
     def close(self) -> None:
         """End it, and close the control port."""
@@ -4287,41 +4294,6 @@ class NetworkChild:
                 close_control(control)
 
 
-class PeerLog:
-    """What the log says of peers, and of what each got."""
-
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self.repeats: dict[tuple[object, ...], float] = {}  # refusals, until when they are the same
-
-    def refused(self, record: Record, message: Message, reason: str) -> None:
-        """A peer was refused."""
-        if not self._is_repeat(record, message, reason):
-            self.log.refusals[reason] += 1
-            self.log_peer("refused", record, message, reason=reason)
-
-    def _is_repeat(self, record: Record, message: Message, reason: str) -> bool:
-        """Whether this is a knock over UDP that was refused just now: a client that hears nothing
-        sends it again and again, each time from another port."""
-        if record.protocol == TCP:
-            return False
-        knock = (record.address, message.user, message.resource, reason)
-        now = time.monotonic()
-        if self.repeats.get(knock, 0.0) > now:
-            self.log.counts["repeated"] += 1
-            return True
-        self.repeats.pop(knock, None)  # the oldest comes first
-        self.repeats[knock] = now + REPEAT_S
-        if len(self.repeats) > REPEATS_LIMIT:
-            del self.repeats[next(iter(self.repeats))]
-        return False
-
-    def log_peer(self, event: str, record: Record, message: Message, **facts: str) -> None:
-        """One line on what became of a peer's request."""
-        protocol = "tcp" if record.protocol == TCP else "udp"
-        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
-
-
 class Judge:
     """Follows each message from its arrival to its answer: judges it, changes the firewall, logs
     it. Args: send, takes a record for the network process."""
@@ -4329,21 +4301,28 @@ class Judge:
     def __init__(
         self, config: Config, firewall: Firewall, log: Log, send: Callable[[Record], None]
     ) -> None:
-        self.config = config
         self.firewall = firewall
-        self.log = PeerLog(log)
+        self.log = log
         self.send = send
         self.tokens = Tokens(os.urandom(32))
         self.tokens.new(b"", KNOCK, 0.0)  # loads hmac, while there are descriptors to read it
+        self.refusals: dict[tuple[object, ...], float] = {}  # of UDP, and until when
+        self.reconfigure(config)
 
-    def take(self, record: Record, message: Message) -> None:
-        """See to one message of a peer."""
+    def reconfigure(self, config: Config) -> None:
+        """Judge by this configuration from now on."""
+        self.config = config
+        # A resource may have many users, who are not to be read for each datagram of a flood.
+        self.digests = {number: digest(found) for number, found in config.resources.items()}
+
+    def on_message(self, record: Record, message: Message) -> None:
+        """Judge one message of a peer, and answer it."""
         verdict = self._judge(record, message)
         if verdict.challenge is not None:
             answer = self._meet(verdict.challenge, record, message)
             self._end(record, unsigned(answer, message.user, message.resource))
         elif verdict.reason:
-            self.log.refused(record, message, verdict.reason)
+            self._log_refusal(record, message, verdict.reason)
             self._end(record, verdict.reply)
         else:
             self.send(record._replace(kind=REPLY, payload=verdict.reply))
@@ -4371,7 +4350,7 @@ class Judge:
         any of it changes meanwhile, the RESPONSE is wrong."""
         user, resource = message.user, message.resource
         peer = (record.protocol, record.connection, record.address, record.route)
-        configured = (self.config.keys.get(user, NOBODYS_KEY), self.config.resources.get(resource))
+        configured = (self.config.keys.get(user, NOBODYS_KEY), self.digests.get(resource))
         return repr((peer, user, resource, configured)).encode()
 
     def _meet(self, challenge: Challenge, record: Record, message: Message) -> int:
@@ -4384,9 +4363,9 @@ class Judge:
         else:
             problem = self.firewall.revoke(record.peer, message.resource)
             if not problem:
-                self.log.log_peer("revoked", record, message)
+                self._log("revoked", record, message)
         if problem:
-            self.log.log_peer("failed", record, message, reason=problem)
+            self._log("failed", record, message, reason=problem)
         answer = GOAWAY if problem else COMEIN
         self.tokens.note_outcome(challenge, answer)
         return answer
@@ -4394,19 +4373,40 @@ class Judge:
     def _knock(self, record: Record, message: Message) -> str:
         """Open a resource for a peer. Returns "" or why it is not open."""
         resource = self.config.resources[message.resource]
-        gets = terms(resource, self.config.longest_lease(message.user, resource))
+        facts = lease_terms(resource, self.config.longest_lease(message.user, resource))
         held = self.firewall.leases.by_key.get(LeaseKey(record.peer, message.resource))
         if held and held.ends > time.monotonic():
-            gets["renewed"] = "yes"
+            facts["renewed"] = "yes"
         problem = self.firewall.knock(record.peer, message.resource, message.user)
         if not problem:
-            self.log.log_peer("granted", record, message, **gets)
+            self._log("granted", record, message, **facts)
         return problem
 
     def _end(self, record: Record, reply: bytes) -> None:
         """Send a peer its last message; b"" closes a TCP connection without a word."""
         if reply or record.protocol == TCP:
             self.send(record._replace(kind=LAST, payload=reply or bytes(MESSAGE_SIZE)))
+
+    def _log_refusal(self, record: Record, message: Message, reason: str) -> None:
+        """Log that a peer was refused, over UDP once for a knock: a client that hears nothing sends
+        it again and again, each time from another port."""
+        if record.protocol == UDP:
+            refusal = (record.address, message.user, message.resource, reason)
+            now = time.monotonic()
+            if self.refusals.get(refusal, 0.0) > now:
+                self.log.counts["repeated"] += 1
+                return
+            self.refusals.pop(refusal, None)  # the oldest comes first
+            self.refusals[refusal] = now + SAME_REFUSAL_S
+            if len(self.refusals) > REFUSALS_LIMIT:
+                del self.refusals[next(iter(self.refusals))]
+        self.log.refusals[reason] += 1
+        self._log("refused", record, message, reason=reason)
+
+    def _log(self, event: str, record: Record, message: Message, **facts: str) -> None:
+        """Write one line on what became of a peer's request."""
+        protocol = "tcp" if record.protocol == TCP else "udp"
+        self.log.often(event, peer=record.peer, proto=protocol, **ids_of(message), **facts)
 
 
 class Monitor:
@@ -4420,18 +4420,16 @@ class Monitor:
         self.log = Log()
         self.lock = lock_table(options.rundir, config)
         self.selector = selectors.DefaultSelector()
-        self.network = NetworkChild(config, options, self.selector, self.log, self._take)
+        self.network = NetworkChild(config, options, self.selector, self.log)
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             self.firewall = Firewall(Nft(config.nft), config, file.read(8), self.log)
         self.firewall.table.tell_change = self._tell_change
         self.judge = Judge(config, self.firewall, self.log, self.network.send)
+        self.network.on_message = self.judge.on_message
         self.followers = Followers(self.selector)
-        self.stopping = False
-        self.reload_wanted = False
+        self.is_stopping = False
+        self.is_reload_wanted = False
         self.since = time.time()
-
-    def _take(self, record: Record, message: Message) -> None:
-        self.judge.take(record, message)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the start fails."""
@@ -4441,27 +4439,33 @@ class Monitor:
             self.log("warning", reason=reason, hint="name an account for it with --user")
         try:
             self._start()
-            while not self.stopping:
-                if self.reload_wanted:
-                    self.reload_wanted = False
+            while not self.is_stopping:
+                if self.is_reload_wanted:
+                    self.is_reload_wanted = False
                     self._reload()
                 self._turn()
         finally:
             self._stop()
 
     def _start(self) -> None:
-        """Serve as soon as a network process is ready, and the firewall takes our rules."""
-        while not (self.network.is_ready or self.stopping):
+        """Serve as soon as a network process is ready, and the firewall takes our rules. Returns
+        early if it is to stop meanwhile."""
+        while not self.network.is_ready:
+            if self.is_stopping:
+                return
             self._turn()
-        for name, answer in (("status", self._send_status), ("follow", self.followers.add)):
-            served = RunSocket(self._run_path(name), answer)
+        for name, on_peer in (("status", self._send_status), ("follow", self.followers.add)):
+            served = RunSocket(self._run_path(name), on_peer)
             self.selector.register(served.listener, selectors.EVENT_READ, served.serve)
         self.firewall.open(self.selector)
-        self.network.is_heard = True
-        while self.firewall.is_adopting and not self.stopping:
+        self.network.is_serving = True
+        while self.firewall.is_adopting and not self.is_stopping:
             self._turn()
+        if self.is_stopping:
+            return
         self.followers.drop_all()  # they may have read leases that were not adopted
-        self._tell_ready("ready")
+        notify_systemd()
+        self._log_configuration("ready")
 
     def _stop(self) -> None:
         self.network.close()
@@ -4479,27 +4483,29 @@ class Monitor:
     def _on_signal(self) -> None:
         import signal
         numbers = os.read(self.options.signals, 4096)
-        self.reload_wanted |= signal.SIGHUP in numbers  # until the firewall is open, it waits
-        self.stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
+        self.is_reload_wanted |= signal.SIGHUP in numbers  # it waits until the firewall is open
+        self.is_stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
         self.network.notice_stop()
 
     def _turn(self) -> None:
-        """Wait for something to happen, and see to it."""
-        wakes_at = min(
-            self.firewall.wakes_at, self.network.start_at, self.log.sum_up_at,
-            self.followers.send_at, self._expires_at,
-        )  # fmt: skip
-        wait = max(wakes_at - time.monotonic(), 0)
-        for key, _ in self.selector.select(wait if wakes_at < NEVER else None):
+        """Wait for something to happen, and handle it."""
+        wakes_at = min(at for at, _ in self._timers())
+        wait = min(max(wakes_at - time.monotonic(), 0), LONGEST_WAIT_S)
+        for key, _ in self.selector.select(wait):
             key.data()
-        self.network.advance()
-        self.firewall.advance()
-        if time.monotonic() >= self._expires_at:
-            self.firewall.table.expire()
-        if time.monotonic() >= self.followers.send_at:
-            self.followers.send_news()
-        if time.monotonic() >= self.log.sum_up_at:
-            self.log.summary()
+        for at, handle in self._timers():
+            if time.monotonic() >= at:
+                handle()
+
+    def _timers(self) -> tuple[tuple[float, Callable[[], None]], ...]:
+        """When there is something to do, and what."""
+        return (
+            (self.network.start_at, self.network.start),
+            (self.firewall.wakes_at, self.firewall.advance),
+            (self._expires_at, self.firewall.table.expire),
+            (self.followers.send_at, self.followers.send_news),
+            (self.log.sum_up_at, self.log.summary),
+        )
 
     def _reload(self) -> None:
         """Take over the configuration file anew, or say why not and go on as before."""
@@ -4519,18 +4525,20 @@ class Monitor:
             sockets = control_sockets(config, self.network.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
+            for warning in getattr(error, "warnings", ()):  # which may tell why
+                self.log("warning", reason=warning)
             self.log("reload-failed", reason=error.problem, hint=error.hint)
         else:
-            self.config = self.judge.config = config
+            self.config = config
+            self.judge.reconfigure(config)
             self.network.reconfigure(config, sockets)
-            self._tell_ready("reloaded")
+            self._log_configuration("reloaded")
 
     # -- what it tells
 
-    def _tell_ready(self, event: str) -> None:
-        """Say that this configuration is in force, and what it is."""
+    def _log_configuration(self, event: str) -> None:
+        """Log that this configuration is in force, and what it is."""
         config = self.config
-        notify_systemd()
         for warning in config.warnings:
             self.log("warning", reason=warning)
         log_resources(config, self.log)
@@ -4581,14 +4589,16 @@ class Monitor:
 
 ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct in6_pktinfo, ipv6(7)
 MSG_DONTWAIT = 0x40  # linux/socket.h
+PKTINFO4 = struct.Struct("!4s4s4s")  # interface, where to answer from, destination: ip(7)
 ACCEPTS_PER_TURN = 64
-TURN_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
+SLOTS_LIMIT = 20_000  # of --num-connections: to find whom to evict takes time in proportion
+EVENT_LIMIT_S = 2.0  # of the processor's time: a process that needs more has lost its way
 
 
 class Connection:
     """One TCP connection. It competes for a slot until its second message has come."""
 
-    is_owed = False  # an answer: it waits for the monitor, and is not the one to go
+    awaits_reply = False  # whether the monitor has yet to answer: then it is not evicted
 
     def __init__(self, number: int, peer: socket.socket, name: tuple[Any, ...]) -> None:
         self.number = number
@@ -4604,8 +4614,9 @@ def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]
     """A peer's socket address as (16 bytes, route): the address, IPv4 mapped into IPv6, and
     what else it takes to answer. Args: local, the in6_pktinfo or in_pktinfo of a datagram."""
     host, port, *more = name
-    if not more:  # in in_pktinfo the address to answer from is the second field: ip(7)
-        return IPV4_MAPPED + socket.inet_aton(host), ROUTE.pack(port, 0, local[4:8])
+    if not more:
+        answer_from = PKTINFO4.unpack(local)[1] if local else b""
+        return IPV4_MAPPED + socket.inet_aton(host), ROUTE.pack(port, 0, answer_from)
     # The interface only matters where the address means nothing without it.
     local = local if more[1] else local[:16]
     address = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
@@ -4625,8 +4636,9 @@ class Network:
         # By number, oldest first: those that compete for slots, and by prefix the same ones.
         self.connections: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
-        # Those whose second message the monitor has are not read, nor pushed out: it answers soon.
-        self.answered: dict[int, Connection] = {}
+        # Connections whose second message was forwarded: not read again and not evicted; the
+        # monitor will answer soon.
+        self.awaiting_verdict: dict[int, Connection] = {}
         self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
         self.listeners: list[socket.socket] = []
@@ -4652,7 +4664,6 @@ class Network:
         """Serve until the monitor is gone: then it raises ConnectionError."""
         import signal
         while True:
-            signal.setitimer(signal.ITIMER_PROF, TURN_LIMIT_S)  # its signal ends the process
             if any(self.counts.values()):
                 self._send(Record(COUNTS, payload=COUNTS_PAYLOAD.pack(*self.counts.values())))
                 self.counts = dict.fromkeys(COUNTED, 0)
@@ -4665,6 +4676,8 @@ class Network:
                     continue
                 wait = min(left, LONGEST_WAIT_S)
             for key, _ in self.selector.select(wait):
+                # Its signal ends the process. (For each event: there may be one per connection.)
+                signal.setitimer(signal.ITIMER_PROF, EVENT_LIMIT_S)
                 key.data()
 
     def _send(self, record: Record) -> None:
@@ -4684,11 +4697,12 @@ class Network:
         if record.kind == SETTINGS:
             return self._settle(record.payload, [socket.socket(fileno=fd) for fd in descriptors])
         if record.protocol == UDP:
-            return self._answer(record)
-        connection = self.connections.get(record.connection) or self.answered.get(record.connection)
+            return self._send_datagram(record)
+        number = record.connection
+        connection = self.connections.get(number) or self.awaiting_verdict.get(number)
         if connection is None:
             return
-        connection.is_owed = False
+        connection.awaits_reply = False
         sent = 0
         with contextlib.suppress(OSError):
             # Two messages at most: a socket that does not take them at once is no client's.
@@ -4698,6 +4712,8 @@ class Network:
             self._close(connection)
 
     def _accept(self, listener: socket.socket) -> None:
+        if listener not in self.listeners:
+            return  # closed earlier in this turn
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, name = listener.accept()
@@ -4720,15 +4736,16 @@ class Network:
 
     def _make_room(self, prefix: bytes) -> None:
         """Close the oldest connection of the newcomer's prefix if that has its share, or of the
-        largest prefix if all slots are taken: a flood pushes out itself. Nobody is refused."""
+        largest prefix if all slots are taken: a flood evicts itself. Nobody is refused."""
         crowd = self.prefixes.get(prefix, {})
         if len(crowd) < self.prefix_limit:
             if len(self.connections) < self.limit:
                 return
             crowd = max(self.prefixes.values(), key=len)
-        # What a peer has said earns it nothing: a replayed KNOCK would, too. But who waits for the
-        # monitor does not sit there; of these there are never more than its channels hold.
-        idle = next((one for one in crowd.values() if not one.is_owed), None)
+        # A valid first message gives no priority, because a replayed KNOCK is valid too. A
+        # connection that waits for the monitor is spared: its wait is short, and the channels bound
+        # the number of such connections.
+        idle = next((one for one in crowd.values() if not one.awaits_reply), None)
         if idle:
             self._close(idle, "evicted")
 
@@ -4746,8 +4763,8 @@ class Network:
         connection.record = record._replace(kind=SECOND)
         if record.kind == SECOND:
             self._leave(connection)
-            self.answered[connection.number] = connection
-        connection.is_owed = True
+            self.awaiting_verdict[connection.number] = connection
+        connection.awaits_reply = True
         self._send(record)
 
     def _leave(self, connection: Connection) -> None:
@@ -4763,7 +4780,7 @@ class Network:
         """Close a connection. Args: why, one of COUNTED, if the monitor does not know of it."""
         if why:
             self.counts[why] += 1
-        if self.answered.pop(connection.number, None) is None:
+        if self.awaiting_verdict.pop(connection.number, None) is None:
             self._leave(connection)
         connection.socket.close()
 
@@ -4780,8 +4797,8 @@ class Network:
             local = extra[0][2] if extra else b""
             self._send(Record(FIRST, UDP, number, *split_name(name, local), payload=data))
 
-    def _answer(self, record: Record) -> None:
-        """Send a datagram, from the address that the peer's came to."""
+    def _send_datagram(self, record: Record) -> None:
+        """Answer a datagram, from the address that it came to."""
         port, scope, local = ROUTE.unpack(record.route)
         name: tuple[Any, ...]
         # If it is lost, or its socket is no longer there: the client asks again.
@@ -4792,7 +4809,7 @@ class Network:
                 extra = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, local)
             else:
                 name = (record.peer, port)
-                extra = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + local[:4] + bytes(4))
+                extra = (socket.IPPROTO_IP, IP_PKTINFO, PKTINFO4.pack(b"", local[:4], b""))
             ancillary = [extra] if any(local) else []
             listener.sendmsg([record.payload], ancillary, MSG_DONTWAIT, name)
 
@@ -5411,7 +5428,7 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
-        opened = terms(resource, resource.timeout)
+        opened = lease_terms(resource, resource.timeout)
         what = opened.get("port") or f"jump to {opened['jump']}"
         users = who_may(config, resource).replace(",", ", ")
         users = "everybody with a key" if users == "all" else users
@@ -5662,7 +5679,7 @@ def parse_account(text: str) -> str:
 
 def parse_slots(text: str) -> int:
     """How many connections the server keeps."""
-    return parse_number(text, 1, 1_000_000)
+    return parse_number(text, 1, SLOTS_LIMIT)
 
 
 def parse_host_name(text: str) -> str:

@@ -5974,7 +5974,7 @@ class ServerModel(RuleBasedStateMachine):
     def reload(self, change: tuple[str, Any]) -> None:
         self.conf = self.conf._replace(**{change[0]: change[1]})
         self.shortest = min(self.shortest, self.conf.timeout)
-        self.monitor.judge.config = parse(self.conf.text())
+        self.monitor.judge.reconfigure(parse(self.conf.text()))
 
     @rule(problem=st.sampled_from(["", "", "the kernel objects"]))
     def firewall(self, problem: str) -> None:
@@ -6144,13 +6144,13 @@ def test_a_longer_control_timeout_brings_no_response_back() -> None:
 def test_what_comes_before_the_firewall_is_open_waits_for_it() -> None:
     """No peer is answered behind a READY until the predecessor's leases were adopted."""
     with lone_monitor(monitor_text("basic-auth")) as monitor:
-        monitor.network.is_ready = monitor.network.is_heard = False
+        monitor.network.is_ready = monitor.network.is_serving = False
         knock = letmein.signed(KNOCK, USER, RESOURCE, KEY, letmein.NO_TOKEN)
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.READY)))
         monitor.writer.write(letmein.RECORD.pack(*letmein.Record(letmein.FIRST, payload=knock)))
         monitor.network._on_pipe()
         assert monitor.network.is_ready and monitor.said() == []
-        monitor.network.is_heard = True
+        monitor.network.is_serving = True
         monitor.network._on_pipe()
         (reply,) = monitor.said()
         assert Message.decode(reply.payload).operation == CHALLENGE
@@ -7285,14 +7285,14 @@ def test_one_refused_knock_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over UDP it comes again and again, from other ports. Two refusals are remembered here."""
     clock = SimpleNamespace(strftime=time.strftime, time=time.time)
     monkeypatch.setattr(letmein, "time", clock)
-    monkeypatch.setattr(letmein, "REPEATS_LIMIT", 2)
+    monkeypatch.setattr(letmein, "REFUSALS_LIMIT", 2)
     udp, tcp = letmein.UDP, letmein.TCP
     steps = [  # when, from where, for which user and resource, and whether that is new
         (0, udp, "10.0.0.1", 1000, 7, 1, True),
         (0, udp, "10.0.0.1", 1001, 7, 1, False),
         (1, udp, "10.0.0.2", 1000, 7, 1, True),
-        (letmein.REPEAT_S - 0.1, udp, "10.0.0.1", 1000, 7, 1, False),
-        (letmein.REPEAT_S, udp, "10.0.0.1", 1000, 7, 1, True),
+        (letmein.SAME_REFUSAL_S - 0.1, udp, "10.0.0.1", 1000, 7, 1, False),
+        (letmein.SAME_REFUSAL_S, udp, "10.0.0.1", 1000, 7, 1, True),
         (10.5, udp, "10.0.0.1", 1000, 8, 1, True),  # 10.0.0.2, the oldest, is forgotten
         (10.6, udp, "10.0.0.1", 1000, 7, 1, False),
         (10.6, udp, "10.0.0.2", 1000, 7, 1, True),
@@ -7398,7 +7398,7 @@ def test_both_processes_survive_any_peers(sayings: list[tuple[int, str, bytes, i
             assert not server.changes and not any(other.heard() for other in server.talkers)
         here = [talker for talker in server.talkers if not talker.udp and not talker.closed]
         server.until(lambda: len(server.network.connections) == len(here))
-        assert not server.network.answered and not server.changes
+        assert not server.network.awaiting_verdict and not server.changes
         for talker in server.talkers:
             assert not talker.heard() and (talker.closed or not talker.at_end)
         assert "network-process-lost" not in server.monitor.log.counts
@@ -8539,7 +8539,7 @@ class TestSeccomp:
         number = {"x86_64": "175", "aarch64": "105"}.get(platform.machine(), "105")
         statement = NEVER_CALLED[call].replace("@NUMBER@", number)
         changes = (CLIENT_STEP, f"{CLIENT_STEP}    {statement}\n")
-        hup = "                if self.reload_wanted:\n"
+        hup = "                if self.is_reload_wanted:\n"
         program = altered(lab, changes, (hup, f"{hup}                    {statement}\n"))
         client = (*program[:2], "-c", lab.file(CLIENT_CONF), "--seccomp")
         with confined(lab, server_conf(), seccomp="kill", program=program) as server:

@@ -196,7 +196,7 @@ class LoneMonitor(letmein.Monitor):
             patch.setattr(os, "umask", lambda mask: mask)
             super().__init__(config, letmein.ServerOptions("/", "none", 1, 1, None, {}, -1))
         self.judge.tokens = letmein.Tokens(bytes(32))
-        self.network.is_ready = self.network.is_heard = True
+        self.network.is_ready = self.network.is_serving = True
         self.connect()
 
     def connect(self) -> None:
@@ -411,8 +411,8 @@ class BothProcesses:
     def close(self) -> None:
         for talker in self.talkers:
             talker.socket.close()
-        connections = [*self.network.connections.values(), *self.network.answered.values()]
-        for connection in connections:
+        waiting = self.network.awaiting_verdict.values()
+        for connection in [*self.network.connections.values(), *waiting]:
             connection.socket.close()
         for listener in self.listeners:
             listener.close()
