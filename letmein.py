@@ -19,8 +19,9 @@ Python.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import signal  # before all else: Ctrl-C ends us without a traceback
+import signal
+
+if __name__ == "__main__":  # before all else: Ctrl-C ends us without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGHUP"):  # it waits until we know whether we are a server
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
@@ -3724,7 +3725,7 @@ def who_may(config: Config, resource: Resource) -> str:
 
 
 def listed(names: list[str], comma: str = ",") -> str:
-    """Names behind each other, and how many more there are than a limit."""
+    """Names in a row, up to a limit, and how many more there are."""
     more = len(names) - LISTED_LIMIT
     return comma.join([*names[:LISTED_LIMIT], *([f"+{more}"] if more > 0 else [])])
 
@@ -3807,15 +3808,15 @@ def prepare_control(control: socket.socket) -> None:
         control.listen(LISTEN_BACKLOG)
     else:
         # Which of our addresses a datagram came to: RFC 3542, section 6.1; ip(7).
-        ipv6 = control.family == socket.AF_INET6
-        level = socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP
-        control.setsockopt(level, socket.IPV6_RECVPKTINFO if ipv6 else IP_PKTINFO, 1)
+        option = (socket.IPPROTO_IP, IP_PKTINFO)
+        if control.family == socket.AF_INET6:
+            option = (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO)
+        control.setsockopt(*option, 1)
 
 
 def close_control(control: socket.socket) -> None:
     """Close a socket that a network process had. One that was taken over may have made it linger
     for as long as it likes, socket(7): then a signal wakes us up."""
-    import signal
     signal.setitimer(signal.ITIMER_REAL, LINGER_LIMIT_S, LINGER_LIMIT_S)
     control.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -3858,8 +3859,8 @@ def run_path(rundir: str, config: Config) -> str:
 
 
 def check_rundir(rundir: str) -> None:
-    """See that nobody else may put files into the run directory: theirs could keep the server from
-    starting, or answer `status` in its name. Raises UserError."""
+    """Check that nobody else may put files into the run directory: those could keep the server
+    from starting, or answer `status` in its name. Raises UserError."""
     with contextlib.suppress(OSError):  # if it is not there: who needs it will say so
         status = os.stat(rundir)
         # In a user namespace root outside has another number, and who owns / may do anything.
@@ -3870,7 +3871,7 @@ def check_rundir(rundir: str) -> None:
 
 
 def lock_table(rundir: str, config: Config) -> int:
-    """Have no other server work on this table. Returns the lock's descriptor. Raises UserError."""
+    """Keep other servers off this table. Returns the lock's descriptor. Raises UserError."""
     import fcntl
     check_rundir(rundir)
     path = run_path(rundir, config) + ".lock"
@@ -3914,7 +3915,6 @@ def empty_directory(rundir: str) -> int:
 def note_signals() -> int:
     """From now on keep the signals that a server knows. Returns a pipe's descriptor, from which
     their numbers can be read, also of those that were blocked until now."""
-    import signal
     ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM)
@@ -3925,7 +3925,6 @@ def note_signals() -> int:
 
 def ending(status: int) -> str:
     """How a process ended, in words. Args: status, of a signal N it is -N."""
-    import signal
     with contextlib.suppress(ValueError):
         return signal.Signals(-status).name
     return f"status {status}"
@@ -4027,11 +4026,10 @@ class RunSocket:
             self.listener.bind(path)
             self.listener.listen()
         except OSError as error:
-            hint = "name another place with --rundir"
             reason = error.strerror or error  # of a path above 107 bytes Python alone complains
-            if not error.strerror:
-                hint = "name a shorter path with --rundir"
-            raise UserError(f"cannot make the socket {path}: {reason}", hint) from None
+            other = "another place" if error.strerror else "a shorter path"
+            problem = f"cannot make the socket {path}: {reason}"
+            raise UserError(problem, f"name {other} with --rundir") from None
         self.listener.setblocking(False)
         # Where descriptors are scarce, a peer that is not accepted would wake us up for ever.
         self.spare = os.open(os.devnull, os.O_RDONLY)
@@ -4081,11 +4079,11 @@ class NetworkChild:
         self.selector = selector
         self.log = log
         self.root = empty_directory(options.rundir)
-        for controls in options.activated.values():
-            for control in controls:
-                prepare_control(control)
-        # sockets: all that we have. shared: those of them that the running process was given.
-        # options.activated: those that systemd has opened, and we cannot open again.
+        # The control sockets. activated: those that systemd has opened, and we never open again;
+        # sockets: all that we have; shared: those that the running process was given.
+        self.activated = [control for group in options.activated.values() for control in group]
+        for control in self.activated:
+            prepare_control(control)
         self.sockets = control_sockets(config, options.activated)
         self.shared: list[socket.socket] = []
         for protocol, port in options.activated.keys() - self.sockets.keys():
@@ -4190,7 +4188,6 @@ class NetworkChild:
                     self.lose("it reads nothing")
             except ConnectionError:  # it has closed its end: why, and its own end, the pipe tells
                 if self.process:
-                    import signal
                     os.kill(self.process, signal.SIGKILL)
                 return
             except OSError as error:
@@ -4240,7 +4237,6 @@ class NetworkChild:
 
     def lose(self, reason: str, hint: str = "") -> None:
         """It is gone or useless: start another after a pause. Raises UserError at our start."""
-        import signal
         status = self._stop(0)
         if status not in (0, -signal.SIGKILL):  # which is perhaps ours
             reason += f" ({ending(status)})"
@@ -4260,15 +4256,14 @@ class NetworkChild:
         """Open the control sockets anew: if the network process was taken over, it may have made
         them deaf. systemd's sockets cannot be opened again: their options are reset, but an
         attached filter or a bound interface remains."""
-        activated = [control for group in self.options.activated.values() for control in group]
         for control in self.shared:
-            if control not in activated:
+            if control not in self.activated:
                 close_control(control)
         opened = {name: group for name, group in self.sockets.items() if group[0].fileno() >= 0}
         self.sockets, self.shared = opened, []
         with contextlib.suppress(UserError):  # it is tried again with the next network process
             self.sockets = control_sockets(self.config, opened)
-        for control in activated:
+        for control in self.activated:
             with contextlib.suppress(OSError):
                 prepare_control(control)
 
@@ -4289,9 +4284,8 @@ class NetworkChild:
     def close(self) -> None:
         """End it, and close the control port."""
         self._stop(NETWORK_END_S)
-        for group in (self.shared, *self.options.activated.values()):
-            for control in group:
-                close_control(control)
+        for control in (*self.shared, *self.activated):
+            close_control(control)
 
 
 class Judge:
@@ -4481,7 +4475,6 @@ class Monitor:
         return f"{run_path(self.options.rundir, self.config)}.{name}"
 
     def _on_signal(self) -> None:
-        import signal
         numbers = os.read(self.options.signals, 4096)
         self.is_reload_wanted |= signal.SIGHUP in numbers  # it waits until the firewall is open
         self.is_stopping |= signal.SIGTERM in numbers or signal.SIGINT in numbers
@@ -4499,10 +4492,13 @@ class Monitor:
 
     def _timers(self) -> tuple[tuple[float, Callable[[], None]], ...]:
         """When there is something to do, and what."""
+        expires_at = NEVER  # only followers want to know of leases that the kernel ends
+        if self.followers.peers:
+            expires_at = min(self.firewall.leases.ending, default=NEVER) + 1  # a second's at once
         return (
             (self.network.start_at, self.network.start),
             (self.firewall.wakes_at, self.firewall.advance),
-            (self._expires_at, self.firewall.table.expire),
+            (expires_at, self.firewall.table.expire),
             (self.followers.send_at, self.followers.send_news),
             (self.log.sum_up_at, self.log.summary),
         )
@@ -4518,10 +4514,8 @@ class Monitor:
                 if value != fixed[name]:
                     reason = "the new value takes effect when the server is restarted"
                     self.log("restart-wanted", option=name, reason=reason)
-            config = config._replace(
-                nft=old.nft, family=old.family, table=old.table, chains=old.chains,
-                seccomp=old.seccomp,
-            )  # fmt: skip
+            names = ("nft", "family", "table", "chains", "seccomp")
+            config = config._replace(**{name: getattr(old, name) for name in names})
             sockets = control_sockets(config, self.network.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
@@ -4556,14 +4550,6 @@ class Monitor:
             found = self.firewall.config.resources[lease.resource]
             facts = lease_facts(lease.address, lease.user, found, left)
             self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
-
-    @property
-    def _expires_at(self) -> float:
-        """When to tell followers of the next leases that the kernel ends, those of a second at
-        once. Without followers nobody wants to know."""
-        if not self.followers.peers:
-            return NEVER
-        return min(self.firewall.leases.ending, default=NEVER) + 1
 
     def _send_status(self, peer: socket.socket) -> None:
         """Answer `status` with one JSON document; MANUAL.md documents the names."""
@@ -4662,7 +4648,6 @@ class Network:
 
     def run(self) -> None:
         """Serve until the monitor is gone: then it raises ConnectionError."""
-        import signal
         while True:
             if any(self.counts.values()):
                 self._send(Record(COUNTS, payload=COUNTS_PAYLOAD.pack(*self.counts.values())))
@@ -4823,7 +4808,7 @@ CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 # KILL, SETGID, SETUID, NET_BIND_SERVICE (a control port below 1024), NET_ADMIN (nft), SYS_CHROOT.
 MONITOR_CAPABILITIES = sum(1 << number for number in (5, 6, 7, 10, 12, 18))
 # The system calls that each process makes: by Python 3.9 to 3.13, with glibc or musl, on x86_64
-# or aarch64. A name that an architecture does not have stands for nothing there.
+# or aarch64. A name that an architecture does not have is ignored there.
 NETWORK_CALLS = """
     accept4 brk clock_gettime close epoll_ctl epoll_pwait epoll_wait exit exit_group futex
     getpeername getrandom getsockname getsockopt madvise mmap mprotect mremap munmap pselect6
@@ -4964,8 +4949,7 @@ def network_process(
 ) -> None:
     """The whole life of the network process. What the monitor says is its standard input, and its
     standard output goes there."""
-    import signal
-    # Ctrl-C is the monitor's to see to, and so is SIGHUP, which has been blocked since our start.
+    # The monitor handles Ctrl-C, and SIGHUP, which has been blocked since our start.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         network = Network(socket.socket(fileno=0), 1, int(limit), int(prefix_limit))

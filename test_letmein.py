@@ -6590,6 +6590,7 @@ class TestSignalsAtTheStart:
             server.process.send_signal(number)
             assert server.wait() in (0, -number)
             assert "Traceback" not in server.log, server.log
+            assert not server.events("ready"), "it was already about to stop"
         assert lab.ruleset() == before
         for path in server.rundir.iterdir():
             assert path.suffix == ".lock"
@@ -6819,9 +6820,12 @@ class TestSighup:
             number = conf.split("\n").index(line) + 1
             assert f"{guarded.path}:{number}:" in event["reason"], event
             assert lab.ruleset() == before
+        reconfigure(guarded, good.replace("table = filter", "tabel = filter"), good=False)
+        warnings = [event["reason"] for event in guarded.events("warning")]
+        assert any("tabel" in warning for warning in warnings), "it tells why"
         guarded.path.unlink()
         guarded.process.send_signal(signal.SIGHUP)
-        event = guarded.wait_for("reload-failed", 4)
+        event = guarded.wait_for("reload-failed", 5)
         assert str(guarded.path) in event["reason"]
         guarded.path.write_text(good, encoding="utf-8")
         assert lab.ruleset() == before
@@ -7262,12 +7266,16 @@ class TestUnreadLog:
             assert max(line.count("event=") for line in server.lines) == 1
 
 
+FAREWELL = b"it says why, in a text as long as a record".ljust(letmein.RECORD.size, b".")
+
+
 @pytest.mark.parametrize(
     "record, reason",
     [
         (letmein.Record(9), "it sent a bad record"),
         (letmein.Record(letmein.FIRST, protocol=9), "it sent a bad record"),
         (letmein.Record(letmein.FIRST), "it sent a bad message"),
+        (letmein.Record(*letmein.RECORD.unpack(FAREWELL)), FAREWELL.decode()),
         (letmein.Record(letmein.COUNTS, payload=struct.pack("!3I", 1, 2, 3) + bytes(44)), ""),
     ],
 )
@@ -7279,6 +7287,48 @@ def test_records_that_are_no_message(record: letmein.Record, reason: str) -> Non
         reasons = [line["reason"] for line in monitor.log.lines]
         counts = [monitor.log.counts[name] for name in ("evicted", "late", "garbage")]
         assert (reasons, counts) == (([reason], [0, 0, 0]) if reason else ([], [2, 4, 6]))
+
+
+def test_settings_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network process is started without its link: another attempt is made later."""
+    started = []
+
+    def fail(*_: object) -> None:
+        raise OSError("there are too many")
+
+    with lone_monitor(monitor_text("always")) as monitor:
+        network = monitor.network
+        network._stop(0)
+        network.start_at = letmein.NEVER
+        monkeypatch.setattr(letmein, "control_sockets", lambda *_: {})
+        monkeypatch.setattr(socket, "send_fds", fail)
+        monkeypatch.setattr(os, "posix_spawn", lambda *_, **__: started.append(1))
+        network.start()
+        assert (started, network.process, network.link, network.pipe) == ([], 0, None, -1)
+        assert network.start_at < letmein.NEVER
+        assert monitor.log.counts["network-process-lost"] == 1
+
+
+def test_what_a_datagram_costs() -> None:
+    """The users of a resource are not read for each datagram that nobody has proved."""
+
+    class Users(frozenset[int]):
+        reads = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Users.reads += 1
+            return super().__iter__()
+
+    with lone_monitor(monitor_text("always")) as monitor:
+        config = monitor.config
+        resource = config.resources[RESOURCE]._replace(users=Users((1, 2, USER)))
+        monitor.judge.reconfigure(config._replace(resources={RESOURCE: resource}))
+        before = Users.reads
+        sender = From(letmein.UDP, 1, ("10.0.0.1", 1000))
+        for said in (KNOCK, RESPONSE):
+            record = sender.record(letmein.FIRST, sealed(said, NO_TOKEN))
+            monitor.hand(letmein.RECORD.pack(*record))
+        assert Users.reads == before
 
 
 def test_one_refused_knock_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7402,6 +7452,46 @@ def test_both_processes_survive_any_peers(sayings: list[tuple[int, str, bytes, i
         for talker in server.talkers:
             assert not talker.heard() and (talker.closed or not talker.at_end)
         assert "network-process-lost" not in server.monitor.log.counts
+    finally:
+        server.close()
+
+
+def test_a_peer_of_a_listener_that_is_closed() -> None:
+    """Settings that come together with a peer of the old control port cost nobody a connection."""
+    server = BothProcesses()
+    try:
+        server.talkers.append(Talker(server, udp=False, source="127.0.0.2"))
+        server.settle()
+        settings = letmein.Record(
+            letmein.SETTINGS, payload=letmein.SETTINGS_PAYLOAD.pack(60.0)
+        )
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            letmein.prepare_control(listener)
+            server.monitor.network.send(settings, [listener.fileno()])
+            server.talkers.append(Talker(server, udp=False, source="127.0.0.3"))
+            server.settle()
+        server.listeners = server.network.listeners
+        assert len(server.network.connections) == 1 and not server.talkers[0].is_over()
+    finally:
+        server.close()
+
+
+def test_the_time_limit_is_for_each_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many connections at once do not use up the network process's limit together."""
+    steps = []
+
+    def end() -> None:
+        raise ConnectionError
+
+    works = [lambda: steps.append("event"), lambda: steps.append("event"), end]
+    ready = [(SimpleNamespace(data=work), 1) for work in works]
+    server = BothProcesses()
+    try:
+        monkeypatch.setattr(signal, "setitimer", lambda *_: steps.append("limit"))
+        monkeypatch.setattr(server.network.selector, "select", lambda _: ready)
+        with pytest.raises(ConnectionError):
+            server.network.run()
+        assert steps == ["limit", "event", "limit", "event", "limit"]
     finally:
         server.close()
 
@@ -7861,6 +7951,23 @@ class TestNetworkProcess:
             lost = server.wait_for("network-process-lost", 2)
             said = f"the network process cannot be started: No such file or directory: {python}"
             assert lost["reason"] == said
+            assert "restart the server" in lost["hint"]
+
+    def test_a_python_that_was_replaced(self, lab: Lab) -> None:
+        """Another version cannot read the compiled program: the log says what to do."""
+        lab.load()
+        python = lab.directory / f"python-{next(lab.numbers)}"
+        python.symlink_to(sys.executable)
+        with Server(lab, server_conf(), program=(python, LETMEIN, "server")) as server:
+            network = server.network_process()
+            python.unlink()
+            pretend = "import sys; sys.hexversion += 1; exec(sys.argv.pop(1))"
+            command = f'shift 2\nexec {sys.executable} -IB -c "{pretend}" "$@"'
+            python.write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
+            python.chmod(0o755)
+            os.kill(network, signal.SIGKILL)
+            lost = server.wait_for("network-process-lost", 2)
+            assert lost["reason"] == "it found another Python"
             assert "restart the server" in lost["hint"]
 
     def test_stopped(self, lab: Lab) -> None:
@@ -8656,6 +8763,7 @@ class TestEgress:
         pytest.param("--seccomp on knock host 22", "kill", id="bad seccomp"),
         pytest.param("-c", "", id="option without value"),
         pytest.param("server -n 0", "1", id="no connections"),
+        pytest.param("server -n 20001", "20000", id="too many connections"),
         pytest.param("server --user 0day!", "a user's name", id="no name of a user"),
         pytest.param("revoke host 22 -- ls", "revoke takes no COMMAND", id="COMMAND of revoke"),
         pytest.param("knock host 22 --", "COMMAND is missing", id="no COMMAND behind --"),
@@ -9122,6 +9230,18 @@ class TestFollow:
                 following.assert_agrees(successor)
                 successor.stop()
             eventually(lambda: not following.held, "it believes in leases of a server that stopped")
+
+    def test_a_lease_of_a_month(self, lab: Lab) -> None:
+        """The server lives on although no selector can wait so long for the lease's end."""
+        lab.load()
+        conf = server_conf("29 = port: 29 / timeout: 2592000")
+        with Server(lab, conf) as server:
+            assert handshake(lab, 0x29) == COMEIN
+            crash(server)
+        arguments = ("--rundir", str(server.rundir))
+        with Server(lab, conf, *arguments) as successor, Following(successor) as following:
+            assert handshake(lab, 0x29) == COMEIN
+            following.wait_for("renewed", resource="00000029")
 
     def test_64_followers(self, lab: Lab) -> None:
         """Readers that read nothing, or a byte at a time, are cut off when their buffer is full,
