@@ -4334,7 +4334,8 @@ class Judge:
         is_udp_response = record.protocol == UDP and message.operation == RESPONSE
         if record.kind == FIRST and not is_udp_response:
             return handshake.on_request(message, new_token)
-        # A TCP connection whose first message proved nothing has been closed.
+        # A TCP connection whose first message proved nothing has been closed. (A network process
+        # that was taken over may lie: that earns it a GOAWAY.)
         proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
         challenges = self.tokens.challenges(facts, now, config.control_timeout)
         return handshake.on_response(message, proved, challenges)
@@ -4444,10 +4445,10 @@ class Monitor:
     def _start(self) -> None:
         """Serve as soon as a network process is ready, and the firewall takes our rules. Returns
         early if it is to stop meanwhile."""
-        while not self.network.is_ready:
-            if self.is_stopping:
-                return
+        while not (self.network.is_ready or self.is_stopping):
             self._turn()
+        if self.is_stopping:
+            return
         for name, on_peer in (("status", self._send_status), ("follow", self.followers.add)):
             served = RunSocket(self._run_path(name), on_peer)
             self.selector.register(served.listener, selectors.EVENT_READ, served.serve)

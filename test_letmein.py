@@ -9239,7 +9239,7 @@ class TestFollow:
             assert handshake(lab, 0x29) == COMEIN
             crash(server)
         arguments = ("--rundir", str(server.rundir))
-        with Server(lab, conf, *arguments) as successor, Following(successor) as following:
+        with Server(lab, conf, *arguments), Following(server) as following:
             assert handshake(lab, 0x29) == COMEIN
             following.wait_for("renewed", resource="00000029")
 
