@@ -4066,8 +4066,7 @@ class NetworkChild:
     """The network process, as its parent has it: started, told the settings, listened to, replaced
     when it is lost. Neither it nor what it says is trusted: what is unexpected ends it.
 
-    Args: selector, waits for what it says. Raises UserError if the control port cannot be served.
-    """
+    Args: selector, for what it says. Raises UserError if the control port cannot be served."""
 
     on_message: Callable[[Record, Message], None]  # is given each message of a peer; set later
 
@@ -4510,9 +4509,8 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             config = config._replace(seccomp=self.options.seccomp or config.seccomp)
-            fixed = old.fixed_options()
             for name, value in config.fixed_options().items():
-                if value != fixed[name]:
+                if value != old.fixed_options()[name]:
                     reason = "the new value takes effect when the server is restarted"
                     self.log("restart-wanted", option=name, reason=reason)
             names = ("nft", "family", "table", "chains", "seccomp")
@@ -4623,8 +4621,7 @@ class Network:
         # By number, oldest first: those that compete for slots, and by prefix the same ones.
         self.connections: dict[int, Connection] = {}
         self.prefixes: dict[bytes, dict[int, Connection]] = {}
-        # Connections whose second message was forwarded: not read again and not evicted; the
-        # monitor will answer soon.
+        # Those whose second message was forwarded: not read again and not evicted.
         self.awaiting_verdict: dict[int, Connection] = {}
         self.number = int.from_bytes(os.urandom(4), "big")
         self.counts = dict.fromkeys(COUNTED, 0)  # those that the monitor has not been told
@@ -4728,9 +4725,8 @@ class Network:
             if len(self.connections) < self.limit:
                 return
             crowd = max(self.prefixes.values(), key=len)
-        # A valid first message gives no priority, because a replayed KNOCK is valid too. A
-        # connection that waits for the monitor is spared: its wait is short, and the channels bound
-        # the number of such connections.
+        # A valid first message gives no priority, because a replayed KNOCK is valid too. Who waits
+        # for the monitor is spared: that wait is short, and the channels bound their number.
         idle = next((one for one in crowd.values() if not one.awaits_reply), None)
         if idle:
             self._close(idle, "evicted")
