@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]  # tells the user something
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
+    Selector = selectors.BaseSelector
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
@@ -1488,10 +1489,12 @@ def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, sa
 
 
 class UdpHandshake:
-    """One handshake over UDP, from a port of its own. Raises OSError."""
+    """One handshake over UDP, from a port of its own. Args: selector, in which it is while it runs.
+    Raises OSError."""
 
-    def __init__(self, handshake: Handshake, target: Target) -> None:
+    def __init__(self, handshake: Handshake, target: Target, selector: Selector) -> None:
         self.handshake = handshake
+        self.selector = selector
         self.response = b""
         self.heard = b""  # the last message, without its salt
         self.is_done = False
@@ -1502,6 +1505,7 @@ class UdpHandshake:
                 self.socket.bind(target.local)
             self.socket.connect(target.remote)
             self.socket.send(next(handshake))
+            selector.register(self.socket, selectors.EVENT_READ, self)
         except BaseException:
             self.socket.close()
             raise
@@ -1523,37 +1527,10 @@ class UdpHandshake:
             self.socket.send(self.response)
         return True
 
-
-class UdpHandshakes:
-    """The handshakes with one server that are under way, UDP_HANDSHAKES at most."""
-
-    def __init__(self) -> None:
-        self.running: deque[UdpHandshake] = deque()  # the oldest first
-        # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
-        self.selector = selectors.DefaultSelector()
-
-    def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; at the limit, give up the oldest."""
-        if len(self.running) == UDP_HANDSHAKES:
-            self.drop(self.running[0])
-        self.running.append(handshake)
-        self.selector.register(handshake.socket, selectors.EVENT_READ, handshake)
-
-    def wait(self, timeout: float) -> list[UdpHandshake]:
-        """Those to which something has come within timeout seconds."""
-        return [key.data for key, _ in self.selector.select(timeout)]
-
-    def drop(self, handshake: UdpHandshake) -> None:
-        """Give up this one."""
-        self.running.remove(handshake)
-        self.selector.unregister(handshake.socket)
-        handshake.socket.close()
-
     def close(self) -> None:
-        """Give up all."""
-        for handshake in list(self.running):
-            self.drop(handshake)
-        self.selector.close()
+        """Give it up."""
+        self.selector.unregister(self.socket)
+        self.socket.close()
 
 
 def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
@@ -1562,29 +1539,40 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, sa
     KNOCK is sent twice from one port: the reference's server rejects that."""
     again = time.monotonic()
     end = last_start = again + timeout  # each answer moves the end, to give the next one its time
-    with contextlib.closing(UdpHandshakes()) as handshakes:
+    running: deque[UdpHandshake] = deque()  # the oldest first
+    # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
+    selector = selectors.DefaultSelector()
+    try:
         while (now := time.monotonic()) < end:
             if now >= again:
-                if handshakes.running:
-                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
-                for handshake in handshakes.running:
+                if running:
+                    say("no answer yet, another try")
+                for handshake in running:
                     if handshake.response:
                         handshake.socket.send(handshake.response)
                 if now < last_start:
-                    handshakes.add(UdpHandshake(new_handshake(), target))
-            for handshake in handshakes.wait(min(again, end) - now):
+                    if len(running) == UDP_HANDSHAKES:
+                        running.popleft().close()
+                    running.append(UdpHandshake(new_handshake(), target, selector))
+            for key, _ in selector.select(min(again, end) - now):
+                handshake = key.data
                 try:
                     if handshake.receive():
                         end = time.monotonic() + timeout
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
-                    handshakes.drop(handshake)
-                    if not handshakes.running:
+                    running.remove(handshake)
+                    handshake.close()
+                    if not running:
                         raise
                 if handshake.is_done:
                     return
-    raise socket.timeout
+        raise socket.timeout
+    finally:
+        for handshake in running:
+            handshake.close()
+        selector.close()
 
 
 def start_thread(run: Callable[[], None]) -> threading.Thread:
@@ -1689,9 +1677,7 @@ class Client:
         names = ", ".join(addresses)
         return names if names == self.host else f"{self.host} ({names})"
 
-    def attempt(
-        self, operation: int, resource: int, address: str, race: Race
-    ) -> UserError | None:
+    def attempt(self, operation: int, resource: int, address: str, race: Race) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
         host = self.host_text([address])
@@ -1767,7 +1753,8 @@ class Client:
         results = race.wait(is_enough)
         for address in race.addresses:
             if address not in results:
-                self.say(f"{self.host_text([address])}: no answer within {OTHER_ADDRESS_S:g} s more")
+                host = self.host_text([address])
+                self.say(f"{host}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
 
     def unmet(self, race: Race, results: Results) -> set[int]:
@@ -1787,10 +1774,8 @@ class Client:
         if not errors:
             return None
 
-        def rank(error: UserError) -> int:
-            if isinstance(error, Rejected):
-                return 2
-            return 0 if isinstance(error, Unsent) else 1
+        def rank(error: UserError) -> tuple[bool, bool]:
+            return isinstance(error, Rejected), not isinstance(error, Unsent)
 
         worst = max(errors.values(), key=rank)
         addresses = [each for each, error in errors.items() if error.problem == worst.problem]
@@ -1829,17 +1814,14 @@ class Client:
         self.is_quiet = True
 
     def be_quick(self, lease: float) -> None:
-        """Have no more patience than leaves time for another try within a lease of this length,
-        in s."""
+        """Leave time for another try within a lease of this length, in s."""
         self.timeout = min(self.timeout, max(lease / 8, 1.0))
 
     def bind_to(self, address: str, local: tuple[Any, ...]) -> None:
         """Send to this address from that one of ours alone."""
         self.targets[address] = self.targets[address]._replace(local=local)
 
-    def tell_done(
-        self, operation: int, resource: Resource, race: Race, results: Results
-    ) -> bool:
+    def tell_done(self, operation: int, resource: Resource, race: Race, results: Results) -> bool:
         """Tell the user of a success; returns False if nobody reads it."""
         name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
@@ -1882,6 +1864,7 @@ class Hold:
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
+        client = self.client
 
         def stop(number: int, _: object) -> None:
             self.ended_by = number
@@ -1895,9 +1878,11 @@ class Hold:
         catch_signals(stop)
         try:
             try:
-                if not self._open():
+                is_good = client.ask_all(KNOCK) == client.resources
+                client.keep_only_opened()
+                if not is_good:
                     return 1
-                return self._run_command() if self.client.arguments.to_run else self._connect()
+                return self._run_command() if client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
         finally:  # another one: a signal may interrupt the inner one before it is ignored
@@ -1908,12 +1893,6 @@ class Hold:
         if self.ended_by:
             raise SystemExit(128 + self.ended_by)
 
-    def _open(self) -> bool:
-        """Open all; returns whether that worked."""
-        is_good = self.client.ask_all(KNOCK) == self.client.resources
-        self.client.keep_only_opened()
-        return is_good
-
     def _close(self) -> None:
         """End renewing, and close what was opened unless it is to stay."""
         self.turn.acquire()  # for good: nothing is renewed from here on
@@ -1923,36 +1902,34 @@ class Hold:
             self.client.ask_all(REVOKE)
 
     def _renew(self) -> None:
-        """Renew what is open, for ever; for a thread of its own."""
+        """Knock again in the middle of each lease, for ever; for a thread of its own. Tells the
+        user if a lease ends meanwhile."""
+        client = self.client
         try:
-            self._renew_in_time()
+            timeouts = [resource.timeout for resource in client.resources]
+            lease = max(2.0, min(LONGEST_WAIT_S, *timeouts))
+            client.be_quick(lease)
+            retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+            pause = lease / 2
+            end = time.monotonic() + lease
+            is_told = False
+            while True:
+                time.sleep(pause)
+                begun = time.monotonic()
+                error = self._knock_again()
+                if error is None:
+                    pause = lease / 2
+                    end = begun + lease
+                    is_told = False
+                    retries.reset()
+                    continue
+                pause = retries.take()
+                client.say(f"not renewed yet: {error}")
+                if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
+                    is_told = True
+                    tell_error(UserError(f"cannot renew {error}", error.hint))
         except Exception as error:  # nobody sees an exception in a thread
             tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
-
-    def _renew_in_time(self) -> None:
-        """Knock again in the middle of each lease. Tells the user if a lease ends meanwhile."""
-        client = self.client
-        lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
-        client.be_quick(lease)
-        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
-        pause = lease / 2
-        end = time.monotonic() + lease
-        is_told = False
-        while True:
-            time.sleep(pause)
-            begun = time.monotonic()
-            error = self._knock_again()
-            if error is None:
-                pause = lease / 2
-                end = begun + lease
-                is_told = False
-                retries.reset()
-                continue
-            pause = retries.take()
-            client.say(f"not renewed yet: {error}")
-            if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
-                is_told = True
-                tell_error(UserError(f"cannot renew {error}", error.hint))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -2018,11 +1995,10 @@ class Hold:
                 client.say(f"{client.host_text([address])}: connecting to port {port}")
                 try:
                     peer = socket.create_connection((name, port), patience)
-                except OSError as error:
-                    reason = error.strerror or f"no answer within {patience:g} s"
-                else:
                     peer.settimeout(None)
                     return address, peer
+                except OSError as error:
+                    reason = error.strerror or f"no answer within {patience:g} s"
             if not is_last:
                 client.ask_all(KNOCK)
         host = client.host_text(client.opened[resource])
@@ -2035,13 +2011,13 @@ class Hold:
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "check its name, PATH and, if it is a script, the program that its first line names"
-        tell_error(UserError(f"cannot run {name!r}: not found", hint))
-        return 127
+    status, problem = 126, error.strerror
     hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
-    tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
-    return 126
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        status, problem = 127, "not found"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
+    tell_error(UserError(f"cannot run {name!r}: {problem}", hint))
+    return status
 
 
 def keep_alive(peer: socket.socket) -> None:
