@@ -1807,6 +1807,29 @@ class Client:
             tell_error(not_done(operation, all_names, error))
         return done
 
+    def tell_done(self, operation: int, resource: Resource, race: Race, results: Results) -> bool:
+        """Tell the user of a success; returns False if nobody reads it."""
+        name = name_of(resource)
+        if operation == KNOCK and (resource.port or resource.jumps):
+            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
+            self.say(f"{name} is open to this machine for {limit}")
+        if self.is_quiet:
+            return True
+        for address, error in results.items():
+            if isinstance(error, Rejected):
+                here = UserError(f"{self.host_text([address])}: {error}", error.hint)
+                tell_error(not_done(operation, name, here), "note")
+        good = [each for each in race.addresses if each in results and not results[each]]
+        line = f"{DONE[operation]} {name} on {self.arguments.host} ({', '.join(good)})"
+        if self.arguments.to_run:
+            tell(line)  # standard output is COMMAND's
+            return True
+        try:
+            print(line, flush=True)
+        except OSError:  # go on with the other resources
+            return False
+        return True
+
     def keep_only_opened(self) -> None:
         """Forget what was not opened, so that it is not closed either; with -4 -6 one address may
         be open alone. From here on, success is not told."""
@@ -1820,29 +1843,6 @@ class Client:
     def bind_to(self, address: str, local: tuple[Any, ...]) -> None:
         """Send to this address from that one of ours alone."""
         self.targets[address] = self.targets[address]._replace(local=local)
-
-    def tell_done(self, operation: int, resource: Resource, race: Race, results: Results) -> bool:
-        """Tell the user of a success; returns False if nobody reads it."""
-        name = name_of(resource)
-        if operation == KNOCK and (resource.port or resource.jumps):
-            limit = f"{resource.timeout:g} s, unless the server's file says otherwise"
-            self.say(f"{name} is open to this machine for {limit}")
-        if self.is_quiet:
-            return True
-        for address, error in results.items():
-            if isinstance(error, Rejected):
-                here = UserError(f"{self.host_text([address])}: {error}", error.hint)
-                tell_error(not_done(operation, name, here), "note")
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{DONE[operation]} {name} on {self.arguments.host} ({good})"
-        if self.arguments.to_run:
-            tell(line)  # standard output is COMMAND's
-            return True
-        try:
-            print(line, flush=True)
-        except OSError:  # go on with the other resources
-            return False
-        return True
 
 
 class Hold:
