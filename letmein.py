@@ -2044,8 +2044,8 @@ class Carrier:
             while data := self.peer.recv(CHUNK):
                 if not self._write(data):
                     return
-        except OSError as error:
-            raise broken(error) from None
+        except OSError as error:  # perhaps after _fail(), which tells why
+            raise self.failure or broken(error) from None
         sent_before = self.sent
         drop_output()
         while uploader.is_alive():
