@@ -89,13 +89,13 @@ ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: 
 
 
 def in_journal() -> bool:
-    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
-    sets it also where only standard output goes there, see systemd.exec(5)."""
+    """Whether standard error goes to systemd's journal. The variable proves nothing by itself:
+    systemd also sets it when only standard output goes there, see systemd.exec(5)."""
     stream = os.environ.get("JOURNAL_STREAM")
     if not stream:
         return False
-    place = os.fstat(2)
-    return stream == f"{place.st_dev}:{place.st_ino}"
+    status = os.fstat(2)
+    return stream == f"{status.st_dev}:{status.st_ino}"
 
 
 def tell_at(priority: int, text: str) -> None:
@@ -145,8 +145,8 @@ class Log:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        # Since the last summary: frequent lines, by name and user, and those not written, by name.
-        self.kinds: Counter[tuple[str, str]] = Counter()
+        # Since the last summary: frequent lines by event and user, and lines left out by event.
+        self.frequent: Counter[tuple[str, str]] = Counter()
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
@@ -156,9 +156,10 @@ class Log:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
         escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         if self.is_journal:
             start = f"<{PRIORITIES.get(event, INFO)}>"
+        else:
+            start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
@@ -176,13 +177,13 @@ class Log:
     def often(self, event: str, **fields: str) -> None:
         """Write a line on an event that may come often, or only count it for the next summary.
         What users get and lose is limited for each of them: a busy one must not hide another."""
+        is_flood = event in FLOODS
+        limit = LINES_LIMIT if is_flood else USER_LINES_LIMIT
+        user = "" if is_flood else fields.get("user", "")
         name = f"{event}-{fields['proto']}" if "proto" in fields else event
-        kind, limit = (name, fields.get("user", "")), USER_LINES_LIMIT
-        if event in FLOODS:
-            kind, limit = (name, ""), LINES_LIMIT
-        self.kinds[kind] += 1
+        self.frequent[name, user] += 1
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
-        if self.kinds[kind] <= limit:
+        if self.frequent[name, user] <= limit:
             self(event, **fields)
         else:
             self.counts[event] += 1
@@ -191,7 +192,7 @@ class Log:
     def summary(self) -> None:
         """Write how many events got no line since the last summary."""
         more = dict(self.left_out)
-        self.kinds.clear()
+        self.frequent.clear()
         self.left_out.clear()
         self.sum_up_at = NEVER
         if more:
@@ -275,6 +276,11 @@ class Message(NamedTuple):
     salt: bytes
     auth: bytes
 
+    @property
+    def name(self) -> str:
+        """What its operation is called."""
+        return OPERATIONS[self.operation]
+
     def encode(self) -> bytes:
         """The 56 bytes on the wire."""
         return MESSAGE.pack(MAGIC, *self)
@@ -292,7 +298,11 @@ class Message(NamedTuple):
     def authenticate(self, key: bytes, token: bytes) -> bytes:
         """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
         A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
-        there is one: anybody can replay them, and gets no further than the CHALLENGE."""
+        there is one: anybody can replay them, and gets no further than the CHALLENGE.
+
+        A RESPONSE names neither the client's address nor the operation. So an attacker on the path
+        can forward one from an address of their own, or have it answer a replayed KNOCK or REVOKE.
+        """
         import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -314,7 +324,12 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
+    operation: int,
+    user: int,
+    resource: int,
+    key: bytes,
+    say_warning: Say,
+    say: Say = lambda text: None,
 ) -> Handshake:
     """The client's side of one knock or revocation: yields each message to send, takes the answer
     by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
@@ -324,15 +339,14 @@ def client_handshake(
     for request, expected in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         say(f"sending {OPERATIONS[request]} for resource {resource:08X}")
         answer = Message.decode((yield signed(request, user, resource, key, token)))
-        name = OPERATIONS[answer.operation]
-        say(f"received {name}")
+        say(f"received {answer.name}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=request == RESPONSE)
         if answer.operation != expected:
-            raise ProtocolError(f"{name} instead of {OPERATIONS[expected]}")
+            raise ProtocolError(f"{answer.name} instead of {OPERATIONS[expected]}")
         if (answer.user, answer.resource) != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
-            warn(f"the server answered for {ids}, which is not what was asked for")
+            say_warning(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -370,18 +384,19 @@ class ServerHandshake(NamedTuple):
 
     policy: int  # what a peer must have proved for its errors to be answered
     key_of: Callable[[int], bytes | None]  # of a user
-    objection: Callable[[int, int], str]  # why a user may not have a resource, or ""
+    why_not: Callable[[int, int], str]  # why a user may not have a resource, or ""
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
         """Judge a peer's first message. Args: new_token, gives the token for an operation."""
-        user, resource = message.user, message.resource
         if message.operation not in (KNOCK, REVOKE):
-            return self._refuse_operation(message, NO_AUTH, ANYBODY, ANYBODY)
+            unnamed = message._replace(user=ANYBODY, resource=ANYBODY)
+            return self._refuse(unnamed, NO_AUTH, f"unexpected {message.name}")
+        user, resource = message.user, message.resource
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
-            return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
-        if objection := self.objection(user, resource):
-            return self.refuse(BASIC_AUTH, user, resource, objection)
+            return self._refuse(message, NO_AUTH, "wrong key" if key else "unknown user")
+        if reason := self.why_not(user, resource):
+            return self._refuse(message, BASIC_AUTH, reason)
         return Verdict(unsigned(CHALLENGE, user, resource, new_token(message.operation)))
 
     def on_response(
@@ -389,34 +404,26 @@ class ServerHandshake(NamedTuple):
     ) -> Verdict:
         """Judge what should be a RESPONSE. Args: proved, what this peer has proved before;
         challenges, all that it may have got for this user and resource."""
-        user, resource = message.user, message.resource
         if message.operation != RESPONSE:
-            return self._refuse_operation(message, proved, user, resource)
+            return self._refuse(message, proved, f"unexpected {message.name}")
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(user)
+        key = self.key_of(message.user)
         for_proof = key or NOBODYS_KEY
         met = (each for each in challenges if message.proves(for_proof, each.token))
         challenge = next(met, None)
         if challenge is None or key is None:
-            return self.refuse(proved, user, resource, "wrong RESPONSE")
-        if objection := self.objection(user, resource):
-            return self.refuse(FULL_AUTH, user, resource, objection)
+            return self._refuse(message, proved, "wrong RESPONSE")
+        if reason := self.why_not(message.user, message.resource):
+            return self._refuse(message, FULL_AUTH, reason)
         return Verdict(b"", challenge=challenge)
 
-    def _refuse_operation(
-        self, message: Message, proved: int, user: int, resource: int
-    ) -> Verdict:
-        """Refuse a message that does not belong here. What only a server says is never answered, or
-        two servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
-        reason = f"unexpected {OPERATIONS[message.operation]}"
-        if message.operation in SERVER_OPERATIONS:
+    def _refuse(self, message: Message, proved: int, reason: str) -> Verdict:
+        """Refuse a message: with a GOAWAY if the peer has proved enough for one. What only a server
+        says is never answered, or two servers could be made to talk to each other for ever (as in
+        CVE-2024-2169)."""
+        if proved < self.policy or message.operation in SERVER_OPERATIONS:
             return Verdict(b"", reason)
-        return self.refuse(proved, user, resource, reason)
-
-    def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
-        """Refuse a peer: with a GOAWAY if it has proved enough for one, otherwise silently."""
-        reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
-        return Verdict(reply, reason)
+        return Verdict(unsigned(GOAWAY, message.user, message.resource), reason)
 
 
 TOKEN_WINDOW_S = 5.0
@@ -427,7 +434,7 @@ SPENT_LIMIT = 1 << 17  # tokens remembered as spent; some 200 bytes each
 class Spent(NamedTuple):
     """The challenges of the same base that a RESPONSE has met."""
 
-    count: int
+    number: int
     outcome: int  # how the latest RESPONSE was answered: COMEIN or GOAWAY
 
 
@@ -456,7 +463,7 @@ class Tokens:
         """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
         window = int(now / TOKEN_WINDOW_S)
         base = self._base(facts, operation, window)
-        return self._token(base, self._spent(window, base).count)
+        return self._token(base, self._spent(window, base).number)
 
     def challenges(self, facts: bytes, now: float, patience: float) -> Iterator[Challenge]:
         """All challenges that may have been given for these facts, newest first. A token lives
@@ -473,9 +480,9 @@ class Tokens:
                     yield Challenge(operation, latest, window, base, outcome)
 
     def note_outcome(self, challenge: Challenge, outcome: int) -> None:
-        """Note that a challenge's token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
+        """Note that a token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
         window, base = challenge.window, challenge.base
-        count = self._spent(window, base).count + 1
+        count = self._spent(window, base).number + 1
         self.spent.setdefault(window, {})[base] = Spent(count, outcome)
 
     def _base(self, facts: bytes, operation: int, window: int) -> bytes:
@@ -521,6 +528,7 @@ SECCOMP = ("off", "log", "kill")
 CONTROL_PORT = 5800
 KEY_DIGITS = 2 * KEY_SIZE
 MAX_NR_RULES_LIMIT = 1_000_000
+NO_USER = -1  # nobody has this id, so nothing limits it
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
@@ -605,6 +613,11 @@ class Config(NamedTuple):
     limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     @property
+    def control(self) -> str:
+        """The control port, such as 5800/tcp or 5800/tcp+udp."""
+        return f"{self.port}/{'+'.join(self.protocols)}"
+
+    @property
     def table_name(self) -> str:
         """The table with its family, as nft(8) has it."""
         return f"{self.family} {self.table}"
@@ -615,7 +628,7 @@ class Config(NamedTuple):
         nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
         return {**nftables, "seccomp": self.seccomp}
 
-    def objection(self, user: int, resource: int) -> str:
+    def why_not(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
         if found is None:
@@ -653,10 +666,15 @@ def digest(facts: tuple[object, ...]) -> str:
 
 
 def shown(text: str) -> str:
-    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key."""
-    if len(re.findall("[0-9A-Fa-f]", text)) >= 16:
-        return "'...'"
-    return ascii(text if len(text) <= 80 else text[:80] + "...")
+    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key. A key may
+    be written with separators or 0x in it, and with mistakes: so 12 hex digits among 16 letters and
+    digits are too many."""
+    start = text[:80]
+    letters = re.sub("[xX]|[^0-9A-Za-z]", "", start)
+    for at in range(len(letters) - 15):
+        if len(re.findall("[0-9A-Fa-f]", letters[at : at + 16])) >= 12:
+            return "'...'"
+    return ascii(start if text == start else start + "...")
 
 
 def matched(text: str, pattern: str, expected: str) -> str:
@@ -678,24 +696,20 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     return number
 
 
-def parse_port(text: str) -> int:
-    """The number of a TCP or UDP port."""
-    return parse_number(text, 1, 65535)
+# The number of a TCP or UDP port.
+parse_port = functools.partial(parse_number, least=1, limit=65535)
+parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
+# The name of an nftables table or chain.
+parse_name = functools.partial(
+    matched, pattern="[A-Za-z0-9_.-]{1,64}", expected="1 to 64 of A-Z a-z 0-9 _ - ."
+)
+# What limits a jump: there is only the source address of packets.
+parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 
 
 def parse_rules_limit(text: str) -> int:
     """max-nr-rules. A number above our own limit counts as that limit."""
     return min(parse_number(text), MAX_NR_RULES_LIMIT)
-
-
-def parse_family(text: str) -> str:
-    """The family of an nftables table."""
-    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
-
-
-def parse_name(text: str) -> str:
-    """The name of an nftables table or chain."""
-    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
@@ -750,9 +764,8 @@ def parse_policy(text: str) -> int:
     return POLICIES[parse_word(text, POLICIES)]
 
 
-def parse_seccomp(text: str) -> str:
-    """What happens at a system call that the filter does not allow; "off" for no filter."""
-    return parse_word(text, SECCOMP)
+# What happens at a system call that the filter does not allow; "off" for no filter.
+parse_seccomp = functools.partial(parse_word, words=SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -779,14 +792,9 @@ def parse_users(text: str) -> frozenset[int]:
     return frozenset(parse_identifier(user) for user in text.split(","))
 
 
-def parse_match(text: str) -> str:
-    """What limits a jump: there is only the source address of packets."""
-    return matched(text, "saddr", "saddr")
-
-
-RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
+RESOURCE_SYNTAX = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
+RESOURCE_ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
     "users": parse_users,
@@ -803,13 +811,13 @@ def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS:
-            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key not in RESOURCE_ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE_SYNTAX)
         elif key in values and key in PORT_ITEMS:
             raise Unfit(f"{key} appears twice", f"{key} once")
         else:
             try:
-                values[key] = ITEMS[key](value)
+                values[key] = RESOURCE_ITEMS[key](value)
             except Unfit as unfit:
                 raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
     return values, flags
@@ -824,13 +832,13 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     users = values.get("users", frozenset())
     if "port" in values:
         if not values.keys() <= PORT_ITEMS:
-            raise Unfit("a port and a jump need a resource each", RESOURCE)
-        protocols = parse_protocols(flags, RESOURCE)
+            raise Unfit("a port and a jump need a resource each", RESOURCE_SYNTAX)
+        protocols = parse_protocols(flags, RESOURCE_SYNTAX)
         return Resource(identifier, values["port"], protocols, (), timeout, users)
     if set(flags) != {"jump"}:
-        raise Unfit("this is neither a port nor a jump", RESOURCE)
+        raise Unfit("this is neither a port nor a jump", RESOURCE_SYNTAX)
     if not hooks:
-        raise Unfit("this jump has no chain to jump to", RESOURCE)
+        raise Unfit("this jump has no chain to jump to", RESOURCE_SYNTAX)
     jumps = tuple(Jump(hook, values[hook], f"{hook}-match" in values) for hook in hooks)
     return Resource(identifier, 0, (), jumps, timeout, users)
 
@@ -911,7 +919,7 @@ class Entry(NamedTuple):
     value: str
 
     @property
-    def place(self) -> str:
+    def prefix(self) -> str:
         """How a message on it begins."""
         return f"{self.line}: {self.label} "
 
@@ -955,18 +963,21 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
             label += f" {shown(name)[1:-1]}:"
         entry = Entry(where, label, found["value"] or "")
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{entry.place}appears twice", "expected: each name once")
+            raise ConfigError(f"{entry.prefix}appears twice", "expected: each name once")
         sections[section][name] = entry
     return sections
 
 
 @contextlib.contextmanager
-def blaming(place: str) -> Iterator[None]:
-    """Put a value's place in front of what is wrong with it. Raises ConfigError."""
+def blaming(entry: Entry) -> Iterator[None]:
+    """Put an option's place in front of what is wrong with it. Raises ConfigError."""
     try:
         yield
     except Unfit as unfit:
-        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
+        hint = f"expected: {unfit.hint}"
+        if "#" in entry.value:
+            hint += "; a comment needs a line of its own that is not indented"
+        raise ConfigError(entry.prefix + unfit.problem, hint) from None
 
 
 def most_similar(word: str, known: Iterable[str]) -> str:
@@ -983,7 +994,7 @@ def unknown_names(sections: Sections) -> list[str]:
     def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
         similar = most_similar(name, names)
         question = f"; did you mean {similar}?" if similar else ""
-        warnings.append(f"{entry.place}is unknown and ignored{question}")
+        warnings.append(f"{entry.prefix}is unknown and ignored{question}")
 
     for section, entries in sections.items():
         known = OPTIONS.get(section)
@@ -1000,7 +1011,7 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     values = {}
     for name, entry in entries.items():
         if name in known:
-            with blaming(entry.place):
+            with blaming(entry):
                 values[known[name].field] = known[name].parse(entry.value)
     return values
 
@@ -1013,7 +1024,7 @@ def parse_by_user(
     values: dict[int, Item] = {}
     lines_of: dict[int, str] = {}
     for name, entry in lines:
-        with blaming(entry.place):
+        with blaming(entry):
             user = parse_identifier(name)
             if user in values:
                 where = lines_of[user]
@@ -1030,7 +1041,7 @@ def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[
     lines_of: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
     for name, entry in lines:
-        with blaming(entry.place):
+        with blaming(entry):
             resource = parse_resource(parse_identifier(name), entry.value, timeout)
             if resource.identifier in resources:
                 where = lines_of[resource.identifier]
@@ -1047,100 +1058,101 @@ def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[
     return resources
 
 
-def check_required(section: Mapping[str, Entry], place: str) -> None:
-    """See that [NFTABLES] has what a server needs. Args: place, where it begins. Raises
-    ConfigError."""
+def check_required(section: Mapping[str, Entry], path: str) -> None:
+    """Check that [NFTABLES] has what a server needs. Raises ConfigError."""
+    start = section.get("", Entry(f"{path}:1", "[NFTABLES]", ""))
     for option in REQUIRED:
         if option not in section:
             hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
+            raise ConfigError(f"{start.prefix}{option}: is not set", hint)
 
 
-def server_warnings(config: Config, lines: Mapping[str, list[tuple[str, Entry]]]) -> list[str]:
-    """What a server can do with this configuration, but its owner may not want. Args: lines, by
-    section, name and entry of each, in the order of config.resources and config.limits."""
-    warnings = []
+def lines_of(section: str, files: Iterable[Sections]) -> list[tuple[str, Entry]]:
+    """The lines of a section in all of these files: name and entry of each."""
+    return [line for file in files for line in file.get(section, {}).items() if line[0]]
+
+
+def why_nobody_may(config: Config, resource: Resource) -> str:
+    """Why no user can open a resource; "" if one can."""
+    users = resource.users or {NO_USER}
+    reasons = [config.why_not(user, resource.identifier) for user in users]
+    if all(reasons):
+        return reasons[0]
+    return "" if resource.timeout else "its timeout is 0"
+
+
+def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
+    """What a server can do with this configuration, but its owner may not want."""
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+        yield f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended"
+    if not config.control_timeout and "tcp" in config.protocols:
+        text = "control-timeout: 0 seconds are too short for any knock over TCP"
+        yield f"{config.path}: [GENERAL] {text}"
     if config.family != "inet" and config.table in IPTABLES_TABLES:
         text = f"iptables uses {config.table_name}, too, and what iptables-save makes of"
         text += " our rules lets everybody in; give the table another name"
-        warnings.append(dict(lines["NFTABLES"])["table"].place + text)
+        yield files[0]["NFTABLES"]["table"].prefix + text
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
-        warnings.append(f"{config.path}: [KEYS] {text}")
-    for (_, entry), resource in zip(lines["RESOURCES"], config.resources.values()):
-        users = resource.users or {-1}  # everybody: nobody has this id, so it has no limits
-        objections = [config.objection(user, resource.identifier) for user in users]
-        objection = objections[0] if all(objections) else ""
-        if objection or not resource.timeout:
-            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
-            warnings.append(entry.place + text)
+        yield f"{config.path}: [KEYS] {text}"
+    for (_, entry), resource in zip(lines_of("RESOURCES", files), config.resources.values()):
+        if reason := why_nobody_may(config, resource):
+            yield f"{entry.prefix}nobody can knock for it: {reason}"
+        for hook in re.findall(r"(\w+)-match\s*:", entry.value):
+            if hook not in {jump.hook for jump in resource.jumps}:
+                yield f"{entry.prefix}{hook}-match limits nothing: there is no {hook}: CHAIN"
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
-                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
-    for (_, entry), user in zip(lines["USERS"], config.limits):
+                yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
+    for (_, entry), user in zip(lines_of("USERS", files), config.limits):
         if user not in config.keys:
-            warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+            yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
         elif time.time() >= config.limits[user].ends:
-            warnings.append(f"{entry.place}this day is over: the user can open nothing any more")
-    return warnings
+            yield f"{entry.prefix}this day is over: the user can open nothing any more"
 
 
 def parse_config(
-    text: str, path: str, server: bool, included: Callable[[str], Iterable[Sections]] | None = None
+    text: str,
+    path: str,
+    server: bool,
+    warnings: list[str],
+    read_included_by: Callable[[str], Iterable[Sections]] = lambda pattern: (),
 ) -> Config:
-    """Read one configuration file's text. Args: path, for messages alone; included, gives the
-    sections of the files that a value of `include` names. Raises ConfigError."""
+    """Read a configuration file's text. Args: path, for messages alone; warnings, to which more are
+    added; read_included_by, gives what is in the files that a value of `include` names. Raises
+    ConfigError."""
     sections = parse_sections(text, path)
-    warnings = unknown_names(sections)
-    begins = {section: entries.pop("").place for section, entries in sections.items()}
-    for section in OPTIONS:
-        sections.setdefault(section, {})
-    lines = {section: list(sections[section].items()) for section in OPTIONS}
-    include = sections["GENERAL"].get("include")
-    if include and not server:
-        warnings.append(f"{include.place}is for the server's file, and ignored here")
+    warnings += unknown_names(sections)
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
-    try:
-        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
-            values.update(parse_settings(sections[section], OPTIONS[section]))
-        if include and server and included:
-            with blaming(include.place):
-                for each in included(values["include"]):
-                    for section in INCLUDABLE:
-                        lines[section] += each.get(section, {}).items()
-        keys = parse_by_user(lines["KEYS"], parse_key, "a key")
-        resources = parse_resources(lines["RESOURCES"], values["timeout"])
-        if server:
-            values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            check_required(sections["NFTABLES"], place)
-    except ConfigError as error:
-        error.warnings = tuple(warnings)
-        raise
+    for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+        values.update(parse_settings(sections.get(section, {}), OPTIONS[section]))
+    files: list[Sections] = [sections]
+    include = sections.get("GENERAL", {}).get("include")
+    if include and server:
+        with blaming(include):
+            files += read_included_by(values["include"])
+    elif include:
+        warnings.append(f"{include.prefix}is for the server's file, and ignored here")
+    keys = parse_by_user(lines_of("KEYS", files), parse_key, "a key")
+    resources = parse_resources(lines_of("RESOURCES", files), values["timeout"])
+    if server:
+        limits = parse_by_user(lines_of("USERS", files), parse_user_limits, "limits")
+        values["limits"] = limits
+        check_required(sections.get("NFTABLES", {}), path)
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        warnings += server_warnings(config, lines)
+        warnings += server_warnings(config, files)
     return config._replace(warnings=tuple(warnings))
 
 
-def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
-    """The text of a configuration file. Args: warnings, gets more if others may read or change it;
-    is_included, whether a pattern may have found it, so it may be anything. Raises OSError,
-    ConfigError."""
-
-    def open_at_once(path: str, flags: int) -> int:
-        """Open it; of a FIFO, do not wait for the other end."""
-        return os.open(path, flags | os.O_NONBLOCK)
-
-    with open(path, "rb", opener=open_at_once if is_included else None) as file:
+def read_text(path: str, server: bool, warnings: list[str]) -> str:
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
+    Raises OSError, ConfigError."""
+    with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        if is_included and not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
         data = file.read(CONFIG_SIZE_LIMIT + 1)
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
@@ -1158,9 +1170,10 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
 def find_included(pattern: str) -> list[str]:
     """The paths that a value of `include` names, sorted. Raises Unfit."""
     import glob
+    import itertools
     if not re.search("[*?[]", pattern):
         return [pattern]
-    found = [path for path, _ in zip(glob.iglob(pattern), range(INCLUDE_LIMIT + 1))]
+    found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
     if len(found) > INCLUDE_LIMIT:
         raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
     return sorted(found)
@@ -1174,13 +1187,18 @@ def include_directory(config: Config) -> str:
     return directory
 
 
-def check_directory(path: str, directory: str) -> None:
-    """See that nobody but root may put files into an included file's directory. Raises OSError,
-    ConfigError."""
-    status = os.stat(directory)
-    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        hint = f"chown root {directory}; chmod 755 {directory}"
-        raise ConfigError(f"{path}: others may write to the directory {directory}", hint)
+def check_included(path: str) -> None:
+    """Check that a pattern has found a file, and that nobody but root may change or replace it.
+    Raises OSError, ConfigError."""
+    target = os.path.realpath(path)  # it may be a link
+    modes = {os.path.dirname(path): "755", os.path.dirname(target): "755", path: "600"}
+    for name, mode in modes.items():
+        status = os.stat(name)
+        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+            hint = f"chown root {name}; chmod {mode} {name}"
+            raise ConfigError(f"{path}: others may write to {name}", hint)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would keep us waiting
+        raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
 
 
 def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Sections]:
@@ -1188,9 +1206,8 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
     size = 0
     for path in paths:
         try:
-            for name in (path, os.path.realpath(path)):  # it may be a link
-                check_directory(path, os.path.dirname(name))
-            text = read_text(path, True, warnings, is_included=True)
+            check_included(path)
+            text = read_text(path, True, warnings)
         except OSError as error:
             hint = "include in [GENERAL] of letmeind.conf names it"
             raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1201,8 +1218,7 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
         for section, entries in sections.items():
             if section not in INCLUDABLE:
                 hint = "expected: [KEYS] and [RESOURCES] alone"
-                raise ConfigError(f"{entries[''].place}is not for an included file", hint)
-            entries.pop("")
+                raise ConfigError(f"{entries[''].prefix}is not for an included file", hint)
         yield sections
 
 
@@ -1210,24 +1226,27 @@ def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
     warnings: list[str] = []
 
-    def included(pattern: str) -> Iterator[Sections]:
+    def read_included_by(pattern: str) -> Iterator[Sections]:
         paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
         if not paths:
             warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
         return read_included(paths, warnings)
 
     try:
-        config = parse_config(read_text(path, server, warnings), path, server, included)
+        text = read_text(path, server, warnings)
+        return parse_config(text, path, server, warnings, read_included_by)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
-            return parse_config("", path, server)
+            return parse_config("", path, server, warnings)
         hint = "name another file with --config, or let this user read it"
         if not server:
             hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "this command is for the server: write the file there, or name one with -c"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
-    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 # ==== 3  Client ==============================================================
@@ -1653,7 +1672,7 @@ class Client:
         self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
         self.targets = resolve(self.host, self.port, arguments.families)
         self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
-        self.is_quiet = arguments.quiet or arguments.command == "connect"
+        self.is_quiet = arguments.quiet or arguments.command.name == "connect"
         # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
@@ -2213,7 +2232,7 @@ def lease_comment(lease: Lease, boot: str) -> str:
 def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
     """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
     not."""
-    if user not in config.keys or config.objection(user, resource):
+    if user not in config.keys or config.why_not(user, resource):
         return 0.0
     found = config.resources[resource]
     if lease_proof(config.keys[user], boot, found.meaning) != proof:
@@ -3705,7 +3724,7 @@ def who_may(config: Config, resource: Resource) -> str:
     """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
 
     def may(user: int) -> bool:
-        return user in config.keys and not config.objection(user, resource.identifier)
+        return user in config.keys and not config.why_not(user, resource.identifier)
 
     if not resource.timeout:
         return "nobody"
@@ -4352,7 +4371,7 @@ class Judge:
         """What to make of a peer's message."""
         config, now = self.config, time.monotonic()
         facts = self._facts(record, message)
-        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.why_not)
 
         def new_token(operation: int) -> bytes:
             return self.tokens.new(facts, operation, now)
@@ -4534,7 +4553,7 @@ class Monitor:
         for warning in config.warnings:
             self.log("warning", reason=warning)
         log_resources(config, self.log)
-        port = f"{config.port}/{'+'.join(config.protocols)}"
+        port = config.control
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
@@ -4563,7 +4582,7 @@ class Monitor:
         document = {
             "process": os.getpid(),
             "since": self.since,
-            "port": f"{config.port}/{'+'.join(config.protocols)}",
+            "port": config.control,
             "table": f"{config.family}/{config.table}",
             "leases": len(leases),
             "rules": leases.weight + len(config.protocols),
@@ -5401,7 +5420,7 @@ def server_facts(config: Config) -> list[str]:
     policies = {rank: name for name, rank in POLICIES.items()}
     facts = [
         ("file", config.path),
-        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("control port", config.control),
         ("error policy", policies[config.error_policy]),
         ("seccomp", config.seccomp),
         ("table", config.table_name),
@@ -5447,7 +5466,7 @@ def client_file(config: Config, user: int, host: str) -> str:
     allowed = [
         resource
         for resource in config.resources.values()
-        if not config.objection(user, resource.identifier) and resource.timeout
+        if not config.why_not(user, resource.identifier) and resource.timeout
     ]
     if not allowed:
         warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
@@ -5491,11 +5510,12 @@ def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     of both files, which may be missing."""
     keys: Mapping[int, bytes] = {}
     default = 0
-    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+    # A key comes before there is a file, which need not be complete either: only its keys matter.
+    with contextlib.suppress(ConfigError):
         default = read_config(client_path, server=False).default_user
-    for is_complete in (False, True):  # only then it may include files with keys
+    for with_included_files in (False, True):
         with contextlib.suppress(ConfigError):
-            keys = read_config(server_path, server=is_complete).keys
+            keys = read_config(server_path, server=with_included_files).keys
     wanted = default if user is None else user
     new = wanted
     while user is None and new in keys:
@@ -5530,9 +5550,9 @@ reload_service() {{ procd_send_signal letmeind '*' HUP; }}
 """
 SYSTEMD_SOCKET = """\
 # An extra. letmeind.service must be enabled as well: without it the firewall drops all knocks.
+# The ports are those of letmeind.conf: print this file again when they change.
 [Socket]
-ListenStream=5800
-ListenDatagram=5800
+{sockets}
 [Install]
 WantedBy=sockets.target
 """
@@ -5589,7 +5609,10 @@ def service_file(kind: str, path: str, account: str) -> str:
     line; path, of letmeind.conf; account, of the network process. Raises UserError."""
     import shlex
     if kind == "systemd-socket":
-        return SYSTEMD_SOCKET
+        config = read_config(path, server=True)
+        types = {"tcp": "Stream", "udp": "Datagram"}
+        sockets = [f"Listen{types[protocol]}={config.port}" for protocol in config.protocols]
+        return SYSTEMD_SOCKET.format(sockets="\n".join(sockets))
     program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
     command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
     if kind == "openwrt":
@@ -5655,19 +5678,16 @@ class Command(NamedTuple):
     run: Callable[[SimpleNamespace], int] | None = None
 
 
-def parse_account(text: str) -> str:
-    """The name of a user of this machine."""
-    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
-
-
-def parse_slots(text: str) -> int:
-    """How many connections the server keeps."""
-    return parse_number(text, 1, 1_000_000)
-
-
-def parse_host_name(text: str) -> str:
-    """A host's name or address, fit for a file: nothing that could begin a line of its own."""
-    return matched(text, r"[\w.:%\[\]-]{1,255}", "a host's name or address")
+# The name of a user of this machine.
+parse_account = functools.partial(
+    matched, pattern="[A-Za-z_][A-Za-z0-9_.-]{0,31}", expected="a user's name, or none"
+)
+# How many connections the server keeps.
+parse_slots = functools.partial(parse_number, least=1, limit=1_000_000)
+# A host's name or address, fit for a file: nothing that could begin a line of its own.
+parse_host_name = functools.partial(
+    matched, pattern=r"[\w.:%\[\]-]{1,255}", expected="a host's name or address"
+)
 
 
 def default_rundir() -> str:
@@ -5773,7 +5793,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     signals = -1 if arguments.check else note_signals()
     allow_hangup()
     config = load_config(SERVER_FILE, arguments, is_told=arguments.check)
-    find_account(arguments.user)
+    find_account(arguments.account)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
         check(config, arguments.verbose)
@@ -5783,7 +5803,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     filter_system_calls()
     options = ServerOptions(
         rundir=arguments.rundir,
-        account=arguments.user,
+        account=arguments.account,
         connections=arguments.num_connections,
         prefix_connections=arguments.num_ip_connections,
         seccomp=arguments.seccomp,
@@ -5796,7 +5816,7 @@ def run_server(arguments: SimpleNamespace) -> int:
 
 def run_service(arguments: SimpleNamespace) -> int:
     path = config_path(SERVER_FILE, arguments.config)
-    print(service_file(arguments.kind, path, arguments.user), end="")
+    print(service_file(arguments.kind, path, arguments.account), end="")
     return 0
 
 
@@ -5818,7 +5838,7 @@ def run_completion(arguments: SimpleNamespace) -> int:
 
 # -- the commands and their options
 
-KINDS = ("systemd", "systemd-socket", "openwrt")
+SERVICE_KINDS = ("systemd", "systemd-socket", "openwrt")
 SHELLS = ("bash", "zsh", "fish")
 
 CONFIG = Option(
@@ -5878,7 +5898,7 @@ RUNDIR = Option(
     " else /run)", "DIR", default=default_rundir,
 )  # fmt: skip
 ACCOUNT = Option(
-    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    ("--user",), "account", "account that the network process changes to; none: it stays root"
     " (default: letmeind)", "NAME", parse_account, default="letmeind",
 )  # fmt: skip
 
@@ -6008,7 +6028,7 @@ Print a file that starts this copy of the program at boot:
         """\
   letmein service systemd >/etc/systemd/system/letmeind.service
   letmein service openwrt >/etc/init.d/letmeind""",
-        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (Option(("KIND",), "kind", ", ".join(SERVICE_KINDS), words=SERVICE_KINDS),),
         (ACCOUNT, SERVER_CONFIG),
         run=run_service,
     ),
@@ -6251,7 +6271,7 @@ def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool
 
 
 def parse_words(words: list[str]) -> SimpleNamespace:
-    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
+    """The command line; command is its Command. A PORT may stand anywhere behind HOST. Raises
     UsageError."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
@@ -6270,7 +6290,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
             set_defaults((*command.arguments, *command.options), arguments)
         else:
             places.append(word)
-    arguments.about, arguments.command = command, command.name
+    arguments.command = command
     arguments.to_run = words[at + 1 :]
     # `letmeind -v` prints the version, and letmeind is our server.
     if arguments.help or (arguments.version and command.name in ("", "server")):
@@ -6290,7 +6310,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
 
 def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
-    command = arguments.about
+    command = arguments.command
     if arguments.help or arguments.version:
         print(help_text(command) if arguments.help else f"letmein.py {VERSION}")
         return 0

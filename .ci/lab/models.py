@@ -123,7 +123,7 @@ def server_text(section: str, *lines: str) -> str:
 
 
 def parse(text: str, server: bool = True) -> letmein.Config:
-    return letmein.parse_config(text, "f.conf", server)
+    return letmein.parse_config(text, "f.conf", server, [])
 
 
 def rejection(text: str, server: bool = True) -> letmein.ConfigError:
