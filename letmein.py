@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
+    ReadFiles = Callable[[str], Iterable[Sections]]  # that a value of `include` names
 else:
 
     class _Record(type):
@@ -200,7 +201,7 @@ class Log:
 
 
 def ids_of(request: Message | Lease) -> dict[str, str]:
-    """Whose it is and what for, as fields of a log line."""
+    """User and resource, as fields of a log line."""
     return {"user": f"{request.user:08X}", "resource": f"{request.resource:08X}"}
 
 
@@ -276,11 +277,6 @@ class Message(NamedTuple):
     salt: bytes
     auth: bytes
 
-    @property
-    def name(self) -> str:
-        """What its operation is called."""
-        return OPERATIONS[self.operation]
-
     def encode(self) -> bytes:
         """The 56 bytes on the wire."""
         return MESSAGE.pack(MAGIC, *self)
@@ -298,11 +294,9 @@ class Message(NamedTuple):
     def authenticate(self, key: bytes, token: bytes) -> bytes:
         """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
         A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
-        there is one: anybody can replay them, and gets no further than the CHALLENGE.
-
-        A RESPONSE names neither the client's address nor the operation. So an attacker on the path
-        can forward one from an address of their own, or have it answer a replayed KNOCK or REVOKE.
-        """
+        there is one: anybody can replay them, and gets no further than the CHALLENGE. A RESPONSE
+        names neither the client's address nor KNOCK or REVOKE: an attacker on the path can have it
+        count for an address of their own, or for the other one of the two, replayed."""
         import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -324,12 +318,7 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int,
-    user: int,
-    resource: int,
-    key: bytes,
-    say_warning: Say,
-    say: Say = lambda text: None,
+    operation: int, user: int, resource: int, key: bytes, say_warning: Say, say: Say
 ) -> Handshake:
     """The client's side of one knock or revocation: yields each message to send, takes the answer
     by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
@@ -339,11 +328,12 @@ def client_handshake(
     for request, expected in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         say(f"sending {OPERATIONS[request]} for resource {resource:08X}")
         answer = Message.decode((yield signed(request, user, resource, key, token)))
-        say(f"received {answer.name}")
+        name = OPERATIONS[answer.operation]
+        say(f"received {name}")
         if answer.operation == GOAWAY:
             raise Rejection(is_challenged=request == RESPONSE)
         if answer.operation != expected:
-            raise ProtocolError(f"{answer.name} instead of {OPERATIONS[expected]}")
+            raise ProtocolError(f"{name} instead of {OPERATIONS[expected]}")
         if (answer.user, answer.resource) != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
             say_warning(f"the server answered for {ids}, which is not what was asked for")
@@ -390,7 +380,7 @@ class ServerHandshake(NamedTuple):
         """Judge a peer's first message. Args: new_token, gives the token for an operation."""
         if message.operation not in (KNOCK, REVOKE):
             unnamed = message._replace(user=ANYBODY, resource=ANYBODY)
-            return self._refuse(unnamed, NO_AUTH, f"unexpected {message.name}")
+            return self._refuse(unnamed, NO_AUTH, f"unexpected {OPERATIONS[message.operation]}")
         user, resource = message.user, message.resource
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
@@ -405,7 +395,7 @@ class ServerHandshake(NamedTuple):
         """Judge what should be a RESPONSE. Args: proved, what this peer has proved before;
         challenges, all that it may have got for this user and resource."""
         if message.operation != RESPONSE:
-            return self._refuse(message, proved, f"unexpected {message.name}")
+            return self._refuse(message, proved, f"unexpected {OPERATIONS[message.operation]}")
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(message.user)
         for_proof = key or NOBODYS_KEY
@@ -671,9 +661,9 @@ def shown(text: str) -> str:
     digits are too many."""
     start = text[:80]
     letters = re.sub("[xX]|[^0-9A-Za-z]", "", start)
-    for at in range(len(letters) - 15):
-        if len(re.findall("[0-9A-Fa-f]", letters[at : at + 16])) >= 12:
-            return "'...'"
+    windows = (letters[at : at + 16] for at in range(len(letters) - 15))
+    if any(len(re.findall("[0-9A-Fa-f]", each)) >= 12 for each in windows):
+        return "'...'"
     return ascii(start if text == start else start + "...")
 
 
@@ -863,7 +853,7 @@ def parse_user_timeout(text: str) -> float:
     return timeout
 
 
-LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
+USER_LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
 
 
 def parse_user_limits(text: str) -> UserLimits:
@@ -871,10 +861,10 @@ def parse_user_limits(text: str) -> UserLimits:
     values = {}
     for item in text.split("/"):
         key, _, value = (part.strip() for part in item.partition(":"))
-        if key not in LIMITS or key in values:
+        if key not in USER_LIMITS or key in values:
             expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
             raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
-        values[key] = LIMITS[key](value)
+        values[key] = USER_LIMITS[key](value)
     return UserLimits(values.get("timeout", NEVER), values.get("not-after", NEVER))
 
 
@@ -912,16 +902,18 @@ REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
 class Entry(NamedTuple):
-    """An option, or the line that begins a section, as the file has it."""
+    """An option as the file has it; with the name "" the line that begins a section."""
 
     line: str  # "FILE:NUMBER"
-    label: str  # section and name, fit to be printed
+    section: str
+    name: str
     value: str
 
     @property
     def prefix(self) -> str:
         """How a message on it begins."""
-        return f"{self.line}: {self.label} "
+        section, name = (shown(each)[1:-1] for each in (self.section, self.name))  # no quotes
+        return f"{self.line}: [{section}] " + (f"{name}: " if name else "")
 
 
 # Bytes that are not UTF-8 decode to DC80 to DCFF. Only Python takes 1C to 1F for white space.
@@ -958,10 +950,7 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
         if not section:
             hint = "expected: a line such as [GENERAL] above it"
             raise ConfigError(f"{where}: {shown(name)} is in no section", hint)
-        label = f"[{shown(section)[1:-1]}]"  # without the quotes
-        if name:
-            label += f" {shown(name)[1:-1]}:"
-        entry = Entry(where, label, found["value"] or "")
+        entry = Entry(where, section, name, found["value"] or "")
         if name in sections.setdefault(section, {}):
             raise ConfigError(f"{entry.prefix}appears twice", "expected: each name once")
         sections[section][name] = entry
@@ -987,23 +976,19 @@ def most_similar(word: str, known: Iterable[str]) -> str:
     return found[0] if found else ""
 
 
-def unknown_names(sections: Sections) -> list[str]:
+def unknown_names(sections: Sections) -> Iterator[str]:
     """A warning for each section and option that we do not know, in the file's order."""
-    warnings = []
-
-    def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
-        similar = most_similar(name, names)
-        question = f"; did you mean {similar}?" if similar else ""
-        warnings.append(f"{entry.prefix}is unknown and ignored{question}")
-
     for section, entries in sections.items():
         known = OPTIONS.get(section)
-        if known is None:
-            ignore(entries[""], section.upper(), OPTIONS)
         for name, entry in entries.items():
-            if known and name and name not in known:
-                ignore(entry, name.lower(), known)
-    return warnings
+            if known is None and not name:
+                similar = most_similar(section.upper(), OPTIONS)
+            elif known and name and name not in known:
+                similar = most_similar(name.lower(), known)
+            else:
+                continue
+            question = f"; did you mean {similar}?" if similar else ""
+            yield f"{entry.prefix}is unknown and ignored{question}"
 
 
 def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -1016,60 +1001,51 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     return values
 
 
+def entries_of(section: str, files: Iterable[Sections]) -> list[Entry]:
+    """The options of a section, in all of these files."""
+    entries = (entry for file in files for entry in file.get(section, {}).values())
+    return [entry for entry in entries if entry.name]
+
+
 def parse_by_user(
-    lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
+    entries: Iterable[Entry], parse: Callable[[str], Item], what: str
 ) -> dict[int, Item]:
-    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what,
-    the name of a value in messages. Raises ConfigError."""
+    """[KEYS] or [USERS], by user. Args: parse, reads a value; what, the name of a value in
+    messages. Raises ConfigError."""
     values: dict[int, Item] = {}
-    lines_of: dict[int, str] = {}
-    for name, entry in lines:
+    lines: dict[int, str] = {}
+    for entry in entries:
         with blaming(entry):
-            user = parse_identifier(name)
+            user = parse_identifier(entry.name)
             if user in values:
-                where = lines_of[user]
-                raise Unfit(f"user {user:08X} has {what} already, at {where}", "each user once")
+                problem = f"user {user:08X} has {what} already, at {lines[user]}"
+                raise Unfit(problem, "each user once")
             values[user] = parse(entry.value)
-            lines_of[user] = entry.line
+            lines[user] = entry.line
     return values
 
 
-def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[int, Resource]:
-    """[RESOURCES], by id. Args: lines, name and entry of each; timeout, of those that have none,
-    in s. Raises ConfigError."""
+def parse_resources(entries: Iterable[Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
     resources: dict[int, Resource] = {}
-    lines_of: dict[int, str] = {}
+    lines: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
-    for name, entry in lines:
+    for entry in entries:
         with blaming(entry):
-            resource = parse_resource(parse_identifier(name), entry.value, timeout)
-            if resource.identifier in resources:
-                where = lines_of[resource.identifier]
-                problem = f"resource {resource.identifier:08X} appears twice, first at {where}"
+            identifier = parse_identifier(entry.name)
+            resource = parse_resource(identifier, entry.value, timeout)
+            if identifier in resources:
+                problem = f"resource {identifier:08X} appears twice, first at {lines[identifier]}"
                 raise Unfit(problem, "each id once")
             if resource.port in owners:
                 owner = owners[resource.port]
-                problem = f"resource {owner:08X} has port {resource.port}, at {lines_of[owner]}"
+                problem = f"resource {owner:08X} has port {resource.port}, at {lines[owner]}"
                 raise Unfit(problem, "each port once")
-            resources[resource.identifier] = resource
-            lines_of[resource.identifier] = entry.line
+            resources[identifier] = resource
+            lines[identifier] = entry.line
             if resource.port:
-                owners[resource.port] = resource.identifier
+                owners[resource.port] = identifier
     return resources
-
-
-def check_required(section: Mapping[str, Entry], path: str) -> None:
-    """Check that [NFTABLES] has what a server needs. Raises ConfigError."""
-    start = section.get("", Entry(f"{path}:1", "[NFTABLES]", ""))
-    for option in REQUIRED:
-        if option not in section:
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{start.prefix}{option}: is not set", hint)
-
-
-def lines_of(section: str, files: Iterable[Sections]) -> list[tuple[str, Entry]]:
-    """The lines of a section in all of these files: name and entry of each."""
-    return [line for file in files for line in file.get(section, {}).items() if line[0]]
 
 
 def why_nobody_may(config: Config, resource: Resource) -> str:
@@ -1096,7 +1072,7 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         yield f"{config.path}: [KEYS] {text}"
-    for (_, entry), resource in zip(lines_of("RESOURCES", files), config.resources.values()):
+    for entry, resource in zip(entries_of("RESOURCES", files), config.resources.values()):
         if reason := why_nobody_may(config, resource):
             yield f"{entry.prefix}nobody can knock for it: {reason}"
         for hook in re.findall(r"(\w+)-match\s*:", entry.value):
@@ -1105,7 +1081,7 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
                 yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
-    for (_, entry), user in zip(lines_of("USERS", files), config.limits):
+    for entry, user in zip(entries_of("USERS", files), config.limits):
         if user not in config.keys:
             yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
         elif time.time() >= config.limits[user].ends:
@@ -1113,15 +1089,10 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
 
 
 def parse_config(
-    text: str,
-    path: str,
-    server: bool,
-    warnings: list[str],
-    read_included_by: Callable[[str], Iterable[Sections]] = lambda pattern: (),
+    text: str, path: str, server: bool, warnings: list[str], read_files: ReadFiles = lambda _: ()
 ) -> Config:
     """Read a configuration file's text. Args: path, for messages alone; warnings, to which more are
-    added; read_included_by, gives what is in the files that a value of `include` names. Raises
-    ConfigError."""
+    added; read_files, which reads included files. Raises ConfigError."""
     sections = parse_sections(text, path)
     warnings += unknown_names(sections)
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
@@ -1131,15 +1102,20 @@ def parse_config(
     include = sections.get("GENERAL", {}).get("include")
     if include and server:
         with blaming(include):
-            files += read_included_by(values["include"])
+            files += read_files(values["include"])
     elif include:
         warnings.append(f"{include.prefix}is for the server's file, and ignored here")
-    keys = parse_by_user(lines_of("KEYS", files), parse_key, "a key")
-    resources = parse_resources(lines_of("RESOURCES", files), values["timeout"])
+    keys = parse_by_user(entries_of("KEYS", files), parse_key, "a key")
+    resources = parse_resources(entries_of("RESOURCES", files), values["timeout"])
     if server:
-        limits = parse_by_user(lines_of("USERS", files), parse_user_limits, "limits")
+        limits = parse_by_user(entries_of("USERS", files), parse_user_limits, "limits")
         values["limits"] = limits
-        check_required(sections.get("NFTABLES", {}), path)
+        nftables = sections.get("NFTABLES", {})
+        start = nftables.get("", Entry(f"{path}:1", "NFTABLES", "", ""))
+        for option in REQUIRED:
+            if option not in nftables:
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{start.prefix}{option}: is not set", hint)
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
@@ -1226,7 +1202,7 @@ def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
     warnings: list[str] = []
 
-    def read_included_by(pattern: str) -> Iterator[Sections]:
+    def read_files(pattern: str) -> Iterator[Sections]:
         paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
         if not paths:
             warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
@@ -1234,7 +1210,7 @@ def read_config(path: str, server: bool) -> Config:
 
     try:
         text = read_text(path, server, warnings)
-        return parse_config(text, path, server, warnings, read_included_by)
+        return parse_config(text, path, server, warnings, read_files)
     except ConfigError as error:
         error.warnings = tuple(warnings)
         raise
@@ -4986,18 +4962,7 @@ def network_process(
 STATUS_PATIENCE_S = 8.0  # with a server that is busy
 
 
-class Row(NamedTuple):
-    """One line of the table of leases: what an address has, with all protocols of a port in one."""
-
-    address: str
-    what: str  # such as "22/tcp", or a jump resource with its chains
-    user: str
-    left: str
-    packets: str
-    octets: str
-
-
-HEADINGS = Row("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
+HEADINGS = ("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
 ALIGNMENT = "<<<>>>"  # of the columns, as format() has it
 BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
@@ -5010,15 +4975,15 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, as the kernel has it, and what a running server tells of itself.
     Raises UserError."""
     import json
-    leases = list_leases(config)
+    elements = list_elements(config)
     check_rundir(rundir)
     server, why = ask_server(config, rundir)
     if as_json:
         table = {"family": config.family, "table": config.table}
-        print(json.dumps({**table, "leases": leases, "server": server}, indent=1), flush=True)
+        print(json.dumps({**table, "leases": elements, "server": server}, indent=1), flush=True)
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
+    lines = lease_table(elements, config, is_coloured) or ["Nobody holds a lease."]
     about = server_lines(server) if server else [why]
     if sys.stdout.isatty():
         import shutil
@@ -5093,19 +5058,20 @@ def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
 
 def snapshot(config: Config) -> dict[str, Any]:
     """All leases as the kernel has them, as an event. Raises UserError."""
-    parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for part in list_leases(config):
-        # The rest is none of ours, or ends so soon that its end may have been told already.
-        if part["user"] and part["seconds_left"]:
-            holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
-            parts.setdefault(holder, []).append(part)
+    elements_of: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for element in list_elements(config):
+        # The others are none of ours, or end so soon that their end may have been told already.
+        if element["user"] and element["seconds_left"]:
+            ids = int(element["resource"], 16), int(element["user"], 16)
+            elements_of.setdefault((element["address"], *ids), []).append(element)
     leases = []
-    for (address, identifier, user), some in parts.items():
-        protocols = tuple(sorted(part["protocol"] for part in some if part["protocol"]))
+    for (address, identifier, user), elements in elements_of.items():
+        protocols = tuple(sorted(each["protocol"] for each in elements if each["protocol"]))
         known = config.resources.get(identifier)
         jumps = known.jumps if known else ()
-        resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
-        left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
+        port = elements[0]["port"] or 0
+        resource = Resource(identifier, port, protocols, jumps, 0.0, frozenset())
+        left = min(each["seconds_left"] for each in elements) + 1  # it was rounded down
         leases.append(lease_facts(address, user, resource, left))
     return {"event": "snapshot", "time": time.time(), "leases": leases}
 
@@ -5121,9 +5087,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
     if not leases:
         print(clock, "nobody holds a lease", sep="  ")
     for lease in leases:
-        what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
-        if not lease["port"]:
-            what = f"{lease['resource']}: {', '.join(lease['chains'])}"
+        what = opened(lease["port"], lease["protocols"], lease["resource"], lease["chains"])
         event = "open" if is_snapshot else change["event"]
         end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
         print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
@@ -5168,11 +5132,35 @@ def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
     return lines
 
 
-def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
-    """The lines of the table of leases, the first to end first; none if there are no leases."""
-    rows = table_rows(leases, config)
+def opened(
+    port: int | None, protocols: Iterable[str], resource: str | None, chains: Iterable[str]
+) -> str:
+    """What a lease opens: a port, such as 22/tcp, or the chains of a jump resource."""
+    if port is not None:
+        return f"{port}/{'+'.join(sorted(protocols))}"
+    return f"{resource}: {', '.join(chains)}" if resource else "?"
+
+
+def lease_table(elements: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
+    """The lines of the table of leases, the first to end first; none if there are no leases. All
+    protocols of a port are one lease."""
+    elements_of: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for element in elements:
+        lease = (element["address"], element["resource"], element["port"])
+        elements_of.setdefault(lease, []).append(element)
+    rows = []  # each behind the seconds that are left
+    for (address, resource, port), parts in elements_of.items():
+        known = config.resources.get(int(resource, 16)) if resource else None
+        chains = [jump.target for jump in known.jumps] if known else ["?"]
+        what = opened(port, [part["protocol"] for part in parts], resource, chains)
+        times = [part["seconds_left"] for part in parts]
+        left = min(NEVER if seconds is None else seconds for seconds in times)
+        packets, octets = (sum(part[name] for part in parts) for name in ("packets", "bytes"))
+        numbers = (duration(left), scaled(packets), scaled(octets))
+        rows.append((left, (address, what, parts[0]["user"] or "?", *numbers)))
     if not rows:
         return []
+    rows.sort()
     lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
@@ -5180,34 +5168,6 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
             if left < SOON_S:
                 lines[number] = YELLOW + lines[number] + PLAIN
     return [*lines, ""]
-
-
-def table_rows(leases: list[dict[str, Any]], config: Config) -> list[tuple[float, Row]]:
-    """A row for each lease, behind the seconds that it has left; sorted by them."""
-    parts: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    for lease in leases:
-        parts.setdefault((lease["address"], lease["resource"], lease["port"]), []).append(lease)
-    rows = []
-    for some in parts.values():
-        first = some[0]
-        left = min(NEVER if each["seconds_left"] is None else each["seconds_left"] for each in some)
-        packets, octets = (sum(lease[name] for lease in some) for name in ("packets", "bytes"))
-        numbers = (duration(left), scaled(packets), scaled(octets))
-        what = opened_by(some, config)
-        rows.append((left, Row(first["address"], what, first["user"] or "?", *numbers)))
-    return sorted(rows)
-
-
-def opened_by(elements: list[dict[str, Any]], config: Config) -> str:
-    """What a lease with these elements opens: a port, or chains of a jump resource."""
-    first = elements[0]
-    if first["port"] is not None:
-        return f"{first['port']}/{'+'.join(sorted(each['protocol'] for each in elements))}"
-    if first["resource"] is None:
-        return "?"
-    resource = config.resources.get(int(first["resource"], 16))
-    targets = ", ".join(target for _, target, _ in resource.jumps) if resource else "?"
-    return f"{first['resource']}: {targets}"
 
 
 def duration(seconds: float) -> str:
@@ -5243,28 +5203,28 @@ def server_lines(server: dict[str, Any]) -> list[str]:
     return lines
 
 
-def list_leases(config: Config) -> list[dict[str, Any]]:
-    """Who holds what, as the kernel has it. Raises UserError."""
-    leases: list[dict[str, Any]] = []
+def list_elements(config: Config) -> list[dict[str, Any]]:
+    """Who holds what, by the elements that the kernel has. Raises UserError."""
+    elements: list[dict[str, Any]] = []
     protocols = {number: name for name, number in PROTOCOL_NUMBERS.items()}
     try:
         kernel = Kernel(config.family, config.table)
         kernel.table_facts()
         # By name: the kernel may tell of an element twice while a set grows.
         found: dict[ElementName, Element] = {}
-        for name in sorted(kernel.sets()):
+        for set_name in sorted(kernel.sets()):
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-                for each in kernel.elements(name):
-                    found[ElementName(name, each.key)] = each
+                for each in kernel.elements(set_name):
+                    found[ElementName(set_name, each.key)] = each
     except OSError as error:
         raise unreadable(config, error) from None
-    for place, element in found.items():
-        if place.set_name.endswith("-gate"):
+    for name, element in found.items():
+        if name.set_name.endswith("-gate"):
             continue
-        address, opens = read_key(place)
+        address, opens = read_key(name)
         protocol, port = opens or (None, None)
         comment = COMMENT.fullmatch(element.comment)
-        leases.append({
+        elements.append({
             "address": address or element.key.hex() or "*",  # what is none of ours as nft has it
             "protocol": protocols.get(protocol, str(protocol)) if protocol is not None else None,
             "port": port,
@@ -5274,7 +5234,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
             "packets": element.packets,
             "bytes": element.octets,
         })
-    return leases
+    return elements
 
 
 # What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
@@ -5430,11 +5390,11 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
-        opened = terms(resource, resource.timeout)
-        what = opened.get("port") or f"jump to {opened['jump']}"
+        granted = terms(resource, resource.timeout)
+        what = granted.get("port") or f"jump to {granted['jump']}"
         users = who_may(config, resource).replace(",", ", ")
         users = "everybody with a key" if users == "all" else users
-        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
+        rows.append((f"{resource.identifier:08X}", what, granted["seconds"], users))
     lines = [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
     if config.limits:
         limits = [("USER", "SECONDS", "LAST DAY")]
@@ -5634,8 +5594,8 @@ def service_places(program: str, module: str, path: str) -> list[str]:
             raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
     for place in (sys.executable, sys.prefix, *files, *files.values()):
         if re.search(r"[%$:\\'\"\n]", place):
-            problem = f"systemd reads {shown(place)} otherwise than as a path"
-            raise UserError(problem, "take a path without % $ : \\ and quotation marks")
+            problem = f"systemd would not read {shown(place)} as a path"
+            raise UserError(problem, "use a path without % $ : \\ and quotation marks")
     return sorted({"/etc", "/usr", sys.prefix, sys.base_prefix, *files.values()})
 
 
@@ -5769,10 +5729,8 @@ def run_connect(arguments: SimpleNamespace) -> int:
 
 
 def run_gen_key(arguments: SimpleNamespace) -> int:
-    client_path, server_path = (
-        config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE)
-    )
-    generate_key(arguments.user, client_path, server_path)
+    paths = (config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE))
+    generate_key(arguments.user, *paths)
     return 0
 
 
@@ -6067,7 +6025,7 @@ ALIASES = {"close": "revoke"}  # its older name
 
 
 def options_of(command: Command) -> list[Option]:
-    """What a command takes; an option of its own may have the name of a common one."""
+    """A command's own options, and the common ones that it does not replace by one of its own."""
     fields = {option.field for option in command.options}
     return [*command.options, *(option for option in COMMON if option.field not in fields)]
 
@@ -6128,7 +6086,7 @@ complete -o bashdefault -o default -F _letmein letmein"""
 
 
 def completion_words(command: Command) -> list[str]:
-    """What may stand behind a command, but for values that only the user knows."""
+    """The words that may follow a command, except for values that only the user knows."""
     words = [command.name for command in COMMANDS] if command is LETMEIN else []
     for argument in command.arguments:
         words += argument.words
@@ -6232,9 +6190,9 @@ def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
             setattr(arguments, option.field, [] if option.is_list else default)
 
 
-def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
-    """Set the command's arguments, which are known by their place. Raises UsageError."""
-    rest = deque(places)
+def set_positional(words: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments from the words that are no options. Raises UsageError."""
+    rest = deque(words)
     for argument in command.arguments:
         if argument.field == "to_run":  # it is behind a --
             continue
@@ -6245,8 +6203,8 @@ def set_places(places: list[str], command: Command, arguments: SimpleNamespace) 
         elif rest:
             setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
         else:
-            words = ", ".join(argument.words)
-            hint = f"expected: one of: {words}" if words else usage_line(command)
+            choices = ", ".join(argument.words)
+            hint = f"expected: one of: {choices}" if choices else usage_line(command)
             raise UsageError(f"{argument.names[0]} is missing", hint)
     if rest:
         raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
@@ -6271,8 +6229,8 @@ def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool
 
 
 def parse_words(words: list[str]) -> SimpleNamespace:
-    """The command line; command is its Command. A PORT may stand anywhere behind HOST. Raises
-    UsageError."""
+    """The command line; command is its Command. Options may come before, between and behind
+    the arguments. Raises UsageError."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     at = words.index("--") if "--" in words else len(words)
@@ -6280,7 +6238,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     command = LETMEIN
     arguments = SimpleNamespace(quiet=False)
     set_defaults(COMMON, arguments)
-    places = []
+    positional = []
     while waiting:
         word = waiting.popleft()
         if word.startswith("-") and len(word) > 1:
@@ -6289,7 +6247,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
             command = find_command(word)
             set_defaults((*command.arguments, *command.options), arguments)
         else:
-            places.append(word)
+            positional.append(word)
     arguments.command = command
     arguments.to_run = words[at + 1 :]
     # `letmeind -v` prints the version, and letmeind is our server.
@@ -6301,7 +6259,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     if command is LETMEIN:
         hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
         raise UsageError("a command is missing", hint)
-    set_places(places, command, arguments)
+    set_positional(positional, command, arguments)
     problem = contradiction(command, arguments, at < len(words))
     if problem:
         raise UsageError(problem, usage_line(command))

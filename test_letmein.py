@@ -1324,11 +1324,11 @@ def test_include(including: Path) -> None:
 
 def test_a_long_path_is_told(including: Path) -> None:
     """Plain words are no key, however many of their letters are hex digits."""
-    pattern = "customers/warehouse/berlin/cameras/*.conf"
+    pattern = "customers/warehouse/berlin/backdoor/cameras/*.conf"
     path = including.with_name("letmeind.conf")
     path.write_text(path.read_text().replace("d/*.conf", pattern))
     (warning,) = letmein.read_config(str(path), True).warnings
-    assert f"no file matches '{path.parent}/{pattern}"[:80] in warning
+    assert warning.endswith(f"no file matches '{pattern}'")
 
 
 @pytest.mark.parametrize("server", [True, False])
@@ -9445,7 +9445,7 @@ class TestService:
         path = lab.directory / name / "letmeind.conf"
         words = ("-c", path, "service", "systemd")
         result = lab.command(*words, program=(sys.executable, LETMEIN))
-        result.assert_error("systemd reads ", "take a path without")
+        result.assert_error("systemd would not read ", "use a path without")
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:

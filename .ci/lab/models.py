@@ -95,7 +95,7 @@ def new_client(
         assert warnings is not None, line
         warnings.append(line)
 
-    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn)
+    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn, lambda text: None)
 
 
 def is_done(client: Generator[bytes, bytes, None], data: bytes) -> bool:
