@@ -139,8 +139,8 @@ PRIORITIES = {  # in the journal, of events that are not INFO
 
 
 class Log:
-    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
-    nobody reads is no reason to let nobody in: the line is lost, and counted."""
+    """The log, on standard error, and what it counts for `status`. Floods are summed up. If nobody
+    reads the log, its lines are lost and counted, and the server goes on."""
 
     def __init__(self) -> None:
         from collections import Counter
@@ -740,12 +740,12 @@ def parse_key(text: str) -> bytes:
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
-    """One of some words, in any case."""
+    """One of these words, in upper or lower case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
 
 def parse_boolean(text: str) -> bool:
-    """Yes or no, in one of the ways to say so."""
+    """Yes or no: one of YES and NO."""
     return parse_word(text, YES + NO) in YES
 
 
@@ -5095,7 +5095,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
 
 
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
-    """What a running server tells of itself, or None and why there is nothing."""
+    """What a running server says of itself, or None and why it says nothing."""
     import json
     table = f"table {config.table_name}"
     try:
@@ -5192,7 +5192,7 @@ def scaled(number: float) -> str:
 
 
 def server_lines(server: dict[str, Any]) -> list[str]:
-    """What to say of a running server."""
+    """Lines about a running server, for people."""
     up = duration(max(time.time() - server["since"], 0))
     where = f"port {server['port']}, {server['table']}"
     rules = f"rules {server['rules']} of {server['max_nr_rules']}"
@@ -5352,7 +5352,7 @@ def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
 
 
 def check(config: Config, is_verbose: bool) -> None:
-    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    """Check whether the server could work, and print what it would do. Raises UserError."""
     began = time.monotonic()
     nft = Nft(config.nft)
     nft.limit = NFT_LIMIT_S[1]
@@ -5466,8 +5466,8 @@ def new_key_line(user: int) -> str:
 
 def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
-    client's default user, or else for the first one behind that who has no key yet. Args: the paths
-    of both files, which may be missing."""
+    client's default user, or for the next one who has no key yet. Args: the paths of both files,
+    which may be missing."""
     keys: Mapping[int, bytes] = {}
     default = 0
     # A key comes before there is a file, which need not be complete either: only its keys matter.
@@ -5651,7 +5651,7 @@ parse_host_name = functools.partial(
 
 
 def default_rundir() -> str:
-    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    """The server's run directory. Our systemd unit lets it write to /run/letmeind alone."""
     return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
 
@@ -5697,7 +5697,7 @@ def load_config(name: str, arguments: SimpleNamespace, is_told: bool = True) -> 
 
 
 def new_client(arguments: SimpleNamespace) -> Client:
-    """A client that may make its system calls alone. Raises UserError."""
+    """A client that can make only the system calls that it needs. Raises UserError."""
     if not os.path.exists(config_path(CLIENT_FILE, arguments.config)):
         where = arguments.config or ", ".join(config_places(CLIENT_FILE))
         hint = "have the server's administrator make one: letmein client-conf -u ID"
@@ -5742,7 +5742,7 @@ def run_client_conf(arguments: SimpleNamespace) -> int:
 
 
 def run_server(arguments: SimpleNamespace) -> int:
-    """Serve until told to stop, or with --check only see whether that could work."""
+    """Serve until told to stop, or with --check only check whether that would work."""
     # Before all else: what systemd has given us, and signals, so that a change of the file behind
     # which a SIGHUP came is never missed.
     activated = activated_sockets()
@@ -6049,7 +6049,7 @@ def help_row(left: str, text: str, width: int) -> str:
 
 
 def help_text(command: Command) -> str:
-    """All that there is to say of a command, in the width of the terminal."""
+    """The help of a command, as wide as the terminal."""
     try:
         width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
     except OSError:  # standard output is no terminal
@@ -6131,7 +6131,7 @@ def find_command(word: str) -> Command:
 
 
 def no_option(name: str, command: Command) -> UsageError:
-    """What to say of an option that a command does not have."""
+    """The error for an option that a command does not have."""
     names = [option.names[-1] for option in options_of(command)]
     program = f"letmein {command.name}".rstrip()
     hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
@@ -6183,7 +6183,7 @@ def take_option(
 
 
 def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
-    """Set what holds for options that are not given, unless something is set already."""
+    """Set the defaults of options, except where something is set already."""
     for option in options:
         default = option.default() if callable(option.default) else option.default
         if not hasattr(arguments, option.field):
@@ -6211,7 +6211,7 @@ def set_positional(words: list[str], command: Command, arguments: SimpleNamespac
 
 
 def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
-    """What is wrong with words that are each right; "" if nothing is."""
+    """Why words that are each valid do not go together; "" if they do."""
     if command.name in ("knock", "revoke"):
         if arguments.ports and arguments.resources:
             return "PORT and -r/--resource cannot be combined"
