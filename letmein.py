@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
+    ReadFiles = Callable[[str], Iterable[Sections]]  # that a value of `include` names
 else:
 
     class _Record(type):
@@ -91,13 +92,13 @@ ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: 
 
 
 def in_journal() -> bool:
-    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
-    sets it also where only standard output goes there, see systemd.exec(5)."""
+    """Whether standard error goes to systemd's journal. The variable proves nothing by itself:
+    systemd also sets it when only standard output goes there, see systemd.exec(5)."""
     stream = os.environ.get("JOURNAL_STREAM")
     if not stream:
         return False
-    place = os.fstat(2)
-    return stream == f"{place.st_dev}:{place.st_ino}"
+    status = os.fstat(2)
+    return stream == f"{status.st_dev}:{status.st_ino}"
 
 
 def tell_at(priority: int, text: str) -> None:
@@ -140,15 +141,15 @@ PRIORITIES = {  # in the journal, of events that are not INFO
 
 
 class Log:
-    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
-    nobody reads is no reason to let nobody in: the line is lost, and counted."""
+    """The log, on standard error, and what it counts for `status`. Floods are summed up. If nobody
+    reads the log, its lines are lost and counted, and the server goes on."""
 
     def __init__(self) -> None:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        # Since the last summary: frequent lines, by name and user, and those not written, by name.
-        self.kinds: Counter[tuple[str, str]] = Counter()
+        # Since the last summary: frequent lines by event and user, and lines left out by event.
+        self.frequent: Counter[tuple[str, str]] = Counter()
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
@@ -158,9 +159,10 @@ class Log:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
         escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         if self.is_journal:
             start = f"<{PRIORITIES.get(event, INFO)}>"
+        else:
+            start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
@@ -178,13 +180,13 @@ class Log:
     def often(self, event: str, **fields: str) -> None:
         """Write a line on an event that may come often, or only count it for the next summary.
         What users get and lose is limited for each of them: a busy one must not hide another."""
+        is_flood = event in FLOODS
+        limit = LINES_LIMIT if is_flood else USER_LINES_LIMIT
+        user = "" if is_flood else fields.get("user", "")
         name = f"{event}-{fields['proto']}" if "proto" in fields else event
-        kind, limit = (name, fields.get("user", "")), USER_LINES_LIMIT
-        if event in FLOODS:
-            kind, limit = (name, ""), LINES_LIMIT
-        self.kinds[kind] += 1
+        self.frequent[name, user] += 1
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
-        if self.kinds[kind] <= limit:
+        if self.frequent[name, user] <= limit:
             self(event, **fields)
         else:
             self.counts[event] += 1
@@ -193,7 +195,7 @@ class Log:
     def summary(self) -> None:
         """Write how many events got no line since the last summary."""
         more = dict(self.left_out)
-        self.kinds.clear()
+        self.frequent.clear()
         self.left_out.clear()
         self.sum_up_at = NEVER
         if more:
@@ -201,7 +203,7 @@ class Log:
 
 
 def ids_of(request: Message | Lease) -> dict[str, str]:
-    """Whose it is and what for, as fields of a log line."""
+    """User and resource, as fields of a log line."""
     return {"user": f"{request.user:08X}", "resource": f"{request.resource:08X}"}
 
 
@@ -294,7 +296,9 @@ class Message(NamedTuple):
     def authenticate(self, key: bytes, token: bytes) -> bytes:
         """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
         A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
-        there is one: anybody can replay them, and gets no further than the CHALLENGE."""
+        there is one: anybody can replay them, and gets no further than the CHALLENGE. A RESPONSE
+        names neither the client's address nor KNOCK or REVOKE: an attacker on the path can have it
+        count for an address of their own, or for the other one of the two, replayed."""
         import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -316,8 +320,7 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, say_warning: Say,
-    say: Say = lambda text: None,
+    operation: int, user: int, resource: int, key: bytes, say_warning: Say, say: Say
 ) -> Handshake:
     """The client's side of one knock or revocation: yields each message to send, takes the answer
     by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
@@ -373,18 +376,19 @@ class ServerHandshake(NamedTuple):
 
     policy: int  # what a peer must have proved for its errors to be answered
     key_of: Callable[[int], bytes | None]  # of a user
-    objection: Callable[[int, int], str]  # why a user may not have a resource, or ""
+    why_not: Callable[[int, int], str]  # why a user may not have a resource, or ""
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
         """Judge a peer's first message. Args: new_token, gives the token for an operation."""
-        user, resource = message.user, message.resource
         if message.operation not in (KNOCK, REVOKE):
-            return self._refuse_operation(message, NO_AUTH, ANYBODY, ANYBODY)
+            unnamed = message._replace(user=ANYBODY, resource=ANYBODY)
+            return self._refuse(unnamed, NO_AUTH, f"unexpected {OPERATIONS[message.operation]}")
+        user, resource = message.user, message.resource
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
-            return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
-        if objection := self.objection(user, resource):
-            return self.refuse(BASIC_AUTH, user, resource, objection)
+            return self._refuse(message, NO_AUTH, "wrong key" if key else "unknown user")
+        if reason := self.why_not(user, resource):
+            return self._refuse(message, BASIC_AUTH, reason)
         return Verdict(unsigned(CHALLENGE, user, resource, new_token(message.operation)))
 
     def on_response(
@@ -392,34 +396,26 @@ class ServerHandshake(NamedTuple):
     ) -> Verdict:
         """Judge what should be a RESPONSE. Args: proved, what this peer has proved before;
         challenges, all that it may have got for this user and resource."""
-        user, resource = message.user, message.resource
         if message.operation != RESPONSE:
-            return self._refuse_operation(message, proved, user, resource)
+            return self._refuse(message, proved, f"unexpected {OPERATIONS[message.operation]}")
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(user)
+        key = self.key_of(message.user)
         for_proof = key or NOBODYS_KEY
         met = (each for each in challenges if message.proves(for_proof, each.token))
         challenge = next(met, None)
         if challenge is None or key is None:
-            return self.refuse(proved, user, resource, "wrong RESPONSE")
-        if objection := self.objection(user, resource):
-            return self.refuse(FULL_AUTH, user, resource, objection)
+            return self._refuse(message, proved, "wrong RESPONSE")
+        if reason := self.why_not(message.user, message.resource):
+            return self._refuse(message, FULL_AUTH, reason)
         return Verdict(b"", challenge=challenge)
 
-    def _refuse_operation(
-        self, message: Message, proved: int, user: int, resource: int
-    ) -> Verdict:
-        """Refuse a message that does not belong here. What only a server says is never answered, or
-        two servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
-        reason = f"unexpected {OPERATIONS[message.operation]}"
-        if message.operation in SERVER_OPERATIONS:
+    def _refuse(self, message: Message, proved: int, reason: str) -> Verdict:
+        """Refuse a message: with a GOAWAY if the peer has proved enough for one. What only a server
+        says is never answered, or two servers could be made to talk to each other for ever (as in
+        CVE-2024-2169)."""
+        if proved < self.policy or message.operation in SERVER_OPERATIONS:
             return Verdict(b"", reason)
-        return self.refuse(proved, user, resource, reason)
-
-    def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
-        """Refuse a peer: with a GOAWAY if it has proved enough for one, otherwise silently."""
-        reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
-        return Verdict(reply, reason)
+        return Verdict(unsigned(GOAWAY, message.user, message.resource), reason)
 
 
 TOKEN_WINDOW_S = 5.0
@@ -430,7 +426,7 @@ SPENT_LIMIT = 1 << 17  # tokens remembered as spent; some 200 bytes each
 class Spent(NamedTuple):
     """The challenges of the same base that a RESPONSE has met."""
 
-    count: int
+    number: int
     outcome: int  # how the latest RESPONSE was answered: COMEIN or GOAWAY
 
 
@@ -459,7 +455,7 @@ class Tokens:
         """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
         window = int(now / TOKEN_WINDOW_S)
         base = self._base(facts, operation, window)
-        return self._token(base, self._spent(window, base).count)
+        return self._token(base, self._spent(window, base).number)
 
     def challenges(self, facts: bytes, now: float, patience: float) -> Iterator[Challenge]:
         """All challenges that may have been given for these facts, newest first. A token lives
@@ -476,9 +472,9 @@ class Tokens:
                     yield Challenge(operation, latest, window, base, outcome)
 
     def note_outcome(self, challenge: Challenge, outcome: int) -> None:
-        """Note that a challenge's token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
+        """Note that a token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
         window, base = challenge.window, challenge.base
-        count = self._spent(window, base).count + 1
+        count = self._spent(window, base).number + 1
         self.spent.setdefault(window, {})[base] = Spent(count, outcome)
 
     def _base(self, facts: bytes, operation: int, window: int) -> bytes:
@@ -524,6 +520,7 @@ SECCOMP = ("off", "log", "kill")
 CONTROL_PORT = 5800
 KEY_DIGITS = 2 * KEY_SIZE
 MAX_NR_RULES_LIMIT = 1_000_000
+NO_USER = -1  # nobody has this id, so nothing limits it
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
@@ -608,6 +605,11 @@ class Config(NamedTuple):
     limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     @property
+    def control(self) -> str:
+        """The control port, such as 5800/tcp or 5800/tcp+udp."""
+        return f"{self.port}/{'+'.join(self.protocols)}"
+
+    @property
     def table_name(self) -> str:
         """The table with its family, as nft(8) has it."""
         return f"{self.family} {self.table}"
@@ -618,7 +620,7 @@ class Config(NamedTuple):
         nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
         return {**nftables, "seccomp": self.seccomp}
 
-    def objection(self, user: int, resource: int) -> str:
+    def why_not(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
         if found is None:
@@ -656,10 +658,15 @@ def digest(facts: tuple[object, ...]) -> str:
 
 
 def shown(text: str) -> str:
-    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key."""
-    if len(re.findall("[0-9A-Fa-f]", text)) >= 16:
+    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key. A key may
+    be written with separators or 0x in it, and with mistakes: so 12 hex digits among 16 letters and
+    digits are too many."""
+    start = text[:80]
+    letters = re.sub("[xX]|[^0-9A-Za-z]", "", start)
+    windows = (letters[at : at + 16] for at in range(len(letters) - 15))
+    if any(len(re.findall("[0-9A-Fa-f]", each)) >= 12 for each in windows):
         return "'...'"
-    return ascii(text if len(text) <= 80 else text[:80] + "...")
+    return ascii(start if text == start else start + "...")
 
 
 def matched(text: str, pattern: str, expected: str) -> str:
@@ -681,24 +688,20 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     return number
 
 
-def parse_port(text: str) -> int:
-    """The number of a TCP or UDP port."""
-    return parse_number(text, 1, 65535)
+# The number of a TCP or UDP port.
+parse_port = functools.partial(parse_number, least=1, limit=65535)
+parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
+# The name of an nftables table or chain.
+parse_name = functools.partial(
+    matched, pattern="[A-Za-z0-9_.-]{1,64}", expected="1 to 64 of A-Z a-z 0-9 _ - ."
+)
+# What limits a jump: there is only the source address of packets.
+parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 
 
 def parse_rules_limit(text: str) -> int:
     """max-nr-rules. A number above our own limit counts as that limit."""
     return min(parse_number(text), MAX_NR_RULES_LIMIT)
-
-
-def parse_family(text: str) -> str:
-    """The family of an nftables table."""
-    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
-
-
-def parse_name(text: str) -> str:
-    """The name of an nftables table or chain."""
-    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
@@ -739,12 +742,12 @@ def parse_key(text: str) -> bytes:
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
-    """One of some words, in any case."""
+    """One of these words, in upper or lower case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
 
 def parse_boolean(text: str) -> bool:
-    """Yes or no, in one of the ways to say so."""
+    """Yes or no: one of YES and NO."""
     return parse_word(text, YES + NO) in YES
 
 
@@ -753,9 +756,8 @@ def parse_policy(text: str) -> int:
     return POLICIES[parse_word(text, POLICIES)]
 
 
-def parse_seccomp(text: str) -> str:
-    """What happens at a system call that the filter does not allow; "off" for no filter."""
-    return parse_word(text, SECCOMP)
+# What happens at a system call that the filter does not allow; "off" for no filter.
+parse_seccomp = functools.partial(parse_word, words=SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -782,14 +784,9 @@ def parse_users(text: str) -> frozenset[int]:
     return frozenset(parse_identifier(user) for user in text.split(","))
 
 
-def parse_match(text: str) -> str:
-    """What limits a jump: there is only the source address of packets."""
-    return matched(text, "saddr", "saddr")
-
-
-RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
+RESOURCE_SYNTAX = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
+RESOURCE_ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
     "users": parse_users,
@@ -806,13 +803,13 @@ def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS:
-            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key not in RESOURCE_ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE_SYNTAX)
         elif key in values and key in PORT_ITEMS:
             raise Unfit(f"{key} appears twice", f"{key} once")
         else:
             try:
-                values[key] = ITEMS[key](value)
+                values[key] = RESOURCE_ITEMS[key](value)
             except Unfit as unfit:
                 raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
     return values, flags
@@ -827,13 +824,13 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     users = values.get("users", frozenset())
     if "port" in values:
         if not values.keys() <= PORT_ITEMS:
-            raise Unfit("a port and a jump need a resource each", RESOURCE)
-        protocols = parse_protocols(flags, RESOURCE)
+            raise Unfit("a port and a jump need a resource each", RESOURCE_SYNTAX)
+        protocols = parse_protocols(flags, RESOURCE_SYNTAX)
         return Resource(identifier, values["port"], protocols, (), timeout, users)
     if set(flags) != {"jump"}:
-        raise Unfit("this is neither a port nor a jump", RESOURCE)
+        raise Unfit("this is neither a port nor a jump", RESOURCE_SYNTAX)
     if not hooks:
-        raise Unfit("this jump has no chain to jump to", RESOURCE)
+        raise Unfit("this jump has no chain to jump to", RESOURCE_SYNTAX)
     jumps = tuple(Jump(hook, values[hook], f"{hook}-match" in values) for hook in hooks)
     return Resource(identifier, 0, (), jumps, timeout, users)
 
@@ -858,7 +855,7 @@ def parse_user_timeout(text: str) -> float:
     return timeout
 
 
-LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
+USER_LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
 
 
 def parse_user_limits(text: str) -> UserLimits:
@@ -866,10 +863,10 @@ def parse_user_limits(text: str) -> UserLimits:
     values = {}
     for item in text.split("/"):
         key, _, value = (part.strip() for part in item.partition(":"))
-        if key not in LIMITS or key in values:
+        if key not in USER_LIMITS or key in values:
             expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
             raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
-        values[key] = LIMITS[key](value)
+        values[key] = USER_LIMITS[key](value)
     return UserLimits(values.get("timeout", NEVER), values.get("not-after", NEVER))
 
 
@@ -907,16 +904,18 @@ REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
 class Entry(NamedTuple):
-    """An option, or the line that begins a section, as the file has it."""
+    """An option as the file has it; with the name "" the line that begins a section."""
 
     line: str  # "FILE:NUMBER"
-    label: str  # section and name, fit to be printed
+    section: str
+    name: str
     value: str
 
     @property
-    def place(self) -> str:
+    def prefix(self) -> str:
         """How a message on it begins."""
-        return f"{self.line}: {self.label} "
+        section, name = (shown(each)[1:-1] for each in (self.section, self.name))  # no quotes
+        return f"{self.line}: [{section}] " + (f"{name}: " if name else "")
 
 
 # Bytes that are not UTF-8 decode to DC80 to DCFF. Only Python takes 1C to 1F for white space.
@@ -953,23 +952,23 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
         if not section:
             hint = "expected: a line such as [GENERAL] above it"
             raise ConfigError(f"{where}: {shown(name)} is in no section", hint)
-        label = f"[{shown(section)[1:-1]}]"  # without the quotes
-        if name:
-            label += f" {shown(name)[1:-1]}:"
-        entry = Entry(where, label, found["value"] or "")
+        entry = Entry(where, section, name, found["value"] or "")
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{entry.place}appears twice", "expected: each name once")
+            raise ConfigError(f"{entry.prefix}appears twice", "expected: each name once")
         sections[section][name] = entry
     return sections
 
 
 @contextlib.contextmanager
-def blaming(place: str) -> Iterator[None]:
-    """Put a value's place in front of what is wrong with it. Raises ConfigError."""
+def blaming(entry: Entry) -> Iterator[None]:
+    """Put an option's place in front of what is wrong with it. Raises ConfigError."""
     try:
         yield
     except Unfit as unfit:
-        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
+        hint = f"expected: {unfit.hint}"
+        if "#" in entry.value:
+            hint += "; a comment needs a line of its own that is not indented"
+        raise ConfigError(entry.prefix + unfit.problem, hint) from None
 
 
 def most_similar(word: str, known: Iterable[str]) -> str:
@@ -979,23 +978,19 @@ def most_similar(word: str, known: Iterable[str]) -> str:
     return found[0] if found else ""
 
 
-def unknown_names(sections: Sections) -> list[str]:
+def unknown_names(sections: Sections) -> Iterator[str]:
     """A warning for each section and option that we do not know, in the file's order."""
-    warnings = []
-
-    def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
-        similar = most_similar(name, names)
-        question = f"; did you mean {similar}?" if similar else ""
-        warnings.append(f"{entry.place}is unknown and ignored{question}")
-
     for section, entries in sections.items():
         known = OPTIONS.get(section)
-        if known is None:
-            ignore(entries[""], section.upper(), OPTIONS)
         for name, entry in entries.items():
-            if known and name and name not in known:
-                ignore(entry, name.lower(), known)
-    return warnings
+            if known is None and not name:
+                similar = most_similar(section.upper(), OPTIONS)
+            elif known and name and name not in known:
+                similar = most_similar(name.lower(), known)
+            else:
+                continue
+            question = f"; did you mean {similar}?" if similar else ""
+            yield f"{entry.prefix}is unknown and ignored{question}"
 
 
 def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -1003,147 +998,139 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     values = {}
     for name, entry in entries.items():
         if name in known:
-            with blaming(entry.place):
+            with blaming(entry):
                 values[known[name].field] = known[name].parse(entry.value)
     return values
 
 
+def entries_of(section: str, files: Iterable[Sections]) -> list[Entry]:
+    """The options of a section, in all of these files."""
+    entries = (entry for file in files for entry in file.get(section, {}).values())
+    return [entry for entry in entries if entry.name]
+
+
 def parse_by_user(
-    lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
+    entries: Iterable[Entry], parse: Callable[[str], Item], what: str
 ) -> dict[int, Item]:
-    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what,
-    the name of a value in messages. Raises ConfigError."""
+    """[KEYS] or [USERS], by user. Args: parse, reads a value; what, the name of a value in
+    messages. Raises ConfigError."""
     values: dict[int, Item] = {}
-    lines_of: dict[int, str] = {}
-    for name, entry in lines:
-        with blaming(entry.place):
-            user = parse_identifier(name)
+    lines: dict[int, str] = {}
+    for entry in entries:
+        with blaming(entry):
+            user = parse_identifier(entry.name)
             if user in values:
-                where = lines_of[user]
-                raise Unfit(f"user {user:08X} has {what} already, at {where}", "each user once")
+                problem = f"user {user:08X} has {what} already, at {lines[user]}"
+                raise Unfit(problem, "each user once")
             values[user] = parse(entry.value)
-            lines_of[user] = entry.line
+            lines[user] = entry.line
     return values
 
 
-def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[int, Resource]:
-    """[RESOURCES], by id. Args: lines, name and entry of each; timeout, of those that have none,
-    in s. Raises ConfigError."""
+def parse_resources(entries: Iterable[Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
     resources: dict[int, Resource] = {}
-    lines_of: dict[int, str] = {}
+    lines: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
-    for name, entry in lines:
-        with blaming(entry.place):
-            resource = parse_resource(parse_identifier(name), entry.value, timeout)
-            if resource.identifier in resources:
-                where = lines_of[resource.identifier]
-                problem = f"resource {resource.identifier:08X} appears twice, first at {where}"
+    for entry in entries:
+        with blaming(entry):
+            identifier = parse_identifier(entry.name)
+            resource = parse_resource(identifier, entry.value, timeout)
+            if identifier in resources:
+                problem = f"resource {identifier:08X} appears twice, first at {lines[identifier]}"
                 raise Unfit(problem, "each id once")
             if resource.port in owners:
                 owner = owners[resource.port]
-                problem = f"resource {owner:08X} has port {resource.port}, at {lines_of[owner]}"
+                problem = f"resource {owner:08X} has port {resource.port}, at {lines[owner]}"
                 raise Unfit(problem, "each port once")
-            resources[resource.identifier] = resource
-            lines_of[resource.identifier] = entry.line
+            resources[identifier] = resource
+            lines[identifier] = entry.line
             if resource.port:
-                owners[resource.port] = resource.identifier
+                owners[resource.port] = identifier
     return resources
 
 
-def check_required(section: Mapping[str, Entry], place: str) -> None:
-    """See that [NFTABLES] has what a server needs. Args: place, where it begins. Raises
-    ConfigError."""
-    for option in REQUIRED:
-        if option not in section:
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
+def why_nobody_may(config: Config, resource: Resource) -> str:
+    """Why no user can open a resource; "" if one can."""
+    users = resource.users or {NO_USER}
+    reasons = [config.why_not(user, resource.identifier) for user in users]
+    if all(reasons):
+        return reasons[0]
+    return "" if resource.timeout else "its timeout is 0"
 
 
-def server_warnings(config: Config, lines: Mapping[str, list[tuple[str, Entry]]]) -> list[str]:
-    """What a server can do with this configuration, but its owner may not want. Args: lines, by
-    section, name and entry of each, in the order of config.resources and config.limits."""
-    warnings = []
+def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
+    """What a server can do with this configuration, but its owner may not want."""
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+        yield f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended"
+    if not config.control_timeout and "tcp" in config.protocols:
+        text = "control-timeout: 0 seconds are too short for any knock over TCP"
+        yield f"{config.path}: [GENERAL] {text}"
     if config.family != "inet" and config.table in IPTABLES_TABLES:
         text = f"iptables uses {config.table_name}, too, and what iptables-save makes of"
         text += " our rules lets everybody in; give the table another name"
-        warnings.append(dict(lines["NFTABLES"])["table"].place + text)
+        yield files[0]["NFTABLES"]["table"].prefix + text
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
-        warnings.append(f"{config.path}: [KEYS] {text}")
-    for (_, entry), resource in zip(lines["RESOURCES"], config.resources.values()):
-        users = resource.users or {-1}  # everybody: nobody has this id, so it has no limits
-        objections = [config.objection(user, resource.identifier) for user in users]
-        objection = objections[0] if all(objections) else ""
-        if objection or not resource.timeout:
-            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
-            warnings.append(entry.place + text)
+        yield f"{config.path}: [KEYS] {text}"
+    for entry, resource in zip(entries_of("RESOURCES", files), config.resources.values()):
+        if reason := why_nobody_may(config, resource):
+            yield f"{entry.prefix}nobody can knock for it: {reason}"
+        for hook in re.findall(r"(\w+)-match\s*:", entry.value):
+            if hook not in {jump.hook for jump in resource.jumps}:
+                yield f"{entry.prefix}{hook}-match limits nothing: there is no {hook}: CHAIN"
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
-                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
-    for (_, entry), user in zip(lines["USERS"], config.limits):
+                yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
+    for entry, user in zip(entries_of("USERS", files), config.limits):
         if user not in config.keys:
-            warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+            yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
         elif time.time() >= config.limits[user].ends:
-            warnings.append(f"{entry.place}this day is over: the user can open nothing any more")
-    return warnings
+            yield f"{entry.prefix}this day is over: the user can open nothing any more"
 
 
 def parse_config(
-    text: str, path: str, server: bool, included: Callable[[str], Iterable[Sections]] | None = None
+    text: str, path: str, server: bool, warnings: list[str], read_files: ReadFiles = lambda _: ()
 ) -> Config:
-    """Read one configuration file's text. Args: path, for messages alone; included, gives the
-    sections of the files that a value of `include` names. Raises ConfigError."""
+    """Read a configuration file's text. Args: path, for messages alone; warnings, to which more are
+    added; read_files, which reads included files. Raises ConfigError."""
     sections = parse_sections(text, path)
-    warnings = unknown_names(sections)
-    begins = {section: entries.pop("").place for section, entries in sections.items()}
-    for section in OPTIONS:
-        sections.setdefault(section, {})
-    lines = {section: list(sections[section].items()) for section in OPTIONS}
-    include = sections["GENERAL"].get("include")
-    if include and not server:
-        warnings.append(f"{include.place}is for the server's file, and ignored here")
+    warnings += unknown_names(sections)
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
-    try:
-        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
-            values.update(parse_settings(sections[section], OPTIONS[section]))
-        if include and server and included:
-            with blaming(include.place):
-                for each in included(values["include"]):
-                    for section in INCLUDABLE:
-                        lines[section] += each.get(section, {}).items()
-        keys = parse_by_user(lines["KEYS"], parse_key, "a key")
-        resources = parse_resources(lines["RESOURCES"], values["timeout"])
-        if server:
-            values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            check_required(sections["NFTABLES"], place)
-    except ConfigError as error:
-        error.warnings = tuple(warnings)
-        raise
+    for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+        values.update(parse_settings(sections.get(section, {}), OPTIONS[section]))
+    files: list[Sections] = [sections]
+    include = sections.get("GENERAL", {}).get("include")
+    if include and server:
+        with blaming(include):
+            files += read_files(values["include"])
+    elif include:
+        warnings.append(f"{include.prefix}is for the server's file, and ignored here")
+    keys = parse_by_user(entries_of("KEYS", files), parse_key, "a key")
+    resources = parse_resources(entries_of("RESOURCES", files), values["timeout"])
+    if server:
+        limits = parse_by_user(entries_of("USERS", files), parse_user_limits, "limits")
+        values["limits"] = limits
+        nftables = sections.get("NFTABLES", {})
+        start = nftables.get("", Entry(f"{path}:1", "NFTABLES", "", ""))
+        for option in REQUIRED:
+            if option not in nftables:
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{start.prefix}{option}: is not set", hint)
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        warnings += server_warnings(config, lines)
+        warnings += server_warnings(config, files)
     return config._replace(warnings=tuple(warnings))
 
 
-def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
-    """The text of a configuration file. Args: warnings, gets more if others may read or change it;
-    is_included, whether a pattern may have found it, so it may be anything. Raises OSError,
-    ConfigError."""
-
-    def open_at_once(path: str, flags: int) -> int:
-        """Open it; of a FIFO, do not wait for the other end."""
-        return os.open(path, flags | os.O_NONBLOCK)
-
-    with open(path, "rb", opener=open_at_once if is_included else None) as file:
+def read_text(path: str, server: bool, warnings: list[str]) -> str:
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
+    Raises OSError, ConfigError."""
+    with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        if is_included and not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
         data = file.read(CONFIG_SIZE_LIMIT + 1)
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
@@ -1161,9 +1148,10 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
 def find_included(pattern: str) -> list[str]:
     """The paths that a value of `include` names, sorted. Raises Unfit."""
     import glob
+    import itertools
     if not re.search("[*?[]", pattern):
         return [pattern]
-    found = [path for path, _ in zip(glob.iglob(pattern), range(INCLUDE_LIMIT + 1))]
+    found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
     if len(found) > INCLUDE_LIMIT:
         raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
     return sorted(found)
@@ -1177,13 +1165,18 @@ def include_directory(config: Config) -> str:
     return directory
 
 
-def check_directory(path: str, directory: str) -> None:
-    """See that nobody but root may put files into an included file's directory. Raises OSError,
-    ConfigError."""
-    status = os.stat(directory)
-    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        hint = f"chown root {directory}; chmod 755 {directory}"
-        raise ConfigError(f"{path}: others may write to the directory {directory}", hint)
+def check_included(path: str) -> None:
+    """Check that a pattern has found a file, and that nobody but root may change or replace it.
+    Raises OSError, ConfigError."""
+    target = os.path.realpath(path)  # it may be a link
+    modes = {os.path.dirname(path): "755", os.path.dirname(target): "755", path: "600"}
+    for name, mode in modes.items():
+        status = os.stat(name)
+        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+            hint = f"chown root {name}; chmod {mode} {name}"
+            raise ConfigError(f"{path}: others may write to {name}", hint)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would keep us waiting
+        raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
 
 
 def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Sections]:
@@ -1191,9 +1184,8 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
     size = 0
     for path in paths:
         try:
-            for name in (path, os.path.realpath(path)):  # it may be a link
-                check_directory(path, os.path.dirname(name))
-            text = read_text(path, True, warnings, is_included=True)
+            check_included(path)
+            text = read_text(path, True, warnings)
         except OSError as error:
             hint = "include in [GENERAL] of letmeind.conf names it"
             raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1204,8 +1196,7 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
         for section, entries in sections.items():
             if section not in INCLUDABLE:
                 hint = "expected: [KEYS] and [RESOURCES] alone"
-                raise ConfigError(f"{entries[''].place}is not for an included file", hint)
-            entries.pop("")
+                raise ConfigError(f"{entries[''].prefix}is not for an included file", hint)
         yield sections
 
 
@@ -1213,24 +1204,27 @@ def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
     warnings: list[str] = []
 
-    def included(pattern: str) -> Iterator[Sections]:
+    def read_files(pattern: str) -> Iterator[Sections]:
         paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
         if not paths:
             warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
         return read_included(paths, warnings)
 
     try:
-        config = parse_config(read_text(path, server, warnings), path, server, included)
+        text = read_text(path, server, warnings)
+        return parse_config(text, path, server, warnings, read_files)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
-            return parse_config("", path, server)
+            return parse_config("", path, server, warnings)
         hint = "name another file with --config, or let this user read it"
         if not server:
             hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "this command is for the server: write the file there, or name one with -c"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
-    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 # ==== 3  Client ==============================================================
@@ -1662,7 +1656,7 @@ class Client:
         self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
         self.targets = resolve(self.host, self.port, arguments.families)
         self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
-        self.is_quiet = arguments.quiet or arguments.command == "connect"
+        self.is_quiet = arguments.quiet or arguments.command.name == "connect"
         # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
@@ -2212,7 +2206,7 @@ def lease_comment(lease: Lease, boot: str) -> str:
 def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
     """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
     not."""
-    if user not in config.keys or config.objection(user, resource):
+    if user not in config.keys or config.why_not(user, resource):
         return 0.0
     found = config.resources[resource]
     if lease_proof(config.keys[user], boot, found.meaning) != proof:
@@ -3704,7 +3698,7 @@ def who_may(config: Config, resource: Resource) -> str:
     """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
 
     def may(user: int) -> bool:
-        return user in config.keys and not config.objection(user, resource.identifier)
+        return user in config.keys and not config.why_not(user, resource.identifier)
 
     if not resource.timeout:
         return "nobody"
@@ -4351,7 +4345,7 @@ class Judge:
         """What to make of a peer's message."""
         config, now = self.config, time.monotonic()
         facts = self._facts(record, message)
-        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.why_not)
 
         def new_token(operation: int) -> bytes:
             return self.tokens.new(facts, operation, now)
@@ -4533,7 +4527,7 @@ class Monitor:
         for warning in config.warnings:
             self.log("warning", reason=warning)
         log_resources(config, self.log)
-        port = f"{config.port}/{'+'.join(config.protocols)}"
+        port = config.control
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
@@ -4562,7 +4556,7 @@ class Monitor:
         document = {
             "process": os.getpid(),
             "since": self.since,
-            "port": f"{config.port}/{'+'.join(config.protocols)}",
+            "port": config.control,
             "table": f"{config.family}/{config.table}",
             "leases": len(leases),
             "rules": leases.weight + len(config.protocols),
@@ -4966,18 +4960,7 @@ def network_process(
 STATUS_PATIENCE_S = 8.0  # with a server that is busy
 
 
-class Row(NamedTuple):
-    """One line of the table of leases: what an address has, with all protocols of a port in one."""
-
-    address: str
-    what: str  # such as "22/tcp", or a jump resource with its chains
-    user: str
-    left: str
-    packets: str
-    octets: str
-
-
-HEADINGS = Row("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
+HEADINGS = ("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
 ALIGNMENT = "<<<>>>"  # of the columns, as format() has it
 BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
@@ -4990,15 +4973,15 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, as the kernel has it, and what a running server tells of itself.
     Raises UserError."""
     import json
-    leases = list_leases(config)
+    elements = list_elements(config)
     check_rundir(rundir)
     server, why = ask_server(config, rundir)
     if as_json:
         table = {"family": config.family, "table": config.table}
-        print(json.dumps({**table, "leases": leases, "server": server}, indent=1), flush=True)
+        print(json.dumps({**table, "leases": elements, "server": server}, indent=1), flush=True)
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
+    lines = lease_table(elements, config, is_coloured) or ["Nobody holds a lease."]
     about = server_lines(server) if server else [why]
     if sys.stdout.isatty():
         import shutil
@@ -5073,19 +5056,20 @@ def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
 
 def snapshot(config: Config) -> dict[str, Any]:
     """All leases as the kernel has them, as an event. Raises UserError."""
-    parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for part in list_leases(config):
-        # The rest is none of ours, or ends so soon that its end may have been told already.
-        if part["user"] and part["seconds_left"]:
-            holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
-            parts.setdefault(holder, []).append(part)
+    elements_of: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for element in list_elements(config):
+        # The others are none of ours, or end so soon that their end may have been told already.
+        if element["user"] and element["seconds_left"]:
+            ids = int(element["resource"], 16), int(element["user"], 16)
+            elements_of.setdefault((element["address"], *ids), []).append(element)
     leases = []
-    for (address, identifier, user), some in parts.items():
-        protocols = tuple(sorted(part["protocol"] for part in some if part["protocol"]))
+    for (address, identifier, user), elements in elements_of.items():
+        protocols = tuple(sorted(each["protocol"] for each in elements if each["protocol"]))
         known = config.resources.get(identifier)
         jumps = known.jumps if known else ()
-        resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
-        left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
+        port = elements[0]["port"] or 0
+        resource = Resource(identifier, port, protocols, jumps, 0.0, frozenset())
+        left = min(each["seconds_left"] for each in elements) + 1  # it was rounded down
         leases.append(lease_facts(address, user, resource, left))
     return {"event": "snapshot", "time": time.time(), "leases": leases}
 
@@ -5101,9 +5085,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
     if not leases:
         print(clock, "nobody holds a lease", sep="  ")
     for lease in leases:
-        what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
-        if not lease["port"]:
-            what = f"{lease['resource']}: {', '.join(lease['chains'])}"
+        what = opened(lease["port"], lease["protocols"], lease["resource"], lease["chains"])
         event = "open" if is_snapshot else change["event"]
         end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
         print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
@@ -5111,7 +5093,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
 
 
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
-    """What a running server tells of itself, or None and why there is nothing."""
+    """What a running server says of itself, or None and why it says nothing."""
     import json
     table = f"table {config.table_name}"
     try:
@@ -5148,11 +5130,35 @@ def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
     return lines
 
 
-def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
-    """The lines of the table of leases, the first to end first; none if there are no leases."""
-    rows = table_rows(leases, config)
+def opened(
+    port: int | None, protocols: Iterable[str], resource: str | None, chains: Iterable[str]
+) -> str:
+    """What a lease opens: a port, such as 22/tcp, or the chains of a jump resource."""
+    if port is not None:
+        return f"{port}/{'+'.join(sorted(protocols))}"
+    return f"{resource}: {', '.join(chains)}" if resource else "?"
+
+
+def lease_table(elements: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
+    """The lines of the table of leases, the first to end first; none if there are no leases. All
+    protocols of a port are one lease."""
+    elements_of: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for element in elements:
+        lease = (element["address"], element["resource"], element["port"])
+        elements_of.setdefault(lease, []).append(element)
+    rows = []  # each behind the seconds that are left
+    for (address, resource, port), parts in elements_of.items():
+        known = config.resources.get(int(resource, 16)) if resource else None
+        chains = [jump.target for jump in known.jumps] if known else ["?"]
+        what = opened(port, [part["protocol"] for part in parts], resource, chains)
+        times = [part["seconds_left"] for part in parts]
+        left = min(NEVER if seconds is None else seconds for seconds in times)
+        packets, octets = (sum(part[name] for part in parts) for name in ("packets", "bytes"))
+        numbers = (duration(left), scaled(packets), scaled(octets))
+        rows.append((left, (address, what, parts[0]["user"] or "?", *numbers)))
     if not rows:
         return []
+    rows.sort()
     lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
@@ -5160,34 +5166,6 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
             if left < SOON_S:
                 lines[number] = YELLOW + lines[number] + PLAIN
     return [*lines, ""]
-
-
-def table_rows(leases: list[dict[str, Any]], config: Config) -> list[tuple[float, Row]]:
-    """A row for each lease, behind the seconds that it has left; sorted by them."""
-    parts: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    for lease in leases:
-        parts.setdefault((lease["address"], lease["resource"], lease["port"]), []).append(lease)
-    rows = []
-    for some in parts.values():
-        first = some[0]
-        left = min(NEVER if each["seconds_left"] is None else each["seconds_left"] for each in some)
-        packets, octets = (sum(lease[name] for lease in some) for name in ("packets", "bytes"))
-        numbers = (duration(left), scaled(packets), scaled(octets))
-        what = opened_by(some, config)
-        rows.append((left, Row(first["address"], what, first["user"] or "?", *numbers)))
-    return sorted(rows)
-
-
-def opened_by(elements: list[dict[str, Any]], config: Config) -> str:
-    """What a lease with these elements opens: a port, or chains of a jump resource."""
-    first = elements[0]
-    if first["port"] is not None:
-        return f"{first['port']}/{'+'.join(sorted(each['protocol'] for each in elements))}"
-    if first["resource"] is None:
-        return "?"
-    resource = config.resources.get(int(first["resource"], 16))
-    targets = ", ".join(target for _, target, _ in resource.jumps) if resource else "?"
-    return f"{first['resource']}: {targets}"
 
 
 def duration(seconds: float) -> str:
@@ -5212,7 +5190,7 @@ def scaled(number: float) -> str:
 
 
 def server_lines(server: dict[str, Any]) -> list[str]:
-    """What to say of a running server."""
+    """Lines about a running server, for people."""
     up = duration(max(time.time() - server["since"], 0))
     where = f"port {server['port']}, {server['table']}"
     rules = f"rules {server['rules']} of {server['max_nr_rules']}"
@@ -5223,28 +5201,28 @@ def server_lines(server: dict[str, Any]) -> list[str]:
     return lines
 
 
-def list_leases(config: Config) -> list[dict[str, Any]]:
-    """Who holds what, as the kernel has it. Raises UserError."""
-    leases: list[dict[str, Any]] = []
+def list_elements(config: Config) -> list[dict[str, Any]]:
+    """Who holds what, by the elements that the kernel has. Raises UserError."""
+    elements: list[dict[str, Any]] = []
     protocols = {number: name for name, number in PROTOCOL_NUMBERS.items()}
     try:
         kernel = Kernel(config.family, config.table)
         kernel.table_facts()
         # By name: the kernel may tell of an element twice while a set grows.
         found: dict[ElementName, Element] = {}
-        for name in sorted(kernel.sets()):
+        for set_name in sorted(kernel.sets()):
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-                for each in kernel.elements(name):
-                    found[ElementName(name, each.key)] = each
+                for each in kernel.elements(set_name):
+                    found[ElementName(set_name, each.key)] = each
     except OSError as error:
         raise unreadable(config, error) from None
-    for place, element in found.items():
-        if place.set_name.endswith("-gate"):
+    for name, element in found.items():
+        if name.set_name.endswith("-gate"):
             continue
-        address, opens = read_key(place)
+        address, opens = read_key(name)
         protocol, port = opens or (None, None)
         comment = COMMENT.fullmatch(element.comment)
-        leases.append({
+        elements.append({
             "address": address or element.key.hex() or "*",  # what is none of ours as nft has it
             "protocol": protocols.get(protocol, str(protocol)) if protocol is not None else None,
             "port": port,
@@ -5254,7 +5232,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
             "packets": element.packets,
             "bytes": element.octets,
         })
-    return leases
+    return elements
 
 
 # What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
@@ -5372,7 +5350,7 @@ def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
 
 
 def check(config: Config, is_verbose: bool) -> None:
-    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    """Check whether the server could work, and print what it would do. Raises UserError."""
     began = time.monotonic()
     nft = Nft(config.nft)
     nft.limit = NFT_LIMIT_S[1]
@@ -5400,7 +5378,7 @@ def server_facts(config: Config) -> list[str]:
     policies = {rank: name for name, rank in POLICIES.items()}
     facts = [
         ("file", config.path),
-        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("control port", config.control),
         ("error policy", policies[config.error_policy]),
         ("seccomp", config.seccomp),
         ("table", config.table_name),
@@ -5410,11 +5388,11 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
-        opened = terms(resource, resource.timeout)
-        what = opened.get("port") or f"jump to {opened['jump']}"
+        granted = terms(resource, resource.timeout)
+        what = granted.get("port") or f"jump to {granted['jump']}"
         users = who_may(config, resource).replace(",", ", ")
         users = "everybody with a key" if users == "all" else users
-        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
+        rows.append((f"{resource.identifier:08X}", what, granted["seconds"], users))
     lines = [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
     if config.limits:
         limits = [("USER", "SECONDS", "LAST DAY")]
@@ -5446,7 +5424,7 @@ def client_file(config: Config, user: int, host: str) -> str:
     allowed = [
         resource
         for resource in config.resources.values()
-        if not config.objection(user, resource.identifier) and resource.timeout
+        if not config.why_not(user, resource.identifier) and resource.timeout
     ]
     if not allowed:
         warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
@@ -5486,15 +5464,16 @@ def new_key_line(user: int) -> str:
 
 def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
-    client's default user, or else for the first one behind that who has no key yet. Args: the paths
-    of both files, which may be missing."""
+    client's default user, or for the next one who has no key yet. Args: the paths of both files,
+    which may be missing."""
     keys: Mapping[int, bytes] = {}
     default = 0
-    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+    # A key comes before there is a file, which need not be complete either: only its keys matter.
+    with contextlib.suppress(ConfigError):
         default = read_config(client_path, server=False).default_user
-    for is_complete in (False, True):  # only then it may include files with keys
+    for with_included_files in (False, True):
         with contextlib.suppress(ConfigError):
-            keys = read_config(server_path, server=is_complete).keys
+            keys = read_config(server_path, server=with_included_files).keys
     wanted = default if user is None else user
     new = wanted
     while user is None and new in keys:
@@ -5529,9 +5508,9 @@ reload_service() {{ procd_send_signal letmeind '*' HUP; }}
 """
 SYSTEMD_SOCKET = """\
 # An extra. letmeind.service must be enabled as well: without it the firewall drops all knocks.
+# The ports are those of letmeind.conf: print this file again when they change.
 [Socket]
-ListenStream=5800
-ListenDatagram=5800
+{sockets}
 [Install]
 WantedBy=sockets.target
 """
@@ -5588,7 +5567,10 @@ def service_file(kind: str, path: str, account: str) -> str:
     line; path, of letmeind.conf; account, of the network process. Raises UserError."""
     import shlex
     if kind == "systemd-socket":
-        return SYSTEMD_SOCKET
+        config = read_config(path, server=True)
+        types = {"tcp": "Stream", "udp": "Datagram"}
+        sockets = [f"Listen{types[protocol]}={config.port}" for protocol in config.protocols]
+        return SYSTEMD_SOCKET.format(sockets="\n".join(sockets))
     program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
     command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
     if kind == "openwrt":
@@ -5610,8 +5592,8 @@ def service_places(program: str, module: str, path: str) -> list[str]:
             raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
     for place in (sys.executable, sys.prefix, *files, *files.values()):
         if re.search(r"[%$:\\'\"\n]", place):
-            problem = f"systemd reads {shown(place)} otherwise than as a path"
-            raise UserError(problem, "take a path without % $ : \\ and quotation marks")
+            problem = f"systemd would not read {shown(place)} as a path"
+            raise UserError(problem, "use a path without % $ : \\ and quotation marks")
     return sorted({"/etc", "/usr", sys.prefix, sys.base_prefix, *files.values()})
 
 
@@ -5654,23 +5636,20 @@ class Command(NamedTuple):
     run: Callable[[SimpleNamespace], int] | None = None
 
 
-def parse_account(text: str) -> str:
-    """The name of a user of this machine."""
-    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
-
-
-def parse_slots(text: str) -> int:
-    """How many connections the server keeps."""
-    return parse_number(text, 1, 1_000_000)
-
-
-def parse_host_name(text: str) -> str:
-    """A host's name or address, fit for a file: nothing that could begin a line of its own."""
-    return matched(text, r"[\w.:%\[\]-]{1,255}", "a host's name or address")
+# The name of a user of this machine.
+parse_account = functools.partial(
+    matched, pattern="[A-Za-z_][A-Za-z0-9_.-]{0,31}", expected="a user's name, or none"
+)
+# How many connections the server keeps.
+parse_slots = functools.partial(parse_number, least=1, limit=1_000_000)
+# A host's name or address, fit for a file: nothing that could begin a line of its own.
+parse_host_name = functools.partial(
+    matched, pattern=r"[\w.:%\[\]-]{1,255}", expected="a host's name or address"
+)
 
 
 def default_rundir() -> str:
-    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    """The server's run directory. Our systemd unit lets it write to /run/letmeind alone."""
     return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
 
@@ -5716,7 +5695,7 @@ def load_config(name: str, arguments: SimpleNamespace, is_told: bool = True) -> 
 
 
 def new_client(arguments: SimpleNamespace) -> Client:
-    """A client that may make its system calls alone. Raises UserError."""
+    """A client that can make only the system calls that it needs. Raises UserError."""
     if not os.path.exists(config_path(CLIENT_FILE, arguments.config)):
         where = arguments.config or ", ".join(config_places(CLIENT_FILE))
         hint = "have the server's administrator make one: letmein client-conf -u ID"
@@ -5748,10 +5727,8 @@ def run_connect(arguments: SimpleNamespace) -> int:
 
 
 def run_gen_key(arguments: SimpleNamespace) -> int:
-    client_path, server_path = (
-        config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE)
-    )
-    generate_key(arguments.user, client_path, server_path)
+    paths = (config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE))
+    generate_key(arguments.user, *paths)
     return 0
 
 
@@ -5763,7 +5740,7 @@ def run_client_conf(arguments: SimpleNamespace) -> int:
 
 
 def run_server(arguments: SimpleNamespace) -> int:
-    """Serve until told to stop, or with --check only see whether that could work."""
+    """Serve until told to stop, or with --check only check whether that would work."""
     # Before all else: what systemd has given us, and signals, so that a change of the file behind
     # which a SIGHUP came is never missed.
     activated = activated_sockets()
@@ -5772,7 +5749,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     signals = -1 if arguments.check else note_signals()
     allow_hangup()
     config = load_config(SERVER_FILE, arguments, is_told=arguments.check)
-    find_account(arguments.user)
+    find_account(arguments.account)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
         check(config, arguments.verbose)
@@ -5782,7 +5759,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     filter_system_calls()
     options = ServerOptions(
         rundir=arguments.rundir,
-        account=arguments.user,
+        account=arguments.account,
         connections=arguments.num_connections,
         prefix_connections=arguments.num_ip_connections,
         seccomp=arguments.seccomp,
@@ -5795,7 +5772,7 @@ def run_server(arguments: SimpleNamespace) -> int:
 
 def run_service(arguments: SimpleNamespace) -> int:
     path = config_path(SERVER_FILE, arguments.config)
-    print(service_file(arguments.kind, path, arguments.user), end="")
+    print(service_file(arguments.kind, path, arguments.account), end="")
     return 0
 
 
@@ -5817,7 +5794,7 @@ def run_completion(arguments: SimpleNamespace) -> int:
 
 # -- the commands and their options
 
-KINDS = ("systemd", "systemd-socket", "openwrt")
+SERVICE_KINDS = ("systemd", "systemd-socket", "openwrt")
 SHELLS = ("bash", "zsh", "fish")
 
 CONFIG = Option(
@@ -5877,7 +5854,7 @@ RUNDIR = Option(
     " else /run)", "DIR", default=default_rundir,
 )  # fmt: skip
 ACCOUNT = Option(
-    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    ("--user",), "account", "account that the network process changes to; none: it stays root"
     " (default: letmeind)", "NAME", parse_account, default="letmeind",
 )  # fmt: skip
 
@@ -6007,7 +5984,7 @@ Print a file that starts this copy of the program at boot:
         """\
   letmein service systemd >/etc/systemd/system/letmeind.service
   letmein service openwrt >/etc/init.d/letmeind""",
-        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (Option(("KIND",), "kind", ", ".join(SERVICE_KINDS), words=SERVICE_KINDS),),
         (ACCOUNT, SERVER_CONFIG),
         run=run_service,
     ),
@@ -6046,7 +6023,7 @@ ALIASES = {"close": "revoke"}  # its older name
 
 
 def options_of(command: Command) -> list[Option]:
-    """What a command takes; an option of its own may have the name of a common one."""
+    """A command's own options, and the common ones that it does not replace by one of its own."""
     fields = {option.field for option in command.options}
     return [*command.options, *(option for option in COMMON if option.field not in fields)]
 
@@ -6070,7 +6047,7 @@ def help_row(left: str, text: str, width: int) -> str:
 
 
 def help_text(command: Command) -> str:
-    """All that there is to say of a command, in the width of the terminal."""
+    """The help of a command, as wide as the terminal."""
     try:
         width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
     except OSError:  # standard output is no terminal
@@ -6107,7 +6084,7 @@ complete -o bashdefault -o default -F _letmein letmein"""
 
 
 def completion_words(command: Command) -> list[str]:
-    """What may stand behind a command, but for values that only the user knows."""
+    """The words that may follow a command, except for values that only the user knows."""
     words = [command.name for command in COMMANDS] if command is LETMEIN else []
     for argument in command.arguments:
         words += argument.words
@@ -6152,7 +6129,7 @@ def find_command(word: str) -> Command:
 
 
 def no_option(name: str, command: Command) -> UsageError:
-    """What to say of an option that a command does not have."""
+    """The error for an option that a command does not have."""
     names = [option.names[-1] for option in options_of(command)]
     program = f"letmein {command.name}".rstrip()
     hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
@@ -6204,16 +6181,16 @@ def take_option(
 
 
 def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
-    """Set what holds for options that are not given, unless something is set already."""
+    """Set the defaults of options, except where something is set already."""
     for option in options:
         default = option.default() if callable(option.default) else option.default
         if not hasattr(arguments, option.field):
             setattr(arguments, option.field, [] if option.is_list else default)
 
 
-def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
-    """Set the command's arguments, which are known by their place. Raises UsageError."""
-    rest = deque(places)
+def set_positional(words: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments from the words that are no options. Raises UsageError."""
+    rest = deque(words)
     for argument in command.arguments:
         if argument.field == "to_run":  # it is behind a --
             continue
@@ -6224,15 +6201,15 @@ def set_places(places: list[str], command: Command, arguments: SimpleNamespace) 
         elif rest:
             setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
         else:
-            words = ", ".join(argument.words)
-            hint = f"expected: one of: {words}" if words else usage_line(command)
+            choices = ", ".join(argument.words)
+            hint = f"expected: one of: {choices}" if choices else usage_line(command)
             raise UsageError(f"{argument.names[0]} is missing", hint)
     if rest:
         raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
 
 
 def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
-    """What is wrong with words that are each right; "" if nothing is."""
+    """Why words that are each valid do not go together; "" if they do."""
     if command.name in ("knock", "revoke"):
         if arguments.ports and arguments.resources:
             return "PORT and -r/--resource cannot be combined"
@@ -6250,8 +6227,8 @@ def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool
 
 
 def parse_words(words: list[str]) -> SimpleNamespace:
-    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
-    UsageError."""
+    """The command line; command is its Command. Options may come before, between and behind
+    the arguments. Raises UsageError."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     at = words.index("--") if "--" in words else len(words)
@@ -6259,7 +6236,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     command = LETMEIN
     arguments = SimpleNamespace(quiet=False)
     set_defaults(COMMON, arguments)
-    places = []
+    positional = []
     while waiting:
         word = waiting.popleft()
         if word.startswith("-") and len(word) > 1:
@@ -6268,8 +6245,8 @@ def parse_words(words: list[str]) -> SimpleNamespace:
             command = find_command(word)
             set_defaults((*command.arguments, *command.options), arguments)
         else:
-            places.append(word)
-    arguments.about, arguments.command = command, command.name
+            positional.append(word)
+    arguments.command = command
     arguments.to_run = words[at + 1 :]
     # `letmeind -v` prints the version, and letmeind is our server.
     if arguments.help or (arguments.version and command.name in ("", "server")):
@@ -6280,7 +6257,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     if command is LETMEIN:
         hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
         raise UsageError("a command is missing", hint)
-    set_places(places, command, arguments)
+    set_positional(positional, command, arguments)
     problem = contradiction(command, arguments, at < len(words))
     if problem:
         raise UsageError(problem, usage_line(command))
@@ -6289,7 +6266,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
 
 def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
-    command = arguments.about
+    command = arguments.command
     if arguments.help or arguments.version:
         print(help_text(command) if arguments.help else f"letmein.py {VERSION}")
         return 0

@@ -95,7 +95,7 @@ def new_client(
         assert warnings is not None, line
         warnings.append(line)
 
-    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn)
+    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn, lambda text: None)
 
 
 def is_done(client: Generator[bytes, bytes, None], data: bytes) -> bool:
@@ -123,7 +123,7 @@ def server_text(section: str, *lines: str) -> str:
 
 
 def parse(text: str, server: bool = True) -> letmein.Config:
-    return letmein.parse_config(text, "f.conf", server)
+    return letmein.parse_config(text, "f.conf", server, [])
 
 
 def rejection(text: str, server: bool = True) -> letmein.ConfigError:
