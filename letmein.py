@@ -2398,7 +2398,7 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 LISTING_LIMIT = 16 << 20  # bytes of what nft says
-NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at least, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
 TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
 
@@ -2429,12 +2429,12 @@ class Nft:
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        self.limit = NFT_LIMIT_S[0]
+        self.limit = NFT_LIMIT_S[0]  # in s, for the next run
 
     def run(self, script: str, *arguments: str) -> str:
         """Run a script, and return what nft says. Raises UserError with its words. An nft that
-        takes too long is killed, having perhaps done its work, and the next one may take twice as
-        long."""
+        takes too long is killed, having perhaps done its work. After each run, the next one may
+        take twice as long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -2447,6 +2447,7 @@ class Nft:
             streams += [(os.POSIX_SPAWN_DUP2, said.fileno(), number) for number in (1, 2)]
             text.write(script.encode("ascii"))
             text.seek(0)
+            began = time.monotonic()
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
                 status = await_end(process, self.limit)
@@ -2457,13 +2458,14 @@ class Nft:
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
             words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
-            self._judge(status, words)
+            limit, took = self.limit, time.monotonic() - began
+            self.limit = min(max(2 * took, NFT_LIMIT_S[0]), NFT_LIMIT_S[1])
+            self._raise_if_failed(status, words, limit)
             return words
 
-    def _judge(self, status: int, said: str) -> None:
+    def _raise_if_failed(self, status: int, said: str, limit: float) -> None:
         """Raise UserError if nft did not do what it was told."""
         if status == -9:
-            limit, self.limit = self.limit, min(2 * self.limit, NFT_LIMIT_S[1])
             hint = "the machine is busy, or the table holds large sets of others: move those away"
             raise UserError(f"nft did not end within {limit:g} s", hint)
         if status:
@@ -2843,10 +2845,10 @@ IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTRO
 
 
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
-    """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
+    """Check that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
-    check_table(kernel, config)
-    check_targets(kernel, config)
+    base_chains = check_table(kernel, config)
+    check_targets(kernel, config, base_chains)
     nft.run(ruleset_script(config), "-c")
 
 
@@ -2861,9 +2863,9 @@ def unreadable(config: Config, error: OSError) -> UserError:
     return UserError(f"cannot read {table}: {error.strerror}")
 
 
-def check_table(kernel: Kernel, config: Config) -> None:
-    """See that table and chains are there, and that nobody else has a claim to them. Raises
-    UserError."""
+def check_table(kernel: Kernel, config: Config) -> list[str]:
+    """Check that table and chains are there, and that nobody else has a claim to them. Returns the
+    table's base chains. Raises UserError."""
     table = f"table {config.table_name}"
     where = f"{config.path}: [NFTABLES]"
     try:
@@ -2884,11 +2886,11 @@ def check_table(kernel: Kernel, config: Config) -> None:
             problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
             raise UserError(problem, hint)
         check_chain(kernel, config, hook, chain)
+    return base_chains
 
 
-def check_targets(kernel: Kernel, config: Config) -> None:
-    """See that the chains are there that resources jump to. Raises UserError."""
-    base_chains = kernel.base_chains()
+def check_targets(kernel: Kernel, config: Config, base_chains: list[str]) -> None:
+    """Check that the chains are there that resources jump to. Raises UserError."""
     for resource in config.resources.values():
         for hook, target, _ in resource.jumps:
             option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
@@ -2910,7 +2912,7 @@ def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Ru
 
 
 def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
-    """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
+    """Check that all rules in a chain are ours, or the Rust server's. Raises UserError."""
     option = f"[NFTABLES] chain-{hook}"
     rules = rules_of(kernel, config, option, chain)
     foreign = sum(not is_ours(rule) for rule in rules)
@@ -3159,6 +3161,7 @@ class Look:
         self.found: set[ElementName] = set()  # parts of leases
         self.strange: list[ElementName] = []  # parts of no lease
         self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
+        self.shortened: dict[LeaseKey, float] = {}  # when leases end that somebody has shortened
         self.missing: list[LeaseKey] = []  # leases to be put back
         self.wrong: set[LeaseKey] = set()  # leases to be written anew
 
@@ -3169,6 +3172,7 @@ class Look:
         for name in sets:
             if name not in gates:
                 yield from self._read(name)
+        self._shorten_by_hand()
         yield from self._adopt()
         self.table.note_gates()
         for name in gates:  # after the leases, which say how long they should be open
@@ -3210,18 +3214,19 @@ class Look:
             self.strange.append(name)
 
     def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
-        """Compare an element with its lease, or gate. When it ends is known to within the time that
-        reading it took."""
+        """Note it if an element does not fit its lease, or gate. When it ends is known to within
+        the time that reading it took."""
         earliest, latest = element.asked + element.left, time.monotonic() + element.left
         is_right = element.comment == lease_comment(lease, self.table.boot)
-        is_short = latest < lease.ends - EARLY_S
-        # In a set made anew it may be what somebody saved before a later knock.
-        is_decided = lease.address != EVERYBODY and name.set_name not in self.renewed
-        if is_right and is_short and is_decided:  # by an administrator
-            self.table.note(lease._replace(ends=latest), "")
-            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-        elif not is_right or is_short or earliest > lease.ends + LATE_S:
+        if not is_right or earliest > lease.ends + LATE_S:
             self.wrong.add(lease.key)
+        elif latest >= lease.ends - EARLY_S:
+            return
+        elif lease.address == EVERYBODY or name.set_name in self.renewed:
+            # In a set made anew it may be what somebody saved before a later knock.
+            self.wrong.add(lease.key)
+        else:
+            self.shortened[lease.key] = min(latest, self.shortened.get(lease.key, NEVER))
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
@@ -3246,6 +3251,25 @@ class Look:
             return None
         ends = element.asked + element.left  # or up to the time that reading it took later
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
+
+    def _check_sets(self) -> None:
+        """Raise OSError if the sets were made anew since the look began: then no administrator has
+        deleted or shortened what was in them."""
+        if self.table.read_handles() != self.handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+
+    def _shorten_by_hand(self) -> None:
+        """An administrator has shortened an element of each of these leases: that shortens all of
+        it. Raises UserError, OSError."""
+        if self.shortened:
+            self._check_sets()
+        by_key = self.table.leases.by_key
+        keys = [key for key in self.shortened if key in by_key and key not in self.changed]
+        for some in in_batches(keys):
+            leases = [by_key[key]._replace(ends=self.shortened[key]) for key in some]
+            self.changed |= self.table.hold(leases, replace=True)
+            for lease in leases:
+                self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
     def _adopt(self) -> Iterator[None]:
         """Take over the leases of which all elements are there, the oldest first."""
@@ -3289,10 +3313,9 @@ class Look:
 
     def _end_by_hand(self, deleted: list[Lease]) -> None:
         """An administrator has deleted an element of each of these: that ends all of a lease, and a
-        gate for all who hold it. Raises OSError if the sets have changed since the look began: then
-        the elements have gone with their set."""
-        if deleted and self.table.read_handles() != self.handles:
-            raise OSError(errno.ESTALE, "the sets were made anew")
+        gate for all who hold it. Raises UserError, OSError."""
+        if deleted:
+            self._check_sets()
         ended = {lease.key: lease for lease in deleted if lease.address != EVERYBODY}
         shut = {gate.resource for gate in deleted if gate.address == EVERYBODY}
         if shut:
@@ -3369,7 +3392,6 @@ class Firewall:
         selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
-        self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
         self.work = self._look()
 

@@ -41,6 +41,7 @@ import bisect
 import collections
 import contextlib
 import dis
+import errno
 import fcntl
 import functools
 import hashlib
@@ -4139,6 +4140,22 @@ class TestNftFaults:
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_slower_than_the_limit(self, lab: Lab, watched: WatchedNft) -> None:
+        """What nft took at the start, it may take at a reload; an nft that is fast again is killed
+        early again when it hangs."""
+        lab.load(more=DOOR)
+        program = adjusted(lab, "letmein.NFT_LIMIT_S = (1.0, 60.0)")
+        watched.mode("slow-all")
+        with Server(lab, watched.conf(), program=program) as server:
+            reconfigure(server, watched.conf())
+            watched.mode("good")
+            reconfigure(server, watched.conf())
+            watched.mode("hang")
+            delete_the_rules(lab)
+            event = server.wait_for("cannot-heal")
+            assert "did not end within 1 s" in event["reason"], event
+            watched.mode("good")
+
     def test_slow(self, lab: Lab, watched: WatchedNft) -> None:
         """An nft that takes 2 s prolongs no lease: not at a heal, nor at a start after kill -9."""
         lab.load(more=DOOR)
@@ -4609,6 +4626,26 @@ class TestHeal:
         knock_all(lab, HOLDERS[0])
         assert min(milliseconds_left(key)) > 590
 
+    def test_one_of_two_elements_shortened_by_hand(self, lab: Lab, guarded: Server) -> None:
+        """It shortens the whole lease, whichever element the kernel lists first, and is no damage
+        that must be healed."""
+        (holder,) = [holder for holder in HOLDERS if holder[1] == 0x23]
+        for turn, protocol in enumerate(("tcp", "udp"), 1):
+            knock_all(lab, holder)
+            assert min(milliseconds_left(CLIENT_4)) > 590
+            key = f"{CLIENT_4} . {protocol} . 23"
+            (text,) = re.findall(rf'{re.escape(key)}[^,}}]*(comment "[^"]*")', lab.ruleset())
+            nft_do(
+                f"delete element inet filter letmein-4 {{ {key} }}",
+                f"add element inet filter letmein-4 {{ {key} timeout 60s {text} }}",
+            )
+            guarded.wait_for("shortened", turn, peer=CLIENT_4)
+            assert max(milliseconds_left(CLIENT_4)) <= 60
+        quiet(guarded)
+        agree(lab, guarded, holder)
+        assert len(guarded.events("shortened")) == 2
+        assert not guarded.events("healed")
+
     def test_an_old_ruleset_is_restored(self, lab: Lab, guarded: Server) -> None:
         """What was saved before a lease was renewed knows too little of it: nobody has shortened
         it, and its client, who renews in time, stays in."""
@@ -4733,10 +4770,44 @@ class TestBetweenTwoSteps:
     def test_an_old_ruleset_is_restored_in_the_middle_of_a_look(
         self, lab: Lab, stepwise: Held4And6
     ) -> None:
-        """It brings sets, but not all leases: they come back as well."""
+        """It brings sets, but not all leases, and one with little time: nobody has meant that."""
         saved = run(NFT, "list", "ruleset").replace(f"{CLIENT_6} . tcp . 22", "fd77::7 . tcp . 22")
+        old = rf"({OTHER_6} counter packets 0 bytes 0) timeout \S+ expires \w+"
+        saved, count = re.subn(old, r"\1 timeout 9s", saved)
+        assert count == 1, saved
         nft_do("flush ruleset", saved)
         settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders)
+        assert min(milliseconds_left(OTHER_6)) > 500
+
+    def test_the_kernel_objects_in_the_middle_of_a_reload(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """Whichever question it does not answer, the server goes on and no lease is lost."""
+        firewall = stepwise.firewall
+        kernel_, ask = firewall.table.kernel, firewall.table.kernel._ask
+        refused = 0
+        for number in range(100):
+            answered: list[int] = []
+
+            def ask_or_fail(
+                *words: Any, number: int = number, answered: list[int] = answered, **options: Any
+            ) -> list[letmein.Attributes]:
+                if len(answered) == number:
+                    raise OSError(errno.ENOBUFS, "no buffer")
+                answered.append(1)
+                return ask(*words, **options)
+
+            kernel_._ask = ask_or_fail  # type: ignore[method-assign]
+            try:
+                firewall.reconfigure(firewall.config)
+            except letmein.UserError:
+                refused += 1
+            if len(answered) < number:
+                break
+        assert refused > 5
+        kernel_._ask = ask  # type: ignore[method-assign]
+        settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders)
 
     def test_more_complaints_than_fit(self, lab: Lab, stepwise: Held4And6) -> None:
