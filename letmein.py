@@ -215,10 +215,10 @@ class Backoff:
         """Begin with the first pause again."""
         self.next = self.limits[0]
 
-    def take(self, longest: float = 0.0) -> float:
-        """The pause before the next attempt, in s. Args: longest, if other than the usual limit."""
+    def take(self) -> float:
+        """The pause before the next attempt, in s."""
         pause = self.next
-        self.next = min(2 * pause, longest or self.limits[1])
+        self.next = min(2 * pause, self.limits[1])
         return pause
 
 
@@ -561,7 +561,7 @@ class Resource(NamedTuple):
     @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
-        return digest((self.port, self.protocols, tuple(map(tuple, self.jumps))))
+        return checksum((self.port, self.protocols, tuple(map(tuple, self.jumps))))
 
     @property
     def is_gate(self) -> bool:
@@ -646,7 +646,7 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache(1000)
-def digest(facts: tuple[object, ...]) -> str:
+def checksum(facts: tuple[object, ...]) -> str:
     """8 hex digits that change with these facts; no secret."""
     import binascii
     return f"{binascii.crc32(repr(facts).encode()):08x}"
@@ -2142,7 +2142,7 @@ def catch_signals(handler: Any) -> None:
 #
 # On the way down: Leases, who holds what; what that is in nftables; Nft and Kernel, the two ways to
 # tell the kernel; checks of somebody's ruleset; Table, all that is ours in it; Look, which compares
-# and mends it; Firewall, which clients ask, and which knows when to look.
+# and heals it; Firewall, which clients ask, and which knows when to look.
 #
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
@@ -2256,12 +2256,17 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        for index, entry in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
-            del index[entry][key]
-            if not index[entry]:
-                del index[entry]
-        if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
+        self._discard(self.of_user, lease.user, key)
+        self._discard(self.ending, int(lease.ends), key)
+        if lease.user not in self.of_user:  # a weight of 0 does not tell: gates weigh nothing
             del self.weights[lease.user]
+
+    @staticmethod
+    def _discard(index: dict[int, dict[LeaseKey, None]], entry: int, key: LeaseKey) -> None:
+        """Remove a key from an entry of an index, and the entry once it is empty."""
+        del index[entry][key]
+        if not index[entry]:
+            del index[entry]
 
     def expire(self, now: float) -> list[Lease]:
         """Forget the leases that have ended, and return them: the kernel sends no word of it."""
@@ -2283,15 +2288,15 @@ class Leases:
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, so that all weigh no more than limit: the
-        oldest of whoever holds most, so nobody is kept out by others. If they weigh more already
-        (the limit was lowered), they need not get below what they weigh now."""
+        oldest of whoever holds most, so nobody is kept out by others."""
+        goal = max(limit, self.weight)  # a limit that was lowered ends no lease
         held = self.by_key.get(lease.key)
         weight = self.weight + lease.weight - (held.weight if held else 0)
         weights = dict(self.weights)
         weights[lease.user] = weights.get(lease.user, 0) + lease.weight
         queues: dict[int, Iterator[LeaseKey]] = {}
         displaced: list[Lease] = []
-        while weight > max(limit, self.weight):
+        while weight > goal:
             user = max(weights, key=weights.__getitem__)
             queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
             key = next(queue, None)
@@ -2318,7 +2323,7 @@ class Ruleset(NamedTuple):
 
     sets: dict[str, str]  # by name, the type of its elements
     rules: list[str]  # each behind the name of its chain
-    tag: str  # the comment of each rule: other rules have another one
+    rule_comment: str  # of each rule; it changes with the rules
 
 
 def ruleset(config: Config) -> Ruleset:
@@ -2343,8 +2348,8 @@ def ruleset(config: Config) -> Ruleset:
                 keys = [f"{IP[version]} saddr @{name}-{version}" for version in versions]
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
-    tag = f"letmein {digest(tuple(rules))}"
-    return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
+    comment = f"letmein {checksum(tuple(rules))}"
+    return Ruleset(sets, [f'{rule} comment "{comment}"' for rule in rules], comment)
 
 
 def ruleset_script(config: Config) -> str:
@@ -2390,10 +2395,10 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
         address = EVERYBODY if name.key in GATE_KEYS.values() else ""
         return address, None
     size, family = (16, socket.AF_INET6) if name.set_name.endswith("-6") else (4, socket.AF_INET)
-    packed, place = name.key[:size], name.key[size:]
-    if len(packed) != size or len(place) not in (0, PORT_KEY.size):
+    packed, port_key = name.key[:size], name.key[size:]
+    if len(packed) != size or len(port_key) not in (0, PORT_KEY.size):
         return "", None
-    return socket.inet_ntop(family, packed), PORT_KEY.unpack(place) if place else None
+    return socket.inet_ntop(family, packed), PORT_KEY.unpack(port_key) if port_key else None
 
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -2517,7 +2522,7 @@ class Element(NamedTuple):
 
     key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
-    asked: float  # by time.monotonic(), before the kernel read it: it ends after asked + left
+    read_at: float  # by time.monotonic(), just before: it ends at read_at + left, or later
     comment: str
     packets: int
     octets: int
@@ -2751,29 +2756,29 @@ class Kernel:
     def _elements_of(self, set_name: str, elements: bytes = b"") -> bytes:
         """The attributes that say which set, and which elements of it."""
         table = text_attribute(NFTA_LIST_TABLE, self.table)
-        where = table + text_attribute(NFTA_LIST_SET, set_name)
-        return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
+        both = table + text_attribute(NFTA_LIST_SET, set_name)
+        return both + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, set_name: str) -> Iterator[Element]:
         """The elements of a set. The kernel gives some 200 at a time, ever more slowly (1 s for
         100,000). One that changes meanwhile may come twice or be left out; so may any other, while
         the set grows."""
-        asked = time.monotonic()
+        read_at = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
             netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
                 # The kernel reads the next piece when it hands one out.
-                next_asked = time.monotonic()
+                next_read_at = time.monotonic()
                 for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
                     if packet.is_last():
                         return
                     listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
                     for _, element in each_attribute(listed):
-                        yield self._element(Attributes(element), asked)
-                asked = next_asked
+                        yield self._element(Attributes(element), read_at)
+                read_at = next_read_at
 
     @staticmethod
-    def _element(found: Attributes, asked: float) -> Element:
+    def _element(found: Attributes, read_at: float) -> Element:
         key = found.within(NFTA_ELEM_KEY).get(NFTA_DATA_VALUE, b"")
         left = NEVER
         # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
@@ -2784,7 +2789,7 @@ class Kernel:
             counter = found.within(NFTA_ELEM_EXPRESSIONS).within(NFTA_LIST_ELEMENT)
         counts = counter.within(NFTA_EXPR_DATA)
         packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
-        return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
+        return Element(key, left, read_at, found.comment(NFTA_ELEM_USERDATA), packets, octets)
 
     def _one_element(self, name: ElementName, *facts: bytes) -> bytes:
         """The attributes that name one element, and say more of it."""
@@ -2816,7 +2821,7 @@ class Kernel:
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not. It may just have expired,
         and the kernel objects if it is not there: so it is added first."""
-        added = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        added = self.put(name, 1.0, "", is_new=False)
         return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
@@ -2826,13 +2831,14 @@ class Kernel:
         return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
 
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
-        """Whether one of these notifications is about our table, a change by another process, and a
-        renamed chain or something whose name contains one of these. (Our own nft counts as another
-        process: process ids are used again.) The table's name is attribute 1 everywhere."""
-        table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
+        """Whether any notification reports that another process changed our table, and either
+        renamed a chain or touched an object whose name contains one of these. Our own run of nft
+        counts as another process, because process ids are reused."""
+        # The table's name is attribute 1 everywhere; here without its padding.
+        table = text_attribute(1, self.table)[: ATTRIBUTE_HEADER.size + len(self.table) + 1]
         for packet in each_packet(data):
-            is_ours = packet.body[:1] == bytes([self.family]) and table in packet.body
-            if packet.port == self.port or not is_ours:
+            is_our_table = packet.body[:1] == bytes([self.family]) and table in packet.body
+            if packet.port == self.port or not is_our_table:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
             is_renamed = packet.kind == NEWCHAIN and not packet.flags & NLM_F_CREATE
@@ -2944,7 +2950,7 @@ def is_ours(rule: Rule) -> bool:
 
 class Table:
     """Our part of the kernel's table: rules, sets, and in these the leases and gates. It does what
-    it is told. Args: as for Firewall."""
+    it is told. Args: boot, 8 hex digits of the boot id."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2971,10 +2977,10 @@ class Table:
         """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
         handles = self.read_handles()
         wanted = ruleset(self.config)
-        tags = [rule.comment for rule in self._rules()]
+        comments = [rule.comment for rule in self._rules()]
         if wanted.sets.keys() - handles.keys():
             return "sets are missing", handles
-        if tags != [wanted.tag] * len(wanted.rules):
+        if comments != [wanted.rule_comment] * len(wanted.rules):
             return "rules are missing", handles
         return "", handles
 
@@ -3044,9 +3050,9 @@ class Table:
 
     def find(self, key: LeaseKey) -> Lease | None:
         """The lease, or gate, that has this key."""
-        return self._book(key).by_key.get(key)
+        return self._leases_or_gates(key).by_key.get(key)
 
-    def _book(self, key: LeaseKey) -> Leases:
+    def _leases_or_gates(self, key: LeaseKey) -> Leases:
         return self.gates if key.address == EVERYBODY else self.leases
 
     def expire(self) -> None:
@@ -3058,13 +3064,13 @@ class Table:
 
     def note(self, lease: Lease, reason: str) -> None:
         """Note a lease, or that it was ended, and for what reason; and tell of that."""
-        book = self._book(lease.key)
-        is_known = lease.key in book.by_key
+        noted = self._leases_or_gates(lease.key)
+        is_known = lease.key in noted.by_key
         if lease.ends == ENDED:
-            book.forget(lease.key)
+            noted.forget(lease.key)
             event = "closed" if is_known else ""
         else:
-            book.keep(lease)
+            noted.keep(lease)
             event = "renewed" if is_known else "opened"
         if event and lease.address != EVERYBODY:
             self.tell_change(event, lease, reason if event == "closed" else "")
@@ -3074,9 +3080,9 @@ class Table:
     ) -> set[LeaseKey]:
         """Have the kernel hold these leases, or drop those that were ended, and move their gates,
         in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
-        as for changes(); reason, why some were ended. Raises OSError, with nothing changed."""
+        as for changes_for(); reason, why some were ended. Raises OSError, with nothing changed."""
         leases = [*leases, *self._gates_with(leases)]
-        self.kernel.change(self.changes(leases, replace))
+        self.kernel.change(self.changes_for(leases, replace))
         for lease in leases:
             self.note(lease, reason)
             if self.config.debug:
@@ -3085,15 +3091,16 @@ class Table:
                 self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
         return {lease.key for lease in leases}
 
-    def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
+    def changes_for(self, leases: list[Lease], replace: bool = False) -> list[Change]:
         """What makes the kernel hold these leases, or drop those that were ended. Args: replace,
-        what there may be of them already."""
+        whether it may have elements of them that we do not know of: they are deleted first."""
         now = time.monotonic()
         changes: list[Change] = []
         for lease in leases:
+            # A new lease is added. One that we know gets more time, if all else stays the same;
+            # an element keeps its comment, and before Linux 6.12 its time: then it goes first.
             old = self.find(lease.key)
             is_new = old is None and not replace
-            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
             can_restart = is_same and self.refreshes and not replace
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
@@ -3106,21 +3113,27 @@ class Table:
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
         """The gates that change with these leases, with the end that they will have."""
-        keys = frozenset(lease.key for lease in leases)
         gates = []
-        for resource in {key.resource for key in keys}:
-            if not self.config.resources[resource].is_gate:
-                continue
-            gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
-            ends = max(lease.ends for lease in leases if lease.resource == resource)
-            if ends < gate.ends:
-                old = [self.find(key) for key in keys if key.resource == resource]
-                if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # another lease holds it open as long: no need to look through all
-                ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
-            if ends != gate.ends:
-                gates.append(gate_of(resource, ends))
+        for resource in {lease.resource for lease in leases}:
+            if self.config.resources[resource].is_gate:
+                gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
+                holders = [lease for lease in leases if lease.resource == resource]
+                ends = self._gate_end(gate, holders)
+                if ends != gate.ends:
+                    gates.append(gate_of(resource, ends))
         return gates
+
+    def _gate_end(self, gate: Lease, holders: list[Lease]) -> float:
+        """When a gate has to end once these leases of its resource are in force: with the last of
+        all leases of it."""
+        ends = max(lease.ends for lease in holders)
+        if ends >= gate.ends:
+            return ends
+        keys = frozenset(lease.key for lease in holders)
+        old = [self.leases.by_key[key] for key in keys if key in self.leases.by_key]
+        if all(lease.ends < gate.ends for lease in old):
+            return gate.ends  # another lease holds it open: no need to look through them all
+        return max(ends, self.leases.last_ends(but=keys).get(gate.resource, ENDED))
 
     def note_gates(self) -> None:
         """Note which gates should be open for the leases, and until when."""
@@ -3139,9 +3152,9 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 
 class Look:
-    """Compares the elements in the kernel's table with our leases, once, and mends what differs.
-    It works in steps, between which knocks have their turn. Leases that these change (`changed`)
-    are left alone: what was read of them is out of date.
+    """Compares the elements in the kernel's table with our leases, once, and heals what differs.
+    It works in steps; knocks are served in between. A lease that such a knock changes goes into
+    `outdated` and is skipped: what was read of it is stale.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -3151,13 +3164,13 @@ class Look:
         self.is_adopting = is_adopting
         self.handles = handles
         # The sets made since the last look. What has gone with the old ones, nobody has deleted.
-        self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
+        self.new_sets = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
             for resource in self.config.resources.values()
             for protocol in resource.protocols
         }
-        self.changed: set[LeaseKey] = set()  # leases that were changed since it began
+        self.outdated: set[LeaseKey] = set()  # leases that were changed since it began
         self.found: set[ElementName] = set()  # parts of leases
         self.strange: list[ElementName] = []  # parts of no lease
         self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
@@ -3166,7 +3179,7 @@ class Look:
         self.wrong: set[LeaseKey] = set()  # leases to be written anew
 
     def steps(self) -> Iterator[None]:
-        """Compare, and mend. Raises UserError, OSError."""
+        """Compare, and heal. Raises UserError, OSError."""
         sets = ruleset(self.config).sets
         gates = [name for name in sets if name.endswith("-gate")]
         for name in sets:
@@ -3178,7 +3191,7 @@ class Look:
         for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
         yield from self._find_missing()
-        yield from self._mend()
+        yield from self._heal()
         self.table.handles = self.handles  # not before what was lost with the old ones is back
 
     @property
@@ -3189,16 +3202,16 @@ class Look:
         return "leases are missing" if self.missing else ""
 
     def _read(self, set_name: str) -> Iterator[None]:
-        """Judge the elements of a set."""
+        """Sort the elements of a set."""
         for number, element in enumerate(self.table.kernel.elements(set_name)):
-            self._judge(ElementName(set_name, element.key), element)
+            self._sort(ElementName(set_name, element.key), element)
             if number % LEASES_PER_BATCH == 0:
                 yield
 
-    def _judge(self, name: ElementName, element: Element) -> None:
+    def _sort(self, name: ElementName, element: Element) -> None:
         """Note what an element is part of: a lease, one to be adopted, or nothing of ours."""
         key = self._holder(name)
-        if key in self.changed:
+        if key in self.outdated:
             return
         lease = self.table.find(key) if key else None
         heir = self._heir(key, element) if key and not lease else None
@@ -3210,19 +3223,19 @@ class Look:
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
         # A lease of ours may just have ended.
-        elif element.asked + element.left > time.monotonic() + EARLY_S:
+        elif element.read_at + element.left > time.monotonic() + EARLY_S:
             self.strange.append(name)
 
     def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
         """Note it if an element does not fit its lease, or gate. When it ends is known to within
         the time that reading it took."""
-        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        earliest, latest = element.read_at + element.left, time.monotonic() + element.left
         is_right = element.comment == lease_comment(lease, self.table.boot)
         if not is_right or earliest > lease.ends + LATE_S:
             self.wrong.add(lease.key)
         elif latest >= lease.ends - EARLY_S:
             return
-        elif lease.address == EVERYBODY or name.set_name in self.renewed:
+        elif lease.address == EVERYBODY or name.set_name in self.new_sets:
             # In a set made anew it may be what somebody saved before a later knock.
             self.wrong.add(lease.key)
         else:
@@ -3230,12 +3243,13 @@ class Look:
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
-        address, place = read_key(name)
+        address, port_key = read_key(name)
         if not address:
             return None
-        if place is None:
+        if port_key is None:
             return LeaseKey(address, int(name.set_name[8:16], 16))
-        return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
+        resource = self.resource_of.get(port_key)
+        return None if resource is None else LeaseKey(address, resource)
 
     def _heir(self, key: LeaseKey, element: Element) -> Lease | None:
         """The lease that an element stands for, if a server of this boot gave it (an administrator
@@ -3249,7 +3263,7 @@ class Look:
         proof = comment["proof"]
         if not time_granted(self.config, self.table.boot, user, resource, proof):
             return None
-        ends = element.asked + element.left  # or up to the time that reading it took later
+        ends = element.read_at + element.left  # at the earliest; later by the time reading took
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
 
     def _check_sets(self) -> None:
@@ -3264,10 +3278,10 @@ class Look:
         if self.shortened:
             self._check_sets()
         by_key = self.table.leases.by_key
-        keys = [key for key in self.shortened if key in by_key and key not in self.changed]
+        keys = [key for key in self.shortened if key in by_key and key not in self.outdated]
         for some in in_batches(keys):
             leases = [by_key[key]._replace(ends=self.shortened[key]) for key in some]
-            self.changed |= self.table.hold(leases, replace=True)
+            self.outdated |= self.table.hold(leases, replace=True)
             for lease in leases:
                 self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
@@ -3276,7 +3290,7 @@ class Look:
         for some in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
             yield
             for heir in some:
-                if heir.key in self.changed:
+                if heir.key in self.outdated:
                     continue
                 names = lease_elements(heir, self.config)
                 # A listing may leave out an element while a knock makes the set grow.
@@ -3293,18 +3307,18 @@ class Look:
     def _find_missing(self) -> Iterator[None]:
         """Note the leases and gates whose elements have gone together with their set. If they have
         gone from a set that is still the same, an administrator has deleted them."""
-        books = self.table.leases, self.table.gates
-        for some in in_batches([lease for book in books for lease in book.by_key.values()]):
+        leases = [*self.table.leases.by_key.values(), *self.table.gates.by_key.values()]
+        for some in in_batches(leases):
             yield
             deleted = []
             for lease in some:
                 names = lease_elements(lease, self.config)
-                if lease.key in self.changed or self.found.issuperset(names):
+                if lease.key in self.outdated or self.found.issuperset(names):
                     continue
                 is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                is_set_new = any(name.set_name in self.renewed for name in names)
+                is_set_new = any(name.set_name in self.new_sets for name in names)
                 if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
                 elif not is_ending and not all(map(self.table.kernel.has_element, names)):
@@ -3323,17 +3337,17 @@ class Look:
             ended.update({lease.key: lease for lease in holders if lease.resource in shut})
         for some in in_batches(list(ended.values())):
             ended_leases = [lease.ended() for lease in some]
-            self.changed |= self.table.hold(ended_leases, reason="by hand")
+            self.outdated |= self.table.hold(ended_leases, reason="by hand")
             for lease in some:
                 self.table.log_revoked(lease, "by hand")
 
-    def _mend(self) -> Iterator[None]:
+    def _heal(self) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
         yield from self._write(self.missing, replace=False)
         yield from self._write(list(self.wrong), replace=True)
         kernel = self.table.kernel
         for strange in in_batches(self.strange):
-            names = [name for name in strange if self._holder(name) not in self.changed]
+            names = [name for name in strange if self._holder(name) not in self.outdated]
             kernel.change(change for name in names for change in kernel.delete(name))
             yield
 
@@ -3341,16 +3355,16 @@ class Look:
         """Have the kernel hold these leases. Those that were changed meanwhile are as they should
         be."""
         for some in in_batches(keys):
-            found = [self.table.find(key) for key in some if key not in self.changed]
+            found = [self.table.find(key) for key in some if key not in self.outdated]
             leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
             if leases:
-                self.table.kernel.change(self.table.changes(leases, replace))
+                self.table.kernel.change(self.table.changes_for(leases, replace))
             yield
 
 
-HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+HEAL_PAUSE_S = (0.1, 30.0)  # before another look: at first, and at most
+CONTEST_PAUSE_S = 1.0  # at most while healing succeeds, but does not last
 CALM_S = 10.0  # without damage, after which the next one is a new one
-TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
@@ -3358,22 +3372,11 @@ NOTIFICATIONS_PER_TURN = 1000
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 
 
-class Firewall:
-    """Gives and ends leases, and sees to it that the kernel's table holds them, whatever others do
-    to it. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+class Healing:
+    """How healing goes: when to look again, and what was said of what is in the way."""
 
-    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
-        self.nft = nft
-        self.config = config
-        self.boot = boot
+    def __init__(self, log: Log) -> None:
         self.log = log
-        self.table = Table(nft, config, boot, log)
-        self.leases = self.table.leases
-        self.installed = False  # whether there is something to remove in the end
-        self.look_at = NEVER  # when to look whether the kernel has what it should
-        self.work: Generator[None, None, str] | None = None  # what a look has yet to do
-        self.look: Look | None = None  # what it has found so far
-        self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.calm_at = 0.0  # when a while without damage is over
         self.trouble = ""  # why healing fails, once that was logged
@@ -3382,22 +3385,89 @@ class Firewall:
         self.disturbed = 0  # how often in a row the kernel has objected to something
         self.is_contested = False  # whether others undo what is healed, once that was logged
 
+    def first_pause(self) -> float:
+        """How long to wait after a change by others, in s: a little, so that one look serves a
+        whole burst; longer while looks keep finding damage."""
+        if self.trouble:
+            return HEAL_PAUSE_S[0] / 4
+        return min(self.pause.next, CONTEST_PAUSE_S) / 4
+
+    def next_look(self, damage: str, trouble: str) -> float:
+        """When to look again after a look that found damage, or trouble to heal it: after a pause,
+        which grows until nothing was found for CALM_S. (One good look is not enough: a second
+        server for this table may be slower than we are.)"""
+        now = time.monotonic()
+        is_calm = now > self.calm_at
+        if trouble and trouble != self.trouble:
+            self.log.often("cannot-heal", reason=trouble)
+        if trouble != self.trouble or is_calm:
+            self.pause.reset()
+        if is_calm:
+            self.is_contested = False
+        self.trouble = trouble
+        if not (damage or trouble):
+            return NEVER
+        self.calm_at = now + CALM_S
+        pause = self.pause.take()
+        if trouble:
+            return now + pause
+        if pause >= CONTEST_PAUSE_S and not self.is_contested:
+            self.is_contested = True
+            hint = "is there a second server for this table, with another --rundir?"
+            self.log("warning", reason="what is healed is changed again at once", hint=hint)
+        return now + min(pause, CONTEST_PAUSE_S)
+
+    def warn_of_claims(self, table: Table) -> None:
+        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
+        SIGHUP or start will fail."""
+        claim = hint = ""
+        try:
+            check_table(table.kernel, table.config)
+        except UserError as error:
+            claim, hint = error.problem, error.hint
+        if claim not in ("", self.claim):
+            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            self.log("warning", reason=reason, hint=hint)
+        self.claim = claim
+
+
+class Firewall:
+    """Gives and ends leases, and has the kernel's table hold them, whatever others do to it.
+    Args: as for Table."""
+
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
+        self.log = log
+        self.table = Table(nft, config, boot, log)
+        self.leases = self.table.leases
+        self.healing = Healing(log)
+        self.notifications: socket.socket | None = None  # of what others change
+        self.installed = False  # whether there is something to remove in the end
+        self.inspect_at = NEVER  # when to look whether the kernel has what it should
+        self.steps: Generator[None, None, str] | None = None  # what a look has yet to do
+        self.look: Look | None = None  # what it has found so far
+        self.is_adopting = False  # whether it looks for a predecessor's leases
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.table.config
+
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        check_kernel(self.table.kernel, self.nft, self.config)
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        check_kernel(self.table.kernel, self.table.nft, self.config)
         self._warn_of_unreached_chains()
         self.notifications = self.table.kernel.listen()
         selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
         self.is_adopting = True
-        self.work = self._look()
+        self.steps = self._inspect_and_heal()
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
         self.table.remove()
 
     # -- what clients ask for
@@ -3406,11 +3476,11 @@ class Firewall:
         """Open a resource for an address, or restart the lease's time. Returns "" once the kernel
         has it, or why it does not."""
         found = self.config.resources[resource]
-        objection = self._objection(address, found)
-        if objection:
-            return objection
+        unfit = self._unfit_address(address, found)
+        if unfit:
+            return unfit
         self.table.expire()
-        proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
+        proof = lease_proof(self.config.keys[user], self.table.boot, found.meaning)
         longest = self.config.longest_lease(user, found)
         ends = time.monotonic() + min(longest, LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
@@ -3424,7 +3494,7 @@ class Firewall:
                 self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
-    def _objection(self, address: str, resource: Resource) -> str:
+    def _unfit_address(self, address: str, resource: Resource) -> str:
         """Why this resource does not open for this address; "" if it does."""
         if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
@@ -3451,13 +3521,10 @@ class Firewall:
         try:
             try:
                 self._hold(leases, reason)
-            except OSError as error:
-                if not isinstance(error, FileExistsError):  # that is an element we did not know of
-                    if self.trouble:
-                        return self.trouble  # nft did not help: do not run it for each knock
-                    # The firewall was changed under us: put back what others need.
-                    self.look_at = 0.0
-                    self.table.install()
+            except FileExistsError:  # a set has an element that we did not know of
+                self._hold(leases, reason, replace=True)
+            except OSError:  # the firewall was changed under us
+                self._reinstall_for_knock()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
@@ -3465,30 +3532,38 @@ class Firewall:
             return f"the kernel does not take it: {error.strerror}"
         return ""
 
+    def _reinstall_for_knock(self) -> None:
+        """Put back what a knock needs, and plan a look for the rest. Raises UserError; while
+        healing fails, without running nft for each knock."""
+        if self.healing.trouble:
+            raise UserError(self.healing.trouble)
+        self.inspect_at = 0.0
+        self.table.install()
+
     def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
         """As Table.hold(); and tell a look that is under way."""
         changed = self.table.hold(leases, replace, reason)
         if self.look is not None:
-            self.look.changed |= changed
+            self.look.outdated |= changed
 
     # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it does not grant is
         revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        check_kernel(self.table.kernel, self.nft, config)
+        check_kernel(self.table.kernel, self.table.nft, config)
         self.table.expire()
         lost, shortened = self._differences(config)
-        self.work = self.look = None  # a look under way is out of date
-        self.look_at = 0.0  # to say so and to try again if anything below fails
+        self.steps = self.look = None  # a look under way is out of date
+        self.inspect_at = 0.0  # to say so and to try again if anything below fails
         # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(lost):
                 self.table.hold([lease.ended() for lease in some], reason="configuration")
         for lease in lost:
-            self.table.note(lease.ended(), "configuration")
+            self.table.note(lease.ended(), "configuration")  # even if the kernel has failed above
             self.table.log_revoked(lease, "configuration")
-        self.config = self.table.config = config
+        self.table.config = config
         with contextlib.suppress(UserError, OSError):
             damage, _ = self.table.inspect()
             if damage:
@@ -3509,7 +3584,7 @@ class Firewall:
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
             if facts not in granted:
-                granted[facts] = time_granted(config, self.boot, *facts)
+                granted[facts] = time_granted(config, self.table.boot, *facts)
             if not granted[facts]:
                 lost.append(lease)
             elif lease.ends > now + granted[facts]:
@@ -3533,6 +3608,7 @@ class Firewall:
 
     def _on_notification(self) -> None:
         """Read what waits, and plan a look if somebody else has changed something of ours."""
+        assert self.notifications is not None
         chains = self.config.chains.values()
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in chains)]
         for _ in range(NOTIFICATIONS_PER_TURN):
@@ -3543,78 +3619,55 @@ class Firewall:
             except OSError:
                 data = b""  # ENOBUFS: the kernel has dropped some
             if not data or self.table.kernel.tells_of(data, names):
-                pause = HEAL_PAUSE_S[0] if self.trouble else self.pause.next
-                self.look_at = min(self.look_at, time.monotonic() + pause / 4)
+                look_at = time.monotonic() + self.healing.first_pause()
+                self.inspect_at = min(self.inspect_at, look_at)
 
     @property
     def wakes_at(self) -> float:
         """When advance() is to be called, by time.monotonic()."""
-        return 0.0 if self.work is not None else self.look_at
+        return 0.0 if self.steps is not None else self.inspect_at
 
     def advance(self) -> None:
         """Go on with the look that is under way, or begin one if it is time, for a short while."""
         now = time.monotonic()
-        if self.work is None and now >= self.look_at:
-            self.look_at = NEVER
+        if self.steps is None and now >= self.inspect_at:
+            self.inspect_at = NEVER
             self.log.counts["looks"] += 1
-            self.work = self._look()
-        if self.work is None:
+            self.steps = self._inspect_and_heal()
+        if self.steps is None:
             return
         damage = trouble = ""
         try:
             while time.monotonic() < now + LOOK_TURN_S:
-                next(self.work)
+                next(self.steps)
             return
         except StopIteration as end:
             damage = end.value
-            self.disturbed = 0
+            self.healing.disturbed = 0
         except UserError as error:
             trouble = error.problem
         except OSError as error:
             damage = f"changed meanwhile: {error.strerror}"
-            self.disturbed += 1
-            if self.disturbed >= DISTURBED_LIMIT:
+            self.healing.disturbed += 1
+            if self.healing.disturbed >= DISTURBED_LIMIT:
                 trouble = f"the kernel does not take it: {error.strerror}"
-        self.work = self.look = None
-        if trouble and trouble != self.trouble:
-            self.log.often("cannot-heal", reason=trouble)
-        self._rest(damage, trouble)
+        self.steps = self.look = None
+        self.inspect_at = min(self.inspect_at, self.healing.next_look(damage, trouble))
 
-    def _rest(self, damage: str, trouble: str) -> None:
-        """Plan another look if this one found something: after a pause, which grows until nothing
-        was found for CALM_S. (One good look is not enough: a second server for this table may be
-        slower than we are.)"""
-        now = time.monotonic()
-        is_calm = now > self.calm_at
-        if trouble != self.trouble or is_calm:
-            self.pause.reset()
-        if is_calm:
-            self.is_contested = False
-        self.trouble = trouble
-        if not (damage or trouble):
-            return
-        self.calm_at = now + CALM_S
-        pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
-        self.look_at = min(self.look_at, now + pause)
-        if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
-            self.is_contested = True
-            hint = "is there a second server for this table, with another --rundir?"
-            self.log("warning", reason="what is healed is changed again at once", hint=hint)
-
-    def _look(self) -> Generator[None, None, str]:
-        """Make our part of the kernel's table what it should be, in steps between which knocks have
-        their turn. Returns what was wrong, or "". Raises UserError, OSError."""
+    def _inspect_and_heal(self) -> Generator[None, None, str]:
+        """Make our part of the kernel's table what it should be, in steps; knocks are served in
+        between. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
             remains, handles = self.table.inspect()
             if remains:  # perhaps somebody has changed the table again at once
-                self.futile += 1
-                if self.futile >= FUTILE_LIMIT:
+                self.healing.futile += 1
+                if self.healing.futile >= FUTILE_LIMIT:
                     raise UserError(f"nft reports success, but {remains}")
                 return damage
-        self.futile = 0
-        self._warn_of_claims()
+        self.healing.futile = 0
+        self.healing.warn_of_claims(self.table)
         look = self.look = Look(self.table, handles, self.is_adopting)
         yield from look.steps()
         if not self.is_adopting:
@@ -3622,27 +3675,14 @@ class Firewall:
             if damage:
                 self.log.often("healed", reason=damage, leases=str(len(self.leases)))
                 self.table.tell_change("healed")
-        elif look.heirs and look.changed:
-            self.look_at = 0.0  # what is changed may have left others out of the listing
+        elif look.heirs and look.outdated:
+            self.inspect_at = 0.0  # what was changed may have left others out of the listing
         else:
             self.is_adopting = False
             if len(self.leases):
                 self.log("adopted", leases=len(self.leases))
             self._warn_of_limit()
         return damage
-
-    def _warn_of_claims(self) -> None:
-        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
-        SIGHUP or start will fail."""
-        claim = hint = ""
-        try:
-            check_table(self.table.kernel, self.config)
-        except UserError as error:
-            claim, hint = error.problem, error.hint
-        if claim not in ("", self.claim):
-            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
-            self.log("warning", reason=reason, hint=hint)
-        self.claim = claim
 
 
 # ==== 5  Monitor =============================================================

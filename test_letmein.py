@@ -4742,10 +4742,10 @@ def stepwise(lab: Lab) -> Iterator[Held4And6]:
         settle(firewall)
         for holder in holders:
             assert firewall.knock(*holder) == ""
-        firewall.look_at = 0.0
+        firewall.inspect_at = 0.0
         settle(firewall)
-        firewall.work = firewall._look()
-        next(firewall.work)
+        firewall.steps = firewall._inspect_and_heal()
+        next(firewall.steps)
         yield Held4And6(firewall, holders)
         for key in list(selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
@@ -4818,7 +4818,7 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.table.kernel.change(firewall.table.changes(many, replace=True))
+            firewall.table.kernel.change(firewall.table.changes_for(many, replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
@@ -4839,14 +4839,14 @@ class TestBetweenTwoSteps:
         lease = letmein.Lease("", 0x23, 1, "12345678", 2, time.monotonic() + 60)
         many = [lease._replace(address=f"fd77::7:{n:x}") for n in range(300)]
         for some in letmein.in_batches(many):
-            table.kernel.change(table.changes(some, replace=True))
+            table.kernel.change(table.changes_for(some, replace=True))
         assert run(NFT, "list", "table", "inet", name).count("proof=") == 600
 
     def test_a_rule_is_deleted_in_the_middle_of_a_stop(
         self, lab: Lab, stepwise: Held4And6
     ) -> None:
         """That fails nft's whole transaction: it is tried again without that rule."""
-        nft, again = stepwise.firewall.nft, stepwise.firewall.nft.run
+        nft, again = stepwise.firewall.table.nft, stepwise.firewall.table.nft.run
 
         def run_late(script: str, *arguments: str) -> str:
             nft.run = again  # type: ignore[method-assign]
@@ -4863,7 +4863,7 @@ class TestBetweenTwoSteps:
         settle(stepwise.firewall)
         old = stepwise.firewall
         assert old.knock(CLIENT_4, 0x23, 1) == ""
-        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        successor = letmein.Firewall(old.table.nft, old.config, BOOT, letmein.Log())
         listed = successor.table.kernel.elements
         lease = old.leases.by_key[letmein.LeaseKey(CLIENT_4, 0x23)]
         half = letmein.lease_elements(lease, old.config)[1].key
@@ -4889,11 +4889,11 @@ class TestBetweenTwoSteps:
         else."""
         settle(stepwise.firewall)
         old = stepwise.firewall
-        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        successor = letmein.Firewall(old.table.nft, old.config, BOOT, letmein.Log())
         with selectors.DefaultSelector() as selector:
             successor.open(selector)
-            assert successor.work is not None
-            next(successor.work)
+            assert successor.steps is not None
+            next(successor.steps)
             assert successor.knock(OTHER_4, 0x41, 2) == ""
             assert successor.revoke(OTHER_4, 0x41) == ""
             settle(successor)
