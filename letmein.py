@@ -2179,10 +2179,10 @@ class Lease(NamedTuple):
 
     address: str
     resource: int
-    user: int
-    proof: str  # of the key that it was given for and what the resource meant: lease_proof()
-    weight: int  # how much it counts against max-nr-rules
-    ends: float
+    user: int = 0
+    proof: str = ""  # of the key that it was given for and what the resource meant: lease_proof()
+    weight: int = 0  # how much it counts against max-nr-rules
+    ends: float = ENDED
 
     @property
     def key(self) -> LeaseKey:
@@ -2221,11 +2221,6 @@ def time_granted(config: Config, boot: str, user: int, resource: int, proof: str
     return config.longest_lease(user, found)
 
 
-def gate_of(resource: int, ends: float) -> Lease:
-    """The gate of a resource with a jump of all traffic."""
-    return Lease(EVERYBODY, resource, 0, "", 0, ends)
-
-
 class Leases:
     """The table of leases: who holds what, who holds most, and whose time is over. Pure: it knows
     neither nft nor the kernel, and gets the time as an argument."""
@@ -2256,17 +2251,13 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        self._discard(self.of_user, lease.user, key)
-        self._discard(self.ending, int(lease.ends), key)
-        if lease.user not in self.of_user:  # a weight of 0 does not tell: gates weigh nothing
-            del self.weights[lease.user]
-
-    @staticmethod
-    def _discard(index: dict[int, dict[LeaseKey, None]], entry: int, key: LeaseKey) -> None:
-        """Remove a key from an entry of an index, and the entry once it is empty."""
-        del index[entry][key]
-        if not index[entry]:
-            del index[entry]
+        del self.of_user[lease.user][key]
+        if not self.of_user[lease.user]:  # a weight of 0 does not tell: gates weigh nothing
+            del self.of_user[lease.user], self.weights[lease.user]
+        second = int(lease.ends)
+        del self.ending[second][key]
+        if not self.ending[second]:
+            del self.ending[second]
 
     def expire(self, now: float) -> list[Lease]:
         """Forget the leases that have ended, and return them: the kernel sends no word of it."""
@@ -2405,26 +2396,20 @@ TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 LISTING_LIMIT = 16 << 20  # bytes of what nft says
 NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at least, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
-TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
+TICK_S = 0.001  # between two looks whether a process has ended
 
 
 def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
-    a signal. (The subprocess module would sleep for longer than nft takes. Linux 5.3.)"""
+    a signal. (The subprocess module would sleep for longer than nft takes; to wait by pidfd_open(2)
+    takes a descriptor, and there may be none.)"""
     import signal
-    try:
-        descriptor = os.pidfd_open(process)
-    except OSError:  # there are no more descriptors: look again and again
-        give_up = time.monotonic() + limit
-        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if time.monotonic() > give_up:
-                os.kill(process, signal.SIGKILL)
-                break
-            time.sleep(TICK_S)
-    else:
-        if not select.select([descriptor], [], [], limit)[0]:
+    give_up = time.monotonic() + limit
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > give_up:
             os.kill(process, signal.SIGKILL)
-        os.close(descriptor)
+            break
+        time.sleep(TICK_S)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -2870,10 +2855,10 @@ def unreadable(config: Config, error: OSError) -> UserError:
 
 
 def check_table(kernel: Kernel, config: Config) -> list[str]:
-    """Check that table and chains are there, and that nobody else has a claim to them. Returns the
-    table's base chains. Raises UserError."""
+    """Check that table and chains are there, and that nobody else has a claim to them: all rules in
+    the chains are ours, or the Rust server's. Returns the table's base chains. Raises UserError."""
     table = f"table {config.table_name}"
-    where = f"{config.path}: [NFTABLES]"
+    section = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
@@ -2881,17 +2866,22 @@ def check_table(kernel: Kernel, config: Config) -> list[str]:
         raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        problem = f"{where} table: {table} belongs to another program, which alone may change it"
+        problem = f"{section} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
         loss = "which would restore letmein's rules without their sets"
-        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
+        raise UserError(f"{section} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
+        option = f"{section} chain-{hook}"
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
-            raise UserError(problem, hint)
-        check_chain(kernel, config, hook, chain)
+            raise UserError(f"{option}: {chain} is a base chain: it has a hook", hint)
+        foreign = sum(not is_ours(rule) for rule in rules_of(kernel, config, option, chain))
+        if foreign:
+            clear = f"nft flush chain {config.table_name} {chain}"
+            hint = f"move them to another chain, and empty this one: {clear}"
+            problem = f"{chain} holds rules that are not letmein's ({foreign})"
+            raise UserError(f"{option}: {problem}", hint)
     return base_chains
 
 
@@ -2899,11 +2889,11 @@ def check_targets(kernel: Kernel, config: Config, base_chains: list[str]) -> Non
     """Check that the chains are there that resources jump to. Raises UserError."""
     for resource in config.resources.values():
         for hook, target, _ in resource.jumps:
-            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+            option = f"{config.path}: [RESOURCES] {resource.identifier:08X}: {hook}"
             if hook in config.chains:
                 rules_of(kernel, config, option, target)
             if target in base_chains:
-                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                problem = f"{option}: {target} is a base chain: it has a hook"
                 raise UserError(problem, "name a chain without a hook, which rules can jump to")
 
 
@@ -2914,19 +2904,7 @@ def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Ru
     except OSError:
         problem = f"table {config.table_name} has no chain {chain}"
         hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
-        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
-
-
-def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
-    """Check that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    option = f"[NFTABLES] chain-{hook}"
-    rules = rules_of(kernel, config, option, chain)
-    foreign = sum(not is_ours(rule) for rule in rules)
-    if foreign:
-        where = f"{config.table_name} {chain}"
-        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
-        hint = f"move them to another chain, and empty this one: nft flush chain {where}"
-        raise UserError(problem, hint)
+        raise UserError(f"{option}: {problem}", hint) from None
 
 
 def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
@@ -3112,35 +3090,26 @@ class Table:
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates that change with these leases, with the end that they will have."""
-        gates = []
+        """The gates that change with these leases: each ends with the last lease of its resource,
+        one of these or another."""
+        keys = frozenset(lease.key for lease in leases)
+        changed = []
         for resource in {lease.resource for lease in leases}:
             if self.config.resources[resource].is_gate:
-                gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
-                holders = [lease for lease in leases if lease.resource == resource]
-                ends = self._gate_end(gate, holders)
+                gate = self.find(LeaseKey(EVERYBODY, resource)) or Lease(EVERYBODY, resource)
+                ends = max(lease.ends for lease in leases if lease.resource == resource)
+                if ends < gate.ends:  # else no other lease ends later
+                    ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
                 if ends != gate.ends:
-                    gates.append(gate_of(resource, ends))
-        return gates
-
-    def _gate_end(self, gate: Lease, holders: list[Lease]) -> float:
-        """When a gate has to end once these leases of its resource are in force: with the last of
-        all leases of it."""
-        ends = max(lease.ends for lease in holders)
-        if ends >= gate.ends:
-            return ends
-        keys = frozenset(lease.key for lease in holders)
-        old = [self.leases.by_key[key] for key in keys if key in self.leases.by_key]
-        if all(lease.ends < gate.ends for lease in old):
-            return gate.ends  # another lease holds it open: no need to look through them all
-        return max(ends, self.leases.last_ends(but=keys).get(gate.resource, ENDED))
+                    changed.append(gate._replace(ends=ends))
+        return changed
 
     def note_gates(self) -> None:
         """Note which gates should be open for the leases, and until when."""
         self.gates = Leases()
         for resource, ends in self.leases.last_ends().items():
             if self.config.resources[resource].is_gate:
-                self.gates.keep(gate_of(resource, ends))
+                self.gates.keep(Lease(EVERYBODY, resource, ends=ends))
 
     def log_revoked(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
@@ -3266,6 +3235,13 @@ class Look:
         ends = element.read_at + element.left  # at the earliest; later by the time reading took
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
 
+    def _is_whole(self, lease: Lease) -> bool:
+        """Whether the kernel has all elements of a lease, or gate. Raises OSError."""
+        # A listing may leave out an element while a knock makes the set grow.
+        has_element = self.table.kernel.has_element
+        names = lease_elements(lease, self.config)
+        return all(name in self.found or has_element(name) for name in names)
+
     def _check_sets(self) -> None:
         """Raise OSError if the sets were made anew since the look began: then no administrator has
         deleted or shortened what was in them."""
@@ -3274,15 +3250,13 @@ class Look:
 
     def _shorten_by_hand(self) -> None:
         """An administrator has shortened an element of each of these leases: that shortens all of
-        it. Raises UserError, OSError."""
+        it, unless another element was deleted. Raises UserError, OSError."""
         if self.shortened:
             self._check_sets()
-        by_key = self.table.leases.by_key
-        keys = [key for key in self.shortened if key in by_key and key not in self.outdated]
-        for some in in_batches(keys):
-            leases = [by_key[key]._replace(ends=self.shortened[key]) for key in some]
-            self.outdated |= self.table.hold(leases, replace=True)
-            for lease in leases:
+        for key, ends in self.shortened.items():
+            lease = self.table.find(key)
+            if lease and key not in self.outdated and self._is_whole(lease):
+                self.outdated |= self.table.hold([lease._replace(ends=ends)], replace=True)
                 self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
     def _adopt(self) -> Iterator[None]:
@@ -3292,11 +3266,8 @@ class Look:
             for heir in some:
                 if heir.key in self.outdated:
                     continue
-                names = lease_elements(heir, self.config)
-                # A listing may leave out an element while a knock makes the set grow.
-                has_element = self.table.kernel.has_element
-                if not all(name in self.found or has_element(name) for name in names):
-                    self.strange += self.found.intersection(names)
+                if not self._is_whole(heir):
+                    self.strange += self.found.intersection(lease_elements(heir, self.config))
                     continue
                 resource = self.config.resources[heir.resource]
                 latest = time.monotonic() + self.config.longest_lease(heir.user, resource)
@@ -3321,7 +3292,7 @@ class Look:
                 is_set_new = any(name.set_name in self.new_sets for name in names)
                 if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
-                elif not is_ending and not all(map(self.table.kernel.has_element, names)):
+                elif not is_ending and not self._is_whole(lease):
                     deleted.append(lease)
             self._end_by_hand(deleted)
 
@@ -3440,7 +3411,7 @@ class Firewall:
         self.table = Table(nft, config, boot, log)
         self.leases = self.table.leases
         self.healing = Healing(log)
-        self.notifications: socket.socket | None = None  # of what others change
+        self.notifications: socket.socket  # of what others change; open() makes it
         self.installed = False  # whether there is something to remove in the end
         self.inspect_at = NEVER  # when to look whether the kernel has what it should
         self.steps: Generator[None, None, str] | None = None  # what a look has yet to do
@@ -3512,7 +3483,7 @@ class Firewall:
         if lease is None and not self.is_adopting:
             return ""
         if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource, 0, "", 0, ENDED)
+            lease = Lease(address, resource)
         return self._enforce([lease.ended()], "revoked")
 
     def _enforce(self, leases: list[Lease], reason: str) -> str:
@@ -3608,7 +3579,6 @@ class Firewall:
 
     def _on_notification(self) -> None:
         """Read what waits, and plan a look if somebody else has changed something of ours."""
-        assert self.notifications is not None
         chains = self.config.chains.values()
         names = [b"letmein-", *(chain.encode() + b"\0" for chain in chains)]
         for _ in range(NOTIFICATIONS_PER_TURN):

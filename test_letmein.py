@@ -4645,6 +4645,14 @@ class TestHeal:
         agree(lab, guarded, holder)
         assert len(guarded.events("shortened")) == 2
         assert not guarded.events("healed")
+        # One that is shortened while the other is deleted ends.
+        nft_do(
+            *(f"delete element inet filter letmein-4 {{ {CLIENT_4} . {name} . 23 }}"
+              for name in ("tcp", "udp")),
+            f"add element inet filter letmein-4 {{ {key} timeout 30s {text} }}",
+        )  # fmt: skip
+        guarded.wait_for("revoked", reason="by hand", peer=CLIENT_4)
+        agree(lab, guarded)
 
     def test_an_old_ruleset_is_restored(self, lab: Lab, guarded: Server) -> None:
         """What was saved before a lease was renewed knows too little of it: nobody has shortened
