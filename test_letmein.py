@@ -103,9 +103,9 @@ from lab.floods import Attacker, flood_case, storm
 from lab.hosts import (
     CLIENT_4, CLIENT_6, CLIENT_CONF, HERE, JUMP_RULESET, KEYS, LETMEIN, LIMIT_S, MS_BIND, NFT,
     OTHER_4, OTHER_6, REJECT, RESOURCES, SECCOMP, SERVER_4, SERVER_6, TICK_S, Ending, Lab, Result,
-    alive, call_libc, children_s, client_conf, environment, eventually, inodes, keys_in, keys_text,
-    memory_of, need_root, need_seccomp, on_a_terminal, proc_limit, proc_status, python, resident_kb,
-    run, seccomp_for, server_conf, server_for, things_of, unmeasured, used_s,
+    alive, call_libc, children_s, client_conf, cpu_seconds, environment, eventually, inodes,
+    keys_in, keys_text, memory_of, need_root, need_seccomp, on_a_terminal, proc_limit, proc_status,
+    python, resident_kb, run, seccomp_for, server_conf, server_for, things_of, unmeasured,
 )
 from lab.models import (
     KEY, NFTABLES, NO_TOKEN, OTHER_KEY, RANDOM_RESOURCES, RECORDED, RESOURCE, THE_TOKEN, USER,
@@ -4963,10 +4963,10 @@ class TestTenThousand:
             """The processor's time that goes into knocks, in seconds: it has to be said of the
             server alone, and not of what else the machine does."""
             pids = (server.process.pid, server.network_process())
-            used = sum(map(used_s, pids))
+            used = sum(map(cpu_seconds, pids))
             for number in range(1000):  # the system counts in units of 10 ms
                 assert handshake(lab, 0x22, source=f"10.77.1.{number % 100}") == COMEIN
-            return sum(map(used_s, pids)) - used
+            return sum(map(cpu_seconds, pids)) - used
 
         with Server(lab, conf, env=unmeasured()) as server:
             alone = min(knocks(server), knocks(server))
@@ -4976,7 +4976,7 @@ class TestTenThousand:
         with Server(lab, conf, env=unmeasured()) as server:
             server.wait_for("adopted", leases=str(count + 100))
             among_many = min(knocks(server), knocks(server))
-            used = used_s(server.process.pid)
+            used = cpu_seconds(server.process.pid)
             healed_before = len(server.events("healed"))
             flush_and_reload(lab)
 
@@ -4986,7 +4986,7 @@ class TestTenThousand:
 
             eventually(healed, "not healed")
             server.wait_for("healed", healed_before + 1)
-            took = used_s(server.process.pid) - used
+            took = cpu_seconds(server.process.pid) - used
             print(f"healed in {took:.2f} s of CPU", end=", ")
             print(f"a knock costs {alone:.2f} / {among_many:.2f} ms", end=" ")
             assert len(kernel().elements) == count + 100
@@ -7709,9 +7709,9 @@ class TestLimits:
             network = server.network_process()
             descriptors = len(list(Path(f"/proc/{network}/fd").iterdir()))
             assert 60 <= descriptors <= 80
-            used, pause = used_s(network), 0.8
+            used, pause = cpu_seconds(network), 0.8
             time.sleep(pause)
-            assert used_s(network) - used < pause / 4
+            assert cpu_seconds(network) - used < pause / 4
             assert not server.events("network-process-lost")
 
 
@@ -7993,11 +7993,11 @@ class TestNetworkProcess:
             assert handshake(lab) == COMEIN
             leases, memory = lab.elements(), resident_kb(server.process.pid)
             things = things_of(server.process.pid)
-            used = used_s(server.process.pid)
+            used = cpu_seconds(server.process.pid)
             network = server.network_process()
             os.kill(network, signal.SIGUSR1)
             # It is at work, for so long in its own time as no machine makes shorter.
-            eventually(lambda: used_s(server.process.pid) > used + 0.5, "it does not work")
+            eventually(lambda: cpu_seconds(server.process.pid) > used + 0.5, "it does not work")
             assert lab.elements() == leases
             reconfigure(server, server_conf())
             assert counted(server)["process"] == server.process.pid
@@ -8006,7 +8006,7 @@ class TestNetworkProcess:
             assert server.events("network-process-lost") == []
             assert len(server.lines) < 100, "the disk gets full"
             assert lab.reaches(22, CLIENT_4)
-            before = children_s() + sum(map(used_s, (server.process.pid, network)))
+            before = children_s() + sum(map(cpu_seconds, (server.process.pid, network)))
             server.stop()
             assert children_s() - before < 3, "it does not stop at once"
 
@@ -10015,9 +10015,9 @@ class TestMany:
         conf = server_conf(nftables="max-nr-rules = 5000")
         with Server(lab, conf, env=unmeasured()) as server:
             pids = (server.process.pid, server.network_process())
-            before, used = one_by_one(150), sum(map(used_s, pids))
+            before, used = one_by_one(150), sum(map(cpu_seconds, pids))
             good = storm(lab, addresses, 32, KNOCK)
-            each, after = (sum(map(used_s, pids)) - used) / count, one_by_one(150)
+            each, after = (sum(map(cpu_seconds, pids)) - used) / count, one_by_one(150)
             single = (before + after) / 2
             memory = sum(map(resident_kb, pids))
             print(f"{each * 1000:.2f} ms a knock, {single * 1000:.2f} an nft, {memory} kB", end=" ")

@@ -547,7 +547,7 @@ class Letmein(Knocker):
 
     def knock_once(self) -> float:
         """Seconds from a knock to its open port, or NEVER."""
-        return self.get_in(*self.fresh(1), PATIENCE_S)
+        return self.get_in(self.fresh(1)[0], PATIENCE_S)
 
     def conf(self, lease_s: int) -> str:
         return hosts.server_conf(

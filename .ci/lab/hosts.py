@@ -208,20 +208,14 @@ def resident_kb(pid: int) -> int:
     return int(found[1])
 
 
-def used_s(pid: int) -> float:
-    """How much of the processor's time a process has had, and its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
 def children_s() -> float:
-    """The same of all processes that this one has started, and that have ended."""
+    """The processor's time of all processes that this one has started and that have ended, in s."""
     used = limits.getrusage(limits.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has used, and those that it started and that have ended."""
+    """The processor's time of a process and of those that it started and that have ended, in s."""
     text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     ticks = text.rpartition(")")[2].split()[11:15]  # user and system, its own and its children's
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
