@@ -2211,8 +2211,7 @@ def lease_comment(lease: Lease, boot: str) -> str:
 
 
 def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
-    """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
-    not."""
+    """How long a configuration grants a lease with this proof from now on, in s; 0: not at all."""
     if user not in config.keys or config.objection(user, resource):
         return 0.0
     found = config.resources[resource]
@@ -2630,12 +2629,12 @@ def each_packet(data: bytes) -> Iterator[Packet]:
         offset += (length + 3) & ~3
 
 
-def netlink_socket(groups: int = 0) -> socket.socket:
-    """A socket to talk to the kernel's nftables with. Args: groups, as bits, to listen to."""
+def netlink_socket(is_listener: bool = False) -> socket.socket:
+    """A socket to ask the kernel's nftables, or to be told of each change of it."""
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-    if groups:
+    if is_listener:
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
-    netlink.bind((0, groups))
+    netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1) if is_listener else 0))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
 
@@ -2810,10 +2809,6 @@ class Kernel:
         return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
-
-    def listen(self) -> socket.socket:
-        """A socket that receives what the kernel tells of each change of nftables."""
-        return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
 
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
         """Whether any notification reports that another process changed our table, and either
@@ -3053,9 +3048,7 @@ class Table:
         if event and lease.address != EVERYBODY:
             self.tell_change(event, lease, reason if event == "closed" else "")
 
-    def hold(
-        self, leases: list[Lease], replace: bool = False, reason: str = ""
-    ) -> set[LeaseKey]:
+    def hold(self, leases: list[Lease], replace: bool = False, reason: str = "") -> set[LeaseKey]:
         """Have the kernel hold these leases, or drop those that were ended, and move their gates,
         in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
         as for changes_for(); reason, why some were ended. Raises OSError, with nothing changed."""
@@ -3075,8 +3068,8 @@ class Table:
         now = time.monotonic()
         changes: list[Change] = []
         for lease in leases:
-            # A new lease is added. One that we know gets more time, if all else stays the same;
-            # an element keeps its comment, and before Linux 6.12 its time: then it goes first.
+            # A new lease is added. One that differs only in its end gets its time restarted (Linux
+            # 6.12). Any other is deleted and added again: an element keeps its comment.
             old = self.find(lease.key)
             is_new = old is None and not replace
             is_same = old is not None and old._replace(ends=lease.ends) == lease
@@ -3098,7 +3091,7 @@ class Table:
             if self.config.resources[resource].is_gate:
                 gate = self.find(LeaseKey(EVERYBODY, resource)) or Lease(EVERYBODY, resource)
                 ends = max(lease.ends for lease in leases if lease.resource == resource)
-                if ends < gate.ends:  # else no other lease ends later
+                if ends < gate.ends:  # another lease may end later
                     ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
                 if ends != gate.ends:
                     changed.append(gate._replace(ends=ends))
@@ -3364,9 +3357,9 @@ class Healing:
         return min(self.pause.next, CONTEST_PAUSE_S) / 4
 
     def next_look(self, damage: str, trouble: str) -> float:
-        """When to look again after a look that found damage, or trouble to heal it: after a pause,
-        which grows until nothing was found for CALM_S. (One good look is not enough: a second
-        server for this table may be slower than we are.)"""
+        """When to look again (by time.monotonic()) after a look that found damage or failed: after
+        a pause, which grows until nothing was found for CALM_S. (One good look is not enough: a
+        second server for this table may be slower than we are.)"""
         now = time.monotonic()
         is_calm = now > self.calm_at
         if trouble and trouble != self.trouble:
@@ -3429,7 +3422,7 @@ class Firewall:
         self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
         check_kernel(self.table.kernel, self.table.nft, self.config)
         self._warn_of_unreached_chains()
-        self.notifications = self.table.kernel.listen()
+        self.notifications = netlink_socket(is_listener=True)
         selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
@@ -3482,8 +3475,7 @@ class Firewall:
         lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
             return ""
-        if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource)
+        lease = lease or Lease(address, resource)  # perhaps a predecessor has opened it
         return self._enforce([lease.ended()], "revoked")
 
     def _enforce(self, leases: list[Lease], reason: str) -> str:
@@ -3600,12 +3592,12 @@ class Firewall:
     def advance(self) -> None:
         """Go on with the look that is under way, or begin one if it is time, for a short while."""
         now = time.monotonic()
-        if self.steps is None and now >= self.inspect_at:
+        if now < self.wakes_at:
+            return
+        if self.steps is None:
             self.inspect_at = NEVER
             self.log.counts["looks"] += 1
             self.steps = self._inspect_and_heal()
-        if self.steps is None:
-            return
         damage = trouble = ""
         try:
             while time.monotonic() < now + LOOK_TURN_S:
