@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import select
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]  # tells the user something
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
+    Selector = selectors.BaseSelector
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
@@ -314,7 +316,8 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
+    operation: int, user: int, resource: int, key: bytes, say_warning: Say,
+    say: Say = lambda text: None,
 ) -> Handshake:
     """The client's side of one knock or revocation: yields each message to send, takes the answer
     by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
@@ -332,7 +335,7 @@ def client_handshake(
             raise ProtocolError(f"{name} instead of {OPERATIONS[expected]}")
         if (answer.user, answer.resource) != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
-            warn(f"the server answered for {ids}, which is not what was asked for")
+            say_warning(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -1262,7 +1265,7 @@ class Target(NamedTuple):
     """Where to knock. Socket addresses are as getaddrinfo() has them."""
 
     family: int
-    address: tuple[Any, ...]
+    remote: tuple[Any, ...]
     local: tuple[Any, ...] | None = None  # the address to come from, if that matters
 
 
@@ -1291,25 +1294,26 @@ class AddressLost(Unsent):
 
 
 # What can go wrong at one address: the kind of error to tell, what happened, and the most likely
-# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, in a pair
-# if it depends on the control protocol or came after the CHALLENGE; None for all else.
-CAUSES: dict[object, tuple[type[UserError], str, str]] = {
-    errno.ENETUNREACH: (
+# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, and what
+# else it depends on.
+OTHER_CAUSE = (None, "")
+CAUSES: dict[tuple[object, str], tuple[type[UserError], str, str]] = {
+    (errno.ENETUNREACH, ""): (
         Unsent, "this machine has no route to it",
         "see whether this machine is online and has IPv{version}"),
-    errno.EADDRNOTAVAIL: (
+    (errno.EADDRNOTAVAIL, ""): (
         Unsent, "this machine has no IPv{version} address to send from",
         "see whether this machine is online and has IPv{version}"),
-    errno.EPERM: (
+    (errno.EPERM, ""): (
         Unsent, "this machine does not let letmein send to control port {port} ({error})",
         "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
-    "no zone": (
+    (errno.EINVAL, "link-local"): (
         Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
         "use another of its addresses if there is one: servers refuse link-local clients"),
-    errno.EHOSTUNREACH: (
+    (errno.EHOSTUNREACH, ""): (
         UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
         "see whether the host is up, and whether you may reach it from this network"),
-    errno.ECONNREFUSED: (
+    (errno.ECONNREFUSED, ""): (
         UserError, "nothing listens on its control port {port}",
         "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
     (errno.ETIMEDOUT, "tcp"): (
@@ -1318,35 +1322,40 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     (errno.ETIMEDOUT, "udp"): (
         UserError, "no answer on its control port {port} within {patience:g} s",
         "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
-    Silent: (
+    (Silent, ""): (
         Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
         "see whether a letmein server listens there, and what it logs"),
-    HungUp: (
+    (HungUp, ""): (
         Rejected, "the server closed the connection without an answer",
         "compare user and key with the server's file: it may not answer wrong ones"),
-    (HungUp, CHALLENGE): (
+    (HungUp, "challenged"): (
         Rejected, "the server closed the connection after the challenge",
         "the key is right: see the server's log for the time of this knock"),
-    Rejection: (
+    (Rejection, ""): (
         Rejected, "{error}",
         "compare user, key and resource with the server's file; its log says which is wrong"),
-    (Rejection, CHALLENGE): (
+    (Rejection, "challenged"): (
         Rejected, "{error}",
         "the key is right: event=failed in the server's log says what went wrong"),
-    ProtocolError: (
+    (ProtocolError, ""): (
         Rejected, "what answers on its control port {port} is not a letmein server ({error})",
         "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
-    None: (
+    OTHER_CAUSE: (
         UserError, "{error} (on the way to its control port {port})",
         "see whether this machine is online, and whether you can reach the host otherwise"),
 }
-CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
-CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
+CAUSES[errno.EACCES, ""] = CAUSES[errno.EPERM, ""]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT, ""] = CAUSES[errno.EADDRNOTAVAIL, ""]  # a kernel without IPv6
 
 
 def name_of(resource: Resource) -> str:
     """What the user calls it."""
     return f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+
+
+def not_done(operation: int, names: str, error: UserError) -> UserError:
+    """What to tell of an error with the resources of these names."""
+    return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
 
 
 def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
@@ -1370,21 +1379,20 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     """The addresses of host, ADDRESSES_LIMIT at most, by their text. Args: families, AF_INET or
     AF_INET6 or both, if it must have them. Raises UserError."""
-    queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
+    found: dict[int, list[Target]] = {socket.AF_INET6: [], socket.AF_INET: []}
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
-    for family, _, _, _, address in look_up(host, port, wanted):
-        queues[family].append(address)
-    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if needed in families and not queues[needed]:
-            raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
+    for family, _, _, _, remote in look_up(host, port, wanted):
+        found[family].append(Target(family, remote))
+    for needed, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
+        if needed in families and not found[needed]:
+            raise UserError(f"{host!a} has no IPv{version} address", f"leave out -{version}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
     # In turns: a family with many addresses leaves room for the other.
-    while any(queues.values()) and len(targets) < ADDRESSES_LIMIT:
-        for family, queue in queues.items():
-            if queue and len(targets) < ADDRESSES_LIMIT:
-                address = queue.popleft()
-                targets[socket.getnameinfo(address, numeric)[0]] = Target(family, address)
+    for turn in itertools.zip_longest(*found.values()):
+        for target in filter(None, turn):
+            if len(targets) < ADDRESSES_LIMIT:
+                targets[socket.getnameinfo(target.remote, numeric)[0]] = target
     return targets
 
 
@@ -1424,6 +1432,28 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
     return received
 
 
+def next_message(handshake: Handshake, answer: bytes) -> bytes:
+    """What to send after this answer; b"" at the handshake's good end. Raises ProtocolError."""
+    try:
+        return handshake.send(answer)
+    except StopIteration:
+        return b""
+
+
+def handshake_over(peer: socket.socket, handshake: Handshake, timeout: float) -> None:
+    """One handshake over a TCP connection, with timeout seconds for each message. Raises HungUp if
+    the server closes it, another ProtocolError, or OSError."""
+    is_challenged = False
+    message = next(handshake)
+    try:
+        while message:
+            peer.sendall(message)
+            message = next_message(handshake, receive(peer, timeout))
+            is_challenged = True
+    except (HungUp, ConnectionError):
+        raise HungUp(is_challenged) from None
+
+
 def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
     """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError. Args:
     say, told of each step.
@@ -1442,50 +1472,47 @@ def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, sa
             if target.local:
                 peer.bind(target.local)
             say("connecting")
-            peer.connect(target.address)
+            peer.connect(target.remote)
             say(f"connected from {peer.getsockname()[0]}")
-            handshake = new_handshake()
-            message = next(handshake)
-            is_challenged = False
             try:
-                while True:
-                    peer.sendall(message)
-                    message = handshake.send(receive(peer, timeout))
-                    is_challenged = True
-            except StopIteration:
+                handshake_over(peer, new_handshake(), timeout)
                 return
-            except (HungUp, ConnectionError):
+            except HungUp as error:
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
-                if time.monotonic() + pause >= end or not (retries or is_challenged):
-                    raise HungUp(is_challenged) from None
+                if time.monotonic() + pause >= end or not (retries or error.is_challenged):
+                    raise
+                if not error.is_challenged:
+                    retries -= 1
         say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
-        if not is_challenged:
-            retries -= 1
 
 
 class UdpHandshake:
-    """One handshake over UDP, from a port of its own. Raises OSError."""
+    """One handshake over UDP, from a port of its own. Args: selector, in which it is while it runs.
+    Raises OSError."""
 
-    def __init__(self, handshake: Handshake, target: Target) -> None:
+    def __init__(self, handshake: Handshake, target: Target, selector: Selector) -> None:
         self.handshake = handshake
+        self.selector = selector
         self.response = b""
         self.heard = b""  # the last message, without its salt
+        self.is_done = False
         self.socket = socket.socket(target.family, socket.SOCK_DGRAM)
         try:
             self.socket.setblocking(False)
             if target.local:
                 self.socket.bind(target.local)
-            self.socket.connect(target.address)
+            self.socket.connect(target.remote)
             self.socket.send(next(handshake))
+            selector.register(self.socket, selectors.EVENT_READ, self)
         except BaseException:
             self.socket.close()
             raise
 
     def receive(self) -> bool:
         """Read and answer a datagram; returns whether it moved the handshake on. Raises
-        StopIteration at the handshake's good end, ProtocolError, OSError."""
+        ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
         except BlockingIOError:  # a broken datagram: select(2), BUGS
@@ -1493,48 +1520,17 @@ class UdpHandshake:
         facts = data[:16] + data[24:]  # all but the salt
         if len(data) != MESSAGE_SIZE or facts == self.heard:
             return False  # no message, or a CHALLENGE that the network brought twice
-        self.response = self.handshake.send(data)
         self.heard = facts
-        self.socket.send(self.response)
+        self.response = next_message(self.handshake, data)
+        self.is_done = not self.response
+        if self.response:
+            self.socket.send(self.response)
         return True
 
-
-class UdpHandshakes:
-    """The handshakes with one server that are under way, UDP_HANDSHAKES at most."""
-
-    def __init__(self) -> None:
-        self.running: deque[UdpHandshake] = deque()  # the oldest first
-        # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
-        self.selector = selectors.DefaultSelector()
-
-    def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; at the limit, give up the oldest."""
-        if len(self.running) == UDP_HANDSHAKES:
-            self.drop(self.running[0])
-        self.running.append(handshake)
-        self.selector.register(handshake.socket, selectors.EVENT_READ, handshake)
-
-    def repeat(self) -> None:
-        """Send each RESPONSE again. Raises OSError."""
-        for handshake in self.running:
-            if handshake.response:
-                handshake.socket.send(handshake.response)
-
-    def wait(self, timeout: float) -> list[UdpHandshake]:
-        """Those to which something has come within timeout seconds."""
-        return [key.data for key, _ in self.selector.select(timeout)]
-
-    def drop(self, handshake: UdpHandshake) -> None:
-        """Give up this one."""
-        self.running.remove(handshake)
-        self.selector.unregister(handshake.socket)
-        handshake.socket.close()
-
     def close(self) -> None:
-        """Give up all."""
-        for handshake in list(self.running):
-            self.drop(handshake)
-        self.selector.close()
+        """Give it up."""
+        self.selector.unregister(self.socket)
+        self.socket.close()
 
 
 def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
@@ -1543,27 +1539,40 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, sa
     KNOCK is sent twice from one port: the reference's server rejects that."""
     again = time.monotonic()
     end = last_start = again + timeout  # each answer moves the end, to give the next one its time
-    with contextlib.closing(UdpHandshakes()) as handshakes:
+    running: deque[UdpHandshake] = deque()  # the oldest first
+    # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
+    selector = selectors.DefaultSelector()
+    try:
         while (now := time.monotonic()) < end:
             if now >= again:
-                if handshakes.running:
-                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
-                handshakes.repeat()
+                if running:
+                    say("no answer yet, another try")
+                for handshake in running:
+                    if handshake.response:
+                        handshake.socket.send(handshake.response)
                 if now < last_start:
-                    handshakes.add(UdpHandshake(new_handshake(), target))
-            for handshake in handshakes.wait(min(again, end) - now):
+                    if len(running) == UDP_HANDSHAKES:
+                        running.popleft().close()
+                    running.append(UdpHandshake(new_handshake(), target, selector))
+            for key, _ in selector.select(min(again, end) - now):
+                handshake = key.data
                 try:
                     if handshake.receive():
                         end = time.monotonic() + timeout
-                except StopIteration:
-                    return
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
-                    handshakes.drop(handshake)
-                    if not handshakes.running:
+                    running.remove(handshake)
+                    handshake.close()
+                    if not running:
                         raise
-    raise socket.timeout
+                if handshake.is_done:
+                    return
+        raise socket.timeout
+    finally:
+        for handshake in running:
+            handshake.close()
+        selector.close()
 
 
 def start_thread(run: Callable[[], None]) -> threading.Thread:
@@ -1663,23 +1672,21 @@ class Client:
         if self.arguments.verbose:
             tell(f"{1000 * (time.monotonic() - STARTED):.0f} ms  {text}")
 
-    def place(self, addresses: Iterable[str]) -> str:
-        """The host as the user gave it, with its addresses."""
+    def host_text(self, addresses: Iterable[str]) -> str:
+        """The host as the user gave it, with these of its addresses."""
         names = ", ".join(addresses)
         return names if names == self.host else f"{self.host} ({names})"
 
-    def attempt(
-        self, operation: int, resource: int, where: str, race: Race
-    ) -> UserError | None:
+    def attempt(self, operation: int, resource: int, address: str, race: Race) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
-        place = self.place([where])
+        host = self.host_text([address])
 
         def say(text: str) -> None:
-            self.say(f"{place}: {text}")
+            self.say(f"{host}: {text}")
 
         def say_warning(text: str) -> None:
-            warn(f"{place}: {text}")
+            warn(f"{host}: {text}")
 
         def new_handshake() -> Handshake:
             if race.is_given_up:
@@ -1687,80 +1694,54 @@ class Client:
             return client_handshake(operation, self.user, resource, self.key, say_warning, say)
 
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, say)
+            exchange(new_handshake, self.targets[address], self.timeout, say)
             return None
         except (ProtocolError, OSError) as error:
-            failure = self.explain(error, where)
+            failure = self.explain(error, address)
         except Unsent as error:
             failure = error
-        except Exception as error:  # in a thread nobody else would tell
+        except Exception as error:  # nobody sees an exception in a thread
             failure = UserError(f"{error!r}", BUG_HINT)
         say(str(failure))
         return failure
 
-    def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
+    def explain(self, error: ProtocolError | OSError, address: str) -> UserError:
         """What an error on the way to an address means, and what to do about it."""
-        target = self.targets[where]
-        cause: object = type(error)
-        if getattr(error, "is_challenged", False):
-            cause = (cause, CHALLENGE)
-        elif isinstance(error, (socket.timeout, TimeoutError)):
-            cause = (errno.ETIMEDOUT, self.protocol)
-        elif isinstance(error, OSError):
-            is_local = error.errno == errno.EINVAL and where.startswith("fe")
-            cause = "no zone" if is_local else error.errno
-        if cause == errno.EADDRNOTAVAIL and target.local:
+        target = self.targets[address]
+        kind: object = error.errno if isinstance(error, OSError) else type(error)
+        detail = ""
+        if isinstance(error, (socket.timeout, TimeoutError)):
+            kind, detail = errno.ETIMEDOUT, self.protocol
+        elif kind == errno.EINVAL and address.startswith("fe"):
+            detail = "link-local"
+        elif getattr(error, "is_challenged", False):
+            detail = "challenged"
+        elif kind == errno.EADDRNOTAVAIL and target.local:
             lost = f"this machine no longer has the address {target.local[0]}"
             return AddressLost(lost, "what is open for it closes by itself")
-        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
+        told_as, problem, hint = CAUSES.get((kind, detail), CAUSES[OTHER_CAUSE])
         facts = {
             "port": f"{self.port}/{self.protocol}",
             "patience": self.timeout,
             "version": 6 if target.family == socket.AF_INET6 else 4,
             "error": getattr(error, "strerror", None) or str(error),
         }
-        return kind(problem.format(**facts), hint.format(**facts))
+        return told_as(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
         opened = self.opened[resource]
 
-        def ask(where: str) -> UserError | None:
-            error = self.attempt(operation, resource.identifier, where, race)
-            if operation == KNOCK and not error and where not in opened:
-                opened.append(where)
+        def ask(address: str) -> UserError | None:
+            error = self.attempt(operation, resource.identifier, address, race)
+            if operation == KNOCK and not error and address not in opened:
+                opened.append(address)
             return error
 
         race = Race(ask, addresses or self.targets)
         self.races = [*filter(Race.is_running, self.races), race]
         race.start()
         return race
-
-    def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which an address has still to work: without -4 -6 one is enough."""
-        families = {self.targets[where].family for where in race.addresses}
-        good = {self.targets[where].family for where, error in results.items() if not error}
-        if good and not self.arguments.families:
-            return set()
-        return families - good
-
-    def failure(self, race: Race, results: Results) -> UserError | None:
-        """Where it failed, and why; None for success. A server's word says more than the silence of
-        another address, and that more than a missing route."""
-        unmet = self.unmet(race, results)
-        relevant = [where for where in race.addresses if self.targets[where].family in unmet]
-        errors = {where: error for where in relevant if (error := results.get(where))}
-        if not errors:
-            return None
-
-        def weight(error: UserError) -> int:
-            if isinstance(error, Rejected):
-                return 2
-            return 0 if isinstance(error, Unsent) else 1
-
-        worst = max(errors.values(), key=weight)
-        where = [where for where, error in errors.items() if error.problem == worst.problem]
-        return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
         """Wait until there are enough answers, with those of all addresses where it is open."""
@@ -1770,17 +1751,42 @@ class Client:
             return results.keys() >= is_open and not self.unmet(race, results)
 
         results = race.wait(is_enough)
-        for where in race.addresses:
-            if where not in results:
-                self.say(f"{self.place([where])}: no answer within {OTHER_ADDRESS_S:g} s more")
+        for address in race.addresses:
+            if address not in results:
+                host = self.host_text([address])
+                self.say(f"{host}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
+
+    def unmet(self, race: Race, results: Results) -> set[int]:
+        """The families in which an address has still to work: without -4 -6 one is enough."""
+        families = {self.targets[address].family for address in race.addresses}
+        good = {self.targets[address].family for address, error in results.items() if not error}
+        if good and not self.arguments.families:
+            return set()
+        return families - good
+
+    def failure(self, race: Race, results: Results) -> UserError | None:
+        """Where it failed, and why; None for success. A server's word says more than the silence of
+        another address, and that more than a missing route."""
+        unmet = self.unmet(race, results)
+        relevant = [each for each in race.addresses if self.targets[each].family in unmet]
+        errors = {each: error for each in relevant if (error := results.get(each))}
+        if not errors:
+            return None
+
+        def rank(error: UserError) -> tuple[bool, bool]:
+            return isinstance(error, Rejected), not isinstance(error, Unsent)
+
+        worst = max(errors.values(), key=rank)
+        addresses = [each for each, error in errors.items() if error.problem == worst.problem]
+        return type(worst)(f"{self.host_text(addresses)}: {worst}", worst.hint)
 
     def ask_all(self, operation: int) -> list[Resource]:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
         server that cannot be reached for one is not asked for the others."""
         done = []
-        failures: dict[str, UserError] = {}  # what is the same is told once
-        affected: dict[str, list[str]] = {}  # by failure, the names of resources
+        # What is the same is told once. By problem: the error, and the names of resources.
+        failures: dict[str, tuple[UserError, list[str]]] = {}
         for number, resource in enumerate(self.resources):
             race = self.begin(operation, resource)
             results = self.finish(race, resource)
@@ -1789,25 +1795,19 @@ class Client:
                 if self.tell_done(operation, resource, race, results):
                     done.append(resource)
                 continue
-            failures.setdefault(error.problem, error)
-            names = affected.setdefault(error.problem, [])
-            if not isinstance(error, Rejected):
-                names += map(name_of, self.resources[number:])
+            is_reached = isinstance(error, Rejected)
+            affected = [resource] if is_reached else self.resources[number:]
+            _, names = failures.setdefault(error.problem, (error, []))
+            names += map(name_of, affected)
+            if not is_reached:
                 break
-            names.append(name_of(resource))
-        for problem, error in failures.items():
-            *others, last = affected[problem]
+        for error, names in failures.values():
+            *others, last = names
             all_names = f"{', '.join(others)} and {last}" if others else last
-            tell_error(self.undone(operation, all_names, error))
+            tell_error(not_done(operation, all_names, error))
         return done
 
-    def undone(self, operation: int, names: str, error: UserError) -> UserError:
-        """What to tell of an error with these resources."""
-        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
-
-    def tell_done(
-        self, operation: int, resource: Resource, race: Race, results: Results
-    ) -> bool:
+    def tell_done(self, operation: int, resource: Resource, race: Race, results: Results) -> bool:
         """Tell the user of a success; returns False if nobody reads it."""
         name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
@@ -1815,12 +1815,12 @@ class Client:
             self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
-        for where, error in results.items():
+        for address, error in results.items():
             if isinstance(error, Rejected):
-                here = UserError(f"{self.place([where])}: {error}", error.hint)
-                tell_error(self.undone(operation, name, here), "note")
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{DONE[operation]} {name} on {self.arguments.host} ({good})"
+                here = UserError(f"{self.host_text([address])}: {error}", error.hint)
+                tell_error(not_done(operation, name, here), "note")
+        good = [each for each in race.addresses if each in results and not results[each]]
+        line = f"{DONE[operation]} {name} on {self.arguments.host} ({', '.join(good)})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1830,10 +1830,28 @@ class Client:
             return False
         return True
 
+    def keep_only_opened(self) -> None:
+        """Forget what was not opened, so that it is not closed either; with -4 -6 one address may
+        be open alone. From here on, success is not told."""
+        self.resources = [resource for resource in self.resources if self.opened[resource]]
+        self.is_quiet = True
+
+    def be_quick(self, lease: float) -> None:
+        """Leave time for another try within a lease of this length, in s."""
+        self.timeout = min(self.timeout, max(lease / 8, 1.0))
+
+    def bind_to(self, address: str, local: tuple[Any, ...]) -> None:
+        """Send to this address from that one of ours alone."""
+        self.targets[address] = self.targets[address]._replace(local=local)
+
 
 class Hold:
-    """`connect` and COMMAND: open all, renew it while it is used, and close it, whatever
-    happens."""
+    """`connect` and COMMAND: open all, renew it while it is used, and close it, whatever happens.
+
+    A signal may come at any moment. Before anything is carried or run, and while data is carried,
+    stop() raises SystemExit, which leads to _close(). Python swallows exceptions that are raised
+    inside its own callbacks (during an import, for instance): then _obey() raises it again. From
+    just before COMMAND starts, signals are for COMMAND. While we close, they are ignored."""
 
     def __init__(self, client: Client) -> None:
         import threading
@@ -1846,41 +1864,34 @@ class Hold:
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
+        client = self.client
 
         def stop(number: int, _: object) -> None:
             self.ended_by = number
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
-        def on_lost_exception(_: object) -> None:
-            """It is that of stop(), see _obey(): no reason for a traceback."""
+        def print_nothing(_: object) -> None:
+            """Of an exception that Python swallows: it is that of stop()."""
 
-        sys.unraisablehook = on_lost_exception
+        sys.unraisablehook = print_nothing
         catch_signals(stop)
         try:
             try:
-                if not self._open():
+                is_good = client.ask_all(KNOCK) == client.resources
+                client.keep_only_opened()
+                if not is_good:
                     return 1
-                return self._run_command() if self.client.arguments.to_run else self._connect()
+                return self._run_command() if client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
         finally:  # another one: a signal may interrupt the inner one before it is ignored
             self._close()
 
     def _obey(self) -> None:
-        """End the program if a signal has come. Python loses an exception that is raised in a
-        callback of its own, as an import has them: then this one counts."""
+        """End the program if a signal has come, and Python has swallowed what stop() raised."""
         if self.ended_by:
             raise SystemExit(128 + self.ended_by)
-
-    def _open(self) -> bool:
-        """Open all; returns whether that worked."""
-        client = self.client
-        is_good = client.ask_all(KNOCK) == client.resources
-        # What was not opened is not closed; with -4 -6 one address may be open alone.
-        client.resources = [resource for resource in client.resources if client.opened[resource]]
-        client.is_quiet = True
-        return is_good
 
     def _close(self) -> None:
         """End renewing, and close what was opened unless it is to stay."""
@@ -1891,36 +1902,34 @@ class Hold:
             self.client.ask_all(REVOKE)
 
     def _renew(self) -> None:
-        """Renew what is open, for ever; for a thread of its own."""
-        try:
-            self._renew_in_time()
-        except Exception as error:  # in a thread nobody else would tell
-            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
-
-    def _renew_in_time(self) -> None:
-        """Knock again in the middle of each lease. Tells the user if a lease ends meanwhile."""
+        """Knock again in the middle of each lease, for ever; for a thread of its own. Tells the
+        user if a lease ends meanwhile."""
         client = self.client
-        lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
-        client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
-        pause = lease / 2
-        end = time.monotonic() + lease
-        is_told = False
-        while True:
-            time.sleep(pause)
-            begun = time.monotonic()
-            error = self._knock_again()
-            if error is None:
-                pause = lease / 2
-                end = begun + lease
-                is_told = False
-                retries.reset()
-                continue
-            pause = retries.take()
-            client.say(f"not renewed yet: {error}")
-            if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
-                is_told = True
-                tell_error(UserError(f"cannot renew {error}", error.hint))
+        try:
+            timeouts = [resource.timeout for resource in client.resources]
+            lease = max(2.0, min(LONGEST_WAIT_S, *timeouts))
+            client.be_quick(lease)
+            retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+            pause = lease / 2
+            end = time.monotonic() + lease
+            is_told = False
+            while True:
+                time.sleep(pause)
+                begun = time.monotonic()
+                error = self._knock_again()
+                if error is None:
+                    pause = lease / 2
+                    end = begun + lease
+                    is_told = False
+                    retries.reset()
+                    continue
+                pause = retries.take()
+                client.say(f"not renewed yet: {error}")
+                if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
+                    is_told = True
+                    tell_error(UserError(f"cannot renew {error}", error.hint))
+        except Exception as error:  # nobody sees an exception in a thread
+            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -1962,13 +1971,12 @@ class Hold:
 
     def _connect(self) -> int:
         """Carry standard input and output over a connection; returns 0. Raises UserError."""
-        where, peer = self._reach()
+        address, peer = self._reach()
         keep_alive(peer)
         # The connection has a use for this lease alone, and only from the address that it has.
-        self.addresses = [where]
-        address, _, *flow_and_scope = peer.getsockname()
-        local = (address, 0, *flow_and_scope)
-        self.client.targets[where] = self.client.targets[where]._replace(local=local)
+        self.addresses = [address]
+        ours, _, *flow_and_scope = peer.getsockname()
+        self.client.bind_to(address, local=(ours, 0, *flow_and_scope))
         start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
         self._obey()
@@ -1982,35 +1990,34 @@ class Hold:
         port = client.arguments.ports[0]
         resource = client.resources[0]
         for is_last, patience in ((False, CONNECT_S), (True, client.timeout)):
-            for where in client.opened[resource]:
-                address: Any = (where.encode(), port)  # as bytes: see look_up()
-                client.say(f"{client.place([where])}: connecting to port {port}")
+            for address in client.opened[resource]:
+                name: Any = address.encode()  # as bytes: see look_up()
+                client.say(f"{client.host_text([address])}: connecting to port {port}")
                 try:
-                    peer = socket.create_connection(address, patience)
+                    peer = socket.create_connection((name, port), patience)
+                    peer.settimeout(None)
+                    return address, peer
                 except OSError as error:
                     reason = error.strerror or f"no answer within {patience:g} s"
-                else:
-                    peer.settimeout(None)
-                    return where, peer
             if not is_last:
                 client.ask_all(KNOCK)
-        place = client.place(client.opened[resource])
+        host = client.host_text(client.opened[resource])
         hint = "see whether the service runs on the server, and listens on this address"
         if resource.port not in (0, port):
             hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
-        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        problem = f"opened {name_of(resource)} on {host}, but cannot connect to port {port}"
         raise UserError(f"{problem}: {reason}", hint)
 
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "check its name, PATH and, if it is a script, the program that its first line names"
-        tell_error(UserError(f"cannot run {name!r}: not found", hint))
-        return 127
+    status, problem = 126, error.strerror
     hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
-    tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
-    return 126
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        status, problem = 127, "not found"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
+    tell_error(UserError(f"cannot run {name!r}: {problem}", hint))
+    return status
 
 
 def keep_alive(peer: socket.socket) -> None:
@@ -2034,9 +2041,11 @@ class Carrier:
         UserError if anything may have been lost."""
         uploader = start_thread(self._upload)
         try:
-            self._download()
-        except ConnectionError:
-            return  # nobody reads the output any more
+            while data := self.peer.recv(CHUNK):
+                if not self._write(data):
+                    return
+        except OSError as error:  # perhaps after _fail(), which tells why
+            raise self.failure or broken(error) from None
         sent_before = self.sent
         drop_output()
         while uploader.is_alive():
@@ -2051,35 +2060,32 @@ class Carrier:
         if self.failure:
             raise self.failure
 
-    def _download(self) -> None:
-        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
-        while data := self._receive():
-            while data:
-                try:
-                    data = data[os.write(1, data) :]
-                except BlockingIOError:  # our parent has made it so
-                    select.select([], [1], [])
-                except ConnectionError:
-                    raise
-                except OSError as error:
-                    problem = f"cannot write standard output: {error.strerror}"
-                    raise UserError(problem, "check where the output goes") from None
-
-    def _receive(self) -> bytes:
-        try:
-            return self.peer.recv(CHUNK)
-        except OSError as error:
-            raise broken(error) from None
+    def _write(self, data: bytes) -> bool:
+        """Write to standard output; returns False if nobody reads it. Raises UserError."""
+        while data:
+            try:
+                data = data[os.write(1, data) :]
+            except BlockingIOError:  # our parent has made it so
+                select.select([], [1], [])
+            except ConnectionError:
+                return False
+            except OSError as error:
+                problem = f"cannot write standard output: {error.strerror}"
+                raise UserError(problem, "check where the output goes") from None
+        return True
 
     def _upload(self) -> None:
         try:
             while data := self._read():
-                self._send(data)
+                self.sent += len(data)
+                self.peer.sendall(data)
             with contextlib.suppress(OSError):  # the other direction will see it, too
                 self.peer.shutdown(socket.SHUT_WR)
         except UserError as error:
             self._fail(error)
-        except Exception as error:  # in a thread nobody else would tell
+        except OSError as error:
+            self._fail(broken(error))
+        except Exception as error:  # nobody sees an exception in a thread
             self._fail(UserError(f"{error!r}", BUG_HINT))
 
     def _fail(self, failure: UserError) -> None:
@@ -2098,13 +2104,6 @@ class Carrier:
             except OSError as error:
                 problem = f"cannot read standard input: {error.strerror}"
                 raise UserError(problem, "check where the input comes from") from None
-
-    def _send(self, data: bytes) -> None:
-        self.sent += len(data)
-        try:
-            self.peer.sendall(data)
-        except OSError as error:
-            raise broken(error) from None
 
 
 def broken(error: OSError) -> UserError:

@@ -1594,7 +1594,7 @@ def test_client_survives_any_bytes(
         caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
         caller.user, caller.key = USER, KEY
-        race = letmein.Race(lambda where: None, [])
+        race = letmein.Race(lambda address: None, [])
         error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
