@@ -219,10 +219,10 @@ class Backoff:
         """Begin with the first pause again."""
         self.next = self.limits[0]
 
-    def take(self, longest: float = 0.0) -> float:
-        """The pause before the next attempt, in s. Args: longest, if other than the usual limit."""
+    def take(self) -> float:
+        """The pause before the next attempt, in s."""
         pause = self.next
-        self.next = min(2 * pause, longest or self.limits[1])
+        self.next = min(2 * pause, self.limits[1])
         return pause
 
 
@@ -561,7 +561,7 @@ class Resource(NamedTuple):
     @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
-        return digest((self.port, self.protocols, tuple(map(tuple, self.jumps))))
+        return checksum((self.port, self.protocols, tuple(map(tuple, self.jumps))))
 
     @property
     def is_gate(self) -> bool:
@@ -651,7 +651,7 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache(1000)
-def digest(facts: tuple[object, ...]) -> str:
+def checksum(facts: tuple[object, ...]) -> str:
     """8 hex digits that change with these facts; no secret."""
     import binascii
     return f"{binascii.crc32(repr(facts).encode()):08x}"
@@ -2135,7 +2135,7 @@ def catch_signals(handler: Any) -> None:
 #
 # On the way down: Leases, who holds what; what that is in nftables; Nft and Kernel, the two ways to
 # tell the kernel; checks of somebody's ruleset; Table, all that is ours in it; Look, which compares
-# and mends it; Firewall, which clients ask, and which knows when to look.
+# and heals it; Firewall, which clients ask, and which knows when to look.
 #
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
@@ -2172,10 +2172,10 @@ class Lease(NamedTuple):
 
     address: str
     resource: int
-    user: int
-    proof: str  # of the key that it was given for and what the resource meant: lease_proof()
-    weight: int  # how much it counts against max-nr-rules
-    ends: float
+    user: int = 0
+    proof: str = ""  # of the key that it was given for and what the resource meant: lease_proof()
+    weight: int = 0  # how much it counts against max-nr-rules
+    ends: float = ENDED
 
     @property
     def key(self) -> LeaseKey:
@@ -2204,19 +2204,13 @@ def lease_comment(lease: Lease, boot: str) -> str:
 
 
 def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
-    """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
-    not."""
+    """How long a configuration grants a lease with this proof from now on, in s; 0: not at all."""
     if user not in config.keys or config.why_not(user, resource):
         return 0.0
     found = config.resources[resource]
     if lease_proof(config.keys[user], boot, found.meaning) != proof:
         return 0.0
     return config.longest_lease(user, found)
-
-
-def gate_of(resource: int, ends: float) -> Lease:
-    """The gate of a resource with a jump of all traffic."""
-    return Lease(EVERYBODY, resource, 0, "", 0, ends)
 
 
 class Leases:
@@ -2249,12 +2243,13 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        for index, entry in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
-            del index[entry][key]
-            if not index[entry]:
-                del index[entry]
-        if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
-            del self.weights[lease.user]
+        del self.of_user[lease.user][key]
+        if not self.of_user[lease.user]:  # a weight of 0 does not tell: gates weigh nothing
+            del self.of_user[lease.user], self.weights[lease.user]
+        second = int(lease.ends)
+        del self.ending[second][key]
+        if not self.ending[second]:
+            del self.ending[second]
 
     def expire(self, now: float) -> list[Lease]:
         """Forget the leases that have ended, and return them: the kernel sends no word of it."""
@@ -2276,15 +2271,15 @@ class Leases:
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, so that all weigh no more than limit: the
-        oldest of whoever holds most, so nobody is kept out by others. If they weigh more already
-        (the limit was lowered), they need not get below what they weigh now."""
+        oldest of whoever holds most, so nobody is kept out by others."""
+        goal = max(limit, self.weight)  # a limit that was lowered ends no lease
         held = self.by_key.get(lease.key)
         weight = self.weight + lease.weight - (held.weight if held else 0)
         weights = dict(self.weights)
         weights[lease.user] = weights.get(lease.user, 0) + lease.weight
         queues: dict[int, Iterator[LeaseKey]] = {}
         displaced: list[Lease] = []
-        while weight > max(limit, self.weight):
+        while weight > goal:
             user = max(weights, key=weights.__getitem__)
             queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
             key = next(queue, None)
@@ -2311,7 +2306,7 @@ class Ruleset(NamedTuple):
 
     sets: dict[str, str]  # by name, the type of its elements
     rules: list[str]  # each behind the name of its chain
-    tag: str  # the comment of each rule: other rules have another one
+    rule_comment: str  # of each rule; it changes with the rules
 
 
 def ruleset(config: Config) -> Ruleset:
@@ -2336,8 +2331,8 @@ def ruleset(config: Config) -> Ruleset:
                 keys = [f"{IP[version]} saddr @{name}-{version}" for version in versions]
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
-    tag = f"letmein {digest(tuple(rules))}"
-    return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
+    comment = f"letmein {checksum(tuple(rules))}"
+    return Ruleset(sets, [f'{rule} comment "{comment}"' for rule in rules], comment)
 
 
 def ruleset_script(config: Config) -> str:
@@ -2383,36 +2378,30 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
         address = EVERYBODY if name.key in GATE_KEYS.values() else ""
         return address, None
     size, family = (16, socket.AF_INET6) if name.set_name.endswith("-6") else (4, socket.AF_INET)
-    packed, place = name.key[:size], name.key[size:]
-    if len(packed) != size or len(place) not in (0, PORT_KEY.size):
+    packed, port_key = name.key[:size], name.key[size:]
+    if len(packed) != size or len(port_key) not in (0, PORT_KEY.size):
         return "", None
-    return socket.inet_ntop(family, packed), PORT_KEY.unpack(place) if place else None
+    return socket.inet_ntop(family, packed), PORT_KEY.unpack(port_key) if port_key else None
 
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 LISTING_LIMIT = 16 << 20  # bytes of what nft says
-NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at least, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
-TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
+TICK_S = 0.001  # between two looks whether a process has ended
 
 
 def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
-    a signal. (The subprocess module would sleep for longer than nft takes. Linux 5.3.)"""
+    a signal. (The subprocess module would sleep for longer than nft takes; to wait by pidfd_open(2)
+    takes a descriptor, and there may be none.)"""
     import signal
-    try:
-        descriptor = os.pidfd_open(process)
-    except OSError:  # there are no more descriptors: look again and again
-        give_up = time.monotonic() + limit
-        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if time.monotonic() > give_up:
-                os.kill(process, signal.SIGKILL)
-                break
-            time.sleep(TICK_S)
-    else:
-        if not select.select([descriptor], [], [], limit)[0]:
+    give_up = time.monotonic() + limit
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > give_up:
             os.kill(process, signal.SIGKILL)
-        os.close(descriptor)
+            break
+        time.sleep(TICK_S)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -2422,12 +2411,12 @@ class Nft:
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        self.limit = NFT_LIMIT_S[0]
+        self.limit = NFT_LIMIT_S[0]  # in s, for the next run
 
     def run(self, script: str, *arguments: str) -> str:
         """Run a script, and return what nft says. Raises UserError with its words. An nft that
-        takes too long is killed, having perhaps done its work, and the next one may take twice as
-        long."""
+        takes too long is killed, having perhaps done its work. After each run, the next one may
+        take twice as long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -2440,6 +2429,7 @@ class Nft:
             streams += [(os.POSIX_SPAWN_DUP2, said.fileno(), number) for number in (1, 2)]
             text.write(script.encode("ascii"))
             text.seek(0)
+            began = time.monotonic()
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
                 status = await_end(process, self.limit)
@@ -2450,13 +2440,14 @@ class Nft:
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
             words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
-            self._judge(status, words)
+            limit, took = self.limit, time.monotonic() - began
+            self.limit = min(max(2 * took, NFT_LIMIT_S[0]), NFT_LIMIT_S[1])
+            self._raise_if_failed(status, words, limit)
             return words
 
-    def _judge(self, status: int, said: str) -> None:
+    def _raise_if_failed(self, status: int, said: str, limit: float) -> None:
         """Raise UserError if nft did not do what it was told."""
         if status == -9:
-            limit, self.limit = self.limit, min(2 * self.limit, NFT_LIMIT_S[1])
             hint = "the machine is busy, or the table holds large sets of others: move those away"
             raise UserError(f"nft did not end within {limit:g} s", hint)
         if status:
@@ -2508,7 +2499,7 @@ class Element(NamedTuple):
 
     key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
-    asked: float  # by time.monotonic(), before the kernel read it: it ends after asked + left
+    read_at: float  # by time.monotonic(), just before: it ends at read_at + left, or later
     comment: str
     packets: int
     octets: int
@@ -2631,12 +2622,12 @@ def each_packet(data: bytes) -> Iterator[Packet]:
         offset += (length + 3) & ~3
 
 
-def netlink_socket(groups: int = 0) -> socket.socket:
-    """A socket to talk to the kernel's nftables with. Args: groups, as bits, to listen to."""
+def netlink_socket(is_listener: bool = False) -> socket.socket:
+    """A socket to ask the kernel's nftables, or to be told of each change of it."""
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-    if groups:
+    if is_listener:
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
-    netlink.bind((0, groups))
+    netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1) if is_listener else 0))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
 
@@ -2742,29 +2733,29 @@ class Kernel:
     def _elements_of(self, set_name: str, elements: bytes = b"") -> bytes:
         """The attributes that say which set, and which elements of it."""
         table = text_attribute(NFTA_LIST_TABLE, self.table)
-        where = table + text_attribute(NFTA_LIST_SET, set_name)
-        return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
+        both = table + text_attribute(NFTA_LIST_SET, set_name)
+        return both + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, set_name: str) -> Iterator[Element]:
         """The elements of a set. The kernel gives some 200 at a time, ever more slowly (1 s for
         100,000). One that changes meanwhile may come twice or be left out; so may any other, while
         the set grows."""
-        asked = time.monotonic()
+        read_at = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
             netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
                 # The kernel reads the next piece when it hands one out.
-                next_asked = time.monotonic()
+                next_read_at = time.monotonic()
                 for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
                     if packet.is_last():
                         return
                     listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
                     for _, element in each_attribute(listed):
-                        yield self._element(Attributes(element), asked)
-                asked = next_asked
+                        yield self._element(Attributes(element), read_at)
+                read_at = next_read_at
 
     @staticmethod
-    def _element(found: Attributes, asked: float) -> Element:
+    def _element(found: Attributes, read_at: float) -> Element:
         key = found.within(NFTA_ELEM_KEY).get(NFTA_DATA_VALUE, b"")
         left = NEVER
         # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
@@ -2775,7 +2766,7 @@ class Kernel:
             counter = found.within(NFTA_ELEM_EXPRESSIONS).within(NFTA_LIST_ELEMENT)
         counts = counter.within(NFTA_EXPR_DATA)
         packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
-        return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
+        return Element(key, left, read_at, found.comment(NFTA_ELEM_USERDATA), packets, octets)
 
     def _one_element(self, name: ElementName, *facts: bytes) -> bytes:
         """The attributes that name one element, and say more of it."""
@@ -2807,23 +2798,20 @@ class Kernel:
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not. It may just have expired,
         and the kernel objects if it is not there: so it is added first."""
-        added = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        added = self.put(name, 1.0, "", is_new=False)
         return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
 
-    def listen(self) -> socket.socket:
-        """A socket that receives what the kernel tells of each change of nftables."""
-        return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
-
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
-        """Whether one of these notifications is about our table, a change by another process, and a
-        renamed chain or something whose name contains one of these. (Our own nft counts as another
-        process: process ids are used again.) The table's name is attribute 1 everywhere."""
-        table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
+        """Whether any notification reports that another process changed our table, and either
+        renamed a chain or touched an object whose name contains one of these. Our own run of nft
+        counts as another process, because process ids are reused."""
+        # The table's name is attribute 1 everywhere; here without its padding.
+        table = text_attribute(1, self.table)[: ATTRIBUTE_HEADER.size + len(self.table) + 1]
         for packet in each_packet(data):
-            is_ours = packet.body[:1] == bytes([self.family]) and table in packet.body
-            if packet.port == self.port or not is_ours:
+            is_our_table = packet.body[:1] == bytes([self.family]) and table in packet.body
+            if packet.port == self.port or not is_our_table:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
             is_renamed = packet.kind == NEWCHAIN and not packet.flags & NLM_F_CREATE
@@ -2836,10 +2824,10 @@ IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTRO
 
 
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
-    """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
+    """Check that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
-    check_table(kernel, config)
-    check_targets(kernel, config)
+    base_chains = check_table(kernel, config)
+    check_targets(kernel, config, base_chains)
     nft.run(ruleset_script(config), "-c")
 
 
@@ -2854,11 +2842,11 @@ def unreadable(config: Config, error: OSError) -> UserError:
     return UserError(f"cannot read {table}: {error.strerror}")
 
 
-def check_table(kernel: Kernel, config: Config) -> None:
-    """See that table and chains are there, and that nobody else has a claim to them. Raises
-    UserError."""
+def check_table(kernel: Kernel, config: Config) -> list[str]:
+    """Check that table and chains are there, and that nobody else has a claim to them: all rules in
+    the chains are ours, or the Rust server's. Returns the table's base chains. Raises UserError."""
     table = f"table {config.table_name}"
-    where = f"{config.path}: [NFTABLES]"
+    section = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
@@ -2866,29 +2854,34 @@ def check_table(kernel: Kernel, config: Config) -> None:
         raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        problem = f"{where} table: {table} belongs to another program, which alone may change it"
+        problem = f"{section} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
         loss = "which would restore letmein's rules without their sets"
-        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
+        raise UserError(f"{section} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
+        option = f"{section} chain-{hook}"
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
-            raise UserError(problem, hint)
-        check_chain(kernel, config, hook, chain)
+            raise UserError(f"{option}: {chain} is a base chain: it has a hook", hint)
+        foreign = sum(not is_ours(rule) for rule in rules_of(kernel, config, option, chain))
+        if foreign:
+            clear = f"nft flush chain {config.table_name} {chain}"
+            hint = f"move them to another chain, and empty this one: {clear}"
+            problem = f"{chain} holds rules that are not letmein's ({foreign})"
+            raise UserError(f"{option}: {problem}", hint)
+    return base_chains
 
 
-def check_targets(kernel: Kernel, config: Config) -> None:
-    """See that the chains are there that resources jump to. Raises UserError."""
-    base_chains = kernel.base_chains()
+def check_targets(kernel: Kernel, config: Config, base_chains: list[str]) -> None:
+    """Check that the chains are there that resources jump to. Raises UserError."""
     for resource in config.resources.values():
         for hook, target, _ in resource.jumps:
-            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+            option = f"{config.path}: [RESOURCES] {resource.identifier:08X}: {hook}"
             if hook in config.chains:
                 rules_of(kernel, config, option, target)
             if target in base_chains:
-                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                problem = f"{option}: {target} is a base chain: it has a hook"
                 raise UserError(problem, "name a chain without a hook, which rules can jump to")
 
 
@@ -2899,19 +2892,7 @@ def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Ru
     except OSError:
         problem = f"table {config.table_name} has no chain {chain}"
         hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
-        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
-
-
-def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
-    """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    option = f"[NFTABLES] chain-{hook}"
-    rules = rules_of(kernel, config, option, chain)
-    foreign = sum(not is_ours(rule) for rule in rules)
-    if foreign:
-        where = f"{config.table_name} {chain}"
-        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
-        hint = f"move them to another chain, and empty this one: nft flush chain {where}"
-        raise UserError(problem, hint)
+        raise UserError(f"{option}: {problem}", hint) from None
 
 
 def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
@@ -2935,7 +2916,7 @@ def is_ours(rule: Rule) -> bool:
 
 class Table:
     """Our part of the kernel's table: rules, sets, and in these the leases and gates. It does what
-    it is told. Args: as for Firewall."""
+    it is told. Args: boot, 8 hex digits of the boot id."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2962,10 +2943,10 @@ class Table:
         """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
         handles = self.read_handles()
         wanted = ruleset(self.config)
-        tags = [rule.comment for rule in self._rules()]
+        comments = [rule.comment for rule in self._rules()]
         if wanted.sets.keys() - handles.keys():
             return "sets are missing", handles
-        if tags != [wanted.tag] * len(wanted.rules):
+        if comments != [wanted.rule_comment] * len(wanted.rules):
             return "rules are missing", handles
         return "", handles
 
@@ -3035,9 +3016,9 @@ class Table:
 
     def find(self, key: LeaseKey) -> Lease | None:
         """The lease, or gate, that has this key."""
-        return self._book(key).by_key.get(key)
+        return self._leases_or_gates(key).by_key.get(key)
 
-    def _book(self, key: LeaseKey) -> Leases:
+    def _leases_or_gates(self, key: LeaseKey) -> Leases:
         return self.gates if key.address == EVERYBODY else self.leases
 
     def expire(self) -> None:
@@ -3049,25 +3030,23 @@ class Table:
 
     def note(self, lease: Lease, reason: str) -> None:
         """Note a lease, or that it was ended, and for what reason; and tell of that."""
-        book = self._book(lease.key)
-        is_known = lease.key in book.by_key
+        noted = self._leases_or_gates(lease.key)
+        is_known = lease.key in noted.by_key
         if lease.ends == ENDED:
-            book.forget(lease.key)
+            noted.forget(lease.key)
             event = "closed" if is_known else ""
         else:
-            book.keep(lease)
+            noted.keep(lease)
             event = "renewed" if is_known else "opened"
         if event and lease.address != EVERYBODY:
             self.tell_change(event, lease, reason if event == "closed" else "")
 
-    def hold(
-        self, leases: list[Lease], replace: bool = False, reason: str = ""
-    ) -> set[LeaseKey]:
+    def hold(self, leases: list[Lease], replace: bool = False, reason: str = "") -> set[LeaseKey]:
         """Have the kernel hold these leases, or drop those that were ended, and move their gates,
         in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
-        as for changes(); reason, why some were ended. Raises OSError, with nothing changed."""
+        as for changes_for(); reason, why some were ended. Raises OSError, with nothing changed."""
         leases = [*leases, *self._gates_with(leases)]
-        self.kernel.change(self.changes(leases, replace))
+        self.kernel.change(self.changes_for(leases, replace))
         for lease in leases:
             self.note(lease, reason)
             if self.config.debug:
@@ -3076,15 +3055,16 @@ class Table:
                 self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
         return {lease.key for lease in leases}
 
-    def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
+    def changes_for(self, leases: list[Lease], replace: bool = False) -> list[Change]:
         """What makes the kernel hold these leases, or drop those that were ended. Args: replace,
-        what there may be of them already."""
+        whether it may have elements of them that we do not know of: they are deleted first."""
         now = time.monotonic()
         changes: list[Change] = []
         for lease in leases:
+            # A new lease is added. One that differs only in its end gets its time restarted (Linux
+            # 6.12). Any other is deleted and added again: an element keeps its comment.
             old = self.find(lease.key)
             is_new = old is None and not replace
-            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
             can_restart = is_same and self.refreshes and not replace
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
@@ -3096,29 +3076,26 @@ class Table:
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates that change with these leases, with the end that they will have."""
+        """The gates that change with these leases: each ends with the last lease of its resource,
+        one of these or another."""
         keys = frozenset(lease.key for lease in leases)
-        gates = []
-        for resource in {key.resource for key in keys}:
-            if not self.config.resources[resource].is_gate:
-                continue
-            gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
-            ends = max(lease.ends for lease in leases if lease.resource == resource)
-            if ends < gate.ends:
-                old = [self.find(key) for key in keys if key.resource == resource]
-                if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # another lease holds it open as long: no need to look through all
-                ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
-            if ends != gate.ends:
-                gates.append(gate_of(resource, ends))
-        return gates
+        changed = []
+        for resource in {lease.resource for lease in leases}:
+            if self.config.resources[resource].is_gate:
+                gate = self.find(LeaseKey(EVERYBODY, resource)) or Lease(EVERYBODY, resource)
+                ends = max(lease.ends for lease in leases if lease.resource == resource)
+                if ends < gate.ends:  # another lease may end later
+                    ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
+                if ends != gate.ends:
+                    changed.append(gate._replace(ends=ends))
+        return changed
 
     def note_gates(self) -> None:
         """Note which gates should be open for the leases, and until when."""
         self.gates = Leases()
         for resource, ends in self.leases.last_ends().items():
             if self.config.resources[resource].is_gate:
-                self.gates.keep(gate_of(resource, ends))
+                self.gates.keep(Lease(EVERYBODY, resource, ends=ends))
 
     def log_revoked(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
@@ -3130,9 +3107,9 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 
 class Look:
-    """Compares the elements in the kernel's table with our leases, once, and mends what differs.
-    It works in steps, between which knocks have their turn. Leases that these change (`changed`)
-    are left alone: what was read of them is out of date.
+    """Compares the elements in the kernel's table with our leases, once, and heals what differs.
+    It works in steps; knocks are served in between. A lease that such a knock changes goes into
+    `outdated` and is skipped: what was read of it is stale.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -3142,32 +3119,34 @@ class Look:
         self.is_adopting = is_adopting
         self.handles = handles
         # The sets made since the last look. What has gone with the old ones, nobody has deleted.
-        self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
+        self.new_sets = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
             for resource in self.config.resources.values()
             for protocol in resource.protocols
         }
-        self.changed: set[LeaseKey] = set()  # leases that were changed since it began
+        self.outdated: set[LeaseKey] = set()  # leases that were changed since it began
         self.found: set[ElementName] = set()  # parts of leases
         self.strange: list[ElementName] = []  # parts of no lease
         self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
+        self.shortened: dict[LeaseKey, float] = {}  # when leases end that somebody has shortened
         self.missing: list[LeaseKey] = []  # leases to be put back
         self.wrong: set[LeaseKey] = set()  # leases to be written anew
 
     def steps(self) -> Iterator[None]:
-        """Compare, and mend. Raises UserError, OSError."""
+        """Compare, and heal. Raises UserError, OSError."""
         sets = ruleset(self.config).sets
         gates = [name for name in sets if name.endswith("-gate")]
         for name in sets:
             if name not in gates:
                 yield from self._read(name)
+        self._shorten_by_hand()
         yield from self._adopt()
         self.table.note_gates()
         for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
         yield from self._find_missing()
-        yield from self._mend()
+        yield from self._heal()
         self.table.handles = self.handles  # not before what was lost with the old ones is back
 
     @property
@@ -3178,16 +3157,16 @@ class Look:
         return "leases are missing" if self.missing else ""
 
     def _read(self, set_name: str) -> Iterator[None]:
-        """Judge the elements of a set."""
+        """Sort the elements of a set."""
         for number, element in enumerate(self.table.kernel.elements(set_name)):
-            self._judge(ElementName(set_name, element.key), element)
+            self._sort(ElementName(set_name, element.key), element)
             if number % LEASES_PER_BATCH == 0:
                 yield
 
-    def _judge(self, name: ElementName, element: Element) -> None:
+    def _sort(self, name: ElementName, element: Element) -> None:
         """Note what an element is part of: a lease, one to be adopted, or nothing of ours."""
         key = self._holder(name)
-        if key in self.changed:
+        if key in self.outdated:
             return
         lease = self.table.find(key) if key else None
         heir = self._heir(key, element) if key and not lease else None
@@ -3199,31 +3178,33 @@ class Look:
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
         # A lease of ours may just have ended.
-        elif element.asked + element.left > time.monotonic() + EARLY_S:
+        elif element.read_at + element.left > time.monotonic() + EARLY_S:
             self.strange.append(name)
 
     def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
-        """Compare an element with its lease, or gate. When it ends is known to within the time that
-        reading it took."""
-        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        """Note it if an element does not fit its lease, or gate. When it ends is known to within
+        the time that reading it took."""
+        earliest, latest = element.read_at + element.left, time.monotonic() + element.left
         is_right = element.comment == lease_comment(lease, self.table.boot)
-        is_short = latest < lease.ends - EARLY_S
-        # In a set made anew it may be what somebody saved before a later knock.
-        is_decided = lease.address != EVERYBODY and name.set_name not in self.renewed
-        if is_right and is_short and is_decided:  # by an administrator
-            self.table.note(lease._replace(ends=latest), "")
-            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-        elif not is_right or is_short or earliest > lease.ends + LATE_S:
+        if not is_right or earliest > lease.ends + LATE_S:
             self.wrong.add(lease.key)
+        elif latest >= lease.ends - EARLY_S:
+            return
+        elif lease.address == EVERYBODY or name.set_name in self.new_sets:
+            # In a set made anew it may be what somebody saved before a later knock.
+            self.wrong.add(lease.key)
+        else:
+            self.shortened[lease.key] = min(latest, self.shortened.get(lease.key, NEVER))
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
-        address, place = read_key(name)
+        address, port_key = read_key(name)
         if not address:
             return None
-        if place is None:
+        if port_key is None:
             return LeaseKey(address, int(name.set_name[8:16], 16))
-        return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
+        resource = self.resource_of.get(port_key)
+        return None if resource is None else LeaseKey(address, resource)
 
     def _heir(self, key: LeaseKey, element: Element) -> Lease | None:
         """The lease that an element stands for, if a server of this boot gave it (an administrator
@@ -3237,21 +3218,42 @@ class Look:
         proof = comment["proof"]
         if not time_granted(self.config, self.table.boot, user, resource, proof):
             return None
-        ends = element.asked + element.left  # or up to the time that reading it took later
+        ends = element.read_at + element.left  # at the earliest; later by the time reading took
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
+
+    def _is_whole(self, lease: Lease) -> bool:
+        """Whether the kernel has all elements of a lease, or gate. Raises OSError."""
+        # A listing may leave out an element while a knock makes the set grow.
+        has_element = self.table.kernel.has_element
+        names = lease_elements(lease, self.config)
+        return all(name in self.found or has_element(name) for name in names)
+
+    def _check_sets(self) -> None:
+        """Raise OSError if the sets were made anew since the look began: then no administrator has
+        deleted or shortened what was in them."""
+        if self.table.read_handles() != self.handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+
+    def _shorten_by_hand(self) -> None:
+        """An administrator has shortened an element of each of these leases: that shortens all of
+        it, unless another element was deleted. Raises UserError, OSError."""
+        if self.shortened:
+            self._check_sets()
+        for key, ends in self.shortened.items():
+            lease = self.table.find(key)
+            if lease and key not in self.outdated and self._is_whole(lease):
+                self.outdated |= self.table.hold([lease._replace(ends=ends)], replace=True)
+                self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
     def _adopt(self) -> Iterator[None]:
         """Take over the leases of which all elements are there, the oldest first."""
         for some in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
             yield
             for heir in some:
-                if heir.key in self.changed:
+                if heir.key in self.outdated:
                     continue
-                names = lease_elements(heir, self.config)
-                # A listing may leave out an element while a knock makes the set grow.
-                has_element = self.table.kernel.has_element
-                if not all(name in self.found or has_element(name) for name in names):
-                    self.strange += self.found.intersection(names)
+                if not self._is_whole(heir):
+                    self.strange += self.found.intersection(lease_elements(heir, self.config))
                     continue
                 resource = self.config.resources[heir.resource]
                 latest = time.monotonic() + self.config.longest_lease(heir.user, resource)
@@ -3262,30 +3264,29 @@ class Look:
     def _find_missing(self) -> Iterator[None]:
         """Note the leases and gates whose elements have gone together with their set. If they have
         gone from a set that is still the same, an administrator has deleted them."""
-        books = self.table.leases, self.table.gates
-        for some in in_batches([lease for book in books for lease in book.by_key.values()]):
+        leases = [*self.table.leases.by_key.values(), *self.table.gates.by_key.values()]
+        for some in in_batches(leases):
             yield
             deleted = []
             for lease in some:
                 names = lease_elements(lease, self.config)
-                if lease.key in self.changed or self.found.issuperset(names):
+                if lease.key in self.outdated or self.found.issuperset(names):
                     continue
                 is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                is_set_new = any(name.set_name in self.renewed for name in names)
+                is_set_new = any(name.set_name in self.new_sets for name in names)
                 if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
-                elif not is_ending and not all(map(self.table.kernel.has_element, names)):
+                elif not is_ending and not self._is_whole(lease):
                     deleted.append(lease)
             self._end_by_hand(deleted)
 
     def _end_by_hand(self, deleted: list[Lease]) -> None:
         """An administrator has deleted an element of each of these: that ends all of a lease, and a
-        gate for all who hold it. Raises OSError if the sets have changed since the look began: then
-        the elements have gone with their set."""
-        if deleted and self.table.read_handles() != self.handles:
-            raise OSError(errno.ESTALE, "the sets were made anew")
+        gate for all who hold it. Raises UserError, OSError."""
+        if deleted:
+            self._check_sets()
         ended = {lease.key: lease for lease in deleted if lease.address != EVERYBODY}
         shut = {gate.resource for gate in deleted if gate.address == EVERYBODY}
         if shut:
@@ -3293,17 +3294,17 @@ class Look:
             ended.update({lease.key: lease for lease in holders if lease.resource in shut})
         for some in in_batches(list(ended.values())):
             ended_leases = [lease.ended() for lease in some]
-            self.changed |= self.table.hold(ended_leases, reason="by hand")
+            self.outdated |= self.table.hold(ended_leases, reason="by hand")
             for lease in some:
                 self.table.log_revoked(lease, "by hand")
 
-    def _mend(self) -> Iterator[None]:
+    def _heal(self) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
         yield from self._write(self.missing, replace=False)
         yield from self._write(list(self.wrong), replace=True)
         kernel = self.table.kernel
         for strange in in_batches(self.strange):
-            names = [name for name in strange if self._holder(name) not in self.changed]
+            names = [name for name in strange if self._holder(name) not in self.outdated]
             kernel.change(change for name in names for change in kernel.delete(name))
             yield
 
@@ -3311,16 +3312,16 @@ class Look:
         """Have the kernel hold these leases. Those that were changed meanwhile are as they should
         be."""
         for some in in_batches(keys):
-            found = [self.table.find(key) for key in some if key not in self.changed]
+            found = [self.table.find(key) for key in some if key not in self.outdated]
             leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
             if leases:
-                self.table.kernel.change(self.table.changes(leases, replace))
+                self.table.kernel.change(self.table.changes_for(leases, replace))
             yield
 
 
-HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+HEAL_PAUSE_S = (0.1, 30.0)  # before another look: at first, and at most
+CONTEST_PAUSE_S = 1.0  # at most while healing succeeds, but does not last
 CALM_S = 10.0  # without damage, after which the next one is a new one
-TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
@@ -3328,22 +3329,11 @@ NOTIFICATIONS_PER_TURN = 1000
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 
 
-class Firewall:
-    """Gives and ends leases, and sees to it that the kernel's table holds them, whatever others do
-    to it. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+class Healing:
+    """How healing goes: when to look again, and what was said of what is in the way."""
 
-    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
-        self.nft = nft
-        self.config = config
-        self.boot = boot
+    def __init__(self, log: Log) -> None:
         self.log = log
-        self.table = Table(nft, config, boot, log)
-        self.leases = self.table.leases
-        self.installed = False  # whether there is something to remove in the end
-        self.look_at = NEVER  # when to look whether the kernel has what it should
-        self.work: Generator[None, None, str] | None = None  # what a look has yet to do
-        self.look: Look | None = None  # what it has found so far
-        self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.calm_at = 0.0  # when a while without damage is over
         self.trouble = ""  # why healing fails, once that was logged
@@ -3352,23 +3342,89 @@ class Firewall:
         self.disturbed = 0  # how often in a row the kernel has objected to something
         self.is_contested = False  # whether others undo what is healed, once that was logged
 
+    def first_pause(self) -> float:
+        """How long to wait after a change by others, in s: a little, so that one look serves a
+        whole burst; longer while looks keep finding damage."""
+        if self.trouble:
+            return HEAL_PAUSE_S[0] / 4
+        return min(self.pause.next, CONTEST_PAUSE_S) / 4
+
+    def next_look(self, damage: str, trouble: str) -> float:
+        """When to look again (by time.monotonic()) after a look that found damage or failed: after
+        a pause, which grows until nothing was found for CALM_S. (One good look is not enough: a
+        second server for this table may be slower than we are.)"""
+        now = time.monotonic()
+        is_calm = now > self.calm_at
+        if trouble and trouble != self.trouble:
+            self.log.often("cannot-heal", reason=trouble)
+        if trouble != self.trouble or is_calm:
+            self.pause.reset()
+        if is_calm:
+            self.is_contested = False
+        self.trouble = trouble
+        if not (damage or trouble):
+            return NEVER
+        self.calm_at = now + CALM_S
+        pause = self.pause.take()
+        if trouble:
+            return now + pause
+        if pause >= CONTEST_PAUSE_S and not self.is_contested:
+            self.is_contested = True
+            hint = "is there a second server for this table, with another --rundir?"
+            self.log("warning", reason="what is healed is changed again at once", hint=hint)
+        return now + min(pause, CONTEST_PAUSE_S)
+
+    def warn_of_claims(self, table: Table) -> None:
+        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
+        SIGHUP or start will fail."""
+        claim = hint = ""
+        try:
+            check_table(table.kernel, table.config)
+        except UserError as error:
+            claim, hint = error.problem, error.hint
+        if claim not in ("", self.claim):
+            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            self.log("warning", reason=reason, hint=hint)
+        self.claim = claim
+
+
+class Firewall:
+    """Gives and ends leases, and has the kernel's table hold them, whatever others do to it.
+    Args: as for Table."""
+
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
+        self.log = log
+        self.table = Table(nft, config, boot, log)
+        self.leases = self.table.leases
+        self.healing = Healing(log)
+        self.notifications: socket.socket  # of what others change; open() makes it
+        self.installed = False  # whether there is something to remove in the end
+        self.inspect_at = NEVER  # when to look whether the kernel has what it should
+        self.steps: Generator[None, None, str] | None = None  # what a look has yet to do
+        self.look: Look | None = None  # what it has found so far
+        self.is_adopting = False  # whether it looks for a predecessor's leases
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.table.config
+
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        check_kernel(self.table.kernel, self.nft, self.config)
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        check_kernel(self.table.kernel, self.table.nft, self.config)
         self._warn_of_unreached_chains()
-        self.notifications = self.table.kernel.listen()
+        self.notifications = netlink_socket(is_listener=True)
         selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
-        self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
-        self.work = self._look()
+        self.steps = self._inspect_and_heal()
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
         self.table.remove()
 
     # -- what clients ask for
@@ -3377,11 +3433,11 @@ class Firewall:
         """Open a resource for an address, or restart the lease's time. Returns "" once the kernel
         has it, or why it does not."""
         found = self.config.resources[resource]
-        objection = self._objection(address, found)
-        if objection:
-            return objection
+        unfit = self._unfit_address(address, found)
+        if unfit:
+            return unfit
         self.table.expire()
-        proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
+        proof = lease_proof(self.config.keys[user], self.table.boot, found.meaning)
         longest = self.config.longest_lease(user, found)
         ends = time.monotonic() + min(longest, LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
@@ -3395,7 +3451,7 @@ class Firewall:
                 self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
-    def _objection(self, address: str, resource: Resource) -> str:
+    def _unfit_address(self, address: str, resource: Resource) -> str:
         """Why this resource does not open for this address; "" if it does."""
         if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
@@ -3412,8 +3468,7 @@ class Firewall:
         lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
             return ""
-        if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource, 0, "", 0, ENDED)
+        lease = lease or Lease(address, resource)  # perhaps a predecessor has opened it
         return self._enforce([lease.ended()], "revoked")
 
     def _enforce(self, leases: list[Lease], reason: str) -> str:
@@ -3422,13 +3477,10 @@ class Firewall:
         try:
             try:
                 self._hold(leases, reason)
-            except OSError as error:
-                if not isinstance(error, FileExistsError):  # that is an element we did not know of
-                    if self.trouble:
-                        return self.trouble  # nft did not help: do not run it for each knock
-                    # The firewall was changed under us: put back what others need.
-                    self.look_at = 0.0
-                    self.table.install()
+            except FileExistsError:  # a set has an element that we did not know of
+                self._hold(leases, reason, replace=True)
+            except OSError:  # the firewall was changed under us
+                self._reinstall_for_knock()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
@@ -3436,30 +3488,38 @@ class Firewall:
             return f"the kernel does not take it: {error.strerror}"
         return ""
 
+    def _reinstall_for_knock(self) -> None:
+        """Put back what a knock needs, and plan a look for the rest. Raises UserError; while
+        healing fails, without running nft for each knock."""
+        if self.healing.trouble:
+            raise UserError(self.healing.trouble)
+        self.inspect_at = 0.0
+        self.table.install()
+
     def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
         """As Table.hold(); and tell a look that is under way."""
         changed = self.table.hold(leases, replace, reason)
         if self.look is not None:
-            self.look.changed |= changed
+            self.look.outdated |= changed
 
     # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it does not grant is
         revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        check_kernel(self.table.kernel, self.nft, config)
+        check_kernel(self.table.kernel, self.table.nft, config)
         self.table.expire()
         lost, shortened = self._differences(config)
-        self.work = self.look = None  # a look under way is out of date
-        self.look_at = 0.0  # to say so and to try again if anything below fails
+        self.steps = self.look = None  # a look under way is out of date
+        self.inspect_at = 0.0  # to say so and to try again if anything below fails
         # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(lost):
                 self.table.hold([lease.ended() for lease in some], reason="configuration")
         for lease in lost:
-            self.table.note(lease.ended(), "configuration")
+            self.table.note(lease.ended(), "configuration")  # even if the kernel has failed above
             self.table.log_revoked(lease, "configuration")
-        self.config = self.table.config = config
+        self.table.config = config
         with contextlib.suppress(UserError, OSError):
             damage, _ = self.table.inspect()
             if damage:
@@ -3480,7 +3540,7 @@ class Firewall:
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
             if facts not in granted:
-                granted[facts] = time_granted(config, self.boot, *facts)
+                granted[facts] = time_granted(config, self.table.boot, *facts)
             if not granted[facts]:
                 lost.append(lease)
             elif lease.ends > now + granted[facts]:
@@ -3514,78 +3574,55 @@ class Firewall:
             except OSError:
                 data = b""  # ENOBUFS: the kernel has dropped some
             if not data or self.table.kernel.tells_of(data, names):
-                pause = HEAL_PAUSE_S[0] if self.trouble else self.pause.next
-                self.look_at = min(self.look_at, time.monotonic() + pause / 4)
+                look_at = time.monotonic() + self.healing.first_pause()
+                self.inspect_at = min(self.inspect_at, look_at)
 
     @property
     def wakes_at(self) -> float:
         """When advance() is to be called, by time.monotonic()."""
-        return 0.0 if self.work is not None else self.look_at
+        return 0.0 if self.steps is not None else self.inspect_at
 
     def advance(self) -> None:
         """Go on with the look that is under way, or begin one if it is time, for a short while."""
         now = time.monotonic()
-        if self.work is None and now >= self.look_at:
-            self.look_at = NEVER
-            self.log.counts["looks"] += 1
-            self.work = self._look()
-        if self.work is None:
+        if now < self.wakes_at:
             return
+        if self.steps is None:
+            self.inspect_at = NEVER
+            self.log.counts["looks"] += 1
+            self.steps = self._inspect_and_heal()
         damage = trouble = ""
         try:
             while time.monotonic() < now + LOOK_TURN_S:
-                next(self.work)
+                next(self.steps)
             return
         except StopIteration as end:
             damage = end.value
-            self.disturbed = 0
+            self.healing.disturbed = 0
         except UserError as error:
             trouble = error.problem
         except OSError as error:
             damage = f"changed meanwhile: {error.strerror}"
-            self.disturbed += 1
-            if self.disturbed >= DISTURBED_LIMIT:
+            self.healing.disturbed += 1
+            if self.healing.disturbed >= DISTURBED_LIMIT:
                 trouble = f"the kernel does not take it: {error.strerror}"
-        self.work = self.look = None
-        if trouble and trouble != self.trouble:
-            self.log.often("cannot-heal", reason=trouble)
-        self._rest(damage, trouble)
+        self.steps = self.look = None
+        self.inspect_at = min(self.inspect_at, self.healing.next_look(damage, trouble))
 
-    def _rest(self, damage: str, trouble: str) -> None:
-        """Plan another look if this one found something: after a pause, which grows until nothing
-        was found for CALM_S. (One good look is not enough: a second server for this table may be
-        slower than we are.)"""
-        now = time.monotonic()
-        is_calm = now > self.calm_at
-        if trouble != self.trouble or is_calm:
-            self.pause.reset()
-        if is_calm:
-            self.is_contested = False
-        self.trouble = trouble
-        if not (damage or trouble):
-            return
-        self.calm_at = now + CALM_S
-        pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
-        self.look_at = min(self.look_at, now + pause)
-        if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
-            self.is_contested = True
-            hint = "is there a second server for this table, with another --rundir?"
-            self.log("warning", reason="what is healed is changed again at once", hint=hint)
-
-    def _look(self) -> Generator[None, None, str]:
-        """Make our part of the kernel's table what it should be, in steps between which knocks have
-        their turn. Returns what was wrong, or "". Raises UserError, OSError."""
+    def _inspect_and_heal(self) -> Generator[None, None, str]:
+        """Make our part of the kernel's table what it should be, in steps; knocks are served in
+        between. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
             remains, handles = self.table.inspect()
             if remains:  # perhaps somebody has changed the table again at once
-                self.futile += 1
-                if self.futile >= FUTILE_LIMIT:
+                self.healing.futile += 1
+                if self.healing.futile >= FUTILE_LIMIT:
                     raise UserError(f"nft reports success, but {remains}")
                 return damage
-        self.futile = 0
-        self._warn_of_claims()
+        self.healing.futile = 0
+        self.healing.warn_of_claims(self.table)
         look = self.look = Look(self.table, handles, self.is_adopting)
         yield from look.steps()
         if not self.is_adopting:
@@ -3593,27 +3630,14 @@ class Firewall:
             if damage:
                 self.log.often("healed", reason=damage, leases=str(len(self.leases)))
                 self.table.tell_change("healed")
-        elif look.heirs and look.changed:
-            self.look_at = 0.0  # what is changed may have left others out of the listing
+        elif look.heirs and look.outdated:
+            self.inspect_at = 0.0  # what was changed may have left others out of the listing
         else:
             self.is_adopting = False
             if len(self.leases):
                 self.log("adopted", leases=len(self.leases))
             self._warn_of_limit()
         return damage
-
-    def _warn_of_claims(self) -> None:
-        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
-        SIGHUP or start will fail."""
-        claim = hint = ""
-        try:
-            check_table(self.table.kernel, self.config)
-        except UserError as error:
-            claim, hint = error.problem, error.hint
-        if claim not in ("", self.claim):
-            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
-            self.log("warning", reason=reason, hint=hint)
-        self.claim = claim
 
 
 # ==== 5  Monitor =============================================================

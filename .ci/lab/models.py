@@ -518,7 +518,7 @@ def settle(firewall: letmein.Firewall) -> None:
     while firewall.wakes_at < letmein.NEVER:
         assert time.monotonic() < deadline, "it looks for ever"
         firewall.advance()
-        time.sleep(max(0.0, min(firewall.look_at - time.monotonic(), 1.0)))
+        time.sleep(max(0.0, min(firewall.inspect_at - time.monotonic(), 1.0)))
 
 
 SOURCES = [CLIENT_4, OTHER_4, CLIENT_6, OTHER_6]
