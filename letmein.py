@@ -29,6 +29,7 @@ if __name__ == "__main__":  # before all else: Ctrl-C ends us without a tracebac
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import select
@@ -56,9 +57,11 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]  # tells the user something
     Handles = dict[str, tuple[int, int]]  # of nftables, by set: of its table, and its own
     Item = TypeVar("Item")
+    Selector = selectors.BaseSelector
     Results = dict[str, "UserError | None"]  # by address what went wrong, None for success
     Sections = Mapping[str, Mapping[str, "Entry"]]  # of a configuration file, by section and name
     NewHandshake = Callable[[], Handshake]
+    ReadFiles = Callable[[str], Iterable[Sections]]  # that a value of `include` names
 else:
 
     class _Record(type):
@@ -90,13 +93,13 @@ ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # priorities of the journal: 
 
 
 def in_journal() -> bool:
-    """Whether standard error goes to systemd's journal. The variable alone does not tell: systemd
-    sets it also where only standard output goes there, see systemd.exec(5)."""
+    """Whether standard error goes to systemd's journal. The variable proves nothing by itself:
+    systemd also sets it when only standard output goes there, see systemd.exec(5)."""
     stream = os.environ.get("JOURNAL_STREAM")
     if not stream:
         return False
-    place = os.fstat(2)
-    return stream == f"{place.st_dev}:{place.st_ino}"
+    status = os.fstat(2)
+    return stream == f"{status.st_dev}:{status.st_ino}"
 
 
 def tell_at(priority: int, text: str) -> None:
@@ -139,15 +142,15 @@ PRIORITIES = {  # in the journal, of events that are not INFO
 
 
 class Log:
-    """The log, on standard error, and what it counts for `status`. Floods are summed up. A log that
-    nobody reads is no reason to let nobody in: the line is lost, and counted."""
+    """The log, on standard error, and what it counts for `status`. Floods are summed up. If nobody
+    reads the log, its lines are lost and counted, and the server goes on."""
 
     def __init__(self) -> None:
         from collections import Counter
         self.counts: Counter[str] = Counter()  # since the start: events, and COUNTED
         self.refusals: Counter[str] = Counter()  # by reason
-        # Since the last summary: frequent lines, by name and user, and those not written, by name.
-        self.kinds: Counter[tuple[str, str]] = Counter()
+        # Since the last summary: frequent lines by event and user, and lines left out by event.
+        self.frequent: Counter[tuple[str, str]] = Counter()
         self.left_out: Counter[str] = Counter()
         self.sum_up_at = NEVER
         self.patience = LOG_PATIENCE_S
@@ -157,9 +160,10 @@ class Log:
         """Write one line, `event=... name=value ...`. Values that are not plain words are
         escaped. systemd's journal adds the time itself, and takes a priority instead."""
         self.counts[event] += 1
-        start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         if self.is_journal:
             start = f"<{PRIORITIES.get(event, INFO)}>"
+        else:
+            start = time.strftime("%Y-%m-%dT%H:%M:%S%z ")
         words = []
         for name, value in {"event": event, **fields}.items():
             plain = re.fullmatch(r"[A-Za-z0-9_.,:/+%-]+", str(value))
@@ -177,13 +181,13 @@ class Log:
     def often(self, event: str, **fields: str) -> None:
         """Write a line on an event that may come often, or only count it for the next summary.
         What users get and lose is limited for each of them: a busy one must not hide another."""
+        is_flood = event in FLOODS
+        limit = LINES_LIMIT if is_flood else USER_LINES_LIMIT
+        user = "" if is_flood else fields.get("user", "")
         name = f"{event}-{fields['proto']}" if "proto" in fields else event
-        kind, limit = (name, fields.get("user", "")), USER_LINES_LIMIT
-        if event in FLOODS:
-            kind, limit = (name, ""), LINES_LIMIT
-        self.kinds[kind] += 1
+        self.frequent[name, user] += 1
         self.sum_up_at = min(self.sum_up_at, time.monotonic() + SUMMARY_S)
-        if self.kinds[kind] <= limit:
+        if self.frequent[name, user] <= limit:
             self(event, **fields)
         else:
             self.counts[event] += 1
@@ -192,7 +196,7 @@ class Log:
     def summary(self) -> None:
         """Write how many events got no line since the last summary."""
         more = dict(self.left_out)
-        self.kinds.clear()
+        self.frequent.clear()
         self.left_out.clear()
         self.sum_up_at = NEVER
         if more:
@@ -200,7 +204,7 @@ class Log:
 
 
 def ids_of(request: Message | Lease) -> dict[str, str]:
-    """Whose it is and what for, as fields of a log line."""
+    """User and resource, as fields of a log line."""
     return {"user": f"{request.user:08X}", "resource": f"{request.resource:08X}"}
 
 
@@ -216,10 +220,10 @@ class Backoff:
         """Begin with the first pause again."""
         self.next = self.limits[0]
 
-    def take(self, longest: float = 0.0) -> float:
-        """The pause before the next attempt, in s. Args: longest, if other than the usual limit."""
+    def take(self) -> float:
+        """The pause before the next attempt, in s."""
         pause = self.next
-        self.next = min(2 * pause, longest or self.limits[1])
+        self.next = min(2 * pause, self.limits[1])
         return pause
 
 
@@ -293,7 +297,9 @@ class Message(NamedTuple):
     def authenticate(self, key: bytes, token: bytes) -> bytes:
         """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
         A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
-        there is one: anybody can replay them, and gets no further than the CHALLENGE."""
+        there is one: anybody can replay them, and gets no further than the CHALLENGE. A RESPONSE
+        names neither the client's address nor KNOCK or REVOKE: an attacker on the path can have it
+        count for an address of their own, or for the other one of the two, replayed."""
         import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -315,7 +321,7 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 
 
 def client_handshake(
-    operation: int, user: int, resource: int, key: bytes, warn: Say, say: Say = lambda text: None
+    operation: int, user: int, resource: int, key: bytes, say_warning: Say, say: Say
 ) -> Handshake:
     """The client's side of one knock or revocation: yields each message to send, takes the answer
     by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
@@ -333,7 +339,7 @@ def client_handshake(
             raise ProtocolError(f"{name} instead of {OPERATIONS[expected]}")
         if (answer.user, answer.resource) != (user, resource):
             ids = f"user {answer.user:08X}, resource {answer.resource:08X}"
-            warn(f"the server answered for {ids}, which is not what was asked for")
+            say_warning(f"the server answered for {ids}, which is not what was asked for")
         token = answer.auth
 
 
@@ -371,18 +377,19 @@ class ServerHandshake(NamedTuple):
 
     policy: int  # what a peer must have proved for its errors to be answered
     key_of: Callable[[int], bytes | None]  # of a user
-    objection: Callable[[int, int], str]  # why a user may not have a resource, or ""
+    why_not: Callable[[int, int], str]  # why a user may not have a resource, or ""
 
     def on_request(self, message: Message, new_token: Callable[[int], bytes]) -> Verdict:
         """Judge a peer's first message. Args: new_token, gives the token for an operation."""
-        user, resource = message.user, message.resource
         if message.operation not in (KNOCK, REVOKE):
-            return self._refuse_operation(message, NO_AUTH, ANYBODY, ANYBODY)
+            unnamed = message._replace(user=ANYBODY, resource=ANYBODY)
+            return self._refuse(unnamed, NO_AUTH, f"unexpected {OPERATIONS[message.operation]}")
+        user, resource = message.user, message.resource
         key = self.key_of(user)
         if not message.proves(key or NOBODYS_KEY, NO_TOKEN) or key is None:
-            return self.refuse(NO_AUTH, user, resource, "wrong key" if key else "unknown user")
-        if objection := self.objection(user, resource):
-            return self.refuse(BASIC_AUTH, user, resource, objection)
+            return self._refuse(message, NO_AUTH, "wrong key" if key else "unknown user")
+        if reason := self.why_not(user, resource):
+            return self._refuse(message, BASIC_AUTH, reason)
         return Verdict(unsigned(CHALLENGE, user, resource, new_token(message.operation)))
 
     def on_response(
@@ -390,34 +397,26 @@ class ServerHandshake(NamedTuple):
     ) -> Verdict:
         """Judge what should be a RESPONSE. Args: proved, what this peer has proved before;
         challenges, all that it may have got for this user and resource."""
-        user, resource = message.user, message.resource
         if message.operation != RESPONSE:
-            return self._refuse_operation(message, proved, user, resource)
+            return self._refuse(message, proved, f"unexpected {OPERATIONS[message.operation]}")
         # Key and rights are looked up again: the configuration may have changed.
-        key = self.key_of(user)
+        key = self.key_of(message.user)
         for_proof = key or NOBODYS_KEY
         met = (each for each in challenges if message.proves(for_proof, each.token))
         challenge = next(met, None)
         if challenge is None or key is None:
-            return self.refuse(proved, user, resource, "wrong RESPONSE")
-        if objection := self.objection(user, resource):
-            return self.refuse(FULL_AUTH, user, resource, objection)
+            return self._refuse(message, proved, "wrong RESPONSE")
+        if reason := self.why_not(message.user, message.resource):
+            return self._refuse(message, FULL_AUTH, reason)
         return Verdict(b"", challenge=challenge)
 
-    def _refuse_operation(
-        self, message: Message, proved: int, user: int, resource: int
-    ) -> Verdict:
-        """Refuse a message that does not belong here. What only a server says is never answered, or
-        two servers could be made to talk to each other for ever (as in CVE-2024-2169)."""
-        reason = f"unexpected {OPERATIONS[message.operation]}"
-        if message.operation in SERVER_OPERATIONS:
+    def _refuse(self, message: Message, proved: int, reason: str) -> Verdict:
+        """Refuse a message: with a GOAWAY if the peer has proved enough for one. What only a server
+        says is never answered, or two servers could be made to talk to each other for ever (as in
+        CVE-2024-2169)."""
+        if proved < self.policy or message.operation in SERVER_OPERATIONS:
             return Verdict(b"", reason)
-        return self.refuse(proved, user, resource, reason)
-
-    def refuse(self, proved: int, user: int, resource: int, reason: str) -> Verdict:
-        """Refuse a peer: with a GOAWAY if it has proved enough for one, otherwise silently."""
-        reply = unsigned(GOAWAY, user, resource) if proved >= self.policy else b""
-        return Verdict(reply, reason)
+        return Verdict(unsigned(GOAWAY, message.user, message.resource), reason)
 
 
 TOKEN_WINDOW_S = 5.0
@@ -428,7 +427,7 @@ SPENT_LIMIT = 1 << 17  # tokens remembered as spent; some 200 bytes each
 class Spent(NamedTuple):
     """The challenges of the same base that a RESPONSE has met."""
 
-    count: int
+    number: int
     outcome: int  # how the latest RESPONSE was answered: COMEIN or GOAWAY
 
 
@@ -457,7 +456,7 @@ class Tokens:
         """The token to challenge a KNOCK or REVOKE with: 32 bytes."""
         window = int(now / TOKEN_WINDOW_S)
         base = self._base(facts, operation, window)
-        return self._token(base, self._spent(window, base).count)
+        return self._token(base, self._spent(window, base).number)
 
     def challenges(self, facts: bytes, now: float, patience: float) -> Iterator[Challenge]:
         """All challenges that may have been given for these facts, newest first. A token lives
@@ -474,9 +473,9 @@ class Tokens:
                     yield Challenge(operation, latest, window, base, outcome)
 
     def note_outcome(self, challenge: Challenge, outcome: int) -> None:
-        """Note that a challenge's token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
+        """Note that a token is spent, and its RESPONSE answered with COMEIN or GOAWAY."""
         window, base = challenge.window, challenge.base
-        count = self._spent(window, base).count + 1
+        count = self._spent(window, base).number + 1
         self.spent.setdefault(window, {})[base] = Spent(count, outcome)
 
     def _base(self, facts: bytes, operation: int, window: int) -> bytes:
@@ -522,6 +521,7 @@ SECCOMP = ("off", "log", "kill")
 CONTROL_PORT = 5800
 KEY_DIGITS = 2 * KEY_SIZE
 MAX_NR_RULES_LIMIT = 1_000_000
+NO_USER = -1  # nobody has this id, so nothing limits it
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 
@@ -562,7 +562,7 @@ class Resource(NamedTuple):
     @property
     def meaning(self) -> str:
         """8 hex digits that change with port, protocols and jumps; no secret."""
-        return digest((self.port, self.protocols, tuple(map(tuple, self.jumps))))
+        return checksum((self.port, self.protocols, tuple(map(tuple, self.jumps))))
 
     @property
     def is_gate(self) -> bool:
@@ -606,6 +606,11 @@ class Config(NamedTuple):
     limits: Mapping[int, UserLimits] = {}  # by user, of those who have some
 
     @property
+    def control(self) -> str:
+        """The control port, such as 5800/tcp or 5800/tcp+udp."""
+        return f"{self.port}/{'+'.join(self.protocols)}"
+
+    @property
     def table_name(self) -> str:
         """The table with its family, as nft(8) has it."""
         return f"{self.family} {self.table}"
@@ -616,7 +621,7 @@ class Config(NamedTuple):
         nftables = {"exe": self.nft, "family": self.family, "table": self.table, **chains}
         return {**nftables, "seccomp": self.seccomp}
 
-    def objection(self, user: int, resource: int) -> str:
+    def why_not(self, user: int, resource: int) -> str:
         """Why this user may not have this resource; "" if they may."""
         found = self.resources.get(resource)
         if found is None:
@@ -647,17 +652,22 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache(1000)
-def digest(facts: tuple[object, ...]) -> str:
+def checksum(facts: tuple[object, ...]) -> str:
     """8 hex digits that change with these facts; no secret."""
     import binascii
     return f"{binascii.crc32(repr(facts).encode()):08x}"
 
 
 def shown(text: str) -> str:
-    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key."""
-    if len(re.findall("[0-9A-Fa-f]", text)) >= 16:
+    """Text from a file or a peer, fit to be printed: short, escaped, nothing like a key. A key may
+    be written with separators or 0x in it, and with mistakes: so 12 hex digits among 16 letters and
+    digits are too many."""
+    start = text[:80]
+    letters = re.sub("[xX]|[^0-9A-Za-z]", "", start)
+    windows = (letters[at : at + 16] for at in range(len(letters) - 15))
+    if any(len(re.findall("[0-9A-Fa-f]", each)) >= 12 for each in windows):
         return "'...'"
-    return ascii(text if len(text) <= 80 else text[:80] + "...")
+    return ascii(start if text == start else start + "...")
 
 
 def matched(text: str, pattern: str, expected: str) -> str:
@@ -679,24 +689,20 @@ def parse_number(text: str, least: int = 0, limit: int = 0xFFFFFFFF) -> int:
     return number
 
 
-def parse_port(text: str) -> int:
-    """The number of a TCP or UDP port."""
-    return parse_number(text, 1, 65535)
+# The number of a TCP or UDP port.
+parse_port = functools.partial(parse_number, least=1, limit=65535)
+parse_family = functools.partial(matched, pattern="inet|ip|ip6", expected="inet, ip or ip6")
+# The name of an nftables table or chain.
+parse_name = functools.partial(
+    matched, pattern="[A-Za-z0-9_.-]{1,64}", expected="1 to 64 of A-Z a-z 0-9 _ - ."
+)
+# What limits a jump: there is only the source address of packets.
+parse_match = functools.partial(matched, pattern="saddr", expected="saddr")
 
 
 def parse_rules_limit(text: str) -> int:
     """max-nr-rules. A number above our own limit counts as that limit."""
     return min(parse_number(text), MAX_NR_RULES_LIMIT)
-
-
-def parse_family(text: str) -> str:
-    """The family of an nftables table."""
-    return matched(text, "inet|ip|ip6", "inet, ip or ip6")
-
-
-def parse_name(text: str) -> str:
-    """The name of an nftables table or chain."""
-    return matched(text, "[A-Za-z0-9_.-]{1,64}", "1 to 64 of A-Z a-z 0-9 _ - .")
 
 
 def parse_duration(text: str) -> float:
@@ -737,12 +743,12 @@ def parse_key(text: str) -> bytes:
 
 
 def parse_word(text: str, words: Iterable[str]) -> str:
-    """One of some words, in any case."""
+    """One of these words, in upper or lower case."""
     return matched(text.lower(), "|".join(words), f"one of: {', '.join(words)}")
 
 
 def parse_boolean(text: str) -> bool:
-    """Yes or no, in one of the ways to say so."""
+    """Yes or no: one of YES and NO."""
     return parse_word(text, YES + NO) in YES
 
 
@@ -751,9 +757,8 @@ def parse_policy(text: str) -> int:
     return POLICIES[parse_word(text, POLICIES)]
 
 
-def parse_seccomp(text: str) -> str:
-    """What happens at a system call that the filter does not allow; "off" for no filter."""
-    return parse_word(text, SECCOMP)
+# What happens at a system call that the filter does not allow; "off" for no filter.
+parse_seccomp = functools.partial(parse_word, words=SECCOMP)
 
 
 def parse_protocols(flags: Sequence[str], expected: str) -> tuple[str, ...]:
@@ -780,14 +785,9 @@ def parse_users(text: str) -> frozenset[int]:
     return frozenset(parse_identifier(user) for user in text.split(","))
 
 
-def parse_match(text: str) -> str:
-    """What limits a jump: there is only the source address of packets."""
-    return matched(text, "saddr", "saddr")
-
-
-RESOURCE = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
+RESOURCE_SYNTAX = "'port: N / tcp, udp / timeout: SECONDS / users: ID, ID' or 'jump / input: CHAIN'"
 PORT_ITEMS = {"port", "timeout", "users"}  # none of which may be repeated
-ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
+RESOURCE_ITEMS: Mapping[str, Callable[[str], Any]] = {  # of a resource: `KEY: VALUE`
     "port": parse_port,
     "timeout": parse_duration,
     "users": parse_users,
@@ -804,13 +804,13 @@ def parse_items(text: str) -> tuple[dict[str, Any], list[str]]:
         key, colon, value = (part.strip() for part in item.partition(":"))
         if not colon:
             flags.append(key)
-        elif key not in ITEMS:
-            raise Unfit(f"{shown(key)} is unknown here", RESOURCE)
+        elif key not in RESOURCE_ITEMS:
+            raise Unfit(f"{shown(key)} is unknown here", RESOURCE_SYNTAX)
         elif key in values and key in PORT_ITEMS:
             raise Unfit(f"{key} appears twice", f"{key} once")
         else:
             try:
-                values[key] = ITEMS[key](value)
+                values[key] = RESOURCE_ITEMS[key](value)
             except Unfit as unfit:
                 raise Unfit(f"{key}: {unfit.problem}", unfit.hint) from None
     return values, flags
@@ -825,13 +825,13 @@ def parse_resource(identifier: int, text: str, timeout: float) -> Resource:
     users = values.get("users", frozenset())
     if "port" in values:
         if not values.keys() <= PORT_ITEMS:
-            raise Unfit("a port and a jump need a resource each", RESOURCE)
-        protocols = parse_protocols(flags, RESOURCE)
+            raise Unfit("a port and a jump need a resource each", RESOURCE_SYNTAX)
+        protocols = parse_protocols(flags, RESOURCE_SYNTAX)
         return Resource(identifier, values["port"], protocols, (), timeout, users)
     if set(flags) != {"jump"}:
-        raise Unfit("this is neither a port nor a jump", RESOURCE)
+        raise Unfit("this is neither a port nor a jump", RESOURCE_SYNTAX)
     if not hooks:
-        raise Unfit("this jump has no chain to jump to", RESOURCE)
+        raise Unfit("this jump has no chain to jump to", RESOURCE_SYNTAX)
     jumps = tuple(Jump(hook, values[hook], f"{hook}-match" in values) for hook in hooks)
     return Resource(identifier, 0, (), jumps, timeout, users)
 
@@ -856,7 +856,7 @@ def parse_user_timeout(text: str) -> float:
     return timeout
 
 
-LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
+USER_LIMITS = {"timeout": parse_user_timeout, "not-after": parse_last_day}
 
 
 def parse_user_limits(text: str) -> UserLimits:
@@ -864,10 +864,10 @@ def parse_user_limits(text: str) -> UserLimits:
     values = {}
     for item in text.split("/"):
         key, _, value = (part.strip() for part in item.partition(":"))
-        if key not in LIMITS or key in values:
+        if key not in USER_LIMITS or key in values:
             expected = "'timeout: SECONDS / not-after: YYYY-MM-DD', or one of them"
             raise Unfit(f"{shown(key)} is unknown here, or appears twice", expected)
-        values[key] = LIMITS[key](value)
+        values[key] = USER_LIMITS[key](value)
     return UserLimits(values.get("timeout", NEVER), values.get("not-after", NEVER))
 
 
@@ -905,16 +905,18 @@ REQUIRED = ("family", "table", "chain-input")  # of [NFTABLES]
 
 
 class Entry(NamedTuple):
-    """An option, or the line that begins a section, as the file has it."""
+    """An option as the file has it; with the name "" the line that begins a section."""
 
     line: str  # "FILE:NUMBER"
-    label: str  # section and name, fit to be printed
+    section: str
+    name: str
     value: str
 
     @property
-    def place(self) -> str:
+    def prefix(self) -> str:
         """How a message on it begins."""
-        return f"{self.line}: {self.label} "
+        section, name = (shown(each)[1:-1] for each in (self.section, self.name))  # no quotes
+        return f"{self.line}: [{section}] " + (f"{name}: " if name else "")
 
 
 # Bytes that are not UTF-8 decode to DC80 to DCFF. Only Python takes 1C to 1F for white space.
@@ -951,23 +953,23 @@ def parse_sections(text: str, path: str) -> dict[str, dict[str, Entry]]:
         if not section:
             hint = "expected: a line such as [GENERAL] above it"
             raise ConfigError(f"{where}: {shown(name)} is in no section", hint)
-        label = f"[{shown(section)[1:-1]}]"  # without the quotes
-        if name:
-            label += f" {shown(name)[1:-1]}:"
-        entry = Entry(where, label, found["value"] or "")
+        entry = Entry(where, section, name, found["value"] or "")
         if name in sections.setdefault(section, {}):
-            raise ConfigError(f"{entry.place}appears twice", "expected: each name once")
+            raise ConfigError(f"{entry.prefix}appears twice", "expected: each name once")
         sections[section][name] = entry
     return sections
 
 
 @contextlib.contextmanager
-def blaming(place: str) -> Iterator[None]:
-    """Put a value's place in front of what is wrong with it. Raises ConfigError."""
+def blaming(entry: Entry) -> Iterator[None]:
+    """Put an option's place in front of what is wrong with it. Raises ConfigError."""
     try:
         yield
     except Unfit as unfit:
-        raise ConfigError(place + unfit.problem, f"expected: {unfit.hint}") from None
+        hint = f"expected: {unfit.hint}"
+        if "#" in entry.value:
+            hint += "; a comment needs a line of its own that is not indented"
+        raise ConfigError(entry.prefix + unfit.problem, hint) from None
 
 
 def most_similar(word: str, known: Iterable[str]) -> str:
@@ -977,23 +979,19 @@ def most_similar(word: str, known: Iterable[str]) -> str:
     return found[0] if found else ""
 
 
-def unknown_names(sections: Sections) -> list[str]:
+def unknown_names(sections: Sections) -> Iterator[str]:
     """A warning for each section and option that we do not know, in the file's order."""
-    warnings = []
-
-    def ignore(entry: Entry, name: str, names: Iterable[str]) -> None:
-        similar = most_similar(name, names)
-        question = f"; did you mean {similar}?" if similar else ""
-        warnings.append(f"{entry.place}is unknown and ignored{question}")
-
     for section, entries in sections.items():
         known = OPTIONS.get(section)
-        if known is None:
-            ignore(entries[""], section.upper(), OPTIONS)
         for name, entry in entries.items():
-            if known and name and name not in known:
-                ignore(entry, name.lower(), known)
-    return warnings
+            if known is None and not name:
+                similar = most_similar(section.upper(), OPTIONS)
+            elif known and name and name not in known:
+                similar = most_similar(name.lower(), known)
+            else:
+                continue
+            question = f"; did you mean {similar}?" if similar else ""
+            yield f"{entry.prefix}is unknown and ignored{question}"
 
 
 def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -1001,147 +999,139 @@ def parse_settings(entries: Mapping[str, Entry], known: Mapping[str, Setting]) -
     values = {}
     for name, entry in entries.items():
         if name in known:
-            with blaming(entry.place):
+            with blaming(entry):
                 values[known[name].field] = known[name].parse(entry.value)
     return values
 
 
+def entries_of(section: str, files: Iterable[Sections]) -> list[Entry]:
+    """The options of a section, in all of these files."""
+    entries = (entry for file in files for entry in file.get(section, {}).values())
+    return [entry for entry in entries if entry.name]
+
+
 def parse_by_user(
-    lines: Iterable[tuple[str, Entry]], parse: Callable[[str], Item], what: str
+    entries: Iterable[Entry], parse: Callable[[str], Item], what: str
 ) -> dict[int, Item]:
-    """[KEYS] or [USERS], by user. Args: lines, name and entry of each; parse, reads a value; what,
-    the name of a value in messages. Raises ConfigError."""
+    """[KEYS] or [USERS], by user. Args: parse, reads a value; what, the name of a value in
+    messages. Raises ConfigError."""
     values: dict[int, Item] = {}
-    lines_of: dict[int, str] = {}
-    for name, entry in lines:
-        with blaming(entry.place):
-            user = parse_identifier(name)
+    lines: dict[int, str] = {}
+    for entry in entries:
+        with blaming(entry):
+            user = parse_identifier(entry.name)
             if user in values:
-                where = lines_of[user]
-                raise Unfit(f"user {user:08X} has {what} already, at {where}", "each user once")
+                problem = f"user {user:08X} has {what} already, at {lines[user]}"
+                raise Unfit(problem, "each user once")
             values[user] = parse(entry.value)
-            lines_of[user] = entry.line
+            lines[user] = entry.line
     return values
 
 
-def parse_resources(lines: Iterable[tuple[str, Entry]], timeout: float) -> dict[int, Resource]:
-    """[RESOURCES], by id. Args: lines, name and entry of each; timeout, of those that have none,
-    in s. Raises ConfigError."""
+def parse_resources(entries: Iterable[Entry], timeout: float) -> dict[int, Resource]:
+    """[RESOURCES], by id. Args: timeout, of those that have none, in s. Raises ConfigError."""
     resources: dict[int, Resource] = {}
-    lines_of: dict[int, str] = {}
+    lines: dict[int, str] = {}
     owners: dict[int, int] = {}  # by port the resource that opens it
-    for name, entry in lines:
-        with blaming(entry.place):
-            resource = parse_resource(parse_identifier(name), entry.value, timeout)
-            if resource.identifier in resources:
-                where = lines_of[resource.identifier]
-                problem = f"resource {resource.identifier:08X} appears twice, first at {where}"
+    for entry in entries:
+        with blaming(entry):
+            identifier = parse_identifier(entry.name)
+            resource = parse_resource(identifier, entry.value, timeout)
+            if identifier in resources:
+                problem = f"resource {identifier:08X} appears twice, first at {lines[identifier]}"
                 raise Unfit(problem, "each id once")
             if resource.port in owners:
                 owner = owners[resource.port]
-                problem = f"resource {owner:08X} has port {resource.port}, at {lines_of[owner]}"
+                problem = f"resource {owner:08X} has port {resource.port}, at {lines[owner]}"
                 raise Unfit(problem, "each port once")
-            resources[resource.identifier] = resource
-            lines_of[resource.identifier] = entry.line
+            resources[identifier] = resource
+            lines[identifier] = entry.line
             if resource.port:
-                owners[resource.port] = resource.identifier
+                owners[resource.port] = identifier
     return resources
 
 
-def check_required(section: Mapping[str, Entry], place: str) -> None:
-    """See that [NFTABLES] has what a server needs. Args: place, where it begins. Raises
-    ConfigError."""
-    for option in REQUIRED:
-        if option not in section:
-            hint = "expected: family, table and chain-input, as in nftables.conf"
-            raise ConfigError(f"{place}{option}: is not set", hint)
+def why_nobody_may(config: Config, resource: Resource) -> str:
+    """Why no user can open a resource; "" if one can."""
+    users = resource.users or {NO_USER}
+    reasons = [config.why_not(user, resource.identifier) for user in users]
+    if all(reasons):
+        return reasons[0]
+    return "" if resource.timeout else "its timeout is 0"
 
 
-def server_warnings(config: Config, lines: Mapping[str, list[tuple[str, Entry]]]) -> list[str]:
-    """What a server can do with this configuration, but its owner may not want. Args: lines, by
-    section, name and entry of each, in the order of config.resources and config.limits."""
-    warnings = []
+def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
+    """What a server can do with this configuration, but its owner may not want."""
     if config.error_policy == NO_AUTH and "udp" in config.protocols:
         text = "control-error-policy: 'always' over UDP answers forged senders"
-        warnings.append(f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended")
+        yield f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended"
+    if not config.control_timeout and "tcp" in config.protocols:
+        text = "control-timeout: 0 seconds are too short for any knock over TCP"
+        yield f"{config.path}: [GENERAL] {text}"
     if config.family != "inet" and config.table in IPTABLES_TABLES:
         text = f"iptables uses {config.table_name}, too, and what iptables-save makes of"
         text += " our rules lets everybody in; give the table another name"
-        warnings.append(dict(lines["NFTABLES"])["table"].place + text)
+        yield files[0]["NFTABLES"]["table"].prefix + text
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
-        warnings.append(f"{config.path}: [KEYS] {text}")
-    for (_, entry), resource in zip(lines["RESOURCES"], config.resources.values()):
-        users = resource.users or {-1}  # everybody: nobody has this id, so it has no limits
-        objections = [config.objection(user, resource.identifier) for user in users]
-        objection = objections[0] if all(objections) else ""
-        if objection or not resource.timeout:
-            text = f"nobody can knock for it: {objection or 'its timeout is 0'}"
-            warnings.append(entry.place + text)
+        yield f"{config.path}: [KEYS] {text}"
+    for entry, resource in zip(entries_of("RESOURCES", files), config.resources.values()):
+        if reason := why_nobody_may(config, resource):
+            yield f"{entry.prefix}nobody can knock for it: {reason}"
+        for hook in re.findall(r"(\w+)-match\s*:", entry.value):
+            if hook not in {jump.hook for jump in resource.jumps}:
+                yield f"{entry.prefix}{hook}-match limits nothing: there is no {hook}: CHAIN"
         if config.keys:
             for user in sorted(resource.users - config.keys.keys()):
-                warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
-    for (_, entry), user in zip(lines["USERS"], config.limits):
+                yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
+    for entry, user in zip(entries_of("USERS", files), config.limits):
         if user not in config.keys:
-            warnings.append(f"{entry.place}user {user:08X} has no key in [KEYS]")
+            yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
         elif time.time() >= config.limits[user].ends:
-            warnings.append(f"{entry.place}this day is over: the user can open nothing any more")
-    return warnings
+            yield f"{entry.prefix}this day is over: the user can open nothing any more"
 
 
 def parse_config(
-    text: str, path: str, server: bool, included: Callable[[str], Iterable[Sections]] | None = None
+    text: str, path: str, server: bool, warnings: list[str], read_files: ReadFiles = lambda _: ()
 ) -> Config:
-    """Read one configuration file's text. Args: path, for messages alone; included, gives the
-    sections of the files that a value of `include` names. Raises ConfigError."""
+    """Read a configuration file's text. Args: path, for messages alone; warnings, to which more are
+    added; read_files, which reads included files. Raises ConfigError."""
     sections = parse_sections(text, path)
-    warnings = unknown_names(sections)
-    begins = {section: entries.pop("").place for section, entries in sections.items()}
-    for section in OPTIONS:
-        sections.setdefault(section, {})
-    lines = {section: list(sections[section].items()) for section in OPTIONS}
-    include = sections["GENERAL"].get("include")
-    if include and not server:
-        warnings.append(f"{include.place}is for the server's file, and ignored here")
+    warnings += unknown_names(sections)
     values: dict[str, Any] = {"control": (CONTROL_PORT, ("tcp",)), **Config._field_defaults}
-    try:
-        for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
-            values.update(parse_settings(sections[section], OPTIONS[section]))
-        if include and server and included:
-            with blaming(include.place):
-                for each in included(values["include"]):
-                    for section in INCLUDABLE:
-                        lines[section] += each.get(section, {}).items()
-        keys = parse_by_user(lines["KEYS"], parse_key, "a key")
-        resources = parse_resources(lines["RESOURCES"], values["timeout"])
-        if server:
-            values["limits"] = parse_by_user(lines["USERS"], parse_user_limits, "limits")
-            place = begins.get("NFTABLES", f"{path}:1: [NFTABLES] ")
-            check_required(sections["NFTABLES"], place)
-    except ConfigError as error:
-        error.warnings = tuple(warnings)
-        raise
+    for section in ("GENERAL", "NFTABLES" if server else "CLIENT"):
+        values.update(parse_settings(sections.get(section, {}), OPTIONS[section]))
+    files: list[Sections] = [sections]
+    include = sections.get("GENERAL", {}).get("include")
+    if include and server:
+        with blaming(include):
+            files += read_files(values["include"])
+    elif include:
+        warnings.append(f"{include.prefix}is for the server's file, and ignored here")
+    keys = parse_by_user(entries_of("KEYS", files), parse_key, "a key")
+    resources = parse_resources(entries_of("RESOURCES", files), values["timeout"])
+    if server:
+        limits = parse_by_user(entries_of("USERS", files), parse_user_limits, "limits")
+        values["limits"] = limits
+        nftables = sections.get("NFTABLES", {})
+        start = nftables.get("", Entry(f"{path}:1", "NFTABLES", "", ""))
+        for option in REQUIRED:
+            if option not in nftables:
+                hint = "expected: family, table and chain-input, as in nftables.conf"
+                raise ConfigError(f"{start.prefix}{option}: is not set", hint)
     port, protocols = values.pop("control")
     chains = {hook: values.pop(hook) for hook in HOOKS if hook in values}
     config = Config(path, (), port, protocols, keys, resources, chains, **values)
     if server:
-        warnings += server_warnings(config, lines)
+        warnings += server_warnings(config, files)
     return config._replace(warnings=tuple(warnings))
 
 
-def read_text(path: str, server: bool, warnings: list[str], is_included: bool = False) -> str:
-    """The text of a configuration file. Args: warnings, gets more if others may read or change it;
-    is_included, whether a pattern may have found it, so it may be anything. Raises OSError,
-    ConfigError."""
-
-    def open_at_once(path: str, flags: int) -> int:
-        """Open it; of a FIFO, do not wait for the other end."""
-        return os.open(path, flags | os.O_NONBLOCK)
-
-    with open(path, "rb", opener=open_at_once if is_included else None) as file:
+def read_text(path: str, server: bool, warnings: list[str]) -> str:
+    """The text of a configuration file. Args: warnings, gets more if others may read or change it.
+    Raises OSError, ConfigError."""
+    with open(path, "rb") as file:
         status = os.fstat(file.fileno())
-        if is_included and not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
         data = file.read(CONFIG_SIZE_LIMIT + 1)
     if len(data) > CONFIG_SIZE_LIMIT:
         raise ConfigError(f"{path}: too large", f"expected: at most {CONFIG_SIZE_LIMIT} bytes")
@@ -1159,9 +1149,10 @@ def read_text(path: str, server: bool, warnings: list[str], is_included: bool = 
 def find_included(pattern: str) -> list[str]:
     """The paths that a value of `include` names, sorted. Raises Unfit."""
     import glob
+    import itertools
     if not re.search("[*?[]", pattern):
         return [pattern]
-    found = [path for path, _ in zip(glob.iglob(pattern), range(INCLUDE_LIMIT + 1))]
+    found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
     if len(found) > INCLUDE_LIMIT:
         raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
     return sorted(found)
@@ -1175,13 +1166,18 @@ def include_directory(config: Config) -> str:
     return directory
 
 
-def check_directory(path: str, directory: str) -> None:
-    """See that nobody but root may put files into an included file's directory. Raises OSError,
-    ConfigError."""
-    status = os.stat(directory)
-    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        hint = f"chown root {directory}; chmod 755 {directory}"
-        raise ConfigError(f"{path}: others may write to the directory {directory}", hint)
+def check_included(path: str) -> None:
+    """Check that a pattern has found a file, and that nobody but root may change or replace it.
+    Raises OSError, ConfigError."""
+    target = os.path.realpath(path)  # it may be a link
+    modes = {os.path.dirname(path): "755", os.path.dirname(target): "755", path: "600"}
+    for name, mode in modes.items():
+        status = os.stat(name)
+        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+            hint = f"chown root {name}; chmod {mode} {name}"
+            raise ConfigError(f"{path}: others may write to {name}", hint)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would keep us waiting
+        raise ConfigError(f"{path}: not a regular file", "expected: files that can be read")
 
 
 def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Sections]:
@@ -1189,9 +1185,8 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
     size = 0
     for path in paths:
         try:
-            for name in (path, os.path.realpath(path)):  # it may be a link
-                check_directory(path, os.path.dirname(name))
-            text = read_text(path, True, warnings, is_included=True)
+            check_included(path)
+            text = read_text(path, True, warnings)
         except OSError as error:
             hint = "include in [GENERAL] of letmeind.conf names it"
             raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1202,8 +1197,7 @@ def read_included(paths: Iterable[str], warnings: list[str]) -> Iterator[Section
         for section, entries in sections.items():
             if section not in INCLUDABLE:
                 hint = "expected: [KEYS] and [RESOURCES] alone"
-                raise ConfigError(f"{entries[''].place}is not for an included file", hint)
-            entries.pop("")
+                raise ConfigError(f"{entries[''].prefix}is not for an included file", hint)
         yield sections
 
 
@@ -1211,24 +1205,27 @@ def read_config(path: str, server: bool) -> Config:
     """Read a configuration file. The client's may be missing. Raises ConfigError."""
     warnings: list[str] = []
 
-    def included(pattern: str) -> Iterator[Sections]:
+    def read_files(pattern: str) -> Iterator[Sections]:
         paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
         if not paths:
             warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
         return read_included(paths, warnings)
 
     try:
-        config = parse_config(read_text(path, server, warnings), path, server, included)
+        text = read_text(path, server, warnings)
+        return parse_config(text, path, server, warnings, read_files)
+    except ConfigError as error:
+        error.warnings = tuple(warnings)
+        raise
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not server:
-            return parse_config("", path, server)
+            return parse_config("", path, server, warnings)
         hint = "name another file with --config, or let this user read it"
         if not server:
             hint = "name a letmein.conf that you may read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "this command is for the server: write the file there, or name one with -c"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
-    return config._replace(warnings=(*config.warnings, *warnings))
 
 
 # ==== 3  Client ==============================================================
@@ -1263,7 +1260,7 @@ class Target(NamedTuple):
     """Where to knock. Socket addresses are as getaddrinfo() has them."""
 
     family: int
-    address: tuple[Any, ...]
+    remote: tuple[Any, ...]
     local: tuple[Any, ...] | None = None  # the address to come from, if that matters
 
 
@@ -1292,25 +1289,26 @@ class AddressLost(Unsent):
 
 
 # What can go wrong at one address: the kind of error to tell, what happened, and the most likely
-# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, in a pair
-# if it depends on the control protocol or came after the CHALLENGE; None for all else.
-CAUSES: dict[object, tuple[type[UserError], str, str]] = {
-    errno.ENETUNREACH: (
+# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, and what
+# else it depends on.
+OTHER_CAUSE = (None, "")
+CAUSES: dict[tuple[object, str], tuple[type[UserError], str, str]] = {
+    (errno.ENETUNREACH, ""): (
         Unsent, "this machine has no route to it",
         "see whether this machine is online and has IPv{version}"),
-    errno.EADDRNOTAVAIL: (
+    (errno.EADDRNOTAVAIL, ""): (
         Unsent, "this machine has no IPv{version} address to send from",
         "see whether this machine is online and has IPv{version}"),
-    errno.EPERM: (
+    (errno.EPERM, ""): (
         Unsent, "this machine does not let letmein send to control port {port} ({error})",
         "allow it in this machine's own firewall, or in the sandbox that letmein runs in"),
-    "no zone": (
+    (errno.EINVAL, "link-local"): (
         Unsent, "a link-local address needs a zone, such as fe80::1%eth0",
         "use another of its addresses if there is one: servers refuse link-local clients"),
-    errno.EHOSTUNREACH: (
+    (errno.EHOSTUNREACH, ""): (
         UserError, "the host is down, or a firewall rejects its control port {port} ({error})",
         "see whether the host is up, and whether you may reach it from this network"),
-    errno.ECONNREFUSED: (
+    (errno.ECONNREFUSED, ""): (
         UserError, "nothing listens on its control port {port}",
         "start the server, or name its control port: -P PORT, with -T (TCP) or -U (UDP)"),
     (errno.ETIMEDOUT, "tcp"): (
@@ -1319,35 +1317,40 @@ CAUSES: dict[object, tuple[type[UserError], str, str]] = {
     (errno.ETIMEDOUT, "udp"): (
         UserError, "no answer on its control port {port} within {patience:g} s",
         "see whether the server runs; compare user and key: over UDP it ignores wrong ones"),
-    Silent: (
+    (Silent, ""): (
         Rejected, "its control port {port} is open, but gives no answer within {patience:g} s",
         "see whether a letmein server listens there, and what it logs"),
-    HungUp: (
+    (HungUp, ""): (
         Rejected, "the server closed the connection without an answer",
         "compare user and key with the server's file: it may not answer wrong ones"),
-    (HungUp, CHALLENGE): (
+    (HungUp, "challenged"): (
         Rejected, "the server closed the connection after the challenge",
         "the key is right: see the server's log for the time of this knock"),
-    Rejection: (
+    (Rejection, ""): (
         Rejected, "{error}",
         "compare user, key and resource with the server's file; its log says which is wrong"),
-    (Rejection, CHALLENGE): (
+    (Rejection, "challenged"): (
         Rejected, "{error}",
         "the key is right: event=failed in the server's log says what went wrong"),
-    ProtocolError: (
+    (ProtocolError, ""): (
         Rejected, "what answers on its control port {port} is not a letmein server ({error})",
         "name the server's control port: -P PORT, with -T (TCP) or -U (UDP)"),
-    None: (
+    OTHER_CAUSE: (
         UserError, "{error} (on the way to its control port {port})",
         "see whether this machine is online, and whether you can reach the host otherwise"),
 }
-CAUSES[errno.EACCES] = CAUSES[errno.EPERM]  # by a route of the kind "prohibit"
-CAUSES[errno.EAFNOSUPPORT] = CAUSES[errno.EADDRNOTAVAIL]  # a kernel without IPv6
+CAUSES[errno.EACCES, ""] = CAUSES[errno.EPERM, ""]  # by a route of the kind "prohibit"
+CAUSES[errno.EAFNOSUPPORT, ""] = CAUSES[errno.EADDRNOTAVAIL, ""]  # a kernel without IPv6
 
 
 def name_of(resource: Resource) -> str:
     """What the user calls it."""
     return f"port {resource.port}" if resource.port else f"resource {resource.identifier:08X}"
+
+
+def not_done(operation: int, names: str, error: UserError) -> UserError:
+    """What to tell of an error with the resources of these names."""
+    return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
 
 
 def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> list[Resource]:
@@ -1371,21 +1374,20 @@ def find_resources(config: Config, arguments: SimpleNamespace, user: int) -> lis
 def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     """The addresses of host, ADDRESSES_LIMIT at most, by their text. Args: families, AF_INET or
     AF_INET6 or both, if it must have them. Raises UserError."""
-    queues: dict[int, deque[Any]] = {socket.AF_INET6: deque(), socket.AF_INET: deque()}
+    found: dict[int, list[Target]] = {socket.AF_INET6: [], socket.AF_INET: []}
     wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
-    for family, _, _, _, address in look_up(host, port, wanted):
-        queues[family].append(address)
-    for needed, version, option in ((socket.AF_INET, 4, "-4"), (socket.AF_INET6, 6, "-6")):
-        if needed in families and not queues[needed]:
-            raise UserError(f"{host!a} has no IPv{version} address", f"leave out {option}")
+    for family, _, _, _, remote in look_up(host, port, wanted):
+        found[family].append(Target(family, remote))
+    for needed, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
+        if needed in families and not found[needed]:
+            raise UserError(f"{host!a} has no IPv{version} address", f"leave out -{version}")
     targets: dict[str, Target] = {}
     numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
     # In turns: a family with many addresses leaves room for the other.
-    while any(queues.values()) and len(targets) < ADDRESSES_LIMIT:
-        for family, queue in queues.items():
-            if queue and len(targets) < ADDRESSES_LIMIT:
-                address = queue.popleft()
-                targets[socket.getnameinfo(address, numeric)[0]] = Target(family, address)
+    for turn in itertools.zip_longest(*found.values()):
+        for target in filter(None, turn):
+            if len(targets) < ADDRESSES_LIMIT:
+                targets[socket.getnameinfo(target.remote, numeric)[0]] = target
     return targets
 
 
@@ -1425,6 +1427,28 @@ def receive(peer: socket.socket, timeout: float) -> bytes:
     return received
 
 
+def next_message(handshake: Handshake, answer: bytes) -> bytes:
+    """What to send after this answer; b"" at the handshake's good end. Raises ProtocolError."""
+    try:
+        return handshake.send(answer)
+    except StopIteration:
+        return b""
+
+
+def handshake_over(peer: socket.socket, handshake: Handshake, timeout: float) -> None:
+    """One handshake over a TCP connection, with timeout seconds for each message. Raises HungUp if
+    the server closes it, another ProtocolError, or OSError."""
+    is_challenged = False
+    message = next(handshake)
+    try:
+        while message:
+            peer.sendall(message)
+            message = next_message(handshake, receive(peer, timeout))
+            is_challenged = True
+    except (HungUp, ConnectionError):
+        raise HungUp(is_challenged) from None
+
+
 def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
     """One handshake, with timeout seconds for each message. Raises ProtocolError, OSError. Args:
     say, told of each step.
@@ -1443,50 +1467,47 @@ def exchange_tcp(new_handshake: NewHandshake, target: Target, timeout: float, sa
             if target.local:
                 peer.bind(target.local)
             say("connecting")
-            peer.connect(target.address)
+            peer.connect(target.remote)
             say(f"connected from {peer.getsockname()[0]}")
-            handshake = new_handshake()
-            message = next(handshake)
-            is_challenged = False
             try:
-                while True:
-                    peer.sendall(message)
-                    message = handshake.send(receive(peer, timeout))
-                    is_challenged = True
-            except StopIteration:
+                handshake_over(peer, new_handshake(), timeout)
                 return
-            except (HungUp, ConnectionError):
+            except HungUp as error:
                 pause = longest_pause * (os.urandom(1)[0] + 1) / 256
-                if time.monotonic() + pause >= end or not (retries or is_challenged):
-                    raise HungUp(is_challenged) from None
+                if time.monotonic() + pause >= end or not (retries or error.is_challenged):
+                    raise
+                if not error.is_challenged:
+                    retries -= 1
         say(f"the server hung up, another try in {1000 * pause:.0f} ms")
         time.sleep(pause)
         longest_pause *= 2
-        if not is_challenged:
-            retries -= 1
 
 
 class UdpHandshake:
-    """One handshake over UDP, from a port of its own. Raises OSError."""
+    """One handshake over UDP, from a port of its own. Args: selector, in which it is while it runs.
+    Raises OSError."""
 
-    def __init__(self, handshake: Handshake, target: Target) -> None:
+    def __init__(self, handshake: Handshake, target: Target, selector: Selector) -> None:
         self.handshake = handshake
+        self.selector = selector
         self.response = b""
         self.heard = b""  # the last message, without its salt
+        self.is_done = False
         self.socket = socket.socket(target.family, socket.SOCK_DGRAM)
         try:
             self.socket.setblocking(False)
             if target.local:
                 self.socket.bind(target.local)
-            self.socket.connect(target.address)
+            self.socket.connect(target.remote)
             self.socket.send(next(handshake))
+            selector.register(self.socket, selectors.EVENT_READ, self)
         except BaseException:
             self.socket.close()
             raise
 
     def receive(self) -> bool:
         """Read and answer a datagram; returns whether it moved the handshake on. Raises
-        StopIteration at the handshake's good end, ProtocolError, OSError."""
+        ProtocolError, OSError."""
         try:
             data = self.socket.recv(MESSAGE_SIZE + 1)
         except BlockingIOError:  # a broken datagram: select(2), BUGS
@@ -1494,48 +1515,17 @@ class UdpHandshake:
         facts = data[:16] + data[24:]  # all but the salt
         if len(data) != MESSAGE_SIZE or facts == self.heard:
             return False  # no message, or a CHALLENGE that the network brought twice
-        self.response = self.handshake.send(data)
         self.heard = facts
-        self.socket.send(self.response)
+        self.response = next_message(self.handshake, data)
+        self.is_done = not self.response
+        if self.response:
+            self.socket.send(self.response)
         return True
 
-
-class UdpHandshakes:
-    """The handshakes with one server that are under way, UDP_HANDSHAKES at most."""
-
-    def __init__(self) -> None:
-        self.running: deque[UdpHandshake] = deque()  # the oldest first
-        # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
-        self.selector = selectors.DefaultSelector()
-
-    def add(self, handshake: UdpHandshake) -> None:
-        """Wait for this one's answers too; at the limit, give up the oldest."""
-        if len(self.running) == UDP_HANDSHAKES:
-            self.drop(self.running[0])
-        self.running.append(handshake)
-        self.selector.register(handshake.socket, selectors.EVENT_READ, handshake)
-
-    def repeat(self) -> None:
-        """Send each RESPONSE again. Raises OSError."""
-        for handshake in self.running:
-            if handshake.response:
-                handshake.socket.send(handshake.response)
-
-    def wait(self, timeout: float) -> list[UdpHandshake]:
-        """Those to which something has come within timeout seconds."""
-        return [key.data for key, _ in self.selector.select(timeout)]
-
-    def drop(self, handshake: UdpHandshake) -> None:
-        """Give up this one."""
-        self.running.remove(handshake)
-        self.selector.unregister(handshake.socket)
-        handshake.socket.close()
-
     def close(self) -> None:
-        """Give up all."""
-        for handshake in list(self.running):
-            self.drop(handshake)
-        self.selector.close()
+        """Give it up."""
+        self.selector.unregister(self.socket)
+        self.socket.close()
 
 
 def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, say: Say) -> None:
@@ -1544,27 +1534,40 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, sa
     KNOCK is sent twice from one port: the reference's server rejects that."""
     again = time.monotonic()
     end = last_start = again + timeout  # each answer moves the end, to give the next one its time
-    with contextlib.closing(UdpHandshakes()) as handshakes:
+    running: deque[UdpHandshake] = deque()  # the oldest first
+    # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
+    selector = selectors.DefaultSelector()
+    try:
         while (now := time.monotonic()) < end:
             if now >= again:
-                if handshakes.running:
-                    say("no answer yet, another try")
                 again = now + UDP_REPEAT_S
-                handshakes.repeat()
+                if running:
+                    say("no answer yet, another try")
+                for handshake in running:
+                    if handshake.response:
+                        handshake.socket.send(handshake.response)
                 if now < last_start:
-                    handshakes.add(UdpHandshake(new_handshake(), target))
-            for handshake in handshakes.wait(min(again, end) - now):
+                    if len(running) == UDP_HANDSHAKES:
+                        running.popleft().close()
+                    running.append(UdpHandshake(new_handshake(), target, selector))
+            for key, _ in selector.select(min(again, end) - now):
+                handshake = key.data
                 try:
                     if handshake.receive():
                         end = time.monotonic() + timeout
-                except StopIteration:
-                    return
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
-                    handshakes.drop(handshake)
-                    if not handshakes.running:
+                    running.remove(handshake)
+                    handshake.close()
+                    if not running:
                         raise
-    raise socket.timeout
+                if handshake.is_done:
+                    return
+        raise socket.timeout
+    finally:
+        for handshake in running:
+            handshake.close()
+        selector.close()
 
 
 def start_thread(run: Callable[[], None]) -> threading.Thread:
@@ -1654,7 +1657,7 @@ class Client:
         self.host = re.sub(r"^\[(.*:.*)\]$", r"\1", arguments.host)
         self.targets = resolve(self.host, self.port, arguments.families)
         self.say(f"server: {' and '.join(self.targets)}, control port {self.port}/{self.protocol}")
-        self.is_quiet = arguments.quiet or arguments.command == "connect"
+        self.is_quiet = arguments.quiet or arguments.command.name == "connect"
         # Where each resource was opened, in this order, even if the answer came late.
         self.opened: dict[Resource, list[str]] = {r: [] for r in self.resources}
         self.races: list[Race] = []  # those that may still run
@@ -1664,23 +1667,21 @@ class Client:
         if self.arguments.verbose:
             tell(f"{1000 * (time.monotonic() - STARTED):.0f} ms  {text}")
 
-    def place(self, addresses: Iterable[str]) -> str:
-        """The host as the user gave it, with its addresses."""
+    def host_text(self, addresses: Iterable[str]) -> str:
+        """The host as the user gave it, with these of its addresses."""
         names = ", ".join(addresses)
         return names if names == self.host else f"{self.host} ({names})"
 
-    def attempt(
-        self, operation: int, resource: int, where: str, race: Race
-    ) -> UserError | None:
+    def attempt(self, operation: int, resource: int, address: str, race: Race) -> UserError | None:
         """Knock or revoke at one address; returns what went wrong, None for success."""
         exchange = exchange_tcp if self.protocol == "tcp" else exchange_udp
-        place = self.place([where])
+        host = self.host_text([address])
 
         def say(text: str) -> None:
-            self.say(f"{place}: {text}")
+            self.say(f"{host}: {text}")
 
         def say_warning(text: str) -> None:
-            warn(f"{place}: {text}")
+            warn(f"{host}: {text}")
 
         def new_handshake() -> Handshake:
             if race.is_given_up:
@@ -1688,80 +1689,54 @@ class Client:
             return client_handshake(operation, self.user, resource, self.key, say_warning, say)
 
         try:
-            exchange(new_handshake, self.targets[where], self.timeout, say)
+            exchange(new_handshake, self.targets[address], self.timeout, say)
             return None
         except (ProtocolError, OSError) as error:
-            failure = self.explain(error, where)
+            failure = self.explain(error, address)
         except Unsent as error:
             failure = error
-        except Exception as error:  # in a thread nobody else would tell
+        except Exception as error:  # nobody sees an exception in a thread
             failure = UserError(f"{error!r}", BUG_HINT)
         say(str(failure))
         return failure
 
-    def explain(self, error: ProtocolError | OSError, where: str) -> UserError:
+    def explain(self, error: ProtocolError | OSError, address: str) -> UserError:
         """What an error on the way to an address means, and what to do about it."""
-        target = self.targets[where]
-        cause: object = type(error)
-        if getattr(error, "is_challenged", False):
-            cause = (cause, CHALLENGE)
-        elif isinstance(error, (socket.timeout, TimeoutError)):
-            cause = (errno.ETIMEDOUT, self.protocol)
-        elif isinstance(error, OSError):
-            is_local = error.errno == errno.EINVAL and where.startswith("fe")
-            cause = "no zone" if is_local else error.errno
-        if cause == errno.EADDRNOTAVAIL and target.local:
+        target = self.targets[address]
+        kind: object = error.errno if isinstance(error, OSError) else type(error)
+        detail = ""
+        if isinstance(error, (socket.timeout, TimeoutError)):
+            kind, detail = errno.ETIMEDOUT, self.protocol
+        elif kind == errno.EINVAL and address.startswith("fe"):
+            detail = "link-local"
+        elif getattr(error, "is_challenged", False):
+            detail = "challenged"
+        elif kind == errno.EADDRNOTAVAIL and target.local:
             lost = f"this machine no longer has the address {target.local[0]}"
             return AddressLost(lost, "what is open for it closes by itself")
-        kind, problem, hint = CAUSES.get(cause, CAUSES[None])
+        told_as, problem, hint = CAUSES.get((kind, detail), CAUSES[OTHER_CAUSE])
         facts = {
             "port": f"{self.port}/{self.protocol}",
             "patience": self.timeout,
             "version": 6 if target.family == socket.AF_INET6 else 4,
             "error": getattr(error, "strerror", None) or str(error),
         }
-        return kind(problem.format(**facts), hint.format(**facts))
+        return told_as(problem.format(**facts), hint.format(**facts))
 
     def begin(self, operation: int, resource: Resource, addresses: Iterable[str] = ()) -> Race:
         """Begin to knock or revoke at these addresses; without any, at all of them."""
         opened = self.opened[resource]
 
-        def ask(where: str) -> UserError | None:
-            error = self.attempt(operation, resource.identifier, where, race)
-            if operation == KNOCK and not error and where not in opened:
-                opened.append(where)
+        def ask(address: str) -> UserError | None:
+            error = self.attempt(operation, resource.identifier, address, race)
+            if operation == KNOCK and not error and address not in opened:
+                opened.append(address)
             return error
 
         race = Race(ask, addresses or self.targets)
         self.races = [*filter(Race.is_running, self.races), race]
         race.start()
         return race
-
-    def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which an address has still to work: without -4 -6 one is enough."""
-        families = {self.targets[where].family for where in race.addresses}
-        good = {self.targets[where].family for where, error in results.items() if not error}
-        if good and not self.arguments.families:
-            return set()
-        return families - good
-
-    def failure(self, race: Race, results: Results) -> UserError | None:
-        """Where it failed, and why; None for success. A server's word says more than the silence of
-        another address, and that more than a missing route."""
-        unmet = self.unmet(race, results)
-        relevant = [where for where in race.addresses if self.targets[where].family in unmet]
-        errors = {where: error for where in relevant if (error := results.get(where))}
-        if not errors:
-            return None
-
-        def weight(error: UserError) -> int:
-            if isinstance(error, Rejected):
-                return 2
-            return 0 if isinstance(error, Unsent) else 1
-
-        worst = max(errors.values(), key=weight)
-        where = [where for where, error in errors.items() if error.problem == worst.problem]
-        return type(worst)(f"{self.place(where)}: {worst}", worst.hint)
 
     def finish(self, race: Race, resource: Resource) -> Results:
         """Wait until there are enough answers, with those of all addresses where it is open."""
@@ -1771,17 +1746,42 @@ class Client:
             return results.keys() >= is_open and not self.unmet(race, results)
 
         results = race.wait(is_enough)
-        for where in race.addresses:
-            if where not in results:
-                self.say(f"{self.place([where])}: no answer within {OTHER_ADDRESS_S:g} s more")
+        for address in race.addresses:
+            if address not in results:
+                host = self.host_text([address])
+                self.say(f"{host}: no answer within {OTHER_ADDRESS_S:g} s more")
         return results
+
+    def unmet(self, race: Race, results: Results) -> set[int]:
+        """The families in which an address has still to work: without -4 -6 one is enough."""
+        families = {self.targets[address].family for address in race.addresses}
+        good = {self.targets[address].family for address, error in results.items() if not error}
+        if good and not self.arguments.families:
+            return set()
+        return families - good
+
+    def failure(self, race: Race, results: Results) -> UserError | None:
+        """Where it failed, and why; None for success. A server's word says more than the silence of
+        another address, and that more than a missing route."""
+        unmet = self.unmet(race, results)
+        relevant = [each for each in race.addresses if self.targets[each].family in unmet]
+        errors = {each: error for each in relevant if (error := results.get(each))}
+        if not errors:
+            return None
+
+        def rank(error: UserError) -> tuple[bool, bool]:
+            return isinstance(error, Rejected), not isinstance(error, Unsent)
+
+        worst = max(errors.values(), key=rank)
+        addresses = [each for each, error in errors.items() if error.problem == worst.problem]
+        return type(worst)(f"{self.host_text(addresses)}: {worst}", worst.hint)
 
     def ask_all(self, operation: int) -> list[Resource]:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
         server that cannot be reached for one is not asked for the others."""
         done = []
-        failures: dict[str, UserError] = {}  # what is the same is told once
-        affected: dict[str, list[str]] = {}  # by failure, the names of resources
+        # What is the same is told once. By problem: the error, and the names of resources.
+        failures: dict[str, tuple[UserError, list[str]]] = {}
         for number, resource in enumerate(self.resources):
             race = self.begin(operation, resource)
             results = self.finish(race, resource)
@@ -1790,25 +1790,19 @@ class Client:
                 if self.tell_done(operation, resource, race, results):
                     done.append(resource)
                 continue
-            failures.setdefault(error.problem, error)
-            names = affected.setdefault(error.problem, [])
-            if not isinstance(error, Rejected):
-                names += map(name_of, self.resources[number:])
+            is_reached = isinstance(error, Rejected)
+            affected = [resource] if is_reached else self.resources[number:]
+            _, names = failures.setdefault(error.problem, (error, []))
+            names += map(name_of, affected)
+            if not is_reached:
                 break
-            names.append(name_of(resource))
-        for problem, error in failures.items():
-            *others, last = affected[problem]
+        for error, names in failures.values():
+            *others, last = names
             all_names = f"{', '.join(others)} and {last}" if others else last
-            tell_error(self.undone(operation, all_names, error))
+            tell_error(not_done(operation, all_names, error))
         return done
 
-    def undone(self, operation: int, names: str, error: UserError) -> UserError:
-        """What to tell of an error with these resources."""
-        return UserError(f"cannot {VERBS[operation]} {names} on {error}", error.hint)
-
-    def tell_done(
-        self, operation: int, resource: Resource, race: Race, results: Results
-    ) -> bool:
+    def tell_done(self, operation: int, resource: Resource, race: Race, results: Results) -> bool:
         """Tell the user of a success; returns False if nobody reads it."""
         name = name_of(resource)
         if operation == KNOCK and (resource.port or resource.jumps):
@@ -1816,12 +1810,12 @@ class Client:
             self.say(f"{name} is open to this machine for {limit}")
         if self.is_quiet:
             return True
-        for where, error in results.items():
+        for address, error in results.items():
             if isinstance(error, Rejected):
-                here = UserError(f"{self.place([where])}: {error}", error.hint)
-                tell_error(self.undone(operation, name, here), "note")
-        good = ", ".join(w for w in race.addresses if w in results and not results[w])
-        line = f"{DONE[operation]} {name} on {self.arguments.host} ({good})"
+                here = UserError(f"{self.host_text([address])}: {error}", error.hint)
+                tell_error(not_done(operation, name, here), "note")
+        good = [each for each in race.addresses if each in results and not results[each]]
+        line = f"{DONE[operation]} {name} on {self.arguments.host} ({', '.join(good)})"
         if self.arguments.to_run:
             tell(line)  # standard output is COMMAND's
             return True
@@ -1831,10 +1825,28 @@ class Client:
             return False
         return True
 
+    def keep_only_opened(self) -> None:
+        """Forget what was not opened, so that it is not closed either; with -4 -6 one address may
+        be open alone. From here on, success is not told."""
+        self.resources = [resource for resource in self.resources if self.opened[resource]]
+        self.is_quiet = True
+
+    def be_quick(self, lease: float) -> None:
+        """Leave time for another try within a lease of this length, in s."""
+        self.timeout = min(self.timeout, max(lease / 8, 1.0))
+
+    def bind_to(self, address: str, local: tuple[Any, ...]) -> None:
+        """Send to this address from that one of ours alone."""
+        self.targets[address] = self.targets[address]._replace(local=local)
+
 
 class Hold:
-    """`connect` and COMMAND: open all, renew it while it is used, and close it, whatever
-    happens."""
+    """`connect` and COMMAND: open all, renew it while it is used, and close it, whatever happens.
+
+    A signal may come at any moment. Before anything is carried or run, and while data is carried,
+    stop() raises SystemExit, which leads to _close(). Python swallows exceptions that are raised
+    inside its own callbacks (during an import, for instance): then _obey() raises it again. From
+    just before COMMAND starts, signals are for COMMAND. While we close, they are ignored."""
 
     def __init__(self, client: Client) -> None:
         import threading
@@ -1847,41 +1859,34 @@ class Hold:
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
         import signal
+        client = self.client
 
         def stop(number: int, _: object) -> None:
             self.ended_by = number
             catch_signals(signal.SIG_IGN)
             raise SystemExit(128 + number)
 
-        def on_lost_exception(_: object) -> None:
-            """It is that of stop(), see _obey(): no reason for a traceback."""
+        def print_nothing(_: object) -> None:
+            """Of an exception that Python swallows: it is that of stop()."""
 
-        sys.unraisablehook = on_lost_exception
+        sys.unraisablehook = print_nothing
         catch_signals(stop)
         try:
             try:
-                if not self._open():
+                is_good = client.ask_all(KNOCK) == client.resources
+                client.keep_only_opened()
+                if not is_good:
                     return 1
-                return self._run_command() if self.client.arguments.to_run else self._connect()
+                return self._run_command() if client.arguments.to_run else self._connect()
             finally:
                 catch_signals(signal.SIG_IGN)
         finally:  # another one: a signal may interrupt the inner one before it is ignored
             self._close()
 
     def _obey(self) -> None:
-        """End the program if a signal has come. Python loses an exception that is raised in a
-        callback of its own, as an import has them: then this one counts."""
+        """End the program if a signal has come, and Python has swallowed what stop() raised."""
         if self.ended_by:
             raise SystemExit(128 + self.ended_by)
-
-    def _open(self) -> bool:
-        """Open all; returns whether that worked."""
-        client = self.client
-        is_good = client.ask_all(KNOCK) == client.resources
-        # What was not opened is not closed; with -4 -6 one address may be open alone.
-        client.resources = [resource for resource in client.resources if client.opened[resource]]
-        client.is_quiet = True
-        return is_good
 
     def _close(self) -> None:
         """End renewing, and close what was opened unless it is to stay."""
@@ -1892,36 +1897,34 @@ class Hold:
             self.client.ask_all(REVOKE)
 
     def _renew(self) -> None:
-        """Renew what is open, for ever; for a thread of its own."""
-        try:
-            self._renew_in_time()
-        except Exception as error:  # in a thread nobody else would tell
-            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
-
-    def _renew_in_time(self) -> None:
-        """Knock again in the middle of each lease. Tells the user if a lease ends meanwhile."""
+        """Knock again in the middle of each lease, for ever; for a thread of its own. Tells the
+        user if a lease ends meanwhile."""
         client = self.client
-        lease = max(2.0, min(LONGEST_WAIT_S, *(resource.timeout for resource in client.resources)))
-        client.timeout = min(client.timeout, max(lease / 8, 1.0))  # leave time for another try
-        retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
-        pause = lease / 2
-        end = time.monotonic() + lease
-        is_told = False
-        while True:
-            time.sleep(pause)
-            begun = time.monotonic()
-            error = self._knock_again()
-            if error is None:
-                pause = lease / 2
-                end = begun + lease
-                is_told = False
-                retries.reset()
-                continue
-            pause = retries.take()
-            client.say(f"not renewed yet: {error}")
-            if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
-                is_told = True
-                tell_error(UserError(f"cannot renew {error}", error.hint))
+        try:
+            timeouts = [resource.timeout for resource in client.resources]
+            lease = max(2.0, min(LONGEST_WAIT_S, *timeouts))
+            client.be_quick(lease)
+            retries = Backoff((min(RENEWAL_RETRY_S, lease / 8), RENEWAL_RETRY_LIMIT_S))
+            pause = lease / 2
+            end = time.monotonic() + lease
+            is_told = False
+            while True:
+                time.sleep(pause)
+                begun = time.monotonic()
+                error = self._knock_again()
+                if error is None:
+                    pause = lease / 2
+                    end = begun + lease
+                    is_told = False
+                    retries.reset()
+                    continue
+                pause = retries.take()
+                client.say(f"not renewed yet: {error}")
+                if not is_told and (isinstance(error, AddressLost) or time.monotonic() >= end):
+                    is_told = True
+                    tell_error(UserError(f"cannot renew {error}", error.hint))
+        except Exception as error:  # nobody sees an exception in a thread
+            tell_error(UserError(f"cannot renew what was opened: {error!r}", BUG_HINT))
 
     def _knock_again(self) -> UserError | None:
         """Knock for each resource once more; returns what went wrong."""
@@ -1963,13 +1966,12 @@ class Hold:
 
     def _connect(self) -> int:
         """Carry standard input and output over a connection; returns 0. Raises UserError."""
-        where, peer = self._reach()
+        address, peer = self._reach()
         keep_alive(peer)
         # The connection has a use for this lease alone, and only from the address that it has.
-        self.addresses = [where]
-        address, _, *flow_and_scope = peer.getsockname()
-        local = (address, 0, *flow_and_scope)
-        self.client.targets[where] = self.client.targets[where]._replace(local=local)
+        self.addresses = [address]
+        ours, _, *flow_and_scope = peer.getsockname()
+        self.client.bind_to(address, local=(ours, 0, *flow_and_scope))
         start_thread(self._renew)
         self.client.say("connected: carrying standard input and output")
         self._obey()
@@ -1983,35 +1985,34 @@ class Hold:
         port = client.arguments.ports[0]
         resource = client.resources[0]
         for is_last, patience in ((False, CONNECT_S), (True, client.timeout)):
-            for where in client.opened[resource]:
-                address: Any = (where.encode(), port)  # as bytes: see look_up()
-                client.say(f"{client.place([where])}: connecting to port {port}")
+            for address in client.opened[resource]:
+                name: Any = address.encode()  # as bytes: see look_up()
+                client.say(f"{client.host_text([address])}: connecting to port {port}")
                 try:
-                    peer = socket.create_connection(address, patience)
+                    peer = socket.create_connection((name, port), patience)
+                    peer.settimeout(None)
+                    return address, peer
                 except OSError as error:
                     reason = error.strerror or f"no answer within {patience:g} s"
-                else:
-                    peer.settimeout(None)
-                    return where, peer
             if not is_last:
                 client.ask_all(KNOCK)
-        place = client.place(client.opened[resource])
+        host = client.host_text(client.opened[resource])
         hint = "see whether the service runs on the server, and listens on this address"
         if resource.port not in (0, port):
             hint = f"name a resource that opens port {port}, or connect to port {resource.port}"
-        problem = f"opened {name_of(resource)} on {place}, but cannot connect to port {port}"
+        problem = f"opened {name_of(resource)} on {host}, but cannot connect to port {port}"
         raise UserError(f"{problem}: {reason}", hint)
 
 
 def tell_not_run(name: str, error: OSError) -> int:
     """Tell why COMMAND cannot be run; returns the exit status that a shell has for it."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        hint = "check its name, PATH and, if it is a script, the program that its first line names"
-        tell_error(UserError(f"cannot run {name!r}: not found", hint))
-        return 127
+    status, problem = 126, error.strerror
     hint = "make it executable: chmod +x; a script begins with a line such as #!/bin/sh"
-    tell_error(UserError(f"cannot run {name!r}: {error.strerror}", hint))
-    return 126
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        status, problem = 127, "not found"
+        hint = "check its name, PATH and, if it is a script, the program that its first line names"
+    tell_error(UserError(f"cannot run {name!r}: {problem}", hint))
+    return status
 
 
 def keep_alive(peer: socket.socket) -> None:
@@ -2035,9 +2036,11 @@ class Carrier:
         UserError if anything may have been lost."""
         uploader = start_thread(self._upload)
         try:
-            self._download()
-        except ConnectionError:
-            return  # nobody reads the output any more
+            while data := self.peer.recv(CHUNK):
+                if not self._write(data):
+                    return
+        except OSError as error:  # perhaps after _fail(), which tells why
+            raise self.failure or broken(error) from None
         sent_before = self.sent
         drop_output()
         while uploader.is_alive():
@@ -2052,35 +2055,32 @@ class Carrier:
         if self.failure:
             raise self.failure
 
-    def _download(self) -> None:
-        """Carry until the peer ends. Raises UserError, and ConnectionError if nobody reads."""
-        while data := self._receive():
-            while data:
-                try:
-                    data = data[os.write(1, data) :]
-                except BlockingIOError:  # our parent has made it so
-                    select.select([], [1], [])
-                except ConnectionError:
-                    raise
-                except OSError as error:
-                    problem = f"cannot write standard output: {error.strerror}"
-                    raise UserError(problem, "check where the output goes") from None
-
-    def _receive(self) -> bytes:
-        try:
-            return self.peer.recv(CHUNK)
-        except OSError as error:
-            raise broken(error) from None
+    def _write(self, data: bytes) -> bool:
+        """Write to standard output; returns False if nobody reads it. Raises UserError."""
+        while data:
+            try:
+                data = data[os.write(1, data) :]
+            except BlockingIOError:  # our parent has made it so
+                select.select([], [1], [])
+            except ConnectionError:
+                return False
+            except OSError as error:
+                problem = f"cannot write standard output: {error.strerror}"
+                raise UserError(problem, "check where the output goes") from None
+        return True
 
     def _upload(self) -> None:
         try:
             while data := self._read():
-                self._send(data)
+                self.sent += len(data)
+                self.peer.sendall(data)
             with contextlib.suppress(OSError):  # the other direction will see it, too
                 self.peer.shutdown(socket.SHUT_WR)
         except UserError as error:
             self._fail(error)
-        except Exception as error:  # in a thread nobody else would tell
+        except OSError as error:
+            self._fail(broken(error))
+        except Exception as error:  # nobody sees an exception in a thread
             self._fail(UserError(f"{error!r}", BUG_HINT))
 
     def _fail(self, failure: UserError) -> None:
@@ -2099,13 +2099,6 @@ class Carrier:
             except OSError as error:
                 problem = f"cannot read standard input: {error.strerror}"
                 raise UserError(problem, "check where the input comes from") from None
-
-    def _send(self, data: bytes) -> None:
-        self.sent += len(data)
-        try:
-            self.peer.sendall(data)
-        except OSError as error:
-            raise broken(error) from None
 
 
 def broken(error: OSError) -> UserError:
@@ -2143,7 +2136,7 @@ def catch_signals(handler: Any) -> None:
 #
 # On the way down: Leases, who holds what; what that is in nftables; Nft and Kernel, the two ways to
 # tell the kernel; checks of somebody's ruleset; Table, all that is ours in it; Look, which compares
-# and mends it; Firewall, which clients ask, and which knows when to look.
+# and heals it; Firewall, which clients ask, and which knows when to look.
 #
 # Sources: nft(8), linux/netfilter/nf_tables.h; the traps were measured on Linux 6.18.
 
@@ -2180,10 +2173,10 @@ class Lease(NamedTuple):
 
     address: str
     resource: int
-    user: int
-    proof: str  # of the key that it was given for and what the resource meant: lease_proof()
-    weight: int  # how much it counts against max-nr-rules
-    ends: float
+    user: int = 0
+    proof: str = ""  # of the key that it was given for and what the resource meant: lease_proof()
+    weight: int = 0  # how much it counts against max-nr-rules
+    ends: float = ENDED
 
     @property
     def key(self) -> LeaseKey:
@@ -2212,19 +2205,13 @@ def lease_comment(lease: Lease, boot: str) -> str:
 
 
 def time_granted(config: Config, boot: str, user: int, resource: int, proof: str) -> float:
-    """For how long a configuration grants a lease with this proof from now on, in s; 0: it does
-    not."""
-    if user not in config.keys or config.objection(user, resource):
+    """How long a configuration grants a lease with this proof from now on, in s; 0: not at all."""
+    if user not in config.keys or config.why_not(user, resource):
         return 0.0
     found = config.resources[resource]
     if lease_proof(config.keys[user], boot, found.meaning) != proof:
         return 0.0
     return config.longest_lease(user, found)
-
-
-def gate_of(resource: int, ends: float) -> Lease:
-    """The gate of a resource with a jump of all traffic."""
-    return Lease(EVERYBODY, resource, 0, "", 0, ends)
 
 
 class Leases:
@@ -2257,12 +2244,13 @@ class Leases:
             return
         self.weight -= lease.weight
         self.weights[lease.user] -= lease.weight
-        for index, entry in ((self.of_user, lease.user), (self.ending, int(lease.ends))):
-            del index[entry][key]
-            if not index[entry]:
-                del index[entry]
-        if lease.user not in self.of_user:  # not: with a weight of 0, as gates have
-            del self.weights[lease.user]
+        del self.of_user[lease.user][key]
+        if not self.of_user[lease.user]:  # a weight of 0 does not tell: gates weigh nothing
+            del self.of_user[lease.user], self.weights[lease.user]
+        second = int(lease.ends)
+        del self.ending[second][key]
+        if not self.ending[second]:
+            del self.ending[second]
 
     def expire(self, now: float) -> list[Lease]:
         """Forget the leases that have ended, and return them: the kernel sends no word of it."""
@@ -2284,15 +2272,15 @@ class Leases:
 
     def make_room(self, lease: Lease, limit: int) -> list[Lease]:
         """The leases that have to end for this one, so that all weigh no more than limit: the
-        oldest of whoever holds most, so nobody is kept out by others. If they weigh more already
-        (the limit was lowered), they need not get below what they weigh now."""
+        oldest of whoever holds most, so nobody is kept out by others."""
+        goal = max(limit, self.weight)  # a limit that was lowered ends no lease
         held = self.by_key.get(lease.key)
         weight = self.weight + lease.weight - (held.weight if held else 0)
         weights = dict(self.weights)
         weights[lease.user] = weights.get(lease.user, 0) + lease.weight
         queues: dict[int, Iterator[LeaseKey]] = {}
         displaced: list[Lease] = []
-        while weight > max(limit, self.weight):
+        while weight > goal:
             user = max(weights, key=weights.__getitem__)
             queue = queues.setdefault(user, iter(self.of_user.get(user, ())))
             key = next(queue, None)
@@ -2319,7 +2307,7 @@ class Ruleset(NamedTuple):
 
     sets: dict[str, str]  # by name, the type of its elements
     rules: list[str]  # each behind the name of its chain
-    tag: str  # the comment of each rule: other rules have another one
+    rule_comment: str  # of each rule; it changes with the rules
 
 
 def ruleset(config: Config) -> Ruleset:
@@ -2344,8 +2332,8 @@ def ruleset(config: Config) -> Ruleset:
                 keys = [f"{IP[version]} saddr @{name}-{version}" for version in versions]
             if hook in chains:
                 rules += [f"{chains[hook]} {key} jump {target}" for key in keys]
-    tag = f"letmein {digest(tuple(rules))}"
-    return Ruleset(sets, [f'{rule} comment "{tag}"' for rule in rules], tag)
+    comment = f"letmein {checksum(tuple(rules))}"
+    return Ruleset(sets, [f'{rule} comment "{comment}"' for rule in rules], comment)
 
 
 def ruleset_script(config: Config) -> str:
@@ -2391,36 +2379,30 @@ def read_key(name: ElementName) -> tuple[str, tuple[int, int] | None]:
         address = EVERYBODY if name.key in GATE_KEYS.values() else ""
         return address, None
     size, family = (16, socket.AF_INET6) if name.set_name.endswith("-6") else (4, socket.AF_INET)
-    packed, place = name.key[:size], name.key[size:]
-    if len(packed) != size or len(place) not in (0, PORT_KEY.size):
+    packed, port_key = name.key[:size], name.key[size:]
+    if len(packed) != size or len(port_key) not in (0, PORT_KEY.size):
         return "", None
-    return socket.inet_ntop(family, packed), PORT_KEY.unpack(place) if place else None
+    return socket.inet_ntop(family, packed), PORT_KEY.unpack(port_key) if port_key else None
 
 
 TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 LISTING_LIMIT = 16 << 20  # bytes of what nft says
-NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at first, and at most
+NFT_LIMIT_S = (4.0, 60.0)  # an nft that takes longer is killed: at least, and at most
 SLOW_NFT_S = 0.5  # --check warns of an nft that takes longer
-TICK_S = 0.001  # to wait for an nft that cannot be waited for otherwise
+TICK_S = 0.001  # between two looks whether a process has ended
 
 
 def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
-    a signal. (The subprocess module would sleep for longer than nft takes. Linux 5.3.)"""
+    a signal. (The subprocess module would sleep for longer than nft takes; to wait by pidfd_open(2)
+    takes a descriptor, and there may be none.)"""
     import signal
-    try:
-        descriptor = os.pidfd_open(process)
-    except OSError:  # there are no more descriptors: look again and again
-        give_up = time.monotonic() + limit
-        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if time.monotonic() > give_up:
-                os.kill(process, signal.SIGKILL)
-                break
-            time.sleep(TICK_S)
-    else:
-        if not select.select([descriptor], [], [], limit)[0]:
+    give_up = time.monotonic() + limit
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > give_up:
             os.kill(process, signal.SIGKILL)
-        os.close(descriptor)
+            break
+        time.sleep(TICK_S)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -2430,12 +2412,12 @@ class Nft:
     def __init__(self, name: str) -> None:
         places = [os.path.join(place, name) for place in TRUSTED_PATH.split(":")]
         self.path = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        self.limit = NFT_LIMIT_S[0]
+        self.limit = NFT_LIMIT_S[0]  # in s, for the next run
 
     def run(self, script: str, *arguments: str) -> str:
         """Run a script, and return what nft says. Raises UserError with its words. An nft that
-        takes too long is killed, having perhaps done its work, and the next one may take twice as
-        long."""
+        takes too long is killed, having perhaps done its work. After each run, the next one may
+        take twice as long."""
         command = [self.path, *arguments, "-f", "-"]
         environment = {"PATH": TRUSTED_PATH, "LC_ALL": "C"}
         try:
@@ -2448,6 +2430,7 @@ class Nft:
             streams += [(os.POSIX_SPAWN_DUP2, said.fileno(), number) for number in (1, 2)]
             text.write(script.encode("ascii"))
             text.seek(0)
+            began = time.monotonic()
             try:
                 process = os.posix_spawn(self.path, command, environment, file_actions=streams)
                 status = await_end(process, self.limit)
@@ -2458,13 +2441,14 @@ class Nft:
                 raise UserError(f"cannot run {shown(self.path)}: {error.strerror}", hint) from None
             said.seek(0)
             words = said.read(LISTING_LIMIT).decode("utf-8", "replace")
-            self._judge(status, words)
+            limit, took = self.limit, time.monotonic() - began
+            self.limit = min(max(2 * took, NFT_LIMIT_S[0]), NFT_LIMIT_S[1])
+            self._raise_if_failed(status, words, limit)
             return words
 
-    def _judge(self, status: int, said: str) -> None:
+    def _raise_if_failed(self, status: int, said: str, limit: float) -> None:
         """Raise UserError if nft did not do what it was told."""
         if status == -9:
-            limit, self.limit = self.limit, min(2 * self.limit, NFT_LIMIT_S[1])
             hint = "the machine is busy, or the table holds large sets of others: move those away"
             raise UserError(f"nft did not end within {limit:g} s", hint)
         if status:
@@ -2516,7 +2500,7 @@ class Element(NamedTuple):
 
     key: bytes  # b"" of nft's `*`, which stands for all that the set does not have
     left: float  # in s; NEVER for one without a timeout
-    asked: float  # by time.monotonic(), before the kernel read it: it ends after asked + left
+    read_at: float  # by time.monotonic(), just before: it ends at read_at + left, or later
     comment: str
     packets: int
     octets: int
@@ -2639,12 +2623,12 @@ def each_packet(data: bytes) -> Iterator[Packet]:
         offset += (length + 3) & ~3
 
 
-def netlink_socket(groups: int = 0) -> socket.socket:
-    """A socket to talk to the kernel's nftables with. Args: groups, as bits, to listen to."""
+def netlink_socket(is_listener: bool = False) -> socket.socket:
+    """A socket to ask the kernel's nftables, or to be told of each change of it."""
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-    if groups:
+    if is_listener:
         set_receive_buffer(netlink, NOTIFICATION_BUFFER)
-    netlink.bind((0, groups))
+    netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1) if is_listener else 0))
     netlink.setblocking(False)  # the kernel has answered when it comes back from a call
     return netlink
 
@@ -2750,29 +2734,29 @@ class Kernel:
     def _elements_of(self, set_name: str, elements: bytes = b"") -> bytes:
         """The attributes that say which set, and which elements of it."""
         table = text_attribute(NFTA_LIST_TABLE, self.table)
-        where = table + text_attribute(NFTA_LIST_SET, set_name)
-        return where + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
+        both = table + text_attribute(NFTA_LIST_SET, set_name)
+        return both + (nested(NFTA_LIST_ELEMENTS, elements) if elements else b"")
 
     def elements(self, set_name: str) -> Iterator[Element]:
         """The elements of a set. The kernel gives some 200 at a time, ever more slowly (1 s for
         100,000). One that changes meanwhile may come twice or be left out; so may any other, while
         the set grows."""
-        asked = time.monotonic()
+        read_at = time.monotonic()
         with netlink_socket() as netlink:  # of its own: others are asked for in between
             netlink.send(self._message(GETSETELEM, NLM_F_DUMP, self._elements_of(set_name)))
             while True:
                 # The kernel reads the next piece when it hands one out.
-                next_asked = time.monotonic()
+                next_read_at = time.monotonic()
                 for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
                     if packet.is_last():
                         return
                     listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
                     for _, element in each_attribute(listed):
-                        yield self._element(Attributes(element), asked)
-                asked = next_asked
+                        yield self._element(Attributes(element), read_at)
+                read_at = next_read_at
 
     @staticmethod
-    def _element(found: Attributes, asked: float) -> Element:
+    def _element(found: Attributes, read_at: float) -> Element:
         key = found.within(NFTA_ELEM_KEY).get(NFTA_DATA_VALUE, b"")
         left = NEVER
         # NFTA_ELEM_TIMEOUT tells less: it is 0 for "never", and absent if it is the set's own.
@@ -2783,7 +2767,7 @@ class Kernel:
             counter = found.within(NFTA_ELEM_EXPRESSIONS).within(NFTA_LIST_ELEMENT)
         counts = counter.within(NFTA_EXPR_DATA)
         packets, octets = counts.number(NFTA_COUNTER_PACKETS), counts.number(NFTA_COUNTER_BYTES)
-        return Element(key, left, asked, found.comment(NFTA_ELEM_USERDATA), packets, octets)
+        return Element(key, left, read_at, found.comment(NFTA_ELEM_USERDATA), packets, octets)
 
     def _one_element(self, name: ElementName, *facts: bytes) -> bytes:
         """The attributes that name one element, and say more of it."""
@@ -2815,23 +2799,20 @@ class Kernel:
     def delete(self, name: ElementName) -> list[Change]:
         """The changes that delete an element, whether it is there or not. It may just have expired,
         and the kernel objects if it is not there: so it is added first."""
-        added = self.put(name, 1.0, GATE_COMMENT, is_new=False)
+        added = self.put(name, 1.0, "", is_new=False)
         return [added, Change(DELSETELEM, 0, self._one_element(name))]
 
     # -- changes of others
 
-    def listen(self) -> socket.socket:
-        """A socket that receives what the kernel tells of each change of nftables."""
-        return netlink_socket(1 << (NFNLGRP_NFTABLES - 1))
-
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
-        """Whether one of these notifications is about our table, a change by another process, and a
-        renamed chain or something whose name contains one of these. (Our own nft counts as another
-        process: process ids are used again.) The table's name is attribute 1 everywhere."""
-        table = text_attribute(1, self.table)[: 5 + len(self.table)]  # without its padding
+        """Whether any notification reports that another process changed our table, and either
+        renamed a chain or touched an object whose name contains one of these. Our own run of nft
+        counts as another process, because process ids are reused."""
+        # The table's name is attribute 1 everywhere; here without its padding.
+        table = text_attribute(1, self.table)[: ATTRIBUTE_HEADER.size + len(self.table) + 1]
         for packet in each_packet(data):
-            is_ours = packet.body[:1] == bytes([self.family]) and table in packet.body
-            if packet.port == self.port or not is_ours:
+            is_our_table = packet.body[:1] == bytes([self.family]) and table in packet.body
+            if packet.port == self.port or not is_our_table:
                 continue
             # The kernel tells of the new name alone, as of a new chain that nobody has created.
             is_renamed = packet.kind == NEWCHAIN and not packet.flags & NLM_F_CREATE
@@ -2844,10 +2825,10 @@ IPTABLES_CHAINS = frozenset(("INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTRO
 
 
 def check_kernel(kernel: Kernel, nft: Nft, config: Config) -> None:
-    """See that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
+    """Check that the kernel's table is fit for our rules, and takes them. Changes nothing. Raises
     UserError."""
-    check_table(kernel, config)
-    check_targets(kernel, config)
+    base_chains = check_table(kernel, config)
+    check_targets(kernel, config, base_chains)
     nft.run(ruleset_script(config), "-c")
 
 
@@ -2862,11 +2843,11 @@ def unreadable(config: Config, error: OSError) -> UserError:
     return UserError(f"cannot read {table}: {error.strerror}")
 
 
-def check_table(kernel: Kernel, config: Config) -> None:
-    """See that table and chains are there, and that nobody else has a claim to them. Raises
-    UserError."""
+def check_table(kernel: Kernel, config: Config) -> list[str]:
+    """Check that table and chains are there, and that nobody else has a claim to them: all rules in
+    the chains are ours, or the Rust server's. Returns the table's base chains. Raises UserError."""
     table = f"table {config.table_name}"
-    where = f"{config.path}: [NFTABLES]"
+    section = f"{config.path}: [NFTABLES]"
     try:
         _, flags = kernel.table_facts()
         base_chains = kernel.base_chains()
@@ -2874,29 +2855,34 @@ def check_table(kernel: Kernel, config: Config) -> None:
         raise unreadable(config, error) from None
     own_table = "give letmein a table of its own, as in nftables.conf, and name it in [NFTABLES]"
     if flags & NFT_TABLE_F_OWNER:
-        problem = f"{where} table: {table} belongs to another program, which alone may change it"
+        problem = f"{section} table: {table} belongs to another program, which alone may change it"
         raise UserError(problem, own_table)
     if config.family != "inet" and IPTABLES_CHAINS.intersection(base_chains):
         loss = "which would restore letmein's rules without their sets"
-        raise UserError(f"{where} table: {table} belongs to iptables, {loss}", own_table)
+        raise UserError(f"{section} table: {table} belongs to iptables, {loss}", own_table)
     for hook, chain in config.chains.items():
+        option = f"{section} chain-{hook}"
         if chain in base_chains:
             hint = f"name a chain that it jumps to, such as LETMEIN-{hook.upper()}"
-            problem = f"{where} chain-{hook}: {chain} is a base chain: it has a hook"
-            raise UserError(problem, hint)
-        check_chain(kernel, config, hook, chain)
+            raise UserError(f"{option}: {chain} is a base chain: it has a hook", hint)
+        foreign = sum(not is_ours(rule) for rule in rules_of(kernel, config, option, chain))
+        if foreign:
+            clear = f"nft flush chain {config.table_name} {chain}"
+            hint = f"move them to another chain, and empty this one: {clear}"
+            problem = f"{chain} holds rules that are not letmein's ({foreign})"
+            raise UserError(f"{option}: {problem}", hint)
+    return base_chains
 
 
-def check_targets(kernel: Kernel, config: Config) -> None:
-    """See that the chains are there that resources jump to. Raises UserError."""
-    base_chains = kernel.base_chains()
+def check_targets(kernel: Kernel, config: Config, base_chains: list[str]) -> None:
+    """Check that the chains are there that resources jump to. Raises UserError."""
     for resource in config.resources.values():
         for hook, target, _ in resource.jumps:
-            option = f"[RESOURCES] {resource.identifier:08X}: {hook}"
+            option = f"{config.path}: [RESOURCES] {resource.identifier:08X}: {hook}"
             if hook in config.chains:
                 rules_of(kernel, config, option, target)
             if target in base_chains:
-                problem = f"{config.path}: {option}: {target} is a base chain: it has a hook"
+                problem = f"{option}: {target} is a base chain: it has a hook"
                 raise UserError(problem, "name a chain without a hook, which rules can jump to")
 
 
@@ -2907,19 +2893,7 @@ def rules_of(kernel: Kernel, config: Config, option: str, chain: str) -> list[Ru
     except OSError:
         problem = f"table {config.table_name} has no chain {chain}"
         hint = f"add `chain {chain} {{ }}` to the table in your firewall's file, and load that"
-        raise UserError(f"{config.path}: {option}: {problem}", hint) from None
-
-
-def check_chain(kernel: Kernel, config: Config, hook: str, chain: str) -> None:
-    """See that all rules in a chain are ours, or the Rust server's. Raises UserError."""
-    option = f"[NFTABLES] chain-{hook}"
-    rules = rules_of(kernel, config, option, chain)
-    foreign = sum(not is_ours(rule) for rule in rules)
-    if foreign:
-        where = f"{config.table_name} {chain}"
-        problem = f"{config.path}: {option}: {chain} holds rules that are not letmein's ({foreign})"
-        hint = f"move them to another chain, and empty this one: nft flush chain {where}"
-        raise UserError(problem, hint)
+        raise UserError(f"{option}: {problem}", hint) from None
 
 
 def unreached_chains(kernel: Kernel, config: Config) -> list[str]:
@@ -2943,7 +2917,7 @@ def is_ours(rule: Rule) -> bool:
 
 class Table:
     """Our part of the kernel's table: rules, sets, and in these the leases and gates. It does what
-    it is told. Args: as for Firewall."""
+    it is told. Args: boot, 8 hex digits of the boot id."""
 
     def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
         self.nft = nft
@@ -2970,10 +2944,10 @@ class Table:
         """What is wrong with our sets and rules, and the handles of the sets. Raises UserError."""
         handles = self.read_handles()
         wanted = ruleset(self.config)
-        tags = [rule.comment for rule in self._rules()]
+        comments = [rule.comment for rule in self._rules()]
         if wanted.sets.keys() - handles.keys():
             return "sets are missing", handles
-        if tags != [wanted.tag] * len(wanted.rules):
+        if comments != [wanted.rule_comment] * len(wanted.rules):
             return "rules are missing", handles
         return "", handles
 
@@ -3043,9 +3017,9 @@ class Table:
 
     def find(self, key: LeaseKey) -> Lease | None:
         """The lease, or gate, that has this key."""
-        return self._book(key).by_key.get(key)
+        return self._leases_or_gates(key).by_key.get(key)
 
-    def _book(self, key: LeaseKey) -> Leases:
+    def _leases_or_gates(self, key: LeaseKey) -> Leases:
         return self.gates if key.address == EVERYBODY else self.leases
 
     def expire(self) -> None:
@@ -3057,25 +3031,23 @@ class Table:
 
     def note(self, lease: Lease, reason: str) -> None:
         """Note a lease, or that it was ended, and for what reason; and tell of that."""
-        book = self._book(lease.key)
-        is_known = lease.key in book.by_key
+        noted = self._leases_or_gates(lease.key)
+        is_known = lease.key in noted.by_key
         if lease.ends == ENDED:
-            book.forget(lease.key)
+            noted.forget(lease.key)
             event = "closed" if is_known else ""
         else:
-            book.keep(lease)
+            noted.keep(lease)
             event = "renewed" if is_known else "opened"
         if event and lease.address != EVERYBODY:
             self.tell_change(event, lease, reason if event == "closed" else "")
 
-    def hold(
-        self, leases: list[Lease], replace: bool = False, reason: str = ""
-    ) -> set[LeaseKey]:
+    def hold(self, leases: list[Lease], replace: bool = False, reason: str = "") -> set[LeaseKey]:
         """Have the kernel hold these leases, or drop those that were ended, and move their gates,
         in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
-        as for changes(); reason, why some were ended. Raises OSError, with nothing changed."""
+        as for changes_for(); reason, why some were ended. Raises OSError, with nothing changed."""
         leases = [*leases, *self._gates_with(leases)]
-        self.kernel.change(self.changes(leases, replace))
+        self.kernel.change(self.changes_for(leases, replace))
         for lease in leases:
             self.note(lease, reason)
             if self.config.debug:
@@ -3084,15 +3056,16 @@ class Table:
                 self.log(event, peer=lease.address, **ids_of(lease), seconds=left)
         return {lease.key for lease in leases}
 
-    def changes(self, leases: list[Lease], replace: bool = False) -> list[Change]:
+    def changes_for(self, leases: list[Lease], replace: bool = False) -> list[Change]:
         """What makes the kernel hold these leases, or drop those that were ended. Args: replace,
-        what there may be of them already."""
+        whether it may have elements of them that we do not know of: they are deleted first."""
         now = time.monotonic()
         changes: list[Change] = []
         for lease in leases:
+            # A new lease is added. One that differs only in its end gets its time restarted (Linux
+            # 6.12). Any other is deleted and added again: an element keeps its comment.
             old = self.find(lease.key)
             is_new = old is None and not replace
-            # An element keeps its comment, and before Linux 6.12 its time: then it goes first.
             is_same = old is not None and old._replace(ends=lease.ends) == lease
             can_restart = is_same and self.refreshes and not replace
             left, comment = lease.ends - now, lease_comment(lease, self.boot)
@@ -3104,29 +3077,26 @@ class Table:
         return changes
 
     def _gates_with(self, leases: list[Lease]) -> list[Lease]:
-        """The gates that change with these leases, with the end that they will have."""
+        """The gates that change with these leases: each ends with the last lease of its resource,
+        one of these or another."""
         keys = frozenset(lease.key for lease in leases)
-        gates = []
-        for resource in {key.resource for key in keys}:
-            if not self.config.resources[resource].is_gate:
-                continue
-            gate = self.find(LeaseKey(EVERYBODY, resource)) or gate_of(resource, ENDED)
-            ends = max(lease.ends for lease in leases if lease.resource == resource)
-            if ends < gate.ends:
-                old = [self.find(key) for key in keys if key.resource == resource]
-                if not any(lease and lease.ends >= gate.ends for lease in old):
-                    continue  # another lease holds it open as long: no need to look through all
-                ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
-            if ends != gate.ends:
-                gates.append(gate_of(resource, ends))
-        return gates
+        changed = []
+        for resource in {lease.resource for lease in leases}:
+            if self.config.resources[resource].is_gate:
+                gate = self.find(LeaseKey(EVERYBODY, resource)) or Lease(EVERYBODY, resource)
+                ends = max(lease.ends for lease in leases if lease.resource == resource)
+                if ends < gate.ends:  # another lease may end later
+                    ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
+                if ends != gate.ends:
+                    changed.append(gate._replace(ends=ends))
+        return changed
 
     def note_gates(self) -> None:
         """Note which gates should be open for the leases, and until when."""
         self.gates = Leases()
         for resource, ends in self.leases.last_ends().items():
             if self.config.resources[resource].is_gate:
-                self.gates.keep(gate_of(resource, ends))
+                self.gates.keep(Lease(EVERYBODY, resource, ends=ends))
 
     def log_revoked(self, lease: Lease, reason: str) -> None:
         """Tell of a lease that ended otherwise than by its time or its client."""
@@ -3138,9 +3108,9 @@ EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
 
 class Look:
-    """Compares the elements in the kernel's table with our leases, once, and mends what differs.
-    It works in steps, between which knocks have their turn. Leases that these change (`changed`)
-    are left alone: what was read of them is out of date.
+    """Compares the elements in the kernel's table with our leases, once, and heals what differs.
+    It works in steps; knocks are served in between. A lease that such a knock changes goes into
+    `outdated` and is skipped: what was read of it is stale.
 
     Args: handles, of the sets as they are; is_adopting, whether a predecessor's leases count."""
 
@@ -3150,32 +3120,34 @@ class Look:
         self.is_adopting = is_adopting
         self.handles = handles
         # The sets made since the last look. What has gone with the old ones, nobody has deleted.
-        self.renewed = {name for name in handles if handles[name] != table.handles.get(name)}
+        self.new_sets = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
             for resource in self.config.resources.values()
             for protocol in resource.protocols
         }
-        self.changed: set[LeaseKey] = set()  # leases that were changed since it began
+        self.outdated: set[LeaseKey] = set()  # leases that were changed since it began
         self.found: set[ElementName] = set()  # parts of leases
         self.strange: list[ElementName] = []  # parts of no lease
         self.heirs: dict[LeaseKey, Lease] = {}  # to be adopted, if all their parts are found
+        self.shortened: dict[LeaseKey, float] = {}  # when leases end that somebody has shortened
         self.missing: list[LeaseKey] = []  # leases to be put back
         self.wrong: set[LeaseKey] = set()  # leases to be written anew
 
     def steps(self) -> Iterator[None]:
-        """Compare, and mend. Raises UserError, OSError."""
+        """Compare, and heal. Raises UserError, OSError."""
         sets = ruleset(self.config).sets
         gates = [name for name in sets if name.endswith("-gate")]
         for name in sets:
             if name not in gates:
                 yield from self._read(name)
+        self._shorten_by_hand()
         yield from self._adopt()
         self.table.note_gates()
         for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
         yield from self._find_missing()
-        yield from self._mend()
+        yield from self._heal()
         self.table.handles = self.handles  # not before what was lost with the old ones is back
 
     @property
@@ -3186,16 +3158,16 @@ class Look:
         return "leases are missing" if self.missing else ""
 
     def _read(self, set_name: str) -> Iterator[None]:
-        """Judge the elements of a set."""
+        """Sort the elements of a set."""
         for number, element in enumerate(self.table.kernel.elements(set_name)):
-            self._judge(ElementName(set_name, element.key), element)
+            self._sort(ElementName(set_name, element.key), element)
             if number % LEASES_PER_BATCH == 0:
                 yield
 
-    def _judge(self, name: ElementName, element: Element) -> None:
+    def _sort(self, name: ElementName, element: Element) -> None:
         """Note what an element is part of: a lease, one to be adopted, or nothing of ours."""
         key = self._holder(name)
-        if key in self.changed:
+        if key in self.outdated:
             return
         lease = self.table.find(key) if key else None
         heir = self._heir(key, element) if key and not lease else None
@@ -3207,31 +3179,33 @@ class Look:
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
         # A lease of ours may just have ended.
-        elif element.asked + element.left > time.monotonic() + EARLY_S:
+        elif element.read_at + element.left > time.monotonic() + EARLY_S:
             self.strange.append(name)
 
     def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
-        """Compare an element with its lease, or gate. When it ends is known to within the time that
-        reading it took."""
-        earliest, latest = element.asked + element.left, time.monotonic() + element.left
+        """Note it if an element does not fit its lease, or gate. When it ends is known to within
+        the time that reading it took."""
+        earliest, latest = element.read_at + element.left, time.monotonic() + element.left
         is_right = element.comment == lease_comment(lease, self.table.boot)
-        is_short = latest < lease.ends - EARLY_S
-        # In a set made anew it may be what somebody saved before a later knock.
-        is_decided = lease.address != EVERYBODY and name.set_name not in self.renewed
-        if is_right and is_short and is_decided:  # by an administrator
-            self.table.note(lease._replace(ends=latest), "")
-            self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
-        elif not is_right or is_short or earliest > lease.ends + LATE_S:
+        if not is_right or earliest > lease.ends + LATE_S:
             self.wrong.add(lease.key)
+        elif latest >= lease.ends - EARLY_S:
+            return
+        elif lease.address == EVERYBODY or name.set_name in self.new_sets:
+            # In a set made anew it may be what somebody saved before a later knock.
+            self.wrong.add(lease.key)
+        else:
+            self.shortened[lease.key] = min(latest, self.shortened.get(lease.key, NEVER))
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
-        address, place = read_key(name)
+        address, port_key = read_key(name)
         if not address:
             return None
-        if place is None:
+        if port_key is None:
             return LeaseKey(address, int(name.set_name[8:16], 16))
-        return LeaseKey(address, self.resource_of[place]) if place in self.resource_of else None
+        resource = self.resource_of.get(port_key)
+        return None if resource is None else LeaseKey(address, resource)
 
     def _heir(self, key: LeaseKey, element: Element) -> Lease | None:
         """The lease that an element stands for, if a server of this boot gave it (an administrator
@@ -3245,21 +3219,42 @@ class Look:
         proof = comment["proof"]
         if not time_granted(self.config, self.table.boot, user, resource, proof):
             return None
-        ends = element.asked + element.left  # or up to the time that reading it took later
+        ends = element.read_at + element.left  # at the earliest; later by the time reading took
         return Lease(*key, user, proof, self.config.resources[resource].weight, ends)
+
+    def _is_whole(self, lease: Lease) -> bool:
+        """Whether the kernel has all elements of a lease, or gate. Raises OSError."""
+        # A listing may leave out an element while a knock makes the set grow.
+        has_element = self.table.kernel.has_element
+        names = lease_elements(lease, self.config)
+        return all(name in self.found or has_element(name) for name in names)
+
+    def _check_sets(self) -> None:
+        """Raise OSError if the sets were made anew since the look began: then no administrator has
+        deleted or shortened what was in them."""
+        if self.table.read_handles() != self.handles:
+            raise OSError(errno.ESTALE, "the sets were made anew")
+
+    def _shorten_by_hand(self) -> None:
+        """An administrator has shortened an element of each of these leases: that shortens all of
+        it, unless another element was deleted. Raises UserError, OSError."""
+        if self.shortened:
+            self._check_sets()
+        for key, ends in self.shortened.items():
+            lease = self.table.find(key)
+            if lease and key not in self.outdated and self._is_whole(lease):
+                self.outdated |= self.table.hold([lease._replace(ends=ends)], replace=True)
+                self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
     def _adopt(self) -> Iterator[None]:
         """Take over the leases of which all elements are there, the oldest first."""
         for some in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
             yield
             for heir in some:
-                if heir.key in self.changed:
+                if heir.key in self.outdated:
                     continue
-                names = lease_elements(heir, self.config)
-                # A listing may leave out an element while a knock makes the set grow.
-                has_element = self.table.kernel.has_element
-                if not all(name in self.found or has_element(name) for name in names):
-                    self.strange += self.found.intersection(names)
+                if not self._is_whole(heir):
+                    self.strange += self.found.intersection(lease_elements(heir, self.config))
                     continue
                 resource = self.config.resources[heir.resource]
                 latest = time.monotonic() + self.config.longest_lease(heir.user, resource)
@@ -3270,30 +3265,29 @@ class Look:
     def _find_missing(self) -> Iterator[None]:
         """Note the leases and gates whose elements have gone together with their set. If they have
         gone from a set that is still the same, an administrator has deleted them."""
-        books = self.table.leases, self.table.gates
-        for some in in_batches([lease for book in books for lease in book.by_key.values()]):
+        leases = [*self.table.leases.by_key.values(), *self.table.gates.by_key.values()]
+        for some in in_batches(leases):
             yield
             deleted = []
             for lease in some:
                 names = lease_elements(lease, self.config)
-                if lease.key in self.changed or self.found.issuperset(names):
+                if lease.key in self.outdated or self.found.issuperset(names):
                     continue
                 is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                is_set_new = any(name.set_name in self.renewed for name in names)
+                is_set_new = any(name.set_name in self.new_sets for name in names)
                 if is_set_new or is_gate_of_heirs:
                     self.missing.append(lease.key)
-                elif not is_ending and not all(map(self.table.kernel.has_element, names)):
+                elif not is_ending and not self._is_whole(lease):
                     deleted.append(lease)
             self._end_by_hand(deleted)
 
     def _end_by_hand(self, deleted: list[Lease]) -> None:
         """An administrator has deleted an element of each of these: that ends all of a lease, and a
-        gate for all who hold it. Raises OSError if the sets have changed since the look began: then
-        the elements have gone with their set."""
-        if deleted and self.table.read_handles() != self.handles:
-            raise OSError(errno.ESTALE, "the sets were made anew")
+        gate for all who hold it. Raises UserError, OSError."""
+        if deleted:
+            self._check_sets()
         ended = {lease.key: lease for lease in deleted if lease.address != EVERYBODY}
         shut = {gate.resource for gate in deleted if gate.address == EVERYBODY}
         if shut:
@@ -3301,17 +3295,17 @@ class Look:
             ended.update({lease.key: lease for lease in holders if lease.resource in shut})
         for some in in_batches(list(ended.values())):
             ended_leases = [lease.ended() for lease in some]
-            self.changed |= self.table.hold(ended_leases, reason="by hand")
+            self.outdated |= self.table.hold(ended_leases, reason="by hand")
             for lease in some:
                 self.table.log_revoked(lease, "by hand")
 
-    def _mend(self) -> Iterator[None]:
+    def _heal(self) -> Iterator[None]:
         """Put back what is missing, write anew what is wrong, remove what nothing explains."""
         yield from self._write(self.missing, replace=False)
         yield from self._write(list(self.wrong), replace=True)
         kernel = self.table.kernel
         for strange in in_batches(self.strange):
-            names = [name for name in strange if self._holder(name) not in self.changed]
+            names = [name for name in strange if self._holder(name) not in self.outdated]
             kernel.change(change for name in names for change in kernel.delete(name))
             yield
 
@@ -3319,16 +3313,16 @@ class Look:
         """Have the kernel hold these leases. Those that were changed meanwhile are as they should
         be."""
         for some in in_batches(keys):
-            found = [self.table.find(key) for key in some if key not in self.changed]
+            found = [self.table.find(key) for key in some if key not in self.outdated]
             leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
             if leases:
-                self.table.kernel.change(self.table.changes(leases, replace))
+                self.table.kernel.change(self.table.changes_for(leases, replace))
             yield
 
 
-HEAL_PAUSE_S = (0.1, 1.0)  # before another look: at first, and at most if healing does not last
+HEAL_PAUSE_S = (0.1, 30.0)  # before another look: at first, and at most
+CONTEST_PAUSE_S = 1.0  # at most while healing succeeds, but does not last
 CALM_S = 10.0  # without damage, after which the next one is a new one
-TROUBLE_PAUSE_S = 30.0  # at most while healing fails
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
@@ -3336,22 +3330,11 @@ NOTIFICATIONS_PER_TURN = 1000
 LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/10
 
 
-class Firewall:
-    """Gives and ends leases, and sees to it that the kernel's table holds them, whatever others do
-    to it. Args: boot, 8 hex digits of the boot id; log, takes event and fields."""
+class Healing:
+    """How healing goes: when to look again, and what was said of what is in the way."""
 
-    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
-        self.nft = nft
-        self.config = config
-        self.boot = boot
+    def __init__(self, log: Log) -> None:
         self.log = log
-        self.table = Table(nft, config, boot, log)
-        self.leases = self.table.leases
-        self.installed = False  # whether there is something to remove in the end
-        self.look_at = NEVER  # when to look whether the kernel has what it should
-        self.work: Generator[None, None, str] | None = None  # what a look has yet to do
-        self.look: Look | None = None  # what it has found so far
-        self.is_adopting = False  # whether it looks for a predecessor's leases
         self.pause = Backoff(HEAL_PAUSE_S)
         self.calm_at = 0.0  # when a while without damage is over
         self.trouble = ""  # why healing fails, once that was logged
@@ -3360,23 +3343,89 @@ class Firewall:
         self.disturbed = 0  # how often in a row the kernel has objected to something
         self.is_contested = False  # whether others undo what is healed, once that was logged
 
+    def first_pause(self) -> float:
+        """How long to wait after a change by others, in s: a little, so that one look serves a
+        whole burst; longer while looks keep finding damage."""
+        if self.trouble:
+            return HEAL_PAUSE_S[0] / 4
+        return min(self.pause.next, CONTEST_PAUSE_S) / 4
+
+    def next_look(self, damage: str, trouble: str) -> float:
+        """When to look again (by time.monotonic()) after a look that found damage or failed: after
+        a pause, which grows until nothing was found for CALM_S. (One good look is not enough: a
+        second server for this table may be slower than we are.)"""
+        now = time.monotonic()
+        is_calm = now > self.calm_at
+        if trouble and trouble != self.trouble:
+            self.log.often("cannot-heal", reason=trouble)
+        if trouble != self.trouble or is_calm:
+            self.pause.reset()
+        if is_calm:
+            self.is_contested = False
+        self.trouble = trouble
+        if not (damage or trouble):
+            return NEVER
+        self.calm_at = now + CALM_S
+        pause = self.pause.take()
+        if trouble:
+            return now + pause
+        if pause >= CONTEST_PAUSE_S and not self.is_contested:
+            self.is_contested = True
+            hint = "is there a second server for this table, with another --rundir?"
+            self.log("warning", reason="what is healed is changed again at once", hint=hint)
+        return now + min(pause, CONTEST_PAUSE_S)
+
+    def warn_of_claims(self, table: Table) -> None:
+        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
+        SIGHUP or start will fail."""
+        claim = hint = ""
+        try:
+            check_table(table.kernel, table.config)
+        except UserError as error:
+            claim, hint = error.problem, error.hint
+        if claim not in ("", self.claim):
+            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            self.log("warning", reason=reason, hint=hint)
+        self.claim = claim
+
+
+class Firewall:
+    """Gives and ends leases, and has the kernel's table hold them, whatever others do to it.
+    Args: as for Table."""
+
+    def __init__(self, nft: Nft, config: Config, boot: str, log: Log) -> None:
+        self.log = log
+        self.table = Table(nft, config, boot, log)
+        self.leases = self.table.leases
+        self.healing = Healing(log)
+        self.notifications: socket.socket  # of what others change; open() makes it
+        self.installed = False  # whether there is something to remove in the end
+        self.inspect_at = NEVER  # when to look whether the kernel has what it should
+        self.steps: Generator[None, None, str] | None = None  # what a look has yet to do
+        self.look: Look | None = None  # what it has found so far
+        self.is_adopting = False  # whether it looks for a predecessor's leases
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.table.config
+
     def open(self, selector: selectors.BaseSelector) -> None:
         """Install sets and rules, have selector listen to the kernel's nftables notifications, and
         begin to take over a predecessor's leases. Raises UserError."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
-        check_kernel(self.table.kernel, self.nft, self.config)
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer yet
+        check_kernel(self.table.kernel, self.table.nft, self.config)
         self._warn_of_unreached_chains()
-        self.notifications = self.table.kernel.listen()
+        self.notifications = netlink_socket(is_listener=True)
         selector.register(self.notifications, selectors.EVENT_READ, self._on_notification)
         self.installed = True
         self.table.install()
-        self.nft.limit = NFT_LIMIT_S[0]
         self.is_adopting = True
-        self.work = self._look()
+        self.steps = self._inspect_and_heal()
 
     def close(self) -> None:
         """Remove all that was installed. Raises UserError if something stays."""
-        self.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
+        self.table.nft.limit = NFT_LIMIT_S[1]  # nobody waits for an answer any more
         self.table.remove()
 
     # -- what clients ask for
@@ -3385,11 +3434,11 @@ class Firewall:
         """Open a resource for an address, or restart the lease's time. Returns "" once the kernel
         has it, or why it does not."""
         found = self.config.resources[resource]
-        objection = self._objection(address, found)
-        if objection:
-            return objection
+        unfit = self._unfit_address(address, found)
+        if unfit:
+            return unfit
         self.table.expire()
-        proof = lease_proof(self.config.keys[user], self.boot, found.meaning)
+        proof = lease_proof(self.config.keys[user], self.table.boot, found.meaning)
         longest = self.config.longest_lease(user, found)
         ends = time.monotonic() + min(longest, LONGEST_LEASE_S)
         lease = Lease(address, resource, user, proof, found.weight, ends)
@@ -3403,7 +3452,7 @@ class Firewall:
                 self.table.log_revoked(other, "max-nr-rules is reached")
         return problem
 
-    def _objection(self, address: str, resource: Resource) -> str:
+    def _unfit_address(self, address: str, resource: Resource) -> str:
         """Why this resource does not open for this address; "" if it does."""
         if (6 if ":" in address else 4) not in VERSIONS[self.config.family]:
             return f"a table of family {self.config.family} has no place for this address"
@@ -3420,8 +3469,7 @@ class Firewall:
         lease = self.table.find(LeaseKey(address, resource))
         if lease is None and not self.is_adopting:
             return ""
-        if lease is None:  # perhaps a predecessor has opened it
-            lease = Lease(address, resource, 0, "", 0, ENDED)
+        lease = lease or Lease(address, resource)  # perhaps a predecessor has opened it
         return self._enforce([lease.ended()], "revoked")
 
     def _enforce(self, leases: list[Lease], reason: str) -> str:
@@ -3430,13 +3478,10 @@ class Firewall:
         try:
             try:
                 self._hold(leases, reason)
-            except OSError as error:
-                if not isinstance(error, FileExistsError):  # that is an element we did not know of
-                    if self.trouble:
-                        return self.trouble  # nft did not help: do not run it for each knock
-                    # The firewall was changed under us: put back what others need.
-                    self.look_at = 0.0
-                    self.table.install()
+            except FileExistsError:  # a set has an element that we did not know of
+                self._hold(leases, reason, replace=True)
+            except OSError:  # the firewall was changed under us
+                self._reinstall_for_knock()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
@@ -3444,30 +3489,38 @@ class Firewall:
             return f"the kernel does not take it: {error.strerror}"
         return ""
 
+    def _reinstall_for_knock(self) -> None:
+        """Put back what a knock needs, and plan a look for the rest. Raises UserError; while
+        healing fails, without running nft for each knock."""
+        if self.healing.trouble:
+            raise UserError(self.healing.trouble)
+        self.inspect_at = 0.0
+        self.table.install()
+
     def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
         """As Table.hold(); and tell a look that is under way."""
         changed = self.table.hold(leases, replace, reason)
         if self.look is not None:
-            self.look.changed |= changed
+            self.look.outdated |= changed
 
     # -- what the configuration asks for
 
     def reconfigure(self, config: Config) -> None:
         """Go on with another configuration for the same chains; a lease that it does not grant is
         revoked. Raises UserError, changing nothing, if the kernel rejects it."""
-        check_kernel(self.table.kernel, self.nft, config)
+        check_kernel(self.table.kernel, self.table.nft, config)
         self.table.expire()
         lost, shortened = self._differences(config)
-        self.work = self.look = None  # a look under way is out of date
-        self.look_at = 0.0  # to say so and to try again if anything below fails
+        self.steps = self.look = None  # a look under way is out of date
+        self.inspect_at = 0.0  # to say so and to try again if anything below fails
         # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
             for some in in_batches(lost):
                 self.table.hold([lease.ended() for lease in some], reason="configuration")
         for lease in lost:
-            self.table.note(lease.ended(), "configuration")
+            self.table.note(lease.ended(), "configuration")  # even if the kernel has failed above
             self.table.log_revoked(lease, "configuration")
-        self.config = self.table.config = config
+        self.table.config = config
         with contextlib.suppress(UserError, OSError):
             damage, _ = self.table.inspect()
             if damage:
@@ -3488,7 +3541,7 @@ class Firewall:
         for lease in self.leases.by_key.values():
             facts = (lease.user, lease.resource, lease.proof)
             if facts not in granted:
-                granted[facts] = time_granted(config, self.boot, *facts)
+                granted[facts] = time_granted(config, self.table.boot, *facts)
             if not granted[facts]:
                 lost.append(lease)
             elif lease.ends > now + granted[facts]:
@@ -3522,78 +3575,55 @@ class Firewall:
             except OSError:
                 data = b""  # ENOBUFS: the kernel has dropped some
             if not data or self.table.kernel.tells_of(data, names):
-                pause = HEAL_PAUSE_S[0] if self.trouble else self.pause.next
-                self.look_at = min(self.look_at, time.monotonic() + pause / 4)
+                look_at = time.monotonic() + self.healing.first_pause()
+                self.inspect_at = min(self.inspect_at, look_at)
 
     @property
     def wakes_at(self) -> float:
         """When advance() is to be called, by time.monotonic()."""
-        return 0.0 if self.work is not None else self.look_at
+        return 0.0 if self.steps is not None else self.inspect_at
 
     def advance(self) -> None:
         """Go on with the look that is under way, or begin one if it is time, for a short while."""
         now = time.monotonic()
-        if self.work is None and now >= self.look_at:
-            self.look_at = NEVER
-            self.log.counts["looks"] += 1
-            self.work = self._look()
-        if self.work is None:
+        if now < self.wakes_at:
             return
+        if self.steps is None:
+            self.inspect_at = NEVER
+            self.log.counts["looks"] += 1
+            self.steps = self._inspect_and_heal()
         damage = trouble = ""
         try:
             while time.monotonic() < now + LOOK_TURN_S:
-                next(self.work)
+                next(self.steps)
             return
         except StopIteration as end:
             damage = end.value
-            self.disturbed = 0
+            self.healing.disturbed = 0
         except UserError as error:
             trouble = error.problem
         except OSError as error:
             damage = f"changed meanwhile: {error.strerror}"
-            self.disturbed += 1
-            if self.disturbed >= DISTURBED_LIMIT:
+            self.healing.disturbed += 1
+            if self.healing.disturbed >= DISTURBED_LIMIT:
                 trouble = f"the kernel does not take it: {error.strerror}"
-        self.work = self.look = None
-        if trouble and trouble != self.trouble:
-            self.log.often("cannot-heal", reason=trouble)
-        self._rest(damage, trouble)
+        self.steps = self.look = None
+        self.inspect_at = min(self.inspect_at, self.healing.next_look(damage, trouble))
 
-    def _rest(self, damage: str, trouble: str) -> None:
-        """Plan another look if this one found something: after a pause, which grows until nothing
-        was found for CALM_S. (One good look is not enough: a second server for this table may be
-        slower than we are.)"""
-        now = time.monotonic()
-        is_calm = now > self.calm_at
-        if trouble != self.trouble or is_calm:
-            self.pause.reset()
-        if is_calm:
-            self.is_contested = False
-        self.trouble = trouble
-        if not (damage or trouble):
-            return
-        self.calm_at = now + CALM_S
-        pause = self.pause.take(TROUBLE_PAUSE_S if trouble else HEAL_PAUSE_S[1])
-        self.look_at = min(self.look_at, now + pause)
-        if pause >= HEAL_PAUSE_S[1] and not (trouble or self.is_contested):
-            self.is_contested = True
-            hint = "is there a second server for this table, with another --rundir?"
-            self.log("warning", reason="what is healed is changed again at once", hint=hint)
-
-    def _look(self) -> Generator[None, None, str]:
-        """Make our part of the kernel's table what it should be, in steps between which knocks have
-        their turn. Returns what was wrong, or "". Raises UserError, OSError."""
+    def _inspect_and_heal(self) -> Generator[None, None, str]:
+        """Make our part of the kernel's table what it should be, in steps; knocks are served in
+        between. Returns what was wrong, or "". Raises UserError, OSError."""
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
             remains, handles = self.table.inspect()
             if remains:  # perhaps somebody has changed the table again at once
-                self.futile += 1
-                if self.futile >= FUTILE_LIMIT:
+                self.healing.futile += 1
+                if self.healing.futile >= FUTILE_LIMIT:
                     raise UserError(f"nft reports success, but {remains}")
                 return damage
-        self.futile = 0
-        self._warn_of_claims()
+        self.healing.futile = 0
+        self.healing.warn_of_claims(self.table)
         look = self.look = Look(self.table, handles, self.is_adopting)
         yield from look.steps()
         if not self.is_adopting:
@@ -3601,27 +3631,14 @@ class Firewall:
             if damage:
                 self.log.often("healed", reason=damage, leases=str(len(self.leases)))
                 self.table.tell_change("healed")
-        elif look.heirs and look.changed:
-            self.look_at = 0.0  # what is changed may have left others out of the listing
+        elif look.heirs and look.outdated:
+            self.inspect_at = 0.0  # what was changed may have left others out of the listing
         else:
             self.is_adopting = False
             if len(self.leases):
                 self.log("adopted", leases=len(self.leases))
             self._warn_of_limit()
         return damage
-
-    def _warn_of_claims(self) -> None:
-        """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
-        SIGHUP or start will fail."""
-        claim = hint = ""
-        try:
-            check_table(self.table.kernel, self.config)
-        except UserError as error:
-            claim, hint = error.problem, error.hint
-        if claim not in ("", self.claim):
-            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
-            self.log("warning", reason=reason, hint=hint)
-        self.claim = claim
 
 
 # ==== 5  Monitor =============================================================
@@ -3715,7 +3732,7 @@ def who_may(config: Config, resource: Resource) -> str:
     """Who can knock for a resource: users' ids, "all" who have a key, or "nobody"."""
 
     def may(user: int) -> bool:
-        return user in config.keys and not config.objection(user, resource.identifier)
+        return user in config.keys and not config.why_not(user, resource.identifier)
 
     if not resource.timeout:
         return "nobody"
@@ -4306,7 +4323,7 @@ class Judge:
         """Judge by this configuration from now on."""
         self.config = config
         # A resource may have many users, who are not to be read for each datagram of a flood.
-        self.digests = {number: digest(found) for number, found in config.resources.items()}
+        self.checksums = {number: checksum(found) for number, found in config.resources.items()}
 
     def on_message(self, record: Record, message: Message) -> None:
         """Judge one message of a peer, and answer it."""
@@ -4324,7 +4341,7 @@ class Judge:
         """What to make of a peer's message."""
         config, now = self.config, time.monotonic()
         facts = self._facts(record, message)
-        handshake = ServerHandshake(config.error_policy, config.keys.get, config.objection)
+        handshake = ServerHandshake(config.error_policy, config.keys.get, config.why_not)
 
         def new_token(operation: int) -> bytes:
             return self.tokens.new(facts, operation, now)
@@ -4344,7 +4361,7 @@ class Judge:
         any of it changes meanwhile, the RESPONSE is wrong."""
         user, resource = message.user, message.resource
         peer = (record.protocol, record.connection, record.address, record.route)
-        configured = (self.config.keys.get(user, NOBODYS_KEY), self.digests.get(resource))
+        configured = (self.config.keys.get(user, NOBODYS_KEY), self.checksums.get(resource))
         return repr((peer, user, resource, configured)).encode()
 
     def _meet(self, challenge: Challenge, record: Record, message: Message) -> int:
@@ -4535,7 +4552,7 @@ class Monitor:
         for warning in config.warnings:
             self.log("warning", reason=warning)
         log_resources(config, self.log)
-        port = f"{config.port}/{'+'.join(config.protocols)}"
+        port = config.control
         counts = {"users": len(config.keys), "resources": len(config.resources)}
         self.log(event, port=port, table=f"{config.family}/{config.table}", **counts)
 
@@ -4556,7 +4573,7 @@ class Monitor:
         document = {
             "process": os.getpid(),
             "since": self.since,
-            "port": f"{config.port}/{'+'.join(config.protocols)}",
+            "port": config.control,
             "table": f"{config.family}/{config.table}",
             "leases": len(leases),
             "rules": leases.weight + len(config.protocols),
@@ -4965,18 +4982,7 @@ def network_process(
 STATUS_PATIENCE_S = 8.0  # with a server that is busy
 
 
-class Row(NamedTuple):
-    """One line of the table of leases: what an address has, with all protocols of a port in one."""
-
-    address: str
-    what: str  # such as "22/tcp", or a jump resource with its chains
-    user: str
-    left: str
-    packets: str
-    octets: str
-
-
-HEADINGS = Row("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
+HEADINGS = ("ADDRESS", "OPEN", "USER", "LEFT", "PACKETS", "BYTES")
 ALIGNMENT = "<<<>>>"  # of the columns, as format() has it
 BOLD, YELLOW, PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 CLEAR = "\x1b[H\x1b[J"  # the whole terminal
@@ -4989,15 +4995,15 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
     """Print who holds what, as the kernel has it, and what a running server tells of itself.
     Raises UserError."""
     import json
-    leases = list_leases(config)
+    elements = list_elements(config)
     check_rundir(rundir)
     server, why = ask_server(config, rundir)
     if as_json:
         table = {"family": config.family, "table": config.table}
-        print(json.dumps({**table, "leases": leases, "server": server}, indent=1), flush=True)
+        print(json.dumps({**table, "leases": elements, "server": server}, indent=1), flush=True)
         return
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    lines = lease_table(leases, config, is_coloured) or ["Nobody holds a lease."]
+    lines = lease_table(elements, config, is_coloured) or ["Nobody holds a lease."]
     about = server_lines(server) if server else [why]
     if sys.stdout.isatty():
         import shutil
@@ -5072,19 +5078,20 @@ def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
 
 def snapshot(config: Config) -> dict[str, Any]:
     """All leases as the kernel has them, as an event. Raises UserError."""
-    parts: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for part in list_leases(config):
-        # The rest is none of ours, or ends so soon that its end may have been told already.
-        if part["user"] and part["seconds_left"]:
-            holder = (part["address"], int(part["resource"], 16), int(part["user"], 16))
-            parts.setdefault(holder, []).append(part)
+    elements_of: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for element in list_elements(config):
+        # The others are none of ours, or end so soon that their end may have been told already.
+        if element["user"] and element["seconds_left"]:
+            ids = int(element["resource"], 16), int(element["user"], 16)
+            elements_of.setdefault((element["address"], *ids), []).append(element)
     leases = []
-    for (address, identifier, user), some in parts.items():
-        protocols = tuple(sorted(part["protocol"] for part in some if part["protocol"]))
+    for (address, identifier, user), elements in elements_of.items():
+        protocols = tuple(sorted(each["protocol"] for each in elements if each["protocol"]))
         known = config.resources.get(identifier)
         jumps = known.jumps if known else ()
-        resource = Resource(identifier, some[0]["port"] or 0, protocols, jumps, 0.0, frozenset())
-        left = min(part["seconds_left"] for part in some) + 1  # it was rounded down
+        port = elements[0]["port"] or 0
+        resource = Resource(identifier, port, protocols, jumps, 0.0, frozenset())
+        left = min(each["seconds_left"] for each in elements) + 1  # it was rounded down
         leases.append(lease_facts(address, user, resource, left))
     return {"event": "snapshot", "time": time.time(), "leases": leases}
 
@@ -5100,9 +5107,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
     if not leases:
         print(clock, "nobody holds a lease", sep="  ")
     for lease in leases:
-        what = f"{lease['port']}/{'+'.join(lease['protocols'])}"
-        if not lease["port"]:
-            what = f"{lease['resource']}: {', '.join(lease['chains'])}"
+        what = opened(lease["port"], lease["protocols"], lease["resource"], lease["chains"])
         event = "open" if is_snapshot else change["event"]
         end = lease.get("reason") or f"{duration(lease['seconds_left'])} left"
         print(clock, f"{event:8}", lease["address"], what, f"user {lease['user']}", end, sep="  ")
@@ -5110,7 +5115,7 @@ def print_change(change: dict[str, Any], as_json: bool) -> None:
 
 
 def ask_server(config: Config, rundir: str) -> tuple[dict[str, Any] | None, str]:
-    """What a running server tells of itself, or None and why there is nothing."""
+    """What a running server says of itself, or None and why it says nothing."""
     import json
     table = f"table {config.table_name}"
     try:
@@ -5147,11 +5152,35 @@ def aligned(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
     return lines
 
 
-def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
-    """The lines of the table of leases, the first to end first; none if there are no leases."""
-    rows = table_rows(leases, config)
+def opened(
+    port: int | None, protocols: Iterable[str], resource: str | None, chains: Iterable[str]
+) -> str:
+    """What a lease opens: a port, such as 22/tcp, or the chains of a jump resource."""
+    if port is not None:
+        return f"{port}/{'+'.join(sorted(protocols))}"
+    return f"{resource}: {', '.join(chains)}" if resource else "?"
+
+
+def lease_table(elements: list[dict[str, Any]], config: Config, is_coloured: bool) -> list[str]:
+    """The lines of the table of leases, the first to end first; none if there are no leases. All
+    protocols of a port are one lease."""
+    elements_of: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for element in elements:
+        lease = (element["address"], element["resource"], element["port"])
+        elements_of.setdefault(lease, []).append(element)
+    rows = []  # each behind the seconds that are left
+    for (address, resource, port), parts in elements_of.items():
+        known = config.resources.get(int(resource, 16)) if resource else None
+        chains = [jump.target for jump in known.jumps] if known else ["?"]
+        what = opened(port, [part["protocol"] for part in parts], resource, chains)
+        times = [part["seconds_left"] for part in parts]
+        left = min(NEVER if seconds is None else seconds for seconds in times)
+        packets, octets = (sum(part[name] for part in parts) for name in ("packets", "bytes"))
+        numbers = (duration(left), scaled(packets), scaled(octets))
+        rows.append((left, (address, what, parts[0]["user"] or "?", *numbers)))
     if not rows:
         return []
+    rows.sort()
     lines = aligned([HEADINGS, *(row for _, row in rows)], ALIGNMENT)
     if is_coloured:
         lines[0] = BOLD + lines[0] + PLAIN
@@ -5159,34 +5188,6 @@ def lease_table(leases: list[dict[str, Any]], config: Config, is_coloured: bool)
             if left < SOON_S:
                 lines[number] = YELLOW + lines[number] + PLAIN
     return [*lines, ""]
-
-
-def table_rows(leases: list[dict[str, Any]], config: Config) -> list[tuple[float, Row]]:
-    """A row for each lease, behind the seconds that it has left; sorted by them."""
-    parts: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    for lease in leases:
-        parts.setdefault((lease["address"], lease["resource"], lease["port"]), []).append(lease)
-    rows = []
-    for some in parts.values():
-        first = some[0]
-        left = min(NEVER if each["seconds_left"] is None else each["seconds_left"] for each in some)
-        packets, octets = (sum(lease[name] for lease in some) for name in ("packets", "bytes"))
-        numbers = (duration(left), scaled(packets), scaled(octets))
-        what = opened_by(some, config)
-        rows.append((left, Row(first["address"], what, first["user"] or "?", *numbers)))
-    return sorted(rows)
-
-
-def opened_by(elements: list[dict[str, Any]], config: Config) -> str:
-    """What a lease with these elements opens: a port, or chains of a jump resource."""
-    first = elements[0]
-    if first["port"] is not None:
-        return f"{first['port']}/{'+'.join(sorted(each['protocol'] for each in elements))}"
-    if first["resource"] is None:
-        return "?"
-    resource = config.resources.get(int(first["resource"], 16))
-    targets = ", ".join(target for _, target, _ in resource.jumps) if resource else "?"
-    return f"{first['resource']}: {targets}"
 
 
 def duration(seconds: float) -> str:
@@ -5211,7 +5212,7 @@ def scaled(number: float) -> str:
 
 
 def server_lines(server: dict[str, Any]) -> list[str]:
-    """What to say of a running server."""
+    """Lines about a running server, for people."""
     up = duration(max(time.time() - server["since"], 0))
     where = f"port {server['port']}, {server['table']}"
     rules = f"rules {server['rules']} of {server['max_nr_rules']}"
@@ -5222,28 +5223,28 @@ def server_lines(server: dict[str, Any]) -> list[str]:
     return lines
 
 
-def list_leases(config: Config) -> list[dict[str, Any]]:
-    """Who holds what, as the kernel has it. Raises UserError."""
-    leases: list[dict[str, Any]] = []
+def list_elements(config: Config) -> list[dict[str, Any]]:
+    """Who holds what, by the elements that the kernel has. Raises UserError."""
+    elements: list[dict[str, Any]] = []
     protocols = {number: name for name, number in PROTOCOL_NUMBERS.items()}
     try:
         kernel = Kernel(config.family, config.table)
         kernel.table_facts()
         # By name: the kernel may tell of an element twice while a set grows.
         found: dict[ElementName, Element] = {}
-        for name in sorted(kernel.sets()):
+        for set_name in sorted(kernel.sets()):
             with contextlib.suppress(FileNotFoundError):  # it has just been deleted
-                for each in kernel.elements(name):
-                    found[ElementName(name, each.key)] = each
+                for each in kernel.elements(set_name):
+                    found[ElementName(set_name, each.key)] = each
     except OSError as error:
         raise unreadable(config, error) from None
-    for place, element in found.items():
-        if place.set_name.endswith("-gate"):
+    for name, element in found.items():
+        if name.set_name.endswith("-gate"):
             continue
-        address, opens = read_key(place)
+        address, opens = read_key(name)
         protocol, port = opens or (None, None)
         comment = COMMENT.fullmatch(element.comment)
-        leases.append({
+        elements.append({
             "address": address or element.key.hex() or "*",  # what is none of ours as nft has it
             "protocol": protocols.get(protocol, str(protocol)) if protocol is not None else None,
             "port": port,
@@ -5253,7 +5254,7 @@ def list_leases(config: Config) -> list[dict[str, Any]]:
             "packets": element.packets,
             "bytes": element.octets,
         })
-    return leases
+    return elements
 
 
 # What other rules do with a knock is read from the text that nft prints. It is for a warning alone,
@@ -5371,7 +5372,7 @@ def way_in(chain: ListedChain, siblings: Iterable[str], config: Config) -> str:
 
 
 def check(config: Config, is_verbose: bool) -> None:
-    """Try whether the server could work, and tell what it would do. Raises UserError."""
+    """Check whether the server could work, and print what it would do. Raises UserError."""
     began = time.monotonic()
     nft = Nft(config.nft)
     nft.limit = NFT_LIMIT_S[1]
@@ -5399,7 +5400,7 @@ def server_facts(config: Config) -> list[str]:
     policies = {rank: name for name, rank in POLICIES.items()}
     facts = [
         ("file", config.path),
-        ("control port", f"{config.port}/{'+'.join(config.protocols)}"),
+        ("control port", config.control),
         ("error policy", policies[config.error_policy]),
         ("seccomp", config.seccomp),
         ("table", config.table_name),
@@ -5409,11 +5410,11 @@ def server_facts(config: Config) -> list[str]:
     ]
     rows = [("RESOURCE", "OPENS", "SECONDS", "USERS")]
     for resource in config.resources.values():
-        opened = lease_terms(resource, resource.timeout)
-        what = opened.get("port") or f"jump to {opened['jump']}"
+        granted = lease_terms(resource, resource.timeout)
+        what = granted.get("port") or f"jump to {granted['jump']}"
         users = who_may(config, resource).replace(",", ", ")
         users = "everybody with a key" if users == "all" else users
-        rows.append((f"{resource.identifier:08X}", what, opened["seconds"], users))
+        rows.append((f"{resource.identifier:08X}", what, granted["seconds"], users))
     lines = [*aligned(facts, "<<"), "", *aligned(rows, "<<><")]
     if config.limits:
         limits = [("USER", "SECONDS", "LAST DAY")]
@@ -5445,7 +5446,7 @@ def client_file(config: Config, user: int, host: str) -> str:
     allowed = [
         resource
         for resource in config.resources.values()
-        if not config.objection(user, resource.identifier) and resource.timeout
+        if not config.why_not(user, resource.identifier) and resource.timeout
     ]
     if not allowed:
         warn(f"{config.path}: [RESOURCES] has nothing for user {user:08X}")
@@ -5485,15 +5486,16 @@ def new_key_line(user: int) -> str:
 
 def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
-    client's default user, or else for the first one behind that who has no key yet. Args: the paths
-    of both files, which may be missing."""
+    client's default user, or for the next one who has no key yet. Args: the paths of both files,
+    which may be missing."""
     keys: Mapping[int, bytes] = {}
     default = 0
-    with contextlib.suppress(ConfigError):  # one needs a key before there is a file
+    # A key comes before there is a file, which need not be complete either: only its keys matter.
+    with contextlib.suppress(ConfigError):
         default = read_config(client_path, server=False).default_user
-    for is_complete in (False, True):  # only then it may include files with keys
+    for with_included_files in (False, True):
         with contextlib.suppress(ConfigError):
-            keys = read_config(server_path, server=is_complete).keys
+            keys = read_config(server_path, server=with_included_files).keys
     wanted = default if user is None else user
     new = wanted
     while user is None and new in keys:
@@ -5528,9 +5530,9 @@ reload_service() {{ procd_send_signal letmeind '*' HUP; }}
 """
 SYSTEMD_SOCKET = """\
 # An extra. letmeind.service must be enabled as well: without it the firewall drops all knocks.
+# The ports are those of letmeind.conf: print this file again when they change.
 [Socket]
-ListenStream=5800
-ListenDatagram=5800
+{sockets}
 [Install]
 WantedBy=sockets.target
 """
@@ -5587,7 +5589,10 @@ def service_file(kind: str, path: str, account: str) -> str:
     line; path, of letmeind.conf; account, of the network process. Raises UserError."""
     import shlex
     if kind == "systemd-socket":
-        return SYSTEMD_SOCKET
+        config = read_config(path, server=True)
+        types = {"tcp": "Stream", "udp": "Datagram"}
+        sockets = [f"Listen{types[protocol]}={config.port}" for protocol in config.protocols]
+        return SYSTEMD_SOCKET.format(sockets="\n".join(sockets))
     program, module, path = map(os.path.realpath, (sys.argv[0], __file__, path))
     command = shlex.join([sys.executable, "-I", program, "server", "-c", path, "--user", account])
     if kind == "openwrt":
@@ -5609,8 +5614,8 @@ def service_places(program: str, module: str, path: str) -> list[str]:
             raise UserError(f"{file} lies in /, which would show the service all of the disk", hint)
     for place in (sys.executable, sys.prefix, *files, *files.values()):
         if re.search(r"[%$:\\'\"\n]", place):
-            problem = f"systemd reads {shown(place)} otherwise than as a path"
-            raise UserError(problem, "take a path without % $ : \\ and quotation marks")
+            problem = f"systemd would not read {shown(place)} as a path"
+            raise UserError(problem, "use a path without % $ : \\ and quotation marks")
     return sorted({"/etc", "/usr", sys.prefix, sys.base_prefix, *files.values()})
 
 
@@ -5653,23 +5658,20 @@ class Command(NamedTuple):
     run: Callable[[SimpleNamespace], int] | None = None
 
 
-def parse_account(text: str) -> str:
-    """The name of a user of this machine."""
-    return matched(text, r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name, or none")
-
-
-def parse_slots(text: str) -> int:
-    """How many connections the server keeps."""
-    return parse_number(text, 1, SLOTS_LIMIT)
-
-
-def parse_host_name(text: str) -> str:
-    """A host's name or address, fit for a file: nothing that could begin a line of its own."""
-    return matched(text, r"[\w.:%\[\]-]{1,255}", "a host's name or address")
+# The name of a user of this machine.
+parse_account = functools.partial(
+    matched, pattern="[A-Za-z_][A-Za-z0-9_.-]{0,31}", expected="a user's name, or none"
+)
+# How many connections the server keeps.
+parse_slots = functools.partial(parse_number, least=1, limit=SLOTS_LIMIT)
+# A host's name or address, fit for a file: nothing that could begin a line of its own.
+parse_host_name = functools.partial(
+    matched, pattern=r"[\w.:%\[\]-]{1,255}", expected="a host's name or address"
+)
 
 
 def default_rundir() -> str:
-    """A server that runs by our systemd unit may write nowhere else than in /run/letmeind."""
+    """The server's run directory. Our systemd unit lets it write to /run/letmeind alone."""
     return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
 
 
@@ -5715,7 +5717,7 @@ def load_config(name: str, arguments: SimpleNamespace, is_told: bool = True) -> 
 
 
 def new_client(arguments: SimpleNamespace) -> Client:
-    """A client that may make its system calls alone. Raises UserError."""
+    """A client that can make only the system calls that it needs. Raises UserError."""
     if not os.path.exists(config_path(CLIENT_FILE, arguments.config)):
         where = arguments.config or ", ".join(config_places(CLIENT_FILE))
         hint = "have the server's administrator make one: letmein client-conf -u ID"
@@ -5747,10 +5749,8 @@ def run_connect(arguments: SimpleNamespace) -> int:
 
 
 def run_gen_key(arguments: SimpleNamespace) -> int:
-    client_path, server_path = (
-        config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE)
-    )
-    generate_key(arguments.user, client_path, server_path)
+    paths = (config_path(name, arguments.config) for name in (CLIENT_FILE, SERVER_FILE))
+    generate_key(arguments.user, *paths)
     return 0
 
 
@@ -5762,7 +5762,7 @@ def run_client_conf(arguments: SimpleNamespace) -> int:
 
 
 def run_server(arguments: SimpleNamespace) -> int:
-    """Serve until told to stop, or with --check only see whether that could work."""
+    """Serve until told to stop, or with --check only check whether that would work."""
     # Before all else: what systemd has given us, and signals, so that a change of the file behind
     # which a SIGHUP came is never missed.
     activated = activated_sockets()
@@ -5771,7 +5771,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     signals = -1 if arguments.check else note_signals()
     allow_hangup()
     config = load_config(SERVER_FILE, arguments, is_told=arguments.check)
-    find_account(arguments.user)
+    find_account(arguments.account)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
         check(config, arguments.verbose)
@@ -5781,7 +5781,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     filter_system_calls()
     options = ServerOptions(
         rundir=arguments.rundir,
-        account=arguments.user,
+        account=arguments.account,
         connections=arguments.num_connections,
         prefix_connections=arguments.num_ip_connections,
         seccomp=arguments.seccomp,
@@ -5794,7 +5794,7 @@ def run_server(arguments: SimpleNamespace) -> int:
 
 def run_service(arguments: SimpleNamespace) -> int:
     path = config_path(SERVER_FILE, arguments.config)
-    print(service_file(arguments.kind, path, arguments.user), end="")
+    print(service_file(arguments.kind, path, arguments.account), end="")
     return 0
 
 
@@ -5816,7 +5816,7 @@ def run_completion(arguments: SimpleNamespace) -> int:
 
 # -- the commands and their options
 
-KINDS = ("systemd", "systemd-socket", "openwrt")
+SERVICE_KINDS = ("systemd", "systemd-socket", "openwrt")
 SHELLS = ("bash", "zsh", "fish")
 
 CONFIG = Option(
@@ -5876,7 +5876,7 @@ RUNDIR = Option(
     " else /run)", "DIR", default=default_rundir,
 )  # fmt: skip
 ACCOUNT = Option(
-    ("--user",), "user", "account that the network process changes to; none: it stays root"
+    ("--user",), "account", "account that the network process changes to; none: it stays root"
     " (default: letmeind)", "NAME", parse_account, default="letmeind",
 )  # fmt: skip
 
@@ -6006,7 +6006,7 @@ Print a file that starts this copy of the program at boot:
         """\
   letmein service systemd >/etc/systemd/system/letmeind.service
   letmein service openwrt >/etc/init.d/letmeind""",
-        (Option(("KIND",), "kind", ", ".join(KINDS), words=KINDS),),
+        (Option(("KIND",), "kind", ", ".join(SERVICE_KINDS), words=SERVICE_KINDS),),
         (ACCOUNT, SERVER_CONFIG),
         run=run_service,
     ),
@@ -6045,7 +6045,7 @@ ALIASES = {"close": "revoke"}  # its older name
 
 
 def options_of(command: Command) -> list[Option]:
-    """What a command takes; an option of its own may have the name of a common one."""
+    """A command's own options, and the common ones that it does not replace by one of its own."""
     fields = {option.field for option in command.options}
     return [*command.options, *(option for option in COMMON if option.field not in fields)]
 
@@ -6069,7 +6069,7 @@ def help_row(left: str, text: str, width: int) -> str:
 
 
 def help_text(command: Command) -> str:
-    """All that there is to say of a command, in the width of the terminal."""
+    """The help of a command, as wide as the terminal."""
     try:
         width = min(os.get_terminal_size(1).columns, HELP_WIDTHS[-1])
     except OSError:  # standard output is no terminal
@@ -6106,7 +6106,7 @@ complete -o bashdefault -o default -F _letmein letmein"""
 
 
 def completion_words(command: Command) -> list[str]:
-    """What may stand behind a command, but for values that only the user knows."""
+    """The words that may follow a command, except for values that only the user knows."""
     words = [command.name for command in COMMANDS] if command is LETMEIN else []
     for argument in command.arguments:
         words += argument.words
@@ -6151,7 +6151,7 @@ def find_command(word: str) -> Command:
 
 
 def no_option(name: str, command: Command) -> UsageError:
-    """What to say of an option that a command does not have."""
+    """The error for an option that a command does not have."""
     names = [option.names[-1] for option in options_of(command)]
     program = f"letmein {command.name}".rstrip()
     hint = f"{did_you_mean(name, names)}'{program} --help' lists all options"
@@ -6203,16 +6203,16 @@ def take_option(
 
 
 def set_defaults(options: Iterable[Option], arguments: SimpleNamespace) -> None:
-    """Set what holds for options that are not given, unless something is set already."""
+    """Set the defaults of options, except where something is set already."""
     for option in options:
         default = option.default() if callable(option.default) else option.default
         if not hasattr(arguments, option.field):
             setattr(arguments, option.field, [] if option.is_list else default)
 
 
-def set_places(places: list[str], command: Command, arguments: SimpleNamespace) -> None:
-    """Set the command's arguments, which are known by their place. Raises UsageError."""
-    rest = deque(places)
+def set_positional(words: list[str], command: Command, arguments: SimpleNamespace) -> None:
+    """Set the command's arguments from the words that are no options. Raises UsageError."""
+    rest = deque(words)
     for argument in command.arguments:
         if argument.field == "to_run":  # it is behind a --
             continue
@@ -6223,15 +6223,15 @@ def set_places(places: list[str], command: Command, arguments: SimpleNamespace) 
         elif rest:
             setattr(arguments, argument.field, parse_value(argument, rest.popleft()))
         else:
-            words = ", ".join(argument.words)
-            hint = f"expected: one of: {words}" if words else usage_line(command)
+            choices = ", ".join(argument.words)
+            hint = f"expected: one of: {choices}" if choices else usage_line(command)
             raise UsageError(f"{argument.names[0]} is missing", hint)
     if rest:
         raise UsageError(f"{shown(rest[0])} is one word too many", usage_line(command))
 
 
 def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool) -> str:
-    """What is wrong with words that are each right; "" if nothing is."""
+    """Why words that are each valid do not go together; "" if they do."""
     if command.name in ("knock", "revoke"):
         if arguments.ports and arguments.resources:
             return "PORT and -r/--resource cannot be combined"
@@ -6249,8 +6249,8 @@ def contradiction(command: Command, arguments: SimpleNamespace, has_dashes: bool
 
 
 def parse_words(words: list[str]) -> SimpleNamespace:
-    """The command line; about is its Command. A PORT may stand anywhere behind HOST. Raises
-    UsageError."""
+    """The command line; command is its Command. Options may come before, between and behind
+    the arguments. Raises UsageError."""
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     at = words.index("--") if "--" in words else len(words)
@@ -6258,7 +6258,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     command = LETMEIN
     arguments = SimpleNamespace(quiet=False)
     set_defaults(COMMON, arguments)
-    places = []
+    positional = []
     while waiting:
         word = waiting.popleft()
         if word.startswith("-") and len(word) > 1:
@@ -6267,8 +6267,8 @@ def parse_words(words: list[str]) -> SimpleNamespace:
             command = find_command(word)
             set_defaults((*command.arguments, *command.options), arguments)
         else:
-            places.append(word)
-    arguments.about, arguments.command = command, command.name
+            positional.append(word)
+    arguments.command = command
     arguments.to_run = words[at + 1 :]
     # `letmeind -v` prints the version, and letmeind is our server.
     if arguments.help or (arguments.version and command.name in ("", "server")):
@@ -6279,7 +6279,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
     if command is LETMEIN:
         hint = "for example: letmein knock server 22; 'letmein --help' lists all commands"
         raise UsageError("a command is missing", hint)
-    set_places(places, command, arguments)
+    set_positional(positional, command, arguments)
     problem = contradiction(command, arguments, at < len(words))
     if problem:
         raise UsageError(problem, usage_line(command))
@@ -6288,7 +6288,7 @@ def parse_words(words: list[str]) -> SimpleNamespace:
 
 def run_command(arguments: SimpleNamespace) -> int:
     """Do what the command line says; returns the exit status. Raises UserError."""
-    command = arguments.about
+    command = arguments.command
     if arguments.help or arguments.version:
         print(help_text(command) if arguments.help else f"letmein.py {VERSION}")
         return 0

@@ -41,6 +41,7 @@ import bisect
 import collections
 import contextlib
 import dis
+import errno
 import fcntl
 import functools
 import hashlib
@@ -280,12 +281,6 @@ NOBODY, PEER = (0xFFFFFFFF, 0xFFFFFFFF), (USER, RESOURCE)
 FIRST = sealed(KNOCK)
 
 
-def firewall_failure(server: Conversation) -> bytes:
-    server.receive(FIRST)
-    assert server.receive(sealed(RESPONSE, THE_TOKEN)).challenge is not None
-    return server.handshake.refuse(letmein.FULL_AUTH, USER, RESOURCE, "").reply
-
-
 def right_taken_away(server: Conversation) -> bytes:
     server.receive(FIRST)
     server.rights[RESOURCE] = "taken away meanwhile"
@@ -361,7 +356,6 @@ WRONG_STEPS = [
     ),
     pytest.param(1, PEER, key_taken_away, id="key taken away"),
     pytest.param(2, PEER, right_taken_away, id="right taken away"),
-    pytest.param(2, PEER, firewall_failure, id="firewall fails"),
 ]
 
 
@@ -395,7 +389,8 @@ def test_unknown_user_and_wrong_key_look_the_same(policy: str) -> None:
     for reason, data in knocks.items():
         verdict = Conversation(policy).receive(data)
         assert verdict.reason == reason, "in the log alone"
-        replies.append((verdict.challenge, len(verdict.reply), verdict.reply[:8], verdict.reply[24:]))
+        reply = verdict.reply
+        replies.append((verdict.challenge, len(reply), reply[:8], reply[24:]))
     assert replies[0] == replies[1]
 
 
@@ -737,10 +732,10 @@ def test_users_rights() -> None:
     """A user may have what is for everybody or for them, and never the control port."""
     text = server_text("RESOURCES", "1 = port: 22 / users: A", "2 = port: 80", "3 = port: 5800")
     config = parse(text)
-    assert not config.objection(0xA, 1) and not config.objection(0xB, 2)
-    assert config.objection(0xB, 1) == "resource not allowed for this user"
-    assert config.objection(0xA, 4) == "unknown resource"
-    assert config.objection(0xA, 3) == "port 5800 is the control port"
+    assert not config.why_not(0xA, 1) and not config.why_not(0xB, 2)
+    assert config.why_not(0xB, 1) == "resource not allowed for this user"
+    assert config.why_not(0xA, 4) == "unknown resource"
+    assert config.why_not(0xA, 3) == "port 5800 is the control port"
 
 
 # section, line, what the hint names: each is wrong in line 2, in the option the line begins with
@@ -855,6 +850,8 @@ SAID = [
     ("[KEYS]\n1 = " + "0" * 63, "2: [KEYS] 1: this key has 63 characters, not 64", "64 hex"),
     ("[KEYS]\n1 = " + "O" * 64, "2: [KEYS] 1: this key has characters that are not hex digits",
      "64 hex digits"),
+    (f"[KEYS]\n1 = {KEY_TEXT}\n  # alice", "2: [KEYS] 1: this key has 72 characters, not 64",
+     "64 hex digits, as 'letmein gen-key' prints them; a comment needs a line of its own"),
     (f"[KEYS]\n1 = {KEY_TEXT}\n01 = {KEY_TEXT}",
      "3: [KEYS] 01: user 00000001 has a key already, at f.conf:2", "each user once"),
     ("[RESOURCES]\n1 = port: 22\n2 = port: 22",
@@ -862,7 +859,7 @@ SAID = [
     ("[RESOURCES]\n1 = port: 22\n01 = port: 23",
      "3: [RESOURCES] 01: resource 00000001 appears twice, first at f.conf:2", "each id once"),
     ("[RESOURCES]\n1 = port: 22 / input: A",
-     "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE),
+     "2: [RESOURCES] 1: a port and a jump need a resource each", letmein.RESOURCE_SYNTAX),
     ("[RESOURCES]\n1 = jump", "2: [RESOURCES] 1: this jump has no chain to jump to", "'port: N"),
     ("[RESOURCES]\n1 = port: 22 / timeout: 1h", "2: [RESOURCES] 1: timeout: '1h' has a unit",
      "seconds, from 0 to 4294967295; write 3600"),
@@ -941,8 +938,8 @@ def test_user_limits() -> None:
     }
     assert terms == {1: [9, 5], 2: [7, 5], 3: [0, 0], 4: [60, 5]}
     assert config.limits[3].ends == 1582934400 + 24 * 60 * 60  # date -d 2020-02-29T00:00Z +%s
-    assert config.objection(3, 1) == "the user's last day was 2020-02-29"
-    assert not any(config.objection(user, 1) for user in (1, 2, 4))
+    assert config.why_not(3, 1) == "the user's last day was 2020-02-29"
+    assert not any(config.why_not(user, 1) for user in (1, 2, 4))
     assert config.warnings == (
         "f.conf:7: [USERS] 3: this day is over: the user can open nothing any more",
     )
@@ -1011,6 +1008,9 @@ def test_required(option: str) -> None:
             "chain-output",
         ),
         ("[RESOURCES]\n2 = port: 5800", "f.conf:2: [RESOURCES] 2:", "control port"),
+        ("[RESOURCES]\n1 = jump / input: A / forward-match: saddr", "f.conf:2: [RESOURCES] 1:",
+         "forward-match limits nothing: there is no forward: CHAIN"),
+        ("[GENERAL]\ncontrol-timeout = 0", "f.conf: [GENERAL] control-timeout:", "TCP"),
         (
             "[RESOURCES]\n\n2 = port: 22 / users: 1, 2A",
             "f.conf:3: [RESOURCES] 2:",
@@ -1038,11 +1038,16 @@ def test_no_reflector_no_warning(lines: tuple[str, ...]) -> None:
     assert not parse(server_text("GENERAL", *lines) + f"[KEYS]\n{K1}\n").warnings
 
 
-def test_a_warning_that_explains_an_error_comes_before_it(tmp_path: Path) -> None:
-    """[NFTABLE] is the reason why nothing in [NFTABLES] is set."""
+def test_warnings_come_before_an_error(tmp_path: Path) -> None:
+    """[NFTABLE] is the reason why nothing in [NFTABLES] is set; and a file with an error may still
+    have a key that others can read."""
     path = tmp_path / "letmeind.conf"
     path.write_text(server_text("GENERAL").replace("NFTABLES", "NFTABLE"))
-    assert program("-c", path, "server", "--check").stderr.splitlines() == [
+    path.chmod(0o644)
+    lines = program("-c", path, "server", "--check").stderr.splitlines()
+    assert [line for line in lines if "chown" not in line] == [
+        f"letmein: warning: {path}: mode 644 lets other users of this machine read or change it;"
+        f" chmod 600 {path}",
         f"letmein: warning: {path}:2: [NFTABLE] is unknown and ignored; did you mean NFTABLES?",
         f"letmein: error: {path}:1: [NFTABLES] family: is not set",
         "  expected: family, table and chain-input, as in nftables.conf",
@@ -1213,8 +1218,8 @@ BAD_INCLUDES = {
         "d/b.conf:2: [RESOURCES] 2: resource 00000001 has port 1, at HERE/d/a.conf:2\n",
     ),
     "no such file": Included({}, "none.conf: cannot be read: No such file", "none.conf"),
-    "a directory": Included({}, "d: cannot be read: Is a directory", "d"),
-    "nothing": Included({}, ": cannot be read: Is a directory", ""),
+    "a directory": Included({}, "d: not a regular file", "d"),
+    "nothing": Included({}, ": not a regular file", ""),
     "a FIFO": Included(
         {}, "d/a.conf: not a regular file", make=lambda d: os.mkfifo(d / "a.conf")
     ),
@@ -1230,10 +1235,18 @@ BAD_INCLUDES = {
         {}, "too large", make=lambda d: fill(d, 5, "#" * 1_000_000)
     ),
     "a directory of others": Included(
-        {"a.conf": ""}, "others may write to the directory HERE/d\n", make=lambda d: d.chmod(0o775)
+        {"a.conf": ""}, "others may write to HERE/d\n", make=lambda d: d.chmod(0o775)
     ),
     "a link into a directory of others": Included(
-        {}, "others may write to the directory HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+        {}, "others may write to HERE/home\n", make=lambda d: add_secret(d, "a.conf")
+    ),
+    "a file that others may write to": Included(
+        {"a.conf": ""}, "others may write to HERE/d/a.conf\n",
+        make=lambda d: (d / "a.conf").chmod(0o620),
+    ),
+    "a file of somebody else": Included(
+        {"a.conf": ""}, "others may write to HERE/d/a.conf\nchown root HERE/d/a.conf; chmod 600",
+        make=lambda d: os.chown(d / "a.conf", 65534, 65534),
     ),
 }  # fmt: skip
 
@@ -1276,7 +1289,10 @@ def test_bad_include(including: Path, name: str) -> None:
     conf.write_text(conf.read_text().replace("d/*.conf", case.pattern))
     for file, text in case.files.items():
         (including / file).write_text(text)
-    case.make(including)
+    try:
+        case.make(including)
+    except OSError:
+        return  # root of a user namespace, where nobody else can own a file
     with pytest.raises(letmein.ConfigError) as error:
         letmein.read_config(str(conf), True)
     said = f"{error.value.problem}\n{error.value.hint}"
@@ -1305,6 +1321,15 @@ def test_include(including: Path) -> None:
     config = letmein.read_config(conf, False)
     assert config.keys == {1: KEY}
     assert ["include: is for the server" in each for each in config.warnings] == [True]
+
+
+def test_a_long_path_is_told(including: Path) -> None:
+    """Plain words are no key, however many of their letters are hex digits."""
+    pattern = "customers/warehouse/berlin/backdoor/cameras/*.conf"
+    path = including.with_name("letmeind.conf")
+    path.write_text(path.read_text().replace("d/*.conf", pattern))
+    (warning,) = letmein.read_config(str(path), True).warnings
+    assert warning.endswith(f"no file matches '{pattern}'")
 
 
 @pytest.mark.parametrize("server", [True, False])
@@ -1593,7 +1618,7 @@ def test_client_survives_any_bytes(
         caller.targets, caller.port = {"server": target}, 5800
         caller.arguments, caller.host = SimpleNamespace(verbose=False), "server"
         caller.user, caller.key = USER, KEY
-        race = letmein.Race(lambda where: None, [])
+        race = letmein.Race(lambda address: None, [])
         error = caller.attempt(KNOCK, RESOURCE, "server", race)
     feeder.close()
 
@@ -4139,6 +4164,22 @@ class TestNftFaults:
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_slower_than_the_limit(self, lab: Lab, watched: WatchedNft) -> None:
+        """What nft took at the start, it may take at a reload; an nft that is fast again is killed
+        early again when it hangs."""
+        lab.load(more=DOOR)
+        program = adjusted(lab, "letmein.NFT_LIMIT_S = (1.0, 60.0)")
+        watched.mode("slow-all")
+        with Server(lab, watched.conf(), program=program) as server:
+            reconfigure(server, watched.conf())
+            watched.mode("good")
+            reconfigure(server, watched.conf())
+            watched.mode("hang")
+            delete_the_rules(lab)
+            event = server.wait_for("cannot-heal")
+            assert "did not end within 1 s" in event["reason"], event
+            watched.mode("good")
+
     def test_slow(self, lab: Lab, watched: WatchedNft) -> None:
         """An nft that takes 2 s prolongs no lease: not at a heal, nor at a start after kill -9."""
         lab.load(more=DOOR)
@@ -4351,9 +4392,6 @@ class TestHeal:
         # Without a firewall anybody gets here; but nobody is told that a port was opened.
         assert handshake(lab, 0x22, source=OTHER_4) == GOAWAY
         assert handshake(lab, 0x23, REVOKE) == GOAWAY
-        event = guarded.wait_for("cannot-heal")
-        assert "inet filter" in event["reason"], event
-        assert len(guarded.events("cannot-heal")) == 1, guarded.log
         flush_and_reload(lab)
         count = looks_until(
             lambda: kernel().rules == TRUTH_RULES and set(kernel().elements) == rows(*HOLDERS),
@@ -4364,7 +4402,10 @@ class TestHeal:
         agree(lab, guarded, *HOLDERS)
         assert lab.reaches(22, CLIENT_4)
         Remaining(CLIENT_4).assert_runs_on_from(before)
-        assert len(guarded.events("cannot-heal")) == 1, guarded.log
+        # It may have gone in the middle of a look, which then misses something else.
+        reasons = [event["reason"] for event in guarded.events("cannot-heal")]
+        assert all("inet filter" in reason for reason in reasons), reasons
+        assert len(set(reasons)) == len(reasons) <= 2, reasons
 
     def test_a_chain_that_is_missing(self, lab: Lab, guarded: Server) -> None:
         """Said once, tried again with growing pauses, and mended when the chain is back."""
@@ -4609,6 +4650,34 @@ class TestHeal:
         knock_all(lab, HOLDERS[0])
         assert min(milliseconds_left(key)) > 590
 
+    def test_one_of_two_elements_shortened_by_hand(self, lab: Lab, guarded: Server) -> None:
+        """It shortens the whole lease, whichever element the kernel lists first, and is no damage
+        that must be healed."""
+        (holder,) = [holder for holder in HOLDERS if holder[1] == 0x23]
+        for turn, protocol in enumerate(("tcp", "udp"), 1):
+            knock_all(lab, holder)
+            assert min(milliseconds_left(CLIENT_4)) > 590
+            key = f"{CLIENT_4} . {protocol} . 23"
+            (text,) = re.findall(rf'{re.escape(key)}[^,}}]*(comment "[^"]*")', lab.ruleset())
+            nft_do(
+                f"delete element inet filter letmein-4 {{ {key} }}",
+                f"add element inet filter letmein-4 {{ {key} timeout 60s {text} }}",
+            )
+            guarded.wait_for("shortened", turn, peer=CLIENT_4)
+            assert max(milliseconds_left(CLIENT_4)) <= 60
+        quiet(guarded)
+        agree(lab, guarded, holder)
+        assert len(guarded.events("shortened")) == 2
+        assert not guarded.events("healed")
+        # One that is shortened while the other is deleted ends.
+        nft_do(
+            *(f"delete element inet filter letmein-4 {{ {CLIENT_4} . {name} . 23 }}"
+              for name in ("tcp", "udp")),
+            f"add element inet filter letmein-4 {{ {key} timeout 30s {text} }}",
+        )  # fmt: skip
+        guarded.wait_for("revoked", reason="by hand", peer=CLIENT_4)
+        agree(lab, guarded)
+
     def test_an_old_ruleset_is_restored(self, lab: Lab, guarded: Server) -> None:
         """What was saved before a lease was renewed knows too little of it: nobody has shortened
         it, and its client, who renews in time, stays in."""
@@ -4697,7 +4766,7 @@ def stepwise(lab: Lab) -> Iterator[Held4And6]:
     """Its look at the kernel's table has begun, and has read the IPv4 leases."""
     lab.load(more=DOOR)
     log = letmein.Log()
-    config = letmein.parse_config(server_conf(TRUTH_RESOURCES), "", server=True)
+    config = letmein.parse_config(server_conf(TRUTH_RESOURCES), "", True, [])
     firewall = letmein.Firewall(letmein.Nft(NFT), config, BOOT, log)
     holders = (CLIENT_4, 0x22, 1), (CLIENT_6, 0x22, 1), (OTHER_6, 0x41, 1)
     with selectors.DefaultSelector() as selector:
@@ -4705,10 +4774,10 @@ def stepwise(lab: Lab) -> Iterator[Held4And6]:
         settle(firewall)
         for holder in holders:
             assert firewall.knock(*holder) == ""
-        firewall.look_at = 0.0
+        firewall.inspect_at = 0.0
         settle(firewall)
-        firewall.work = firewall._look()
-        next(firewall.work)
+        firewall.steps = firewall._inspect_and_heal()
+        next(firewall.steps)
         yield Held4And6(firewall, holders)
         for key in list(selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
@@ -4733,10 +4802,44 @@ class TestBetweenTwoSteps:
     def test_an_old_ruleset_is_restored_in_the_middle_of_a_look(
         self, lab: Lab, stepwise: Held4And6
     ) -> None:
-        """It brings sets, but not all leases: they come back as well."""
+        """It brings sets, but not all leases, and one with little time: nobody has meant that."""
         saved = run(NFT, "list", "ruleset").replace(f"{CLIENT_6} . tcp . 22", "fd77::7 . tcp . 22")
+        old = rf"({OTHER_6} counter packets 0 bytes 0) timeout \S+ expires \w+"
+        saved, count = re.subn(old, r"\1 timeout 9s", saved)
+        assert count == 1, saved
         nft_do("flush ruleset", saved)
         settle(stepwise.firewall)
+        assert set(kernel().elements) == rows(*stepwise.holders)
+        assert min(milliseconds_left(OTHER_6)) > 500
+
+    def test_the_kernel_objects_in_the_middle_of_a_reload(
+        self, lab: Lab, stepwise: Held4And6
+    ) -> None:
+        """Whichever question it does not answer, the server goes on and no lease is lost."""
+        firewall = stepwise.firewall
+        kernel_, ask = firewall.table.kernel, firewall.table.kernel._ask
+        refused = 0
+        for number in range(100):
+            answered: list[int] = []
+
+            def ask_or_fail(
+                *words: Any, number: int = number, answered: list[int] = answered, **options: Any
+            ) -> list[letmein.Attributes]:
+                if len(answered) == number:
+                    raise OSError(errno.ENOBUFS, "no buffer")
+                answered.append(1)
+                return ask(*words, **options)
+
+            kernel_._ask = ask_or_fail  # type: ignore[method-assign]
+            try:
+                firewall.reconfigure(firewall.config)
+            except letmein.UserError:
+                refused += 1
+            if len(answered) < number:
+                break
+        assert refused > 5
+        kernel_._ask = ask  # type: ignore[method-assign]
+        settle(firewall)
         assert set(kernel().elements) == rows(*stepwise.holders)
 
     def test_more_complaints_than_fit(self, lab: Lab, stepwise: Held4And6) -> None:
@@ -4747,7 +4850,7 @@ class TestBetweenTwoSteps:
         firewall = stepwise.firewall
         lab.load(more=DOOR)
         with pytest.raises(OSError):
-            firewall.table.kernel.change(firewall.table.changes(many, replace=True))
+            firewall.table.kernel.change(firewall.table.changes_for(many, replace=True))
         run(NFT, "-f", "-", text=letmein.ruleset_script(firewall.config))
         assert firewall.knock(OTHER_4, 0x22, 2) == ""
         settle(firewall)
@@ -4760,7 +4863,7 @@ class TestBetweenTwoSteps:
         name = 64 * "t"
         lab.load(f"table inet {name} {{ chain LETMEIN-INPUT {{ }}; }}")
         text = server_conf(TRUTH_RESOURCES).replace("table = filter", f"table = {name}")
-        config = letmein.parse_config(text, "", server=True)._replace(resources={
+        config = letmein.parse_config(text, "", True, [])._replace(resources={
             0x23: letmein.parse_resource(0x23, "port: 23 / tcp, udp", 60)
         })
         table = letmein.Table(letmein.Nft(NFT), config, BOOT, letmein.Log())
@@ -4768,14 +4871,14 @@ class TestBetweenTwoSteps:
         lease = letmein.Lease("", 0x23, 1, "12345678", 2, time.monotonic() + 60)
         many = [lease._replace(address=f"fd77::7:{n:x}") for n in range(300)]
         for some in letmein.in_batches(many):
-            table.kernel.change(table.changes(some, replace=True))
+            table.kernel.change(table.changes_for(some, replace=True))
         assert run(NFT, "list", "table", "inet", name).count("proof=") == 600
 
     def test_a_rule_is_deleted_in_the_middle_of_a_stop(
         self, lab: Lab, stepwise: Held4And6
     ) -> None:
         """That fails nft's whole transaction: it is tried again without that rule."""
-        nft, again = stepwise.firewall.nft, stepwise.firewall.nft.run
+        nft, again = stepwise.firewall.table.nft, stepwise.firewall.table.nft.run
 
         def run_late(script: str, *arguments: str) -> str:
             nft.run = again  # type: ignore[method-assign]
@@ -4792,7 +4895,7 @@ class TestBetweenTwoSteps:
         settle(stepwise.firewall)
         old = stepwise.firewall
         assert old.knock(CLIENT_4, 0x23, 1) == ""
-        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        successor = letmein.Firewall(old.table.nft, old.config, BOOT, letmein.Log())
         listed = successor.table.kernel.elements
         lease = old.leases.by_key[letmein.LeaseKey(CLIENT_4, 0x23)]
         half = letmein.lease_elements(lease, old.config)[1].key
@@ -4818,11 +4921,11 @@ class TestBetweenTwoSteps:
         else."""
         settle(stepwise.firewall)
         old = stepwise.firewall
-        successor = letmein.Firewall(old.nft, old.config, BOOT, letmein.Log())
+        successor = letmein.Firewall(old.table.nft, old.config, BOOT, letmein.Log())
         with selectors.DefaultSelector() as selector:
             successor.open(selector)
-            assert successor.work is not None
-            next(successor.work)
+            assert successor.steps is not None
+            next(successor.steps)
             assert successor.knock(OTHER_4, 0x41, 2) == ""
             assert successor.revoke(OTHER_4, 0x41) == ""
             settle(successor)
@@ -5758,7 +5861,7 @@ def test_monitor_survives_any_network_process(
         log = monitor.log
         lines = [line for line in log.lines if line["event"] == "refused"]
         assert len(lines) <= 2 * letmein.LINES_LIMIT
-        for counter in (log.counts, log.refusals, log.kinds, log.left_out):
+        for counter in (log.counts, log.refusals, log.frequent, log.left_out):
             assert len(counter) < 20, counter
 
 
@@ -8842,7 +8945,7 @@ def test_examples_are_right() -> None:
         found = re.findall(r"^  letmein (.*?)(?:   .*| [>|].*)?$", command.examples, re.M)
         assert found or command.name in ("connect", "completion")
         for words in found:
-            assert letmein.parse_words(words.split()).about
+            assert letmein.parse_words(words.split()).command
 
 
 def test_help_on_a_terminal() -> None:
@@ -8928,6 +9031,13 @@ def test_gen_key_takes_the_next_free_user(tmp_path: Path) -> None:
     done = program("-c", path, "gen-key", "-u", "1")
     assert done.stdout.startswith("00000001 = ")
     assert f"user 00000001 has a key in {path}: this line replaces that one" in done.stderr
+
+
+def test_gen_key_knows_the_keys_of_included_files(including: Path) -> None:
+    """A user whose key is in an included file has one already."""
+    (including / "a.conf").write_text(f"[KEYS]\n0 = {OTHER_KEY.hex()}\n")
+    done = program("-c", including.with_name("letmeind.conf"), "gen-key")
+    assert done.stdout.startswith("00000002 = ") and "user 00000000 has a key in" in done.stderr
 
 
 def test_gen_key_says_where_the_line_belongs() -> None:
@@ -9372,6 +9482,20 @@ class TestService:
         (*_, option, rundir) = shlex.split(command)
         assert (option, rundir) == ("--rundir", f"/run/{unit['RuntimeDirectory'][0].split()[0]}")
 
+    def test_the_sockets_are_those_of_the_configuration(self, lab: Lab) -> None:
+        """systemd opens the configured port for the configured protocols; which these are, only
+        the file can tell."""
+        for port, stream, datagram in (
+            ("5800", ["5800"], []), ("5900 / udp", [], ["5900"]),
+            ("5801 / tcp, udp", ["5801"], ["5801"]),
+        ):  # fmt: skip
+            conf = lab.file(server_conf(port=port))
+            unit = unit_settings(service(lab, "systemd-socket", "-c", conf))
+            assert unit.get("ListenStream", []) == stream
+            assert unit.get("ListenDatagram", []) == datagram
+        result = lab.command("service", "systemd-socket", "-c", lab.directory / "none.conf")
+        result.assert_error("none.conf: cannot be read", "write the file there")
+
     def test_systemd_takes_it(self, lab: Lab) -> None:
         """systemd finds no fault with the unit, and gives it an exposure of 2.6 at most."""
         program = shutil.which("systemd-analyze")
@@ -9380,7 +9504,8 @@ class TestService:
         if "--offline" not in run(program, "--help"):
             pytest.skip("this systemd-analyze cannot judge a file (systemd 250)")
         unit = lab.file(service(lab, "systemd"), "letmeind.service")
-        socket_unit = lab.file(service(lab, "systemd-socket"), "letmeind.socket")
+        conf = lab.file(server_conf())
+        socket_unit = lab.file(service(lab, "systemd-socket", "-c", conf), "letmeind.socket")
         result = lab.command("verify", unit, socket_unit, program=(program,))
         assert (result.status, result.err) == (0, ""), result
         said = run(program, "security", "--offline=true", "--no-pager", unit)
@@ -9519,7 +9644,7 @@ class TestService:
         path = lab.directory / name / "letmeind.conf"
         words = ("-c", path, "service", "systemd")
         result = lab.command(*words, program=(sys.executable, LETMEIN))
-        result.assert_error("systemd reads ", "take a path without")
+        result.assert_error("systemd would not read ", "use a path without")
         assert not result.out
 
     def test_openwrt_starts_this_copy(self, lab: Lab) -> None:
@@ -10424,10 +10549,10 @@ class TestDocuments:
             elif "family" not in text:
                 text = text.replace("[NFTABLES]\n", required)
             for side in (True,) if "[USERS]" in text else (False, True):
-                assert not letmein.parse_config(text, "letmein.conf", side).warnings
+                assert not letmein.parse_config(text, "letmein.conf", side, []).warnings
         for path in (server, client):
             text = re.sub("# (.*) = PUT-THE-.*", rf"\1 = {KEYS[1].hex()}", path.read_text())
-            config = letmein.parse_config(text, path.name, path == server)
+            config = letmein.parse_config(text, path.name, path == server, [])
             assert config.keys and not config.warnings
 
     def test_rules(self, lab: Lab) -> None:

@@ -95,7 +95,7 @@ def new_client(
         assert warnings is not None, line
         warnings.append(line)
 
-    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn)
+    return letmein.client_handshake(operation, USER, RESOURCE, KEY, warn, lambda text: None)
 
 
 def is_done(client: Generator[bytes, bytes, None], data: bytes) -> bool:
@@ -123,7 +123,7 @@ def server_text(section: str, *lines: str) -> str:
 
 
 def parse(text: str, server: bool = True) -> letmein.Config:
-    return letmein.parse_config(text, "f.conf", server)
+    return letmein.parse_config(text, "f.conf", server, [])
 
 
 def rejection(text: str, server: bool = True) -> letmein.ConfigError:
@@ -518,7 +518,7 @@ def settle(firewall: letmein.Firewall) -> None:
     while firewall.wakes_at < letmein.NEVER:
         assert time.monotonic() < deadline, "it looks for ever"
         firewall.advance()
-        time.sleep(max(0.0, min(firewall.look_at - time.monotonic(), 1.0)))
+        time.sleep(max(0.0, min(firewall.inspect_at - time.monotonic(), 1.0)))
 
 
 SOURCES = [CLIENT_4, OTHER_4, CLIENT_6, OTHER_6]

@@ -599,8 +599,8 @@ class Running:
         self.stdin.flush()
 
     def end_input(self) -> None:
+        self.process.stdin = None  # first: communicate() does not expect that it is closed
         self.stdin.close()
-        self.process.stdin = None
 
     def hear(self, size: int) -> bytes:
         """So many bytes, or all until the end."""
