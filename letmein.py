@@ -3010,8 +3010,9 @@ class Table:
             try:
                 self.nft.run(f"delete set {table} {name}\n")
             except UserError as error:
-                self.nft.run(f"flush set {table} {name}\n")
-                self.log("set-stays", set=name, reason=error.problem)
+                if name in self.read_handles():  # an nft that failed may have done its work
+                    self.nft.run(f"flush set {table} {name}\n")
+                    self.log("set-stays", set=name, reason=error.problem)
 
     # -- leases and gates
 
@@ -3480,22 +3481,17 @@ class Firewall:
                 self._hold(leases, reason)
             except FileExistsError:  # a set has an element that we did not know of
                 self._hold(leases, reason, replace=True)
-            except OSError:  # the firewall was changed under us
-                self._reinstall_for_knock()
+            except OSError:  # the firewall was changed under us: put back what others need
+                if self.healing.trouble:  # nft did not help: do not run it for each knock
+                    return self.healing.trouble
+                self.inspect_at = 0.0
+                self.table.install()
                 self._hold(leases, reason, replace=True)
         except UserError as error:
             return error.problem
         except OSError as error:
             return f"the kernel does not take it: {error.strerror}"
         return ""
-
-    def _reinstall_for_knock(self) -> None:
-        """Put back what a knock needs, and plan a look for the rest. Raises UserError; while
-        healing fails, without running nft for each knock."""
-        if self.healing.trouble:
-            raise UserError(self.healing.trouble)
-        self.inspect_at = 0.0
-        self.table.install()
 
     def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
         """As Table.hold(); and tell a look that is under way."""

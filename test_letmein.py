@@ -3189,7 +3189,7 @@ class TestElsewhere:
 # What a knock imports beyond a bare Python: ours, and what those need.
 KNOCK_IMPORTS = """
     collections contextlib errno functools hmac itertools letmein os re select selectors
-    socket struct sys threading time
+    signal socket struct sys threading time
     __future__ array copyreg enum hashlib heapq keyword math operator reprlib
     sre_compile sre_constants sre_parse types warnings
 """
@@ -4163,6 +4163,18 @@ class TestNftFaults:
         agree(lab, guarded, *HOLDERS)
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
+
+    def test_a_stop_with_an_nft_that_fails_after_its_work(
+        self, lab: Lab, watched: WatchedNft
+    ) -> None:
+        """What has gone is gone, whatever nft says."""
+        lab.load(more=DOOR)
+        with Server(lab, watched.conf()) as server:
+            knock_all(lab, *HOLDERS)
+            watched.mode("liar")
+            server.stop()
+        assert "letmein" not in lab.ruleset()
+        assert not server.events("set-stays")
 
     def test_slower_than_the_limit(self, lab: Lab, watched: WatchedNft) -> None:
         """What nft took at the start, it may take at a reload; an nft that is fast again is killed

@@ -164,7 +164,7 @@ def option_names() -> set[str]:
 # Texts of the program
 # ----------------------------------------------------------------------------
 
-LOGGERS = {"log", "self", "often", "log_peer", "_tell_ready"}  # whose first argument is an event
+LOGGERS = {"log", "self", "often", "_log", "_log_configuration"}  # whose first argument is an event
 
 
 def log_events() -> set[str]:

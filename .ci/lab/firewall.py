@@ -283,6 +283,7 @@ case "$mode" in
     hang*) exec sleep 60;;
     slow*) sleep 2;;
     late*) @NFT@ "$@"; exec sleep 60;;
+    liar) text=$(cat); echo "$text" | @NFT@ "$@"; case $text in "delete set"*) exit 1;; esac; exit;;
 esac
 exec @NFT@ "$@"
 """

@@ -315,7 +315,7 @@ time.sleep(1)
 
 SLOW_PLACES = {
     "Python itself": "\nVERSION = ",
-    "the file is read": "    find_account(arguments.user)\n",
+    "the file is read": "    find_account(arguments.account)\n",
     "the network process starts": "        enter_sandbox(account,",
     "the firewall opens": "        self.is_adopting = True\n",
 }
