@@ -8,13 +8,12 @@ The server's firewall drops everything. A client who holds a shared key knocks, 
 challenge and response (HMAC-SHA3-256), and the kernel's nftables lets that one address in to that
 one port, for a while.
 
-It speaks the protocol and reads the files of letmein in Rust (github.com/mbuesch/letmein), which
-the comments below call the reference.
+It speaks the same protocol and reads the same files as letmein in Rust, called the reference below
+(github.com/mbuesch/letmein).
 
 The file has nine rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
 network, sandbox, administration, command line. A room uses only those above it. The top imports
-only what a knock needs, or what costs it next to nothing: a client's time goes into starting
-Python.
+only what a knock needs, or what is nearly free: a client spends most of its time starting Python.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import signal
 
 if __name__ == "__main__":  # before all else: Ctrl-C ends us without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGHUP"):  # it waits until we know whether we are a server
+    if hasattr(signal, "SIGHUP"):  # held back until we know whether we are a server
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 import contextlib
@@ -81,7 +80,7 @@ LONGEST_WAIT_S = 3600.0  # of a selector; epoll takes no more than 2**31 ms
 
 
 class UserError(Exception):
-    """Something the user can mend. Args: problem, what is wrong and where; hint, what to do."""
+    """An error that the user can fix. Args: problem, what is wrong and where; hint, what to do."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(problem)
@@ -108,7 +107,7 @@ def tell_at(priority: int, text: str) -> None:
         text = f"letmein: {text}"
         if in_journal():
             text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
-        # The line in one piece: other threads tell things, too.
+        # In one write: other threads print, too.
         print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
@@ -143,7 +142,7 @@ PRIORITIES = {  # in the journal, of events that are not INFO
 
 class Log:
     """The log, on standard error, and what it counts for `status`. Floods are summed up. If nobody
-    reads the log, its lines are lost and counted, and the server goes on."""
+    reads the log, lines are dropped and counted, and the server carries on."""
 
     def __init__(self) -> None:
         from collections import Counter
@@ -297,9 +296,11 @@ class Message(NamedTuple):
     def authenticate(self, key: bytes, token: bytes) -> bytes:
         """HMAC-SHA3-256 (RFC 2104, FIPS 202) over the message from operation to salt, and a token.
         A RESPONSE has that of the CHALLENGE, which makes it good once. KNOCK and REVOKE come before
-        there is one: anybody can replay them, and gets no further than the CHALLENGE. A RESPONSE
-        names neither the client's address nor KNOCK or REVOKE: an attacker on the path can have it
-        count for an address of their own, or for the other one of the two, replayed."""
+        there is one: anybody can replay them, and gets no further than the CHALLENGE.
+
+        A RESPONSE says neither which address it is for, nor whether it answers a KNOCK or a REVOKE.
+        So an attacker on the path can relay it for an address of their own, or put an old KNOCK in
+        place of a REVOKE, or the reverse."""
         import hmac  # here, because the network process needs none
         return hmac.digest(key, self.encode()[4:24] + token, "sha3_256")
 
@@ -323,14 +324,15 @@ def signed(operation: int, user: int, resource: int, key: bytes, token: bytes) -
 def client_handshake(
     operation: int, user: int, resource: int, key: bytes, say_warning: Say, say: Say
 ) -> Handshake:
-    """The client's side of one knock or revocation: yields each message to send, takes the answer
-    by send(), and ends when the server has done what was asked for. Wrong ids in an answer get a
-    warning alone: they are not authenticated, and a wrong token leads nowhere anyway. Raises
+    """The client's side of one knock or revocation: yields each message to send, receives the
+    answer through send(), and ends when the server has done what was asked. Wrong ids in an answer
+    only cause a warning: they are not authenticated, and a wrong token leads nowhere. Raises
     ProtocolError on any other answer. Args: operation, KNOCK or REVOKE; say, told of each step."""
     token = NO_TOKEN
     for request, expected in ((operation, CHALLENGE), (RESPONSE, COMEIN)):
         say(f"sending {OPERATIONS[request]} for resource {resource:08X}")
-        answer = Message.decode((yield signed(request, user, resource, key, token)))
+        data = yield signed(request, user, resource, key, token)
+        answer = Message.decode(data)
         name = OPERATIONS[answer.operation]
         say(f"received {name}")
         if answer.operation == GOAWAY:
@@ -372,8 +374,8 @@ NOBODYS_KEY = os.urandom(KEY_SIZE)
 
 
 class ServerHandshake(NamedTuple):
-    """The server's side: judges each message by itself and keeps nothing of its peer, so a flood
-    has no memory to fill."""
+    """The server's side: judges each message on its own and stores nothing about its peer, so a
+    flood cannot fill memory."""
 
     policy: int  # what a peer must have proved for its errors to be answered
     key_of: Callable[[int], bytes | None]  # of a user
@@ -402,8 +404,8 @@ class ServerHandshake(NamedTuple):
         # Key and rights are looked up again: the configuration may have changed.
         key = self.key_of(message.user)
         for_proof = key or NOBODYS_KEY
-        met = (each for each in challenges if message.proves(for_proof, each.token))
-        challenge = next(met, None)
+        right = (each for each in challenges if message.proves(for_proof, each.token))
+        challenge = next(right, None)
         if challenge is None or key is None:
             return self._refuse(message, proved, "wrong RESPONSE")
         if reason := self.why_not(message.user, message.resource):
@@ -425,7 +427,7 @@ SPENT_LIMIT = 1 << 17  # tokens remembered as spent; some 200 bytes each
 
 
 class Spent(NamedTuple):
-    """The challenges of the same base that a RESPONSE has met."""
+    """How many tokens of one base are spent."""
 
     number: int
     outcome: int  # how the latest RESPONSE was answered: COMEIN or GOAWAY
@@ -435,15 +437,15 @@ UNSPENT = Spent(0, GOAWAY)
 
 
 class Tokens:
-    """Challenge tokens that the server need not remember. A token is an HMAC, under a secret of
-    this run, of all that it is for: a window of time, KNOCK or REVOKE, and facts (the peer, and
-    what is configured for it). The server computes it anew from the same facts: the same KNOCK gets
-    the same CHALLENGE, and a RESPONSE is checked against all tokens that its peer may have.
+    """Challenge tokens that the server need not remember. A token is an HMAC, keyed with a secret
+    of this run, over all that it is for: a window of time, KNOCK or REVOKE, and facts (the peer,
+    and what is configured for it). The server computes it anew from the same facts: the same KNOCK
+    gets the same CHALLENGE, and a RESPONSE is checked against all tokens that its peer may have.
 
     A token is good for one change of the firewall, so the server remembers which were spent. The
     next request for the same facts gets another token, and a RESPONSE that comes twice gets its
     answer again. Memory is bounded: above SPENT_LIMIT the oldest window is given up, and its
-    tokens with it. That costs nobody a knock who answers within the latest two windows.
+    tokens with it. Nobody who answers within the two newest windows loses a knock.
 
     Args: secret, 32 bytes. Times are in seconds, by any clock that does not go back."""
 
@@ -874,7 +876,7 @@ def parse_user_limits(text: str) -> UserLimits:
 class Setting(NamedTuple):
     """An option of the file."""
 
-    field: str  # of Config; but parse_config() parts "control", and collects the chains of hooks
+    field: str  # of Config; but "control" is both port and protocols, and "input" etc. are chains
     parse: Callable[[str], Any]  # its value. Raises Unfit
 
 
@@ -1066,7 +1068,7 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
         text = "control-error-policy: 'always' over UDP answers forged senders"
         yield f"{config.path}: [GENERAL] {text}; 'basic-auth' is recommended"
     if not config.control_timeout and "tcp" in config.protocols:
-        text = "control-timeout: 0 seconds are too short for any knock over TCP"
+        text = "control-timeout: 0 seconds is too short for any knock over TCP"
         yield f"{config.path}: [GENERAL] {text}"
     if config.family != "inet" and config.table in IPTABLES_TABLES:
         text = f"iptables uses {config.table_name}, too, and what iptables-save makes of"
@@ -1088,7 +1090,7 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
         if user not in config.keys:
             yield f"{entry.prefix}user {user:08X} has no key in [KEYS]"
         elif time.time() >= config.limits[user].ends:
-            yield f"{entry.prefix}this day is over: the user can open nothing any more"
+            yield f"{entry.prefix}this day has passed: the user can no longer open anything"
 
 
 def parse_config(
@@ -1107,7 +1109,7 @@ def parse_config(
         with blaming(include):
             files += read_files(values["include"])
     elif include:
-        warnings.append(f"{include.prefix}is for the server's file, and ignored here")
+        warnings.append(f"{include.prefix}belongs in the server's file, and is ignored here")
     keys = parse_by_user(entries_of("KEYS", files), parse_key, "a key")
     resources = parse_resources(entries_of("RESOURCES", files), values["timeout"])
     if server:
@@ -1149,7 +1151,6 @@ def read_text(path: str, server: bool, warnings: list[str]) -> str:
 def find_included(pattern: str) -> list[str]:
     """The paths that a value of `include` names, sorted. Raises Unfit."""
     import glob
-    import itertools
     if not re.search("[*?[]", pattern):
         return [pattern]
     found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
@@ -1222,7 +1223,7 @@ def read_config(path: str, server: bool) -> Config:
             return parse_config("", path, server, warnings)
         hint = "name another file with --config, or let this user read it"
         if not server:
-            hint = "name a letmein.conf that you may read; the server's client-conf prints one"
+            hint = "name a letmein.conf that you can read; the server's client-conf prints one"
         if isinstance(error, FileNotFoundError):
             hint = "this command is for the server: write the file there, or name one with -c"
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint) from None
@@ -1375,7 +1376,7 @@ def resolve(host: str, port: int, families: Sequence[int]) -> dict[str, Target]:
     """The addresses of host, ADDRESSES_LIMIT at most, by their text. Args: families, AF_INET or
     AF_INET6 or both, if it must have them. Raises UserError."""
     found: dict[int, list[Target]] = {socket.AF_INET6: [], socket.AF_INET: []}
-    wanted = families[0] if len(families) == 1 else int(socket.AF_UNSPEC)
+    wanted = families[0] if len(set(families)) == 1 else int(socket.AF_UNSPEC)
     for family, _, _, _, remote in look_up(host, port, wanted):
         found[family].append(Target(family, remote))
     for needed, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
@@ -1772,9 +1773,9 @@ class Client:
         def rank(error: UserError) -> tuple[bool, bool]:
             return isinstance(error, Rejected), not isinstance(error, Unsent)
 
-        worst = max(errors.values(), key=rank)
-        addresses = [each for each, error in errors.items() if error.problem == worst.problem]
-        return type(worst)(f"{self.host_text(addresses)}: {worst}", worst.hint)
+        best = max(errors.values(), key=rank)
+        addresses = [each for each, error in errors.items() if error.problem == best.problem]
+        return type(best)(f"{self.host_text(addresses)}: {best}", best.hint)
 
     def ask_all(self, operation: int) -> list[Resource]:
         """Knock or revoke for each resource, and tell the user; returns those where it worked. A
@@ -1851,14 +1852,13 @@ class Hold:
     def __init__(self, client: Client) -> None:
         import threading
         self.client = client
-        self.turn = threading.Lock()  # held to begin a renewal, and from the end on
+        self.may_renew = threading.Lock()  # held while a renewal begins, and by _close() for good
         # Where to renew: at all addresses, or where `connect` has its connection.
         self.addresses: list[str] = list(client.targets)
         self.ended_by = 0  # a signal's number
 
     def run(self) -> int:
         """Returns the exit status. Raises UserError, OSError."""
-        import signal
         client = self.client
 
         def stop(number: int, _: object) -> None:
@@ -1890,7 +1890,7 @@ class Hold:
 
     def _close(self) -> None:
         """End renewing, and close what was opened unless it is to stay."""
-        self.turn.acquire()  # for good: nothing is renewed from here on
+        self.may_renew.acquire()  # for good: nothing is renewed from here on
         for race in self.client.races:
             race.give_up(OTHER_ADDRESS_S)  # or it may open what was closed just before
         if not self.client.arguments.keep:
@@ -1930,7 +1930,7 @@ class Hold:
         """Knock for each resource once more; returns what went wrong."""
         errors = []
         for resource in self.client.resources:
-            with self.turn:
+            with self.may_renew:
                 race = self.client.begin(KNOCK, resource, self.addresses)
             error = self.client.failure(race, self.client.finish(race, resource))
             if error:
@@ -1939,7 +1939,6 @@ class Hold:
 
     def _run_command(self) -> int:
         """Run COMMAND to its end; returns its exit status, as a shell would."""
-        import signal
         import subprocess
         start_thread(self._renew)
         early: list[int] = []
@@ -2115,7 +2114,6 @@ def drop_output() -> None:
 
 def catch_signals(handler: Any) -> None:
     """Set a handler, as for signal.signal(), for the signals that would end this program."""
-    import signal
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has neither SIGQUIT nor SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -2123,14 +2121,14 @@ def catch_signals(handler: Any) -> None:
 
 
 # ==== 4  Firewall ============================================================
-# A lease is an element with a timeout in an nftables set: the kernel ends it, whatever dies here.
+# A lease is an element with a timeout in an nftables set: the kernel ends it even if we die.
 #
 #     set letmein-4, letmein-6    address . protocol . port, for all ports
 #     set letmein-ID-4, -6        addresses that hold the jump resource ID
 #     set letmein-ID-gate         ip and ip6, while anybody holds ID: for jumps of all traffic
 #
-# Sets and rules are few and change rarely: nft makes them, from a script that people can read.
-# Leases come and go: the kernel is told of them by netlink(7), which takes it some 50 microseconds.
+# Sets and rules are few and change rarely: nft makes them, from a readable script. Leases come and
+# go: they are sent over netlink(7), in some 50 microseconds.
 # (nft takes 2 ms to start, and nft 1.0.6 reads all large sets of a table before it adds one
 # element: 5 s with a block list of 300,000 ranges.) What the kernel has is read the same way.
 #
@@ -2396,7 +2394,6 @@ def await_end(process: int, limit: float) -> int:
     """Wait for a child process, and kill it after limit seconds. Returns its exit status, or minus
     a signal. (The subprocess module would sleep for longer than nft takes; to wait by pidfd_open(2)
     takes a descriptor, and there may be none.)"""
-    import signal
     give_up = time.monotonic() + limit
     while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if time.monotonic() > give_up:
@@ -2601,14 +2598,16 @@ class Packet(NamedTuple):
         """What an answer says."""
         return Attributes(self.body[NETFILTER_HEADER.size :])
 
+    @property
     def is_last(self) -> bool:
-        """Whether it ends an answer. Raises the OSError that it tells of, if it does."""
-        if self.kind not in (NLMSG_ERROR, NLMSG_DONE):
-            return False
-        (error,) = struct.unpack_from("=i", self.body)
+        """Whether it ends an answer."""
+        return self.kind in (NLMSG_ERROR, NLMSG_DONE)
+
+    def check(self) -> None:
+        """Raise the OSError that it tells of, if it does."""
+        (error,) = struct.unpack_from("=i", self.body) if self.is_last else (0,)
         if error:
             raise OSError(-error, os.strerror(-error))
-        return True
 
 
 def each_packet(data: bytes) -> Iterator[Packet]:
@@ -2663,7 +2662,8 @@ class Kernel:
             for packet in each_packet(self.socket.recv(RECEIVE_SIZE)):
                 if packet.sequence != self.sequence:
                     continue  # of something that failed before
-                if packet.is_last():
+                packet.check()
+                if packet.is_last:
                     return found
                 found.append(packet.attributes)
 
@@ -2674,7 +2674,7 @@ class Kernel:
         end = self._message(NFNL_MSG_BATCH_END, 0, b"")
         self.socket.send(b"".join((begin, *messages, end)))
         for complaint in self._answers():  # there are none if all went well
-            complaint.is_last()
+            complaint.check()
 
     def _answers(self) -> list[Packet]:
         """All that has come: the next question must find nothing here."""
@@ -2748,7 +2748,8 @@ class Kernel:
                 # The kernel reads the next piece when it hands one out.
                 next_read_at = time.monotonic()
                 for packet in each_packet(netlink.recv(RECEIVE_SIZE)):
-                    if packet.is_last():
+                    packet.check()
+                    if packet.is_last:
                         return
                     listed = packet.attributes.get(NFTA_LIST_ELEMENTS, b"")
                     for _, element in each_attribute(listed):
@@ -3043,7 +3044,7 @@ class Table:
         if event and lease.address != EVERYBODY:
             self.tell_change(event, lease, reason if event == "closed" else "")
 
-    def hold(self, leases: list[Lease], replace: bool = False, reason: str = "") -> set[LeaseKey]:
+    def commit(self, leases: list[Lease], replace: bool = False, reason: str = "") -> set[LeaseKey]:
         """Have the kernel hold these leases, or drop those that were ended, and move their gates,
         in one transaction; then note all that. Returns the keys of what has changed. Args: replace,
         as for changes_for(); reason, why some were ended. Raises OSError, with nothing changed."""
@@ -3120,7 +3121,7 @@ class Look:
         self.config = table.config
         self.is_adopting = is_adopting
         self.handles = handles
-        # The sets made since the last look. What has gone with the old ones, nobody has deleted.
+        # Those made since the last look: what is missing there has gone with the old set.
         self.new_sets = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
@@ -3147,7 +3148,7 @@ class Look:
         self.table.note_gates()
         for name in gates:  # after the leases, which say how long they should be open
             yield from self._read(name)
-        yield from self._find_missing()
+        yield from self._sort_absent()
         yield from self._heal()
         self.table.handles = self.handles  # not before what was lost with the old ones is back
 
@@ -3188,15 +3189,14 @@ class Look:
         the time that reading it took."""
         earliest, latest = element.read_at + element.left, time.monotonic() + element.left
         is_right = element.comment == lease_comment(lease, self.table.boot)
-        if not is_right or earliest > lease.ends + LATE_S:
-            self.wrong.add(lease.key)
-        elif latest >= lease.ends - EARLY_S:
-            return
-        elif lease.address == EVERYBODY or name.set_name in self.new_sets:
-            # In a set made anew it may be what somebody saved before a later knock.
-            self.wrong.add(lease.key)
-        else:
+        is_long = earliest > lease.ends + LATE_S
+        is_short = latest < lease.ends - EARLY_S
+        # In a new set it may be what somebody saved before a later knock.
+        is_by_hand = lease.address != EVERYBODY and name.set_name not in self.new_sets
+        if is_right and is_short and is_by_hand:
             self.shortened[lease.key] = min(latest, self.shortened.get(lease.key, NEVER))
+        elif not is_right or is_long or is_short:
+            self.wrong.add(lease.key)
 
     def _holder(self, name: ElementName) -> LeaseKey | None:
         """The lease, or gate, that an element is part of, if it can be that."""
@@ -3244,14 +3244,14 @@ class Look:
         for key, ends in self.shortened.items():
             lease = self.table.find(key)
             if lease and key not in self.outdated and self._is_whole(lease):
-                self.outdated |= self.table.hold([lease._replace(ends=ends)], replace=True)
+                self.outdated |= self.table.commit([lease._replace(ends=ends)], replace=True)
                 self.table.log("shortened", peer=lease.address, **ids_of(lease), reason="by hand")
 
     def _adopt(self) -> Iterator[None]:
         """Take over the leases of which all elements are there, the oldest first."""
-        for some in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
+        for batch in in_batches(sorted(self.heirs.values(), key=lambda heir: heir.ends)):
             yield
-            for heir in some:
+            for heir in batch:
                 if heir.key in self.outdated:
                     continue
                 if not self._is_whole(heir):
@@ -3263,24 +3263,25 @@ class Look:
                     self.wrong.add(heir.key)
                 self.table.leases.keep(heir._replace(ends=min(heir.ends, latest)))
 
-    def _find_missing(self) -> Iterator[None]:
-        """Note the leases and gates whose elements have gone together with their set. If they have
-        gone from a set that is still the same, an administrator has deleted them."""
+    def _sort_absent(self) -> Iterator[None]:
+        """Sort the leases and gates of which the kernel lacks an element. If its set is new, it has
+        gone with the old one, and is put back. If not, an administrator has deleted it, or it has
+        just ended."""
         leases = [*self.table.leases.by_key.values(), *self.table.gates.by_key.values()]
-        for some in in_batches(leases):
+        for batch in in_batches(leases):
             yield
             deleted = []
-            for lease in some:
+            for lease in batch:
                 names = lease_elements(lease, self.config)
                 if lease.key in self.outdated or self.found.issuperset(names):
                     continue
-                is_ending = lease.ends < time.monotonic() + EARLY_S
                 # A predecessor's gate may have been shut while nobody knew of its leases yet.
                 is_gate_of_heirs = self.is_adopting and lease.address == EVERYBODY
-                is_set_new = any(name.set_name in self.new_sets for name in names)
-                if is_set_new or is_gate_of_heirs:
+                if is_gate_of_heirs or any(name.set_name in self.new_sets for name in names):
                     self.missing.append(lease.key)
-                elif not is_ending and not self._is_whole(lease):
+                    continue
+                is_ending = lease.ends < time.monotonic() + EARLY_S
+                if not is_ending and not self._is_whole(lease):
                     deleted.append(lease)
             self._end_by_hand(deleted)
 
@@ -3294,10 +3295,10 @@ class Look:
         if shut:
             holders = self.table.leases.by_key.values()
             ended.update({lease.key: lease for lease in holders if lease.resource in shut})
-        for some in in_batches(list(ended.values())):
-            ended_leases = [lease.ended() for lease in some]
-            self.outdated |= self.table.hold(ended_leases, reason="by hand")
-            for lease in some:
+        for batch in in_batches(list(ended.values())):
+            ended_leases = [lease.ended() for lease in batch]
+            self.outdated |= self.table.commit(ended_leases, reason="by hand")
+            for lease in batch:
                 self.table.log_revoked(lease, "by hand")
 
     def _heal(self) -> Iterator[None]:
@@ -3313,8 +3314,8 @@ class Look:
     def _write(self, keys: list[LeaseKey], replace: bool) -> Iterator[None]:
         """Have the kernel hold these leases. Those that were changed meanwhile are as they should
         be."""
-        for some in in_batches(keys):
-            found = [self.table.find(key) for key in some if key not in self.outdated]
+        for batch in in_batches(keys):
+            found = [self.table.find(key) for key in batch if key not in self.outdated]
             leases = [lease for lease in found if lease and lease.ends > time.monotonic()]
             if leases:
                 self.table.kernel.change(self.table.changes_for(leases, replace))
@@ -3332,7 +3333,7 @@ LINK_LOCAL = re.compile("fe[89ab][0-9a-f]:")  # RFC 4291, section 2.5.6: fe80::/
 
 
 class Healing:
-    """How healing goes: when to look again, and what was said of what is in the way."""
+    """The state of healing: when to look again, and which obstacles were logged."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -3373,7 +3374,7 @@ class Healing:
         if pause >= CONTEST_PAUSE_S and not self.is_contested:
             self.is_contested = True
             hint = "is there a second server for this table, with another --rundir?"
-            self.log("warning", reason="what is healed is changed again at once", hint=hint)
+            self.log("warning", reason="repairs are undone at once", hint=hint)
         return now + min(pause, CONTEST_PAUSE_S)
 
     def warn_of_claims(self, table: Table) -> None:
@@ -3385,7 +3386,7 @@ class Healing:
         except UserError as error:
             claim, hint = error.problem, error.hint
         if claim not in ("", self.claim):
-            reason = f"{claim}; until that is mended, SIGHUP and the next start fail"
+            reason = f"{claim}; until that is fixed, SIGHUP and the next start fail"
             self.log("warning", reason=reason, hint=hint)
         self.claim = claim
 
@@ -3447,7 +3448,8 @@ class Firewall:
         if lease.weight > room:
             return f"max-nr-rules ({self.config.max_nr_rules}) is too small for this resource"
         displaced = self.leases.make_room(lease, room)
-        problem = self._enforce([lease, *(other.ended() for other in displaced)], "replaced")
+        ended = [other.ended() for other in displaced]
+        problem = self._commit_or_repair([lease, *ended], "replaced")
         if not problem:
             for other in displaced:
                 self.table.log_revoked(other, "max-nr-rules is reached")
@@ -3471,31 +3473,31 @@ class Firewall:
         if lease is None and not self.is_adopting:
             return ""
         lease = lease or Lease(address, resource)  # perhaps a predecessor has opened it
-        return self._enforce([lease.ended()], "revoked")
+        return self._commit_or_repair([lease.ended()], "revoked")
 
-    def _enforce(self, leases: list[Lease], reason: str) -> str:
+    def _commit_or_repair(self, leases: list[Lease], reason: str) -> str:
         """Have the kernel hold these leases, or drop those that were ended, for that reason.
         Returns "" or what is in the way, with nothing changed."""
         try:
             try:
-                self._hold(leases, reason)
+                self._commit(leases, reason)
             except FileExistsError:  # a set has an element that we did not know of
-                self._hold(leases, reason, replace=True)
+                self._commit(leases, reason, replace=True)
             except OSError:  # the firewall was changed under us: put back what others need
                 if self.healing.trouble:  # nft did not help: do not run it for each knock
                     return self.healing.trouble
                 self.inspect_at = 0.0
                 self.table.install()
-                self._hold(leases, reason, replace=True)
+                self._commit(leases, reason, replace=True)
         except UserError as error:
             return error.problem
         except OSError as error:
             return f"the kernel does not take it: {error.strerror}"
         return ""
 
-    def _hold(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
-        """As Table.hold(); and tell a look that is under way."""
-        changed = self.table.hold(leases, replace, reason)
+    def _commit(self, leases: list[Lease], reason: str, replace: bool = False) -> None:
+        """As Table.commit(); and tell a look that is under way."""
+        changed = self.table.commit(leases, replace, reason)
         if self.look is not None:
             self.look.outdated |= changed
 
@@ -3508,11 +3510,11 @@ class Firewall:
         self.table.expire()
         lost, shortened = self._differences(config)
         self.steps = self.look = None  # a look under way is out of date
-        self.inspect_at = 0.0  # to say so and to try again if anything below fails
+        self.inspect_at = 0.0  # if anything below fails, the next look logs that and tries again
         # They end while the configuration that tells what they opened is still in force.
         with contextlib.suppress(OSError):  # what stays, the look will find
-            for some in in_batches(lost):
-                self.table.hold([lease.ended() for lease in some], reason="configuration")
+            for batch in in_batches(lost):
+                self.table.commit([lease.ended() for lease in batch], reason="configuration")
         for lease in lost:
             self.table.note(lease.ended(), "configuration")  # even if the kernel has failed above
             self.table.log_revoked(lease, "configuration")
@@ -3521,8 +3523,8 @@ class Firewall:
             damage, _ = self.table.inspect()
             if damage:
                 self.table.install()
-            for some in in_batches(shortened):
-                self.table.hold(some, replace=True)
+            for batch in in_batches(shortened):
+                self.table.commit(batch, replace=True)
         for lease in shortened:
             self.leases.keep(lease)
         self._warn_of_limit()
@@ -3609,6 +3611,7 @@ class Firewall:
     def _inspect_and_heal(self) -> Generator[None, None, str]:
         """Make our part of the kernel's table what it should be, in steps; knocks are served in
         between. Returns what was wrong, or "". Raises UserError, OSError."""
+        self.table.expire()
         damage, handles = self.table.inspect()
         if damage:
             self.table.install()
@@ -3628,7 +3631,7 @@ class Firewall:
                 self.log.often("healed", reason=damage, leases=str(len(self.leases)))
                 self.table.tell_change("healed")
         elif look.heirs and look.outdated:
-            self.inspect_at = 0.0  # what was changed may have left others out of the listing
+            self.inspect_at = 0.0  # these knocks may have kept others out of the listing
         else:
             self.is_adopting = False
             if len(self.leases):
@@ -3657,44 +3660,16 @@ class Firewall:
 # kind, protocol, connection (UDP: the socket's number), peer's address (IPv6, or IPv4 mapped
 # into it), the rest of the way back to it (see ROUTE), message
 RECORD = struct.Struct("!BBI16s26s56s")
+# Kinds, from the network process: it serves; a peer's first message; over TCP its second one, if
+# the first was accepted; how many peers it has closed by itself, and why, see COUNTED. From the
+# monitor: what is configured; a reply to a peer that may go on; the last one, or none: close.
 READY, FIRST, SECOND, COUNTS, SETTINGS, REPLY, LAST = range(1, 8)
 TCP, UDP = 6, 17  # IP protocol numbers
 SETTINGS_PAYLOAD = struct.Struct("!d")  # control-timeout in s
-COUNTS_PAYLOAD = struct.Struct("!3I")  # how many peers the network process has closed by itself:
+COUNTS_PAYLOAD = struct.Struct("!3I")
 COUNTED = ("evicted", "late", "garbage")  # in favour of another, out of time, or no letmein client
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
-NETWORK_COMMAND = "network-process"
-TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a record
-NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
-NETWORK_END_S = 1.0  # for a network process to end by itself when the server stops
-RECORDS_PER_TURN = 256
-NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
-PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
-F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
-SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
-FOLLOWERS_LIMIT = 64  # of `status --follow`
-FOLLOWER_BUFFER = 1 << 20  # bytes that wait for a follower to read them, before it is cut off
-NEWS_LIMIT = 4096  # changes at once, before all followers have to read the leases anew
-NEWS_PAUSE_S = 0.05  # between two messages to followers
-BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
-NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
-LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
-LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
-LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
 LISTED_LIMIT = 20  # resources that the log names at the start, and users of each
-SAME_REFUSAL_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
-REFUSALS_LIMIT = 100  # such refusals that are remembered
-PYTHON_HINT = "if an upgrade has replaced Python, restart the server with the new one"
-# The network process's program: the compiled form of this one, which only the same Python reads.
-NETWORK_PROGRAM = """
-import marshal, sys
-if sys.hexversion == {python}:
-    exec(marshal.load(open({file}, "rb")), {{"__name__": "__main__"}})
-else:
-    print("it found another Python\\n{hint}", end="")
-"""
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
-DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
 
 
 class Record(NamedTuple):
@@ -3754,6 +3729,9 @@ def log_resources(config: Config, log: Log) -> None:
         log("more-resources", count=len(open_to_some) - LISTED_LIMIT)
 
 
+NOTIFY_PATIENCE_S = 1.0  # with a systemd that reads nothing
+
+
 def notify_systemd() -> None:
     """Tell systemd, if it has started us, that we serve: sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -3763,6 +3741,14 @@ def notify_systemd() -> None:
             notify.settimeout(NOTIFY_PATIENCE_S)
             notify.connect("\0" + path[1:] if path[0] == "@" else path)
             notify.send(b"READY=1")
+
+
+LISTENERS_LIMIT = 16  # control sockets, of systemd and ours
+LISTEN_BACKLOG = 4096  # connections; as many as net.core.somaxconn allows
+DATAGRAM_BUFFER = 1 << 20  # bytes of the UDP control socket: what comes in some 0.1 s of a flood
+BIND_LIMIT_S = 0.2  # to wait for a port that somebody has just left
+LINGER_LIMIT_S = 0.02  # for which close() may wait, and so keep the monitor from its work
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)  # linux/in.h; Python names it from 3.14 on
 
 
 def control_sockets(config: Config, old: ControlSockets) -> ControlSockets:
@@ -3963,6 +3949,12 @@ def lease_facts(address: str, user: int, resource: Resource, left: int) -> dict[
     }
 
 
+FOLLOWERS_LIMIT = 64  # of `status --follow`
+FOLLOWER_BUFFER = 1 << 20  # bytes that wait for a follower to read them, before it is cut off
+NEWS_LIMIT = 4096  # changes at once, before all followers have to read the leases anew
+NEWS_PAUSE_S = 0.05  # between two messages to followers
+
+
 class Followers:
     """Who runs `status --follow`: each gets one JSON object a line. A follower never holds us up:
     one that does not read is cut off, and has to read the leases from the kernel again, which it
@@ -4026,6 +4018,9 @@ class Followers:
         self.drop(peer)
 
 
+SCARCE_PAUSE_S = 0.02  # between attempts to accept a peer of the status socket
+
+
 class RunSocket:
     """A socket in the run directory, to which only our rights let anybody connect. Args: path, of
     which a predecessor may have left the file; on_peer, is given each peer. Raises UserError."""
@@ -4075,6 +4070,25 @@ class ServerOptions(NamedTuple):
     signals: int  # the pipe of note_signals()
 
 
+NETWORK_COMMAND = "network-process"
+NETWORK_PAUSE_S = (0.1, 30.0)  # the first pause before a new network process, and the longest
+NETWORK_END_S = 1.0  # for a network process to end by itself when the server stops
+NETWORK_HANG_LIMIT_S = 2.0  # a network process that reads nothing for so long is replaced
+RECORDS_PER_TURN = 256
+TEXT_LIMIT = 400  # bytes of what a network process says at its end instead of a record
+PIPE_SIZE = 1 << 18  # bytes, of which each record takes a page: enough for one run of nft
+F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python names it from 3.10 on
+PYTHON_HINT = "if an upgrade has replaced Python, restart the server with the new one"
+# The network process's program: the compiled form of this one, which only the same Python reads.
+NETWORK_PROGRAM = """
+import marshal, sys
+if sys.hexversion == {python}:
+    exec(marshal.load(open({file}, "rb")), {{"__name__": "__main__"}})
+else:
+    print("it was started with another version of Python\\n{hint}", end="")
+"""
+
+
 class NetworkChild:
     """The network process, as its parent has it: started, told the settings, listened to, replaced
     when it is lost. Neither it nor what it says is trusted: what is unexpected ends it.
@@ -4096,11 +4110,8 @@ class NetworkChild:
         self.activated = [control for group in options.activated.values() for control in group]
         for control in self.activated:
             prepare_control(control)
-        self.sockets = control_sockets(config, options.activated)
+        self.sockets = self.sockets_for(config, options.activated)
         self.shared: list[socket.socket] = []
-        for protocol, port in options.activated.keys() - self.sockets.keys():
-            problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
-            raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
         self.process = 0  # its id, while it runs
         self.link: socket.socket | None = None  # to it
         self.pipe = -1  # from it
@@ -4112,6 +4123,15 @@ class NetworkChild:
 
     # -- start
 
+    def sockets_for(self, config: Config, old: ControlSockets) -> ControlSockets:
+        """The sockets of its control port. Those that are old stay. Raises UserError, also if
+        systemd has opened another port."""
+        wanted = {(protocol, config.port) for protocol in config.protocols}
+        for protocol, port in self.options.activated.keys() - wanted:
+            problem = f"systemd gave a socket for {port}/{protocol}, which is no control port"
+            raise UserError(problem, "letmeind.socket and port in [GENERAL] must agree")
+        return control_sockets(config, old)
+
     def start(self) -> None:
         """Start it, or plan another attempt. Raises UserError at our start."""
         self.start_at = NEVER
@@ -4119,7 +4139,7 @@ class NetworkChild:
         try:
             self.sockets = control_sockets(self.config, self.sockets)  # if some are missing
         except UserError as error:
-            return self.lose(error.problem)
+            return self.lose(error.problem, error.hint)
         try:
             self._spawn()
         except OSError as error:
@@ -4190,7 +4210,7 @@ class NetworkChild:
         self.shared = controls
 
     def send(self, record: Record, descriptors: Sequence[int] = ()) -> None:
-        """Tell it something. It reads at once whatever it does, or is not to be trusted."""
+        """Send it a record. If it does not read for NETWORK_HANG_LIMIT_S, it is replaced."""
         while self.link:
             try:
                 socket.send_fds(self.link, [RECORD.pack(*record)], descriptors)
@@ -4300,6 +4320,10 @@ class NetworkChild:
             close_control(control)
 
 
+SAME_REFUSAL_S = 10.0  # for which the same refusal over UDP is the same knock: a client sends many
+REFUSALS_LIMIT = 100  # such refusals that are remembered
+
+
 class Judge:
     """Follows each message from its arrival to its answer: judges it, changes the firewall, logs
     it. Args: send, takes a record for the network process."""
@@ -4325,7 +4349,7 @@ class Judge:
         """Judge one message of a peer, and answer it."""
         verdict = self._judge(record, message)
         if verdict.challenge is not None:
-            answer = self._meet(verdict.challenge, record, message)
+            answer = self._carry_out(verdict.challenge, record, message)
             self._end(record, unsigned(answer, message.user, message.resource))
         elif verdict.reason:
             self._log_refusal(record, message, verdict.reason)
@@ -4360,7 +4384,7 @@ class Judge:
         configured = (self.config.keys.get(user, NOBODYS_KEY), self.checksums.get(resource))
         return repr((peer, user, resource, configured)).encode()
 
-    def _meet(self, challenge: Challenge, record: Record, message: Message) -> int:
+    def _carry_out(self, challenge: Challenge, record: Record, message: Message) -> int:
         """The peer has proved itself: do what it asked for, once. A RESPONSE that comes again
         changes nothing, and gets its answer again: COMEIN or GOAWAY."""
         if challenge.outcome is not None:
@@ -4528,7 +4552,7 @@ class Monitor:
                     self.log("restart-wanted", option=name, reason=reason)
             names = ("nft", "family", "table", "chains", "seccomp")
             config = config._replace(**{name: getattr(old, name) for name in names})
-            sockets = control_sockets(config, self.network.sockets)
+            sockets = self.network.sockets_for(config, self.network.sockets)
             self.firewall.reconfigure(config)
         except UserError as error:
             for warning in getattr(error, "warnings", ()):  # which may tell why
@@ -4566,6 +4590,7 @@ class Monitor:
     def _send_status(self, peer: socket.socket) -> None:
         """Answer `status` with one JSON document; MANUAL.md documents the names."""
         config, leases = self.config, self.firewall.leases
+        self.firewall.table.expire()
         document = {
             "process": os.getpid(),
             "since": self.since,
@@ -4615,7 +4640,7 @@ def split_name(name: tuple[Any, ...], local: bytes = b"") -> tuple[bytes, bytes]
     if not more:
         answer_from = PKTINFO4.unpack(local)[1] if local else b""
         return IPV4_MAPPED + socket.inet_aton(host), ROUTE.pack(port, 0, answer_from)
-    # The interface only matters where the address means nothing without it.
+    # Only a link-local peer needs the interface (its scope id is not 0): else routing chooses.
     local = local if more[1] else local[:16]
     address = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
     return address, ROUTE.pack(port, more[1], local)
@@ -5011,7 +5036,6 @@ def show_status(config: Config, rundir: str, as_json: bool) -> None:
 
 def watch_status(config: Config, rundir: str) -> None:
     """Show the status anew each second, until Ctrl-C. Raises UserError."""
-    import signal
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -5470,16 +5494,6 @@ def client_file(config: Config, user: int, host: str) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def new_key_line(user: int) -> str:
-    """A line for [KEYS] with a new key, of the package cryptography where it is there."""
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # type: ignore
-        key = AESGCM.generate_key(8 * KEY_SIZE)
-    except ImportError:
-        key = os.urandom(KEY_SIZE)
-    return f"{user:08X} = {key.hex().upper()}"
-
-
 def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     """Print a new key's line and, on standard error, where it belongs. Without a user it is for the
     client's default user, or for the next one who has no key yet. Args: the paths of both files,
@@ -5496,7 +5510,7 @@ def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     new = wanted
     while user is None and new in keys:
         new = (new + 1) & 0xFFFFFFFF
-    print(new_key_line(new), flush=True)
+    print(f"{new:08X} = {os.urandom(KEY_SIZE).hex().upper()}", flush=True)
     if new != wanted:
         tell(f"user {wanted:08X} has a key in {server_path}, so this one is for user {new:08X}")
     if new in keys:
@@ -5678,8 +5692,7 @@ SERVER_FILE, CLIENT_FILE = "letmeind.conf", "letmein.conf"
 
 def allow_hangup() -> None:
     """Take SIGHUP from now on, and the one that has come since our start."""
-    signal = sys.modules.get("signal")  # who has blocked it has imported that
-    if signal and hasattr(signal, "SIGHUP"):  # Windows has none
+    if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
 
