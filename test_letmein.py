@@ -9139,6 +9139,13 @@ def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
 class TestCounters:
     """What `status` tells of the server itself."""
 
+    def test_a_lease_that_has_ended(self, lab: Lab, server: Server) -> None:
+        """It does not count any more, even if nobody has knocked since."""
+        assert handshake(lab, 0x25) == COMEIN
+        assert counted(server)["leases"] == 1
+        eventually(lambda: lab.elements() == [], "it does not end")
+        eventually(lambda: counted(server)["leases"] == 0, "it still counts")
+
     def test_what_is_counted(self, lab: Lab) -> None:
         """`status` has each refusal by its reason, and says when no server runs."""
         lab.load()
