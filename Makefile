@@ -124,7 +124,9 @@ install:
 	! env -S $(BLOCK_CTRL_C) true 2>/dev/null || python="/usr/bin/env -S $(BLOCK_CTRL_C) $$python"; \
 	for name in bin/letmein sbin/letmeind; do \
 		printf '%s\n' "#!$$python" \
-			'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)' \
+			'import signal, sys' \
+			'if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:' \
+			'    signal.signal(signal.SIGINT, signal.SIG_DFL)' \
 			'signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])' \
 			'signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # until main() knows' \
 			'sys.path.insert(0, "$(MODULE)"); import letmein' 'sys.exit(letmein.main())' | \

@@ -21,7 +21,8 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":  # before all else: Ctrl-C ends us without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGHUP"):  # held back until we know whether we are a server
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
@@ -581,7 +582,11 @@ class UserLimits(NamedTuple):
     @property
     def last_day(self) -> str:
         """As it is written in the file; "" if there is none."""
-        return "" if self.ends == NEVER else time.strftime("%Y-%m-%d", time.gmtime(self.ends - 1))
+        import datetime  # time.gmtime() may know no day after 2038
+        if self.ends == NEVER:
+            return ""
+        first = datetime.date(1970, 1, 1)
+        return str(first + datetime.timedelta(days=self.ends // UNITS_S["d"] - 1))
 
 
 class Config(NamedTuple):
@@ -1153,7 +1158,10 @@ def find_included(pattern: str) -> list[str]:
     import glob
     if not re.search("[*?[]", pattern):
         return [pattern]
-    found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
+    try:
+        found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
+    except re.error as error:  # of a range such as [z-a], by Python up to 3.10
+        raise Unfit(f"{shown(pattern)} is no pattern: {error}", "one as of glob(7)") from None
     if len(found) > INCLUDE_LIMIT:
         raise Unfit(f"more than {INCLUDE_LIMIT} files match", f"at most {INCLUDE_LIMIT}")
     return sorted(found)
@@ -3005,11 +3013,16 @@ class Table:
 
     def _delete_sets(self, names: Iterable[str]) -> None:
         """Delete sets. One that a foreign rule uses cannot be deleted, and fails its transaction:
-        so each has its own, and that one is emptied. Raises UserError."""
+        then each has its own, and that one is emptied. Raises UserError."""
         table = self.config.table_name
-        for name in names:
+        scripts = {name: f"delete set {table} {name}\n" for name in names}
+        if len(scripts) > 1:
+            with contextlib.suppress(UserError):
+                self.nft.run("".join(scripts.values()))
+                return
+        for name, script in scripts.items():
             try:
-                self.nft.run(f"delete set {table} {name}\n")
+                self.nft.run(script)
             except UserError as error:
                 if name in self.read_handles():  # an nft that failed may have done its work
                     self.nft.run(f"flush set {table} {name}\n")
@@ -3105,6 +3118,21 @@ class Table:
         self.log.often("revoked", peer=lease.address, **ids_of(lease), reason=reason)
 
 
+# What a look finds in the kernel        what that means                     what is done about it
+#
+# an element that fits its lease        as it should be                     nothing
+# one of another time or comment        somebody changed it, or has loaded  it is written anew
+#                                       what they saved before a knock
+# one that ends too early, in an old    an administrator has shortened the  the lease ends then
+#     set                               lease
+# one of no lease, of this boot, and    a predecessor has granted it        at the start: it is
+#     still granted                                                         adopted, if it is whole
+# any other of no lease                 somebody has planted it             it is deleted
+# none for a lease, in a new set        it has gone with the old set        it is put back
+# none for a lease, in an old set       an administrator has deleted it     the lease ends
+#
+# A set is new if it was made since the last look.
+
 LATE_S = 0.1  # by how much the kernel may end a lease later than we do
 EARLY_S = 0.5  # by how much earlier, before we believe that somebody meant it
 
@@ -3121,7 +3149,6 @@ class Look:
         self.config = table.config
         self.is_adopting = is_adopting
         self.handles = handles
-        # Those made since the last look: what is missing there has gone with the old set.
         self.new_sets = {name for name in handles if handles[name] != table.handles.get(name)}
         self.resource_of = {
             (PROTOCOL_NUMBERS[protocol], resource.port): resource.identifier
@@ -3142,6 +3169,7 @@ class Look:
         gates = [name for name in sets if name.endswith("-gate")]
         for name in sets:
             if name not in gates:
+                yield
                 yield from self._read(name)
         self._shorten_by_hand()
         yield from self._adopt()
@@ -3853,7 +3881,9 @@ def activated_sockets() -> ControlSockets:
 
 def run_path(rundir: str, config: Config) -> str:
     """The common prefix of the run directory's files for this table in this network namespace."""
-    namespace = os.stat("/proc/self/ns/net").st_ino
+    namespace = 0
+    with contextlib.suppress(FileNotFoundError):  # a kernel without namespaces
+        namespace = os.stat("/proc/self/ns/net").st_ino
     return f"{rundir}/letmeind-{namespace}-{config.family}-{config.table}"
 
 
@@ -3869,16 +3899,21 @@ def check_rundir(rundir: str) -> None:
             raise UserError(f"others may write to the run directory {rundir}", hint)
 
 
+def need_rundir(rundir: str) -> None:
+    """As check_rundir(), and it must be there."""
+    check_rundir(rundir)
+    if not os.path.isdir(rundir):
+        hint = f"create it (mkdir -m 755 {rundir}), or name another with --rundir"
+        raise UserError(f"there is no run directory {rundir}", hint)
+
+
 def lock_table(rundir: str, config: Config) -> int:
     """Keep other servers off this table. Returns the lock's descriptor. Raises UserError."""
     import fcntl
-    check_rundir(rundir)
+    need_rundir(rundir)
     path = run_path(rundir, config) + ".lock"
     try:
         lock = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except (FileNotFoundError, NotADirectoryError):
-        hint = f"make it (mkdir -m 755 {rundir}), or name another with --rundir"
-        raise UserError(f"there is no run directory {rundir}", hint) from None
     except OSError as error:
         hint = "make room on its disk, or name another place with --rundir"
         if isinstance(error, PermissionError):
@@ -4485,7 +4520,7 @@ class Monitor:
             self._turn()
         if self.is_stopping:
             return
-        for name, on_peer in (("status", self._send_status), ("follow", self.followers.add)):
+        for name, on_peer in (("status", self._send_status), ("follow", self._add_follower)):
             served = RunSocket(self._run_path(name), on_peer)
             self.selector.register(served.listener, selectors.EVENT_READ, served.serve)
         self.firewall.open(self.selector)
@@ -4587,6 +4622,11 @@ class Monitor:
             facts = lease_facts(lease.address, lease.user, found, left)
             self.followers.tell({"event": event, "time": time.time(), "reason": reason, **facts})
 
+    def _add_follower(self, peer: socket.socket) -> None:
+        """Tell this peer of all changes from now on, and not of what has ended before."""
+        self.firewall.table.expire()
+        self.followers.add(peer)
+
     def _send_status(self, peer: socket.socket) -> None:
         """Answer `status` with one JSON document; MANUAL.md documents the names."""
         config, leases = self.config, self.firewall.leases
@@ -4612,6 +4652,7 @@ class Monitor:
 
 ROUTE = struct.Struct("!HI20s")  # port, scope id, where to answer from: struct in6_pktinfo, ipv6(7)
 MSG_DONTWAIT = 0x40  # linux/socket.h
+PKTINFO_LEVELS = (socket.IPPROTO_IP, socket.IPPROTO_IPV6)  # systemd may have asked for others
 PKTINFO4 = struct.Struct("!4s4s4s")  # interface, where to answer from, destination: ip(7)
 ACCEPTS_PER_TURN = 64
 SLOTS_LIMIT = 20_000  # of --num-connections: to find whom to evict takes time in proportion
@@ -4709,11 +4750,13 @@ class Network:
 
     def _on_link(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT)
+            data, descriptors, flags, _ = socket.recv_fds(self.link, RECORD.size, LISTENERS_LIMIT)
         except BlockingIOError:
             return
         if not data:
             raise ConnectionError("the monitor is gone")
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "it has no descriptor left for the control port")
         record = Record(*RECORD.unpack(data))
         if record.kind == SETTINGS:
             return self._settle(record.payload, [socket.socket(fileno=fd) for fd in descriptors])
@@ -4814,7 +4857,7 @@ class Network:
                 continue
             except OSError:
                 return
-            local = extra[0][2] if extra else b""
+            local = next((value for level, _, value in extra if level in PKTINFO_LEVELS), b"")
             self._send(Record(FIRST, UDP, number, *split_name(name, local), payload=data))
 
     def _send_datagram(self, record: Record) -> None:
@@ -5069,7 +5112,15 @@ def follow_status(config: Config, rundir: str, as_json: bool) -> None:
                 for change in changes_from(peer):
                     is_greeting = change["event"] == "following"  # from now on it misses nothing
                     print_change(snapshot(config) if is_greeting else change, as_json)
-        time.sleep(FOLLOW_PAUSE_S)
+        if output_closed_within(FOLLOW_PAUSE_S):
+            raise BrokenPipeError
+
+
+def output_closed_within(seconds: float) -> bool:
+    """Wait; returns early, and True, if nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(1000 * seconds))
 
 
 def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
@@ -5681,8 +5732,9 @@ parse_host_name = functools.partial(
 
 
 def default_rundir() -> str:
-    """The server's run directory. Our systemd unit lets it write to /run/letmeind alone."""
-    return "/run/letmeind" if os.path.isdir("/run/letmeind") else "/run"
+    """The server's run directory. Our systemd unit lets it write to /run/letmeind alone; OpenWrt
+    has had no /run before 24.10."""
+    return next(filter(os.path.isdir, ("/run/letmeind", "/run", "/var/run")), "/run")
 
 
 # -- what each command does
@@ -5774,6 +5826,9 @@ def run_server(arguments: SimpleNamespace) -> int:
     """Serve until told to stop, or with --check only check whether that would work."""
     # Before all else: what systemd has given us, and signals, so that a change of the file behind
     # which a SIGHUP came is never missed.
+    if not hasattr(os, "memfd_create"):  # it is built for a glibc before 2.27
+        hint = "run it with the system's own Python, such as /usr/bin/python3"
+        raise UserError("this Python is built for an older Linux: it has no memfd_create()", hint)
     activated = activated_sockets()
     first = 3 + sum(map(len, activated.values()))
     os.closerange(first, 1 << 16)  # what else our parent has left open is for nobody
@@ -5783,6 +5838,7 @@ def run_server(arguments: SimpleNamespace) -> int:
     find_account(arguments.account)
     filter_system_calls = system_call_filter(config.seccomp, MONITOR_CALLS)
     if arguments.check:
+        need_rundir(arguments.rundir)
         check(config, arguments.verbose)
         return 0
     give_back_memory()
@@ -6314,6 +6370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [NETWORK_COMMAND] and len(words) == 6:  # as NetworkChild starts it
             network_process(*words[1:])
             return 0
+        if hasattr(signal, "SIGCHLD"):  # a parent that ignores it would hide how COMMAND ends
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for stream in ("stdin", "stdout", "stderr"):
             if getattr(sys, stream) is None:  # it is closed: the next file would get its number
                 setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))

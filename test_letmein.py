@@ -1282,6 +1282,17 @@ def conf(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_pattern_that_python_cannot_read(
+    including: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of these are errors in Python 3.9 and 3.10, as [z-a] is there."""
+    conf = including.with_name("letmeind.conf")
+    monkeypatch.setattr("glob.iglob", lambda _: re.compile("[z-a]"))
+    with pytest.raises(letmein.ConfigError) as error:
+        letmein.read_config(str(conf), True)
+    assert "is no pattern: bad character range z-a" in error.value.problem
+
+
 @pytest.mark.parametrize("name", BAD_INCLUDES)
 def test_bad_include(including: Path, name: str) -> None:
     """What cannot be included is one error that names file and line, and keeps nobody waiting."""
@@ -1975,6 +1986,7 @@ class TestDeadAddress:
         [
             ("several.test", [], [CLIENT_4]),
             ("several.test", ["-4"], [CLIENT_4]),
+            ("several.both.test", ["-4", "-4"], [CLIENT_4]),
             ("several6.test", ["-6"], [CLIENT_6]),
             ("several.both.test", [], [CLIENT_4, CLIENT_6]),
             ("several.both.test", ["-4", "-6"], [CLIENT_4, CLIENT_6]),
@@ -2583,6 +2595,27 @@ class TestCommand:
         where = f"port 22 on {SERVER_4} ({SERVER_4})"
         said = f"letmein: opened {where}\n"
         assert result[:3] == (status, "heard\n", said)
+        assert lab.elements() == []
+
+    def test_a_parent_that_ignores_the_end_of_children(self, lab: Lab) -> None:
+        """Then COMMAND's failure is a failure, too."""
+        ignore = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+        words = patched(lab, ignore, "knock", SERVER_4, "22", "--", "false")
+        with Running(lab, *words, program=()) as client:
+            assert client.end().status == 1
+
+    def test_in_the_background_of_a_shell(self, lab: Lab) -> None:
+        """Ctrl-C is for another program, and so for none of us."""
+        ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+        words = patched(lab, ignore, "knock", SERVER_4, "22", "--", "cat")
+        with Running(lab, *words, program=()) as client:
+            client.say(b"here")
+            assert client.hear(4) == b"here"
+            client.process.send_signal(signal.SIGINT)
+            client.say(b"still here")
+            client.end_input()
+            assert client.hear(10) == b"still here"
+            assert client.end().status == 0
         assert lab.elements() == []
 
     def test_all_is_open_meanwhile(self, lab: Lab) -> None:
@@ -6408,6 +6441,13 @@ class TestStart:
         for exe in ("/nowhere/nft", "no-such-nft", "/etc/passwd"):
             self.fails(lab, exe, conf=server_conf(nftables=f"exe = {exe}"))
 
+    @pytest.mark.parametrize("more", [[], ["--check"]])
+    def test_a_python_without_memory_files(self, lab: Lab, more: list[str]) -> None:
+        """One that is built for a glibc before 2.27 is named."""
+        lab.load()
+        words = patched(lab, "import os; del os.memfd_create", "server", "--user", "none", *more)
+        lab.command(program=words).assert_error("no memfd_create", "/usr/bin/python3")
+
     def test_no_run_directory(self, lab: Lab) -> None:
         """Each thing that can be wrong with it has its own words."""
         lab.load()
@@ -6416,6 +6456,7 @@ class TestStart:
         for place in (lab.directory / "missing", file):
             said = (f"there is no run directory {place}", "mkdir")
             lab.command(*words, place).assert_error(*said)
+            lab.command(*words, place, "--check").assert_error(*said)
         with Server(lab, server_conf()) as server:
             said = ("a server for the table inet filter runs already", "stop that one first")
             lab.command(*words, server.rundir).assert_error(*said)
@@ -9391,8 +9432,21 @@ class TestFollow:
 
             eventually(sleeps, "it wakes up")
 
-    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server) -> None:
-        """With the reader of its output the program ends, before there is more to write."""
+    def test_what_had_ended_before(self, lab: Lab, guarded: Server) -> None:
+        """Nobody is told of the end of a lease that they were never told of."""
+        knock_all(lab, (CLIENT_4, 0x25, 1))
+        eventually(lambda: lab.elements() == [], "it does not end")
+        with Following(guarded) as following:
+            knock_all(lab, (CLIENT_4, 0x22, 1))
+            following.wait_for("opened", resource="00000022")
+            assert [event["event"] for event in following.events] == ["snapshot", "opened"]
+
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_nobody_reads_its_output(self, lab: Lab, guarded: Server, runs: bool) -> None:
+        """With the reader of its output the program ends, before there is more to write, whether a
+        server runs or not."""
+        if not runs:
+            guarded.stop()
         words = (lab.installed, "status", "--follow", "-c", guarded.path, "--rundir")
         follow = shlex.join(str(word) for word in (sys.executable, *words, guarded.rundir))
         result = lab.command(program=("sh", "-c", f"{follow} | head -n 1"))
@@ -9621,8 +9675,9 @@ class TestService:
         """Without --rundir, where the unit's server runs, and where none runs."""
         monkeypatch.setattr(os.path, "isdir", "/run/letmeind".__eq__)
         assert letmein.parse_words([command]).rundir == "/run/letmeind"
-        monkeypatch.setattr(os.path, "isdir", "/run".__eq__)
-        assert letmein.parse_words([command]).rundir == "/run"
+        for place in ("/run", "/var/run"):
+            monkeypatch.setattr(os.path, "isdir", place.__eq__)
+            assert letmein.parse_words([command]).rundir == place
 
     def test_no_unit_that_shows_all_of_the_disk(self, lab: Lab) -> None:
         """A configuration file in / would make that directory visible to the service."""

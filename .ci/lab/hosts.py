@@ -321,7 +321,8 @@ PORTS = (22, 23, 24, 25, 26, 27, 8080)  # of the server's host, TCP and UDP
 # most of what a test has it do.
 LAUNCHER = f"""
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 sys.path.insert(0, {str(HERE)!r})
 import letmein
