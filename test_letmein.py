@@ -4197,6 +4197,14 @@ class TestNftFaults:
         assert handshake(lab, 0x22, source=OTHER_4) == COMEIN
         agree(lab, guarded, *HOLDERS, (OTHER_4, 0x22, 1))
 
+    def test_a_stop_takes_a_few_runs(self, lab: Lab, guarded: Server, watched: WatchedNft) -> None:
+        """However many sets there are: systemd does not wait for ever."""
+        assert lab.ruleset().count("set letmein-") > 4
+        before = watched.runs()
+        guarded.stop()
+        assert watched.runs() - before <= 3
+        assert "letmein" not in lab.ruleset()
+
     def test_a_stop_with_an_nft_that_fails_after_its_work(
         self, lab: Lab, watched: WatchedNft
     ) -> None:
