@@ -1082,6 +1082,7 @@ def server_warnings(config: Config, files: Sequence[Sections]) -> Iterator[str]:
     if not config.keys:
         text = "no user has a key, so nobody can knock; 'letmein gen-key' prints one"
         yield f"{config.path}: [KEYS] {text}"
+    # Entries and their values are in the same order.
     for entry, resource in zip(entries_of("RESOURCES", files), config.resources.values()):
         if reason := why_nobody_may(config, resource):
             yield f"{entry.prefix}nobody can knock for it: {reason}"
@@ -3843,7 +3844,7 @@ def prepare_control(control: socket.socket) -> None:
 
 def close_control(control: socket.socket) -> None:
     """Close a socket that a network process had. One that was taken over may have made it linger
-    for as long as it likes, socket(7): then a signal wakes us up."""
+    for as long as it likes, socket(7): SIGALRM, which note_signals() catches, ends the wait."""
     signal.setitimer(signal.ITIMER_REAL, LINGER_LIMIT_S, LINGER_LIMIT_S)
     control.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -4405,8 +4406,8 @@ class Judge:
         is_udp_response = record.protocol == UDP and message.operation == RESPONSE
         if record.kind == FIRST and not is_udp_response:
             return handshake.on_request(message, new_token)
-        # A TCP connection whose first message proved nothing has been closed. (A network process
-        # that was taken over may lie: that earns it a GOAWAY.)
+        # Over TCP a second message comes only from a peer whose KNOCK was accepted. (A network
+        # process that was taken over may lie: that earns it a GOAWAY.)
         proved = BASIC_AUTH if record.protocol == TCP else NO_AUTH
         challenges = self.tokens.challenges(facts, now, config.control_timeout)
         return handshake.on_response(message, proved, challenges)
@@ -4738,7 +4739,7 @@ class Network:
                     continue
                 wait = min(left, LONGEST_WAIT_S)
             for key, _ in self.selector.select(wait):
-                # Its signal ends the process. (For each event: there may be one per connection.)
+                # SIGPROF ends the process. Set anew for each event: a turn may have thousands.
                 signal.setitimer(signal.ITIMER_PROF, EVENT_LIMIT_S)
                 key.data()
 
@@ -4892,7 +4893,8 @@ NETWORK_CALLS = """
     getpeername getrandom getsockname getsockopt madvise mmap mprotect mremap munmap pselect6
     recvfrom recvmsg restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn select sendmsg sendto
     setitimer sigaltstack write"""
-# Some of these with such arguments alone, (position, value): one of these sets must fit.
+# Some of these only with certain arguments: by name the alternatives, each of (position, value)
+# pairs that must all fit.
 # A datagram that waits for more (MSG_MORE) would wait in a socket that the next process gets, too.
 NETWORK_ARGUMENTS = {
     "getsockopt": (((1, 1), (2, 3)), ((1, 1), (2, 38))),  # SOL_SOCKET: SO_TYPE, SO_PROTOCOL
