@@ -1331,7 +1331,7 @@ def test_include(including: Path) -> None:
     assert warning.startswith(f"{including}/a.conf: mode 644")
     config = letmein.read_config(conf, False)
     assert config.keys == {1: KEY}
-    assert ["include: is for the server" in each for each in config.warnings] == [True]
+    assert ["include: belongs in the server's file" in each for each in config.warnings] == [True]
 
 
 def test_a_long_path_is_told(including: Path) -> None:
@@ -3950,7 +3950,7 @@ class TestRules:
         assert "\n00000030  jump to WEB     60.5  nobody\n" in limited.out
         assert "\n\nUSER      SECONDS  LAST DAY\n00000002      any  2020-01-01\n" in limited.out
         assert "\n00000001       60  9999-12-31\n" in limited.out
-        assert "[USERS] 2: this day is over" in limited.err
+        assert "[USERS] 2: this day has passed" in limited.err
         path = lab.file(server_conf(resources).replace(keys_text(), "[KEYS]"))
         nobody = lab.command("server", "-c", path, *CHECK)
         assert "[KEYS] no user has a key, so nobody can knock" in nobody.err, nobody
@@ -9188,12 +9188,14 @@ def test_server_without_a_configuration(tmp_path: Path, command: str) -> None:
 class TestCounters:
     """What `status` tells of the server itself."""
 
-    def test_a_lease_that_has_ended(self, lab: Lab, server: Server) -> None:
+    def test_a_lease_that_has_ended(self, lab: Lab) -> None:
         """It does not count any more, even if nobody has knocked since."""
-        assert handshake(lab, 0x25) == COMEIN
-        assert counted(server)["leases"] == 1
-        eventually(lambda: lab.elements() == [], "it does not end")
-        eventually(lambda: counted(server)["leases"] == 0, "it still counts")
+        lab.load()
+        with Server(lab, server_conf()) as server:
+            assert handshake(lab, 0x25) == COMEIN
+            assert counted(server)["leases"] == 1
+            eventually(lambda: lab.elements() == [], "it does not end")
+            eventually(lambda: counted(server)["leases"] == 0, "it still counts")
 
     def test_what_is_counted(self, lab: Lab) -> None:
         """`status` has each refusal by its reason, and says when no server runs."""
