@@ -11,6 +11,9 @@ one port, for a while.
 It speaks the same protocol and reads the same files as letmein in Rust, called the reference below
 (github.com/mbuesch/letmein).
 
+The server is two processes. The monitor is privileged: it owns keys and firewall, and hears nothing
+but small records. The network process faces the internet: it has no key and no rights.
+
 The file has nine rooms, each behind a banner: protocol, configuration, client, firewall, monitor,
 network, sandbox, administration, command line. A room uses only those above it. The top imports
 only what a knock needs, or what is nearly free: a client spends most of its time starting Python.
@@ -414,9 +417,9 @@ class ServerHandshake(NamedTuple):
         return Verdict(b"", challenge=challenge)
 
     def _refuse(self, message: Message, proved: int, reason: str) -> Verdict:
-        """Refuse a message: with a GOAWAY if the peer has proved enough for one. What only a server
-        says is never answered, or two servers could be made to talk to each other for ever (as in
-        CVE-2024-2169)."""
+        """Refuse a message: with a GOAWAY if the peer has proved enough for one. A message
+        that only servers send is never answered: or two servers could be made to answer each other
+        for ever (as in CVE-2024-2169)."""
         if proved < self.policy or message.operation in SERVER_OPERATIONS:
             return Verdict(b"", reason)
         return Verdict(unsigned(GOAWAY, message.user, message.resource), reason)
@@ -471,7 +474,7 @@ class Tokens:
                 base = self._base(facts, operation, window)
                 count, outcome = self._spent(window, base)
                 yield Challenge(operation, self._token(base, count), window, base)
-                if count:
+                if count:  # the answer to the last one that was spent may be asked for again
                     latest = self._token(base, count - 1)
                     yield Challenge(operation, latest, window, base, outcome)
 
@@ -482,7 +485,7 @@ class Tokens:
         self.spent.setdefault(window, {})[base] = Spent(count, outcome)
 
     def _base(self, facts: bytes, operation: int, window: int) -> bytes:
-        """What all tokens for these facts in this window are derived from; the first one itself."""
+        """The first token for these facts in this window; later ones are derived from it."""
         import hmac
         return hmac.digest(self.secret, struct.pack("!QI", window, operation) + facts, "sha3_256")
 
@@ -1154,13 +1157,15 @@ def read_text(path: str, server: bool, warnings: list[str]) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def find_included(pattern: str) -> list[str]:
-    """The paths that a value of `include` names, sorted. Raises Unfit."""
+def find_included(pattern: str, directory: str) -> list[str]:
+    """The paths that a value of `include` names, sorted. Args: directory, where it begins. Raises
+    Unfit."""
     import glob
     if not re.search("[*?[]", pattern):
-        return [pattern]
+        return [os.path.join(directory, pattern)]
     try:
-        found = list(itertools.islice(glob.iglob(pattern), INCLUDE_LIMIT + 1))
+        paths = glob.iglob(os.path.join(glob.escape(directory), pattern))
+        found = list(itertools.islice(paths, INCLUDE_LIMIT + 1))
     except re.error as error:  # of a range such as [z-a], by Python up to 3.10
         raise Unfit(f"{shown(pattern)} is no pattern: {error}", "one as of glob(7)") from None
     if len(found) > INCLUDE_LIMIT:
@@ -1216,7 +1221,7 @@ def read_config(path: str, server: bool) -> Config:
     warnings: list[str] = []
 
     def read_files(pattern: str) -> Iterator[Sections]:
-        paths = find_included(os.path.join(os.path.dirname(os.path.abspath(path)), pattern))
+        paths = find_included(pattern, os.path.dirname(os.path.abspath(path)))
         if not paths:
             warnings.append(f"{path}: [GENERAL] include: no file matches {shown(pattern)}")
         return read_included(paths, warnings)
@@ -1299,8 +1304,8 @@ class AddressLost(Unsent):
 
 
 # What can go wrong at one address: the kind of error to tell, what happened, and the most likely
-# remedy. The keys are those of Client.explain(): an errno or the type of a ProtocolError, and what
-# else it depends on.
+# remedy. By an errno or the type of a ProtocolError, and a detail: "tcp" or "udp" for a timeout,
+# "challenged" if the server had challenged us, "link-local" for such an address, else "".
 OTHER_CAUSE = (None, "")
 CAUSES: dict[tuple[object, str], tuple[type[UserError], str, str]] = {
     (errno.ENETUNREACH, ""): (
@@ -1542,29 +1547,30 @@ def exchange_udp(new_handshake: NewHandshake, target: Target, timeout: float, sa
     """The same over UDP, which loses messages: every UDP_REPEAT_S a new handshake begins, from a
     port of its own, and each RESPONSE is sent again; older handshakes may still be answered. No
     KNOCK is sent twice from one port: the reference's server rejects that."""
-    again = time.monotonic()
-    end = last_start = again + timeout  # each answer moves the end, to give the next one its time
+    repeat_at = time.monotonic()
+    no_start_after = repeat_at + timeout
+    give_up_at = no_start_after  # each answer moves this, to give the next one its time
     running: deque[UdpHandshake] = deque()  # the oldest first
     # Not select(): it takes no descriptor above 1,023, and our parent may have left us many.
     selector = selectors.DefaultSelector()
     try:
-        while (now := time.monotonic()) < end:
-            if now >= again:
-                again = now + UDP_REPEAT_S
+        while (now := time.monotonic()) < give_up_at:
+            if now >= repeat_at:
+                repeat_at = now + UDP_REPEAT_S
                 if running:
                     say("no answer yet, another try")
-                for handshake in running:
-                    if handshake.response:
-                        handshake.socket.send(handshake.response)
-                if now < last_start:
+                if now < no_start_after:  # first: this may end it
                     if len(running) == UDP_HANDSHAKES:
                         running.popleft().close()
                     running.append(UdpHandshake(new_handshake(), target, selector))
-            for key, _ in selector.select(min(again, end) - now):
+                for handshake in running:
+                    if handshake.response:
+                        handshake.socket.send(handshake.response)
+            for key, _ in selector.select(min(repeat_at, give_up_at) - now):
                 handshake = key.data
                 try:
                     if handshake.receive():
-                        end = time.monotonic() + timeout
+                        give_up_at = time.monotonic() + timeout
                 except ProtocolError:
                     # The reference's server rejects a RESPONSE that it has granted before.
                     running.remove(handshake)
@@ -1763,7 +1769,7 @@ class Client:
         return results
 
     def unmet(self, race: Race, results: Results) -> set[int]:
-        """The families in which an address has still to work: without -4 -6 one is enough."""
+        """The families that still lack a success. Without -4 and -6, one anywhere is enough."""
         families = {self.targets[address].family for address in race.addresses}
         good = {self.targets[address].family for address, error in results.items() if not error}
         if good and not self.arguments.families:
@@ -2190,7 +2196,7 @@ class Lease(NamedTuple):
         return LeaseKey(self.address, self.resource)
 
     def ended(self) -> Lease:
-        """The same lease, ended."""
+        """This lease as a change: the kernel is to drop it. Table.commit() takes both kinds."""
         return self._replace(ends=ENDED)
 
 
@@ -2269,11 +2275,11 @@ class Leases:
                     self.forget(key)
         return ended
 
-    def last_ends(self, but: frozenset[LeaseKey] = frozenset()) -> dict[int, float]:
-        """By resource, when its last lease ends. Args: but, those that do not count."""
+    def last_ends(self, without: frozenset[LeaseKey] = frozenset()) -> dict[int, float]:
+        """By resource, when its last lease ends. Args: without, those that do not count."""
         ends: dict[int, float] = {}
         for key, lease in self.by_key.items():
-            if key not in but:
+            if key not in without:
                 ends[key.resource] = max(ends.get(key.resource, ENDED), lease.ends)
         return ends
 
@@ -2816,8 +2822,8 @@ class Kernel:
 
     def tells_of(self, data: bytes, names: Iterable[bytes]) -> bool:
         """Whether any notification reports that another process changed our table, and either
-        renamed a chain or touched an object whose name contains one of these. Our own run of nft
-        counts as another process, because process ids are reused."""
+        renamed a chain or touched an object whose name contains one of these. Our own nft counts as
+        another, too: its port is a process id, which may be somebody's by now."""
         # The table's name is attribute 1 everywhere; here without its padding.
         table = text_attribute(1, self.table)[: ATTRIBUTE_HEADER.size + len(self.table) + 1]
         for packet in each_packet(data):
@@ -3101,8 +3107,8 @@ class Table:
             if self.config.resources[resource].is_gate:
                 gate = self.find(LeaseKey(EVERYBODY, resource)) or Lease(EVERYBODY, resource)
                 ends = max(lease.ends for lease in leases if lease.resource == resource)
-                if ends < gate.ends:  # another lease may end later
-                    ends = max(ends, self.leases.last_ends(but=keys).get(resource, ENDED))
+                if ends < gate.ends:  # only then another lease matters, which may end later
+                    ends = max(ends, self.leases.last_ends(without=keys).get(resource, ENDED))
                 if ends != gate.ends:
                     changed.append(gate._replace(ends=ends))
         return changed
@@ -3123,13 +3129,13 @@ class Table:
 #
 # an element that fits its lease        as it should be                     nothing
 # one of another time or comment        somebody changed it, or has loaded  it is written anew
-#                                       what they saved before a knock
+#                                       what they saved before a knock      (wrong)
 # one that ends too early, in an old    an administrator has shortened the  the lease ends then
-#     set                               lease
+#     set                               lease                               (shortened)
 # one of no lease, of this boot, and    a predecessor has granted it        at the start: it is
-#     still granted                                                         adopted, if it is whole
-# any other of no lease                 somebody has planted it             it is deleted
-# none for a lease, in a new set        it has gone with the old set        it is put back
+#     still granted                                                         adopted if whole (heirs)
+# any other of no lease                 somebody has planted it             it is deleted (strange)
+# none for a lease, in a new set        it has gone with the old set        it is put back (missing)
 # none for a lease, in an old set       an administrator has deleted it     the lease ends
 #
 # A set is new if it was made since the last look.
@@ -3202,6 +3208,8 @@ class Look:
             return
         lease = self.table.find(key) if key else None
         heir = self._heir(key, element) if key and not lease else None
+        # That of a lease which has just ended may still be there.
+        is_ending = element.read_at + element.left <= time.monotonic() + EARLY_S
         if lease:
             self.found.add(name)
             self._compare(lease, name, element)
@@ -3209,8 +3217,7 @@ class Look:
             self.found.add(name)
             known = self.heirs.get(heir.key, heir)
             self.heirs[heir.key] = min(heir, known, key=lambda lease: lease.ends)
-        # A lease of ours may just have ended.
-        elif element.read_at + element.left > time.monotonic() + EARLY_S:
+        elif not is_ending:
             self.strange.append(name)
 
     def _compare(self, lease: Lease, name: ElementName, element: Element) -> None:
@@ -3353,7 +3360,7 @@ class Look:
 
 HEAL_PAUSE_S = (0.1, 30.0)  # before another look: at first, and at most
 CONTEST_PAUSE_S = 1.0  # at most while healing succeeds, but does not last
-CALM_S = 10.0  # without damage, after which the next one is a new one
+CALM_S = 10.0  # after so long without damage, pauses begin small again, and a contest is told again
 FUTILE_LIMIT = 3  # attempts to heal, before we say that they change nothing
 DISTURBED_LIMIT = 10  # and if it is the kernel that objects: others may have changed the table
 LOOK_TURN_S = 0.02  # for how long a look keeps others waiting
@@ -3386,25 +3393,34 @@ class Healing:
         a pause, which grows until nothing was found for CALM_S. (One good look is not enough: a
         second server for this table may be slower than we are.)"""
         now = time.monotonic()
-        is_calm = now > self.calm_at
-        if trouble and trouble != self.trouble:
-            self.log.often("cannot-heal", reason=trouble)
-        if trouble != self.trouble or is_calm:
+        if now > self.calm_at:
             self.pause.reset()
-        if is_calm:
             self.is_contested = False
-        self.trouble = trouble
+        self._note_trouble(trouble)
         if not (damage or trouble):
             return NEVER
         self.calm_at = now + CALM_S
         pause = self.pause.take()
         if trouble:
             return now + pause
-        if pause >= CONTEST_PAUSE_S and not self.is_contested:
+        if pause >= CONTEST_PAUSE_S:
+            self._warn_of_contest()
+        return now + min(pause, CONTEST_PAUSE_S)
+
+    def _note_trouble(self, trouble: str) -> None:
+        """Note why healing fails; "" if it does not. What is new is logged, and tried soon."""
+        if trouble == self.trouble:
+            return
+        self.trouble = trouble
+        self.pause.reset()
+        if trouble:
+            self.log.often("cannot-heal", reason=trouble)
+
+    def _warn_of_contest(self) -> None:
+        if not self.is_contested:
             self.is_contested = True
             hint = "is there a second server for this table, with another --rundir?"
             self.log("warning", reason="repairs are undone at once", hint=hint)
-        return now + min(pause, CONTEST_PAUSE_S)
 
     def warn_of_claims(self, table: Table) -> None:
         """Warn, once, if somebody has made the table unfit for us: the server goes on, but the next
@@ -4254,7 +4270,7 @@ class NetworkChild:
             except BlockingIOError:
                 if not select.select([], [self.link], [], NETWORK_HANG_LIMIT_S)[1]:
                     self.lose("it reads nothing")
-            except ConnectionError:  # it has closed its end: why, and its own end, the pipe tells
+            except ConnectionError:  # it has closed its end; the pipe will say why
                 if self.process:
                     os.kill(self.process, signal.SIGKILL)
                 return
@@ -4567,7 +4583,8 @@ class Monitor:
         """When there is something to do, and what."""
         expires_at = NEVER  # only followers want to know of leases that the kernel ends
         if self.followers.peers:
-            expires_at = min(self.firewall.leases.ending, default=NEVER) + 1  # a second's at once
+            # All that end within one second are told together, when it is over.
+            expires_at = min(self.firewall.leases.ending, default=NEVER) + 1
         return (
             (self.network.start_at, self.network.start),
             (self.firewall.wakes_at, self.firewall.advance),

@@ -1334,6 +1334,15 @@ def test_include(including: Path) -> None:
     assert ["include: belongs in the server's file" in each for each in config.warnings] == [True]
 
 
+def test_include_below_a_directory_with_brackets(including: Path, tmp_path: Path) -> None:
+    """The pattern is what the option says, and not where its file lies."""
+    (including / "a.conf").write_text(KEY_2)
+    (including / "a.conf").chmod(0o600)
+    place = tmp_path.with_name(f"{tmp_path.name}[1]")
+    shutil.copytree(including.parent, place)
+    assert letmein.read_config(str(place / "letmeind.conf"), True).keys == {1: KEY, 2: OTHER_KEY}
+
+
 def test_a_long_path_is_told(including: Path) -> None:
     """Plain words are no key, however many of their letters are hex digits."""
     pattern = "customers/warehouse/berlin/backdoor/cameras/*.conf"
