@@ -1343,6 +1343,27 @@ def test_include_below_a_directory_with_brackets(including: Path, tmp_path: Path
     assert letmein.read_config(str(place / "letmeind.conf"), True).keys == {1: KEY, 2: OTHER_KEY}
 
 
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("port 22", "'port 22'"),
+        ("g" * 80, f"'{'g' * 80}'"),
+        ("g" * 81, f"'{'g' * 80}...'"),
+        ("\x1b[2J", "'\\x1b[2J'"),
+        ("0" * 11 + "g" * 5, f"'{'0' * 11}{'g' * 5}'"),
+        ("0" * 12 + "g" * 4, "'...'"),
+        ("g" * 40 + "0" * 12 + "g" * 4, "'...'"),
+        ("ABCDEF01" * 2, "'...'"),
+        ("abcdef01" * 2, "'...'"),
+        ("ab-cd-ef-01-ab-cd-ef-01", "'...'"),
+        ("0xAB0XCD" * 4, "'...'"),
+    ],
+)
+def test_what_a_message_shows_of_a_file(text: str, told: str) -> None:
+    """Its start, without what a terminal would take for a command, and nothing like a key."""
+    assert letmein.shown(text) == told
+
+
 def test_a_long_path_is_told(including: Path) -> None:
     """Plain words are no key, however many of their letters are hex digits."""
     pattern = "customers/warehouse/berlin/backdoor/cameras/*.conf"
