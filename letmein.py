@@ -4599,8 +4599,9 @@ class Monitor:
         try:
             config = read_config(old.path, server=True)
             config = config._replace(seccomp=self.options.seccomp or config.seccomp)
+            fixed = old.fixed_options()
             for name, value in config.fixed_options().items():
-                if value != old.fixed_options()[name]:
+                if value != fixed[name]:
                     reason = "the new value takes effect when the server is restarted"
                     self.log("restart-wanted", option=name, reason=reason)
             names = ("nft", "family", "table", "chains", "seccomp")
@@ -5131,28 +5132,28 @@ def follow_status(config: Config, rundir: str, as_json: bool) -> None:
                 for change in changes_from(peer):
                     is_greeting = change["event"] == "following"  # from now on it misses nothing
                     print_change(snapshot(config) if is_greeting else change, as_json)
-        if output_closed_within(FOLLOW_PAUSE_S):
-            raise BrokenPipeError
+        wait_for_news(seconds=FOLLOW_PAUSE_S)
 
 
-def output_closed_within(seconds: float) -> bool:
-    """Wait; returns early, and True, if nobody reads standard output any more."""
+def wait_for_news(peer: socket.socket | None = None, seconds: float | None = None) -> None:
+    """Wait until the peer says something, for so many seconds at most. Raises BrokenPipeError as
+    soon as nobody reads our output any more."""
     poll = select.poll()
-    poll.register(1, 0)
-    return bool(poll.poll(1000 * seconds))
+    poll.register(1, 0)  # it tells of an output that was closed
+    if peer:
+        poll.register(peer, select.POLLIN)
+    ready = poll.poll(None if seconds is None else 1000 * seconds)
+    if any(descriptor == 1 for descriptor, _ in ready):
+        raise BrokenPipeError
 
 
 def changes_from(peer: socket.socket) -> Iterator[dict[str, Any]]:
     """What a server tells, until it ends or cuts us off. Raises BrokenPipeError if nobody reads
     our output any more, UserError if the server has too many followers."""
     import json
-    poll = select.poll()
-    poll.register(peer, select.POLLIN)
-    poll.register(1, 0)  # it tells of an output that was closed
     rest = b""
     while True:
-        if any(descriptor == 1 for descriptor, _ in poll.poll()):
-            raise BrokenPipeError
+        wait_for_news(peer)
         data = b""
         with contextlib.suppress(ConnectionError):
             data = peer.recv(1 << 16)
@@ -5573,9 +5574,10 @@ def generate_key(user: int | None, client_path: str, server_path: str) -> None:
     # A key comes before there is a file, which need not be complete either: only its keys matter.
     with contextlib.suppress(ConfigError):
         default = read_config(client_path, server=False).default_user
-    for with_included_files in (False, True):
+    for with_included_files in (True, False):
         with contextlib.suppress(ConfigError):
             keys = read_config(server_path, server=with_included_files).keys
+            break
     wanted = default if user is None else user
     new = wanted
     while user is None and new in keys:

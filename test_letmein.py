@@ -239,17 +239,18 @@ def lab() -> Lab:
 
 
 @pytest.fixture(scope="class")
-def shared_server(lab: Lab) -> Iterator[Shared]:
-    shared = Shared(lab, server_conf())
+def shared(lab: Lab) -> Iterator[Shared]:
+    """What lends the tests of a class their server."""
+    shared = Shared(lab)
     yield shared
     shared.stop()
 
 
 @pytest.fixture
-def server(shared_server: Shared) -> Iterator[Server]:
+def server(shared: Shared) -> Iterator[Server]:
     """A server with RESOURCES, with nothing open."""
-    yield shared_server.get()
-    shared_server.renew()
+    with shared.lend(server_conf()) as server:
+        yield server
 
 
 @pytest.mark.parametrize("operation", [KNOCK, REVOKE])
@@ -1959,18 +1960,11 @@ class TestDoor:
         assert letmein.CONNECT_S < result.took < letmein.CONNECT_S + LIMIT_S / 2  # not 2 minutes
 
 
-@pytest.fixture(scope="class")
-def shared_hold(lab: Lab) -> Iterator[Shared]:
-    shared = Shared(lab, HOLD_SERVER)
-    yield shared
-    shared.stop()
-
-
 @pytest.fixture
-def hold(shared_hold: Shared) -> Iterator[Server]:
+def hold(shared: Shared) -> Iterator[Server]:
     """A server with HOLD_RESOURCES, with nothing open."""
-    yield shared_hold.get()
-    shared_hold.renew()
+    with shared.lend(HOLD_SERVER) as server:
+        yield server
 
 
 class TestDeadAddress:
@@ -3312,21 +3306,18 @@ class TestPackets:
         open_to: str,
     ) -> None:
         """A knock opens its port for its address alone, a revocation shuts it; both are logged."""
-        def seen(address: str) -> list[str]:
-            return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
-
         host = server_for(source)
         proto = "tcp" if control == "-T" else "udp"
         fields = {"peer": source, "proto": proto, "user": "00000001", "resource": f"000000{port}"}
         before = len(server.events("granted", **fields))
-        assert seen(source) == []
+        assert lab.protocols_to(port, source) == []
         lab.letmein("knock", control, host, str(port)).assert_good()
-        assert seen(source) == open_to.split()
-        assert seen(other) == []
+        assert lab.protocols_to(port, source) == open_to.split()
+        assert lab.protocols_to(port, other) == []
         assert not lab.reaches(22 if port != 22 else 23, source)
         server.wait_for("granted", before + 1, **fields)
         lab.letmein("revoke", control, host, str(port)).assert_good()
-        assert seen(source) == []
+        assert lab.protocols_to(port, source) == []
         assert lab.elements() == []
         server.wait_for("revoked", before + 1, **fields)
 
@@ -4068,18 +4059,11 @@ def nft(lab: Lab) -> WatchedNft:
     return WatchedNft(lab)
 
 
-@pytest.fixture(scope="class")
-def shared_faulty(lab: Lab, nft: WatchedNft) -> Iterator[Shared]:
-    shared = Shared(lab, server_conf(nftables=f"exe = {nft.exe}"))
-    yield shared
-    shared.stop()
-
-
 @pytest.fixture
-def faulty(shared_faulty: Shared) -> Iterator[Server]:
+def faulty(shared: Shared, nft: WatchedNft) -> Iterator[Server]:
     """A server that runs the faulty nft."""
-    yield shared_faulty.get()
-    shared_faulty.renew()
+    with shared.lend(server_conf(nftables=f"exe = {nft.exe}")) as server:
+        yield server
 
 
 class TestFaultyNft:
@@ -9927,19 +9911,19 @@ WIRE_RESOURCES = """
 
 
 @pytest.fixture(scope="class", params=list(POLICIES))
-def shared_strict(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Shared, int]]:
-    general = f"control-error-policy = {request.param}\ncontrol-timeout = 5"
-    shared = Shared(lab, server_conf(WIRE_RESOURCES, general=general), "-n", "20")
-    yield shared, POLICIES[request.param]
-    shared.stop()
+def error_policy(request: pytest.FixtureRequest) -> str:
+    """An error policy; of the class, so that all tests of one come before those of the next."""
+    return str(request.param)
 
 
 @pytest.fixture
-def strict(shared_strict: tuple[Shared, int]) -> Iterator[Strict]:
+def strict(shared: Shared, error_policy: str) -> Iterator[Strict]:
     """A server with each of the error policies."""
-    shared, policy = shared_strict
-    yield Strict(shared.get(), policy)
-    shared.renew()
+    conf = server_conf(
+        WIRE_RESOURCES, general=f"control-error-policy = {error_policy}\ncontrol-timeout = 5"
+    )
+    with shared.lend(conf, "-n", "20") as server:
+        yield Strict(server, POLICIES[error_policy])
 
 
 class TestWire:
@@ -10364,15 +10348,12 @@ class TestReference:
         open_to: str,
     ) -> None:
         """Over each protocol and IP version, for each kind of port."""
-        def seen(address: str) -> list[str]:
-            return [p for p in ("tcp", "udp") if lab.reaches(port, address, p)]
-
-        assert seen(source) == []
+        assert lab.protocols_to(port, source) == []
         for word, expected in (("knock", open_to.split()), ("revoke", [])):
             result = mixed(word, control, server_for(source), str(port))
             assert result.status == 0, result
-            assert seen(source) == expected
-            assert seen(other) == []
+            assert lab.protocols_to(port, source) == expected
+            assert lab.protocols_to(port, other) == []
 
     @pytest.mark.parametrize("source, other", [(CLIENT_4, OTHER_4), (CLIENT_6, OTHER_6)])
     @pytest.mark.parametrize("resource", ["32", "33"])

@@ -569,6 +569,10 @@ class Lab:
             except (ConnectionError, socket.timeout):
                 return False
 
+    def protocols_to(self, port: int, source: str) -> list[str]:
+        """The protocols over which somebody at source gets through to the server's port."""
+        return [protocol for protocol in ("tcp", "udp") if self.reaches(port, source, protocol)]
+
     @functools.cached_property
     def installed(self) -> Path:
         """A program that runs letmein.py from its bytecode."""

@@ -180,31 +180,33 @@ class Server:
 
 
 class Shared:
-    """A server that several tests use one after the other. One that does not leave it as it
-    was gets the next test a new one, so that a failure stays alone."""
+    """A server that tests use one after the other. One that does not leave it as it was gets the
+    next test a new one, so that a failure stays alone; so does one that wants another."""
 
-    def __init__(self, lab: Lab, conf: str, *arguments: str) -> None:
+    def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.conf = conf
-        self.arguments = arguments
         self.server: Server | None = None
+        self.wanted: tuple[str, ...] = ()  # what it was started with
 
-    def get(self) -> Server:
+    @contextlib.contextmanager
+    def lend(self, conf: str, *arguments: str) -> Iterator[Server]:
+        """The server with this configuration, with nothing open."""
+        if self.wanted != (conf, *arguments):
+            self.stop()
+            self.wanted = (conf, *arguments)
         if self.server is None:
             self.lab.load()
-            self.server = Server(self.lab, self.conf, *self.arguments)
-        return self.server
-
-    def renew(self) -> None:
-        """End the server if it is not as good as new, without asking for more."""
-        server = self.server
-        if server is not None and (server.process.poll() is not None or self.lab.elements()):
-            server.kill()
+            self.server = Server(self.lab, conf, *arguments)
+        yield self.server
+        # End it if it is not as good as new, without asking for more.
+        if self.server.process.poll() is not None or self.lab.elements():
+            self.server.kill()
             self.server = None
 
     def stop(self) -> None:
         if self.server is not None:
             self.server.stop()
+            self.server = None
 
 
 SANDBOX_ACCOUNT = "nobody"  # every machine has it
